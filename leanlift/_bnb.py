@@ -1,0 +1,163 @@
+"""The one door to bitsandbytes.
+
+Everything leanlift knows about bitsandbytes' tensors lives here: which module is which, how to
+dequantize a range of rows, how its 8-bit optimizers lay out their state. Two traps of its CPU
+path decide the way in which this file reads a weight (both seen with 0.50.2):
+
+* `Linear4bit.forward` in eval mode repacks the weight for an AVX-512 kernel, after which
+  dequantization is silently wrong. leanlift never calls that forward, and refuses a weight that
+  somebody else had repacked.
+* The AVX-512 dequantization is wrong when the last dimension of the stated shape is not a
+  multiple of 64. Ranges are therefore dequantized as one row of shape `(1, numel)`.
+
+A 4-bit weight is the row-major flattened matrix, two values a byte, with one `absmax` per block
+of `blocksize` values; the absmax may itself be quantized in blocks (double quantization). A row
+range is widened to block boundaries, dequantized alone, and trimmed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import bitsandbytes as bnb
+import bitsandbytes.functional as F
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import Tensor, nn
+
+INT8_SCALE = 1.0 / 127.0
+
+
+def is_linear4bit(module: nn.Module) -> bool:
+    return isinstance(module, Linear4bit)
+
+
+def is_linear8bit(module: nn.Module) -> bool:
+    return isinstance(module, Linear8bitLt)
+
+
+# --- 4-bit weights -------------------------------------------------------------------------
+
+
+def problem_4bit(module: nn.Module) -> str | None:
+    """Why this `Linear4bit` cannot be read row by row, or None."""
+    weight = cast(Any, module).weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return "its weight is not quantized yet (move the model to its device first)"
+    if getattr(state, "packing_format_for_cpu", False):
+        return (
+            "a forward pass in eval mode has repacked its weight for bitsandbytes' CPU kernel; "
+            "load the model again and attach leanlift before any forward pass"
+        )
+    if state.shape is None or len(state.shape) != 2:
+        return "its weight is packed without a 2-D shape"
+    return None
+
+
+def state_4bit(module: nn.Module) -> Any:
+    """bitsandbytes' `QuantState` of a `Linear4bit` weight."""
+    return cast(Any, module).weight.quant_state
+
+
+def dequantize_4bit_range(module: nn.Module, start: int, stop: int) -> Tensor:
+    """Values `start:stop` of the flattened weight of a `Linear4bit`, as a 1-D tensor.
+
+    The dtype is the one the weight had when it was quantized. Bit-equal to the same slice of the
+    whole weight dequantized at once.
+    """
+    state = state_4bit(module)
+    block, numel = state.blocksize, state.shape[0] * state.shape[1]
+    lo, hi = start // block * block, min(-(-stop // block) * block, numel)
+    packed = cast(Any, module).weight.data.reshape(-1).view(torch.uint8)[lo // 2 : -(-hi // 2)]
+    whole = F.QuantState(
+        absmax=_absmax_range(state, lo // block, -(-hi // block)),
+        shape=torch.Size((1, hi - lo)),
+        dtype=state.dtype,
+        blocksize=block,
+        quant_type=state.quant_type,
+        code=state.code,
+    )
+    # A packed tensor of one row would be read as transposed: hand it over as a column.
+    values = F.dequantize_4bit(packed.reshape(-1, 1), whole).reshape(-1)
+    return values[start - lo : stop - lo]
+
+
+def _absmax_range(state: Any, first: int, last: int) -> Tensor:
+    """fp32 absmax of blocks `first:last`, undoing the double quantization if there is one."""
+    if not state.nested:
+        return state.absmax[first:last]
+    nested = state.state2
+    lo = first // nested.blocksize * nested.blocksize
+    hi = min(-(-last // nested.blocksize) * nested.blocksize, state.absmax.numel())
+    inner = F.QuantState(
+        absmax=nested.absmax[lo // nested.blocksize : -(-hi // nested.blocksize)],
+        code=nested.code,
+        blocksize=nested.blocksize,
+        dtype=nested.dtype,
+    )
+    absmax = F.dequantize_blockwise(state.absmax[lo:hi], inner) + state.offset
+    return absmax[first - lo : last - lo].float()
+
+
+# --- 8-bit weights -------------------------------------------------------------------------
+
+
+def state_8bit(module: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """`(CB int8 [m, n], SCB fp32 [m])` of a `Linear8bitLt`, or None where it is not quantized.
+
+    bitsandbytes moves both from the weight to the module's state at the first forward pass.
+    """
+    holder = cast(Any, module)
+    codes = holder.weight.CB if holder.weight.CB is not None else holder.state.CB
+    scales = holder.weight.SCB if holder.weight.SCB is not None else holder.state.SCB
+    if codes is None and holder.weight.dtype == torch.int8:
+        codes = holder.weight.data
+    if codes is None or scales is None or codes.dtype != torch.int8:
+        return None
+    return codes, scales
+
+
+def dequantize_8bit_rows(module: nn.Module, start: int, stop: int) -> Tensor:
+    """Rows `start:stop` of a `Linear8bitLt` weight in fp32: `CB * SCB / 127`."""
+    state = state_8bit(module)
+    assert state is not None
+    codes, scales = state
+    return F.int8_vectorwise_dequant(codes[start:stop], scales[start:stop])
+
+
+# --- 8-bit optimizer state -----------------------------------------------------------------
+
+
+def is_adam_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this is bitsandbytes' Adam or AdamW (8-bit or 32-bit state, not paged)."""
+    kinds = (bnb.optim.Adam, bnb.optim.Adam8bit, bnb.optim.AdamW, bnb.optim.AdamW8bit)
+    return isinstance(optimizer, kinds) and not getattr(optimizer, "is_paged", False)
+
+
+def read_moment(state: dict[str, Any], which: int) -> Tensor:
+    """Moment `which` (1 or 2) of one parameter's bitsandbytes state, as fp32."""
+    stored = state[f"state{which}"]
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    quantized = F.QuantState(
+        absmax=state[f"absmax{which}"], code=state[f"qmap{which}"], blocksize=256, dtype=torch.float32
+    )
+    return F.dequantize_blockwise(stored, quantized)
+
+
+def write_moment(state: dict[str, Any], which: int, moment: Tensor) -> None:
+    """Write fp32 `moment` back into the storage that `read_moment` read it from."""
+    stored = state[f"state{which}"]
+    if stored.dtype != torch.uint8:
+        stored.copy_(moment)
+        return
+    codes, quantized = F.quantize_blockwise(
+        moment.to(torch.float32).contiguous(), code=state[f"qmap{which}"], blocksize=256
+    )
+    stored.copy_(codes)
+    state[f"absmax{which}"].copy_(quantized.absmax)
+
+
+def is_paged(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(getattr(optimizer, "is_paged", False))

@@ -1,0 +1,252 @@
+"""The patched layer: y = x (D(Q) + offsets)^T + bias, with gradients for the offsets alone.
+
+What is kept for the backward pass is x and nothing dense. The work is split over two autograd
+functions, so that activation checkpointing can stop recomputing as soon as it has x back and
+never repeats a matmul whose output nobody needs:
+
+    carrier = KeepInput(x, values)      keeps x; in backward forms the gradient of the values
+    y       = Multiply(x, carrier)      keeps nothing; in backward forms the gradient of x
+
+`carrier` is the thread between them: an expanded scalar of y's shape, without memory of its own.
+Its "gradient" is grad_y, which is how KeepInput gets to see it.
+
+Both directions need the effective weight. It is rebuilt each time, tile by tile, in a scratch
+buffer that all layers of a model share. The values' gradient is formed by row tiles,
+grad_y^T[rows] @ x, of which only the selected entries are kept: no dense weight gradient of more
+than one tile ever exists.
+
+Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from leanlift.ops import gather_entries, patch_rows_
+from leanlift.sparse import MaskChange, SegmentedIndex, change_mask
+from leanlift.tiles import RowTiles, row_ranges, tile_rows
+
+
+class Scratch:
+    """One growing buffer per dtype and device, lent to whoever computes right now.
+
+    A view is valid until the next `take`. One per model: models do not disturb each other.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialized contiguous [rows, columns] view."""
+        key, numel = (dtype, device), rows * columns
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            self._buffers.pop(key, None)
+            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        return buffer[:numel].view(rows, columns)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
+        return memo.setdefault(id(self), Scratch())
+
+
+class LiftLinear(nn.Module):
+    """A frozen Linear with trainable offsets at chosen positions.
+
+    Args:
+        base: the module that holds the frozen weight and bias; its own forward is never called.
+        weight: the same weight as RowTiles, dequantized.
+        index: the active positions.
+        scratch: shared by all layers of a model.
+
+    Attributes:
+        values: fp32 Parameter [k], the active offsets in the order of `index`; zero at first.
+        settled_index, settled_values: offsets that a mask change took out of training; they stay
+            part of the effective weight. None while there are none.
+
+    The dtype of the computation is the one autocast asks for, else the dtype of x.
+    """
+
+    settled_values: Tensor | None
+
+    def __init__(
+        self, base: nn.Module, weight: RowTiles, index: SegmentedIndex, scratch: Scratch
+    ) -> None:
+        super().__init__()
+        if index.shape != weight.shape:
+            raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
+        self.base = base
+        self.weight_tiles = weight
+        self.index = index
+        self.scratch = scratch
+        self.values = nn.Parameter(torch.zeros(index.count, device=weight.device))
+        self.settled_index: SegmentedIndex | None = None
+        self.register_buffer("settled_values", None)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_tiles.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_tiles.shape[1]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    @property
+    def effective(self) -> EffectiveTiles:
+        """W_eff = D(Q) + settled + active offsets, as RowTiles in fp32."""
+        return EffectiveTiles(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected an input [..., {self.in_features}], got {tuple(x.shape)}")
+        carrier = None
+        if torch.is_grad_enabled() and self.values.requires_grad:
+            carrier = _KeepInput.apply(x, self.values, self)
+        return _Multiply.apply(x, carrier, self)
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """The effective weight [m, n] in the shared scratch: valid until its next use."""
+        m, n = self.weight_tiles.shape
+        weight = self.scratch.take(m, n, dtype, self.values.device)
+        for start, stop in row_ranges(m, tile_rows(n, 4)):
+            rows = weight[start:stop]
+            rows.copy_(self.weight_tiles.rows(start, stop))
+            self.add_offsets_(rows, start, stop)
+        return weight
+
+    def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
+        """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place."""
+        _patch(rows, self.index, self.values.detach(), start, stop)
+        if self.settled_index is not None and self.settled_values is not None:
+            _patch(rows, self.settled_index, self.settled_values, start, stop)
+
+    def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
+        """d loss / d values: fp32 [k], from x [T, n] and grad_y [T, m], one row tile at a time."""
+        m, n = self.weight_tiles.shape
+        gradient = torch.empty_like(self.values)
+        for start, stop in row_ranges(m, tile_rows(n, x.element_size())):
+            first, last = self.index.span(start, stop)
+            if first == last:
+                continue
+            dense = self.scratch.take(stop - start, n, x.dtype, x.device)
+            torch.mm(grad_y[:, start:stop].T, x, out=dense)
+            gather_entries(dense, self.index.decode(start, stop), gradient[first:last])
+        return gradient
+
+    @torch.no_grad()
+    def change_mask(self, flat: Tensor) -> MaskChange:
+        """Make `flat` (sorted, distinct, as many as before) the active positions.
+
+        The Parameter object stays the same; whoever holds state about its entries follows
+        `MaskChange.source`.
+        """
+        if flat.numel() != self.index.count:
+            raise ValueError(f"expected {self.index.count} positions, got {flat.numel()}")
+        change = change_mask(self.index.to_flat(), self.values.detach(), flat, *self._settled())
+        self.index = SegmentedIndex.from_flat(change.flat, self.index.shape)
+        self.values.copy_(change.values)
+        self.set_settled(change.settled_flat, change.settled_values)
+        return change
+
+    def set_settled(self, flat: Tensor, values: Tensor) -> None:
+        """Replace the settled store by `values` at sorted, distinct positions `flat`."""
+        empty = flat.numel() == 0
+        self.settled_index = None if empty else SegmentedIndex.from_flat(flat, self.index.shape)
+        self.settled_values = None if empty else values.to(self.values.device, self.values.dtype)
+
+    def _settled(self) -> tuple[Tensor, Tensor]:
+        if self.settled_index is None or self.settled_values is None:
+            device = self.values.device
+            return torch.empty(0, dtype=torch.int64, device=device), self.values.new_empty(0)
+        return self.settled_index.to_flat(), self.settled_values
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, entries={self.index.count}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LiftLinear:
+        super()._apply(fn, recurse)
+        self.index = self.index.map(fn)
+        if self.settled_index is not None:
+            self.settled_index = self.settled_index.map(fn)
+        return self
+
+
+class EffectiveTiles:
+    """The effective weight of a LiftLinear, read by rows in fp32 without touching the scratch."""
+
+    dtype = torch.float32
+
+    def __init__(self, layer: LiftLinear) -> None:
+        self.layer = layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.weight_tiles.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.values.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        rows = self.layer.weight_tiles.rows(start, stop).to(torch.float32, copy=True)
+        self.layer.add_offsets_(rows, start, stop)
+        return rows
+
+
+def _patch(rows: Tensor, index: SegmentedIndex, values: Tensor, start: int, stop: int) -> None:
+    first, last = index.span(start, stop)
+    if first < last:
+        patch_rows_(rows, index.decode(start, stop), values[first:last])
+
+
+class _KeepInput(torch.autograd.Function):
+    """Keeps x for the backward pass and forms the gradient of the values there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, layer: LiftLinear) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return x.new_empty(1).expand(*x.shape[:-1], layer.out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor, None]:
+        (x,) = ctx.saved_tensors
+        layer: LiftLinear = ctx.layer
+        grad_y = grad_y.reshape(-1, layer.out_features).to(x.dtype)
+        return None, layer.values_gradient(x.reshape(-1, layer.in_features), grad_y), None
+
+
+class _Multiply(torch.autograd.Function):
+    """y = x W_eff^T + bias. Keeps nothing: W_eff is rebuilt for the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: LiftLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        bias = layer.bias
+        weight = layer.effective_weight(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y.to(ctx.dtype) @ ctx.layer.effective_weight(ctx.dtype)
+        return grad_x, grad_y if ctx.needs_input_grad[1] else None, None

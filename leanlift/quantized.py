@@ -1,0 +1,176 @@
+"""Frozen base weights as RowTiles.
+
+Whatever stock transformers loaded a Linear as, `frozen_weight(module)` gives its dequantized
+rows: `bnb.nn.Linear4bit` (NF4 or FP4, double quantization or not, any block size),
+`bnb.nn.Linear8bitLt` (INT8) or a plain 16/32-bit `nn.Linear`. The tiles read the module at each
+call, so they stay right after `model.to(device)`.
+
+D(Q) is taken in the dtype in which bitsandbytes itself would dequantize (the dtype that the
+weight had when it was quantized; fp32 for INT8), so an untouched leanlift layer computes with
+the same weights as the stock one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from leanlift import _bnb
+from leanlift.errors import UserError
+
+NESTED_BLOCK = 256
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FrozenWeight(Protocol):
+    """RowTiles over a module's frozen weight, with the name of its format."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def format(self) -> str: ...
+
+    def rows(self, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Weight4bit:
+    """A `Linear4bit` weight; `format` is e.g. `nf4`, `nf4+double`, `fp4/128`."""
+
+    module: nn.Module
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = _bnb.state_4bit(self.module).shape
+        return m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _bnb.state_4bit(self.module).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return _bnb.state_4bit(self.module).absmax.device
+
+    @property
+    def format(self) -> str:
+        state = _bnb.state_4bit(self.module)
+        block = "" if state.blocksize == 64 else f"/{state.blocksize}"
+        return f"{state.quant_type}{block}{'+double' if state.nested else ''}"
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        n = self.shape[1]
+        return _bnb.dequantize_4bit_range(self.module, start * n, stop * n).view(stop - start, n)
+
+
+@dataclass(frozen=True)
+class Weight8bit:
+    """A `Linear8bitLt` weight; rows come in fp32."""
+
+    module: nn.Module
+    format: str = "int8"
+    dtype: torch.dtype = torch.float32
+
+    def _codes(self) -> Tensor:
+        state = _bnb.state_8bit(self.module)
+        assert state is not None
+        return state[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self._codes().shape
+        return m, n
+
+    @property
+    def device(self) -> torch.device:
+        return self._codes().device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return _bnb.dequantize_8bit_rows(self.module, start, stop)
+
+
+@dataclass(frozen=True)
+class WeightDense:
+    """A plain `nn.Linear` weight in 16 or 32 bits; rows are views."""
+
+    module: nn.Linear
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.module.weight.shape
+        return m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device
+
+    @property
+    def format(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.module.weight.detach()[start:stop]
+
+
+def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
+    """The weight of a Linear of any supported kind as RowTiles.
+
+    Raises:
+        UserError: the module is no Linear that leanlift can read; names it and says why.
+    """
+    source = getattr(module, "source_cls", nn.Linear)
+    if source is not nn.Linear:
+        raise UserError(
+            f"{name} was a {source.__name__} before it was quantized; its checkpoint is "
+            "transposed, which leanlift does not support: exclude it with target_modules."
+        )
+    if _bnb.is_linear4bit(module):
+        problem = _bnb.problem_4bit(module)
+        if problem:
+            raise UserError(f"{name} is a Linear4bit that cannot be read: {problem}.")
+        return Weight4bit(module)
+    if _bnb.is_linear8bit(module):
+        if _bnb.state_8bit(module) is None:
+            raise UserError(
+                f"{name} is a Linear8bitLt that holds no INT8 weight yet: load it with "
+                "BitsAndBytesConfig(load_in_8bit=True) and move it to its device first."
+            )
+        return Weight8bit(module)
+    if type(module) is nn.Linear:
+        if module.weight.dtype not in FLOAT_DTYPES:
+            raise UserError(
+                f"{name} is a Linear with a weight of dtype {module.weight.dtype}; expected "
+                "float32, bfloat16, float16 or a bitsandbytes layer."
+            )
+        return WeightDense(module)
+    raise UserError(
+        f"{name} is a {type(module).__name__}; leanlift trains nn.Linear, bnb.nn.Linear4bit and "
+        "bnb.nn.Linear8bitLt: leave it out with target_modules."
+    )
+
+
+def nbytes_4bit(shape: tuple[int, int], blocksize: int = 64, double: bool = False) -> int:
+    """Bytes of a 4-bit weight and its scales (lookup tables, shared by all layers, excluded)."""
+    numel = shape[0] * shape[1]
+    blocks = -(-numel // blocksize)
+    scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double else 4 * blocks
+    return -(-numel // 2) + scales
+
+
+def nbytes_8bit(shape: tuple[int, int]) -> int:
+    """Bytes of an INT8 weight and its fp32 row scales."""
+    return shape[0] * shape[1] + 4 * shape[0]

@@ -1,0 +1,136 @@
+"""What makes an entry worth training: the scorers.
+
+A scorer is a small frozen object with one method: `prepare(tiles, count)` looks at the matrix
+and returns row scores; the streamed top-k does the rest. Scores are non-negative fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from leanlift.selection.lowrank import gram_factors, krylov_factors
+from leanlift.tiles import RowTiles, tile_rows
+
+
+class RowScores(Protocol):
+    """Non-negative fp32 scores that can be read by rows."""
+
+    @property
+    def converged(self) -> bool: ...
+
+    def scores(self, start: int, stop: int) -> Tensor: ...
+
+
+class Scorer(Protocol):
+    """Scores the entries of a matrix that is seen through row tiles."""
+
+    def prepare(self, tiles: RowTiles, count: int) -> RowScores: ...
+
+
+@dataclass(frozen=True)
+class Principal:
+    """|best rank-R approximation of W|: the principal weights (LIFT, arXiv 2506.00772, sec. 3).
+
+    Args:
+        rank: R. The paper takes 16 to 128; at or below the rank budget works best.
+        tolerance: share of the sampled mask that may change in the last Krylov step.
+        max_steps: sweeps over the matrix after which the iteration gives up and says so.
+        seed: of the Krylov start; the result does not depend on it beyond rounding.
+    """
+
+    rank: int = 64
+    tolerance: float = 1e-4
+    max_steps: int = 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"expected a rank of at least 1, got {self.rank}")
+
+    def prepare(self, tiles: RowTiles, count: int) -> RowScores:
+        m, n = tiles.shape
+        if self.rank >= min(m, n):
+            return Magnitude().prepare(tiles, count)
+        if _gram_is_cheaper(m, n, self.rank):
+            return gram_factors(tiles, self.rank, tile_rows(n, 8))
+        return krylov_factors(
+            tiles, self.rank, count, tile_rows(n, 4), self.tolerance, self.max_steps, self.seed
+        )
+
+
+GRAM_SIDE = 768
+"""Up to this side the Gram route takes well under a second, and it cannot fail to converge."""
+
+
+def _gram_is_cheaper(m: int, n: int, rank: int) -> bool:
+    """Compare floating-point operations; fp64 counts twice, the eigensolver 25 side^3."""
+    side = min(m, n)
+    gram = 4 * m * n * side + 25 * side**3
+    krylov = 5 * 4 * m * n * (rank + 8)
+    return side <= GRAM_SIDE or gram < krylov
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """|W| itself."""
+
+    def prepare(self, tiles: RowTiles, count: int) -> RowScores:
+        return _MagnitudeScores(tiles)
+
+
+@dataclass(frozen=True)
+class _MagnitudeScores:
+    tiles: RowTiles
+    converged: bool = True
+
+    def scores(self, start: int, stop: int) -> Tensor:
+        return self.tiles.rows(start, stop).float().abs()
+
+
+@dataclass(frozen=True)
+class Random:
+    """A uniformly random mask: a hash of the flat position, the same on every machine."""
+
+    seed: int = 0
+
+    def prepare(self, tiles: RowTiles, count: int) -> RowScores:
+        return _RandomScores(tiles.shape[1], self.seed, tiles.device)
+
+
+@dataclass(frozen=True)
+class _RandomScores:
+    n: int
+    seed: int
+    device: torch.device
+    converged: bool = True
+
+    def scores(self, start: int, stop: int) -> Tensor:
+        flat = torch.arange(start * self.n, stop * self.n, device=self.device)
+        # 24 bits are exact in fp32.
+        return (_mix(flat + _mix_int(self.seed)) >> 40 & 0xFFFFFF).float().view(-1, self.n)
+
+
+# splitmix64's finalizer (Steele, Lea, Flood 2014), in wrapping int64 arithmetic.
+_MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9 as int64
+_MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB as int64
+_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x * _GOLDEN
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _mix_int(seed: int) -> int:
+    return int(_mix(torch.tensor([seed])).item())
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical (not arithmetic) right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

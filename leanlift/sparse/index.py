@@ -1,0 +1,129 @@
+"""A compact, exact set of positions in an m x n matrix.
+
+A position costs about 1.1 bytes at 5 % density, against 4 for an int32 and 16 for an (int64,
+int64) pair. A row is cut into segments of 255 columns:
+
+    columns  uint8 [k]        column inside its segment, 0..254, in row-major order
+    counts   uint8 [m, S]     entries per segment; at most 255, so it fits: S = ceil(n / 255)
+    anchors  int64 [A]        entries before every 64th row, kept on the CPU: A = ceil(m / 64) + 1
+
+Segments of 255 columns, not 256, are what lets a full segment's count fit a byte. The anchors
+are on the CPU so that the size of a row range that starts and ends at a multiple of 64 is known
+without asking the device. The encoding is exact for any mask, empty and full ones included.
+
+Bytes: k + m * ceil(n / 255) + 8 * (ceil(m / 64) + 1); 1.09 k for 4096 x 11008 at 5 %.
+
+Shapes: k entries, m rows, n columns, S segments a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SEGMENT = 255
+ANCHOR_ROWS = 64
+
+
+@dataclass(frozen=True)
+class SegmentedIndex:
+    """A sorted, duplicate-free set of positions of an m x n matrix. Build it with `from_flat`."""
+
+    shape: tuple[int, int]
+    columns: Tensor
+    counts: Tensor
+    anchors: Tensor
+
+    @classmethod
+    def from_flat(cls, flat: Tensor, shape: tuple[int, int]) -> SegmentedIndex:
+        """Encode sorted, distinct flat positions (row * n + column).
+
+        Args:
+            flat: int64 [k], strictly increasing, each in 0..m*n-1.
+            shape: (m, n).
+
+        Raises:
+            ValueError: positions out of range, unsorted or duplicated.
+        """
+        m, n = shape
+        if flat.dim() != 1 or flat.dtype != torch.int64:
+            raise ValueError(f"expected 1-D int64 positions, got {flat.dtype} {tuple(flat.shape)}")
+        if flat.numel() and not (flat[0] >= 0 and flat[-1] < m * n and bool((flat.diff() > 0).all())):
+            raise ValueError(f"expected strictly increasing positions in 0..{m * n - 1}")
+        segments = -(-n // SEGMENT)
+        row = flat // n
+        column = flat - row * n
+        segment = column // SEGMENT
+        counts = torch.bincount(row * segments + segment, minlength=m * segments)
+        return cls(
+            shape=shape,
+            columns=(column - segment * SEGMENT).to(torch.uint8),
+            counts=counts.to(torch.uint8).view(m, segments),
+            anchors=anchors_of(counts.view(m, segments)),
+        )
+
+    @property
+    def count(self) -> int:
+        """k, the number of entries."""
+        return self.columns.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes + self.counts.nbytes + self.anchors.nbytes
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """The range of entries (first, last) that lie in rows `start:stop`.
+
+        Known without a device synchronization where both are multiples of 64 or the last row.
+        """
+        return self._before(start), self._before(stop)
+
+    def _before(self, row: int) -> int:
+        if row >= self.shape[0]:
+            return self.count
+        group, rest = divmod(row, ANCHOR_ROWS)
+        before = int(self.anchors[group])
+        if rest:
+            before += int(self.counts[row - rest : row].sum(dtype=torch.int64))
+        return before
+
+    def decode(self, start: int, stop: int) -> Tensor:
+        """Flat positions of the entries in rows `start:stop`, relative to row `start`: int64.
+
+        Temporary memory is O(entries of the range + rows * segments).
+        """
+        n = self.shape[1]
+        first, last = self.span(start, stop)
+        rows, segments = stop - start, self.counts.shape[1]
+        device = self.columns.device
+        base = torch.arange(rows, device=device).mul_(n).unsqueeze(1) + (
+            torch.arange(segments, device=device) * SEGMENT
+        )
+        counts = self.counts[start:stop].reshape(-1).long()
+        flat = torch.repeat_interleave(base.view(-1), counts, output_size=last - first)
+        return flat.add_(self.columns[first:last])
+
+    def to_flat(self) -> Tensor:
+        """All positions, flat: int64 [k]."""
+        return self.decode(0, self.shape[0])
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> SegmentedIndex:
+        """The same index with `fn` (a move to a device) applied to its device tensors."""
+        return replace(self, columns=fn(self.columns), counts=fn(self.counts))
+
+
+def anchors_of(counts: Tensor) -> Tensor:
+    """Entries before every 64th row and in all, from integer counts [m, S]: int64 on the CPU."""
+    per_row = counts.sum(dim=1, dtype=torch.int64).cpu()
+    before = torch.zeros(per_row.numel() + 1, dtype=torch.int64)
+    torch.cumsum(per_row, 0, out=before[1:])
+    return torch.cat([before[:-1:ANCHOR_ROWS], before[-1:]])
+
+
+def index_nbytes(shape: tuple[int, int], count: int) -> int:
+    """Bytes of a `SegmentedIndex`, from shapes alone."""
+    m, n = shape
+    return count + m * -(-n // SEGMENT) + 8 * (-(-m // ANCHOR_ROWS) + 1)

@@ -1,0 +1,90 @@
+"""RowTiles: the one way in which leanlift looks at a matrix.
+
+Selection, the patched layer and the merge never ask for a whole matrix. They ask for rows. A
+quantized weight, a dense tensor, a tensor inside a safetensors file and the effective weight
+(base + offsets) all answer that question, so none of the askers knows bitsandbytes, and most
+tests run on plain dense tensors.
+
+Shapes: a matrix is m x n (out_features x in_features), row-major; a tile is `rows x n`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+TILE_ROW_MULTIPLE = 64
+"""Tiles start at multiples of this many rows, which is what the compact index is anchored at."""
+
+DEFAULT_TILE_BYTES = 32 * 2**20
+
+
+@runtime_checkable
+class RowTiles(Protocol):
+    """A matrix that can be read by rows.
+
+    `rows(start, stop)` returns rows `start:stop` as a `[stop - start, n]` tensor of `dtype` that
+    the caller must not write to. Any row range equals the slice of the whole bit for bit.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def rows(self, start: int, stop: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class DenseTiles:
+    """A plain 2-D tensor seen as RowTiles; `rows` returns views."""
+
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tensor.dim() != 2:
+            raise ValueError(f"expected a 2-D tensor, got shape {tuple(self.tensor.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.tensor.shape
+        return m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.tensor[start:stop]
+
+
+def as_tiles(matrix: RowTiles | Tensor) -> RowTiles:
+    """`matrix` itself, or a 2-D tensor wrapped as `DenseTiles`."""
+    return DenseTiles(matrix) if isinstance(matrix, Tensor) else matrix
+
+
+def tile_rows(n: int, itemsize: int, tile_bytes: int = DEFAULT_TILE_BYTES) -> int:
+    """How many rows of n entries of `itemsize` bytes make one tile of about `tile_bytes`.
+
+    Always a positive multiple of `TILE_ROW_MULTIPLE`.
+    """
+    rows = tile_bytes // max(1, n * itemsize)
+    return max(TILE_ROW_MULTIPLE, rows // TILE_ROW_MULTIPLE * TILE_ROW_MULTIPLE)
+
+
+def row_ranges(m: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) row ranges of at most `step` rows that cover 0..m."""
+    for start in range(0, m, step):
+        yield start, min(start + step, m)
