@@ -25,8 +25,6 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
-INT8_SCALE = 1.0 / 127.0
-
 
 def is_linear4bit(module: nn.Module) -> bool:
     return isinstance(module, Linear4bit)
@@ -83,6 +81,23 @@ def dequantize_4bit_range(module: nn.Module, start: int, stop: int) -> Tensor:
     return values[start - lo : stop - lo]
 
 
+def quantize_4bit(
+    weight: Tensor, kind: str, blocksize: int, double: bool, device: torch.device
+) -> nn.Module:
+    """A bias-free `Linear4bit` that holds `weight` [m, n], quantized on `device`."""
+    m, n = weight.shape
+    module = Linear4bit(n, m, bias=False, quant_type=kind, compress_statistics=double, device="meta")
+    module.weight = bnb.nn.Params4bit(
+        weight,
+        requires_grad=False,
+        quant_type=kind,
+        compress_statistics=double,
+        blocksize=blocksize,
+        module=module,
+    ).to(device)
+    return module
+
+
 def _absmax_range(state: Any, first: int, last: int) -> Tensor:
     """fp32 absmax of blocks `first:last`, undoing the double quantization if there is one."""
     if not state.nested:
@@ -124,6 +139,16 @@ def dequantize_8bit_rows(module: nn.Module, start: int, stop: int) -> Tensor:
     assert state is not None
     codes, scales = state
     return F.int8_vectorwise_dequant(codes[start:stop], scales[start:stop])
+
+
+def quantize_8bit(weight: Tensor, device: torch.device) -> nn.Module:
+    """A bias-free `Linear8bitLt` that holds `weight` [m, n], quantized on `device`."""
+    m, n = weight.shape
+    module = Linear8bitLt(n, m, bias=False, has_fp16_weights=False, device="meta")
+    module.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(
+        device
+    )
+    return module
 
 
 # --- 8-bit optimizer state -----------------------------------------------------------------

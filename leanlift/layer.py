@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leanlift.ops import gather_entries, patch_rows_
-from leanlift.sparse import MaskChange, SegmentedIndex, change_mask
+from leanlift.ops import gather_entries
+from leanlift.sparse import MaskChange, SegmentedIndex, add_offsets_, change_mask
 from leanlift.tiles import RowTiles, row_ranges, tile_rows
 
 
@@ -132,9 +132,9 @@ class LiftLinear(nn.Module):
 
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place."""
-        _patch(rows, self.index, self.values.detach(), start, stop)
+        add_offsets_(rows, self.index, self.values.detach(), start, stop)
         if self.settled_index is not None and self.settled_values is not None:
-            _patch(rows, self.settled_index, self.settled_values, start, stop)
+            add_offsets_(rows, self.settled_index, self.settled_values, start, stop)
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values: fp32 [k], from x [T, n] and grad_y [T, m], one row tile at a time."""
@@ -207,12 +207,6 @@ class EffectiveTiles:
         rows = self.layer.weight_tiles.rows(start, stop).to(torch.float32, copy=True)
         self.layer.add_offsets_(rows, start, stop)
         return rows
-
-
-def _patch(rows: Tensor, index: SegmentedIndex, values: Tensor, start: int, stop: int) -> None:
-    first, last = index.span(start, stop)
-    if first < last:
-        patch_rows_(rows, index.decode(start, stop), values[first:last])
 
 
 class _KeepInput(torch.autograd.Function):

@@ -20,9 +20,65 @@ from torch import Tensor, nn
 
 from leanlift import _bnb
 from leanlift.errors import UserError
+from leanlift.tiles import DenseTiles, RowTiles
 
 NESTED_BLOCK = 256
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How a frozen weight is stored.
+
+    Attributes:
+        kind: "nf4", "fp4", "int8" or "dense".
+        dtype: name of the dtype that its rows have, e.g. "bfloat16".
+        blocksize: values per scale of a 4-bit weight, else 0.
+        double: whether those scales are quantized too.
+    """
+
+    kind: str
+    dtype: str
+    blocksize: int = 0
+    double: bool = False
+
+    def __str__(self) -> str:
+        if self.kind == "dense":
+            return self.dtype
+        block = f"/{self.blocksize}" if self.blocksize not in (0, 64) else ""
+        return f"{self.kind}{block}{'+double' if self.double else ''}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return dtype_of(self.dtype)
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a weight of this shape and its scales; lookup tables, shared by all layers
+        of a model or a few hundred bytes each, are left out."""
+        numel = shape[0] * shape[1]
+        if self.kind == "dense":
+            return numel * self.torch_dtype.itemsize
+        if self.kind == "int8":
+            return numel + 4 * shape[0]
+        blocks = -(-numel // self.blocksize)
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if self.double else 4 * blocks
+        return -(-numel // 2) + scales
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch.float16 from "float16".
+
+    Raises:
+        UserError: not one of the three floating dtypes that checkpoints use.
+    """
+    for dtype in FLOAT_DTYPES:
+        if str(dtype) == f"torch.{name}":
+            return dtype
+    raise UserError(f"expected a dtype among float32, bfloat16 and float16, got {name!r}.")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class FrozenWeight(Protocol):
@@ -38,14 +94,14 @@ class FrozenWeight(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def format(self) -> str: ...
+    def format(self) -> WeightFormat: ...
 
     def rows(self, start: int, stop: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Weight4bit:
-    """A `Linear4bit` weight; `format` is e.g. `nf4`, `nf4+double`, `fp4/128`."""
+    """A `Linear4bit` weight."""
 
     module: nn.Module
 
@@ -63,10 +119,11 @@ class Weight4bit:
         return _bnb.state_4bit(self.module).absmax.device
 
     @property
-    def format(self) -> str:
+    def format(self) -> WeightFormat:
         state = _bnb.state_4bit(self.module)
-        block = "" if state.blocksize == 64 else f"/{state.blocksize}"
-        return f"{state.quant_type}{block}{'+double' if state.nested else ''}"
+        return WeightFormat(
+            state.quant_type, dtype_name(state.dtype), state.blocksize, bool(state.nested)
+        )
 
     def rows(self, start: int, stop: int) -> Tensor:
         n = self.shape[1]
@@ -78,7 +135,7 @@ class Weight8bit:
     """A `Linear8bitLt` weight; rows come in fp32."""
 
     module: nn.Module
-    format: str = "int8"
+    format: WeightFormat = WeightFormat("int8", "float32")
     dtype: torch.dtype = torch.float32
 
     def _codes(self) -> Tensor:
@@ -119,8 +176,8 @@ class WeightDense:
         return self.module.weight.device
 
     @property
-    def format(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def format(self) -> WeightFormat:
+        return WeightFormat("dense", dtype_name(self.dtype))
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.module.weight.detach()[start:stop]
@@ -132,6 +189,12 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
     Raises:
         UserError: the module is no Linear that leanlift can read; names it and says why.
     """
+    parameter = getattr(module, "weight", None)
+    if isinstance(parameter, Tensor) and parameter.device.type == "meta":
+        raise UserError(
+            f"{name} has no weights in memory (it is on the meta device or offloaded): load the "
+            "whole model onto one device."
+        )
     source = getattr(module, "source_cls", nn.Linear)
     if source is not nn.Linear:
         raise UserError(
@@ -163,14 +226,14 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
     )
 
 
-def nbytes_4bit(shape: tuple[int, int], blocksize: int = 64, double: bool = False) -> int:
-    """Bytes of a 4-bit weight and its scales (lookup tables, shared by all layers, excluded)."""
-    numel = shape[0] * shape[1]
-    blocks = -(-numel // blocksize)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double else 4 * blocks
-    return -(-numel // 2) + scales
+def requantize(weight: Tensor, fmt: WeightFormat, device: torch.device) -> RowTiles:
+    """Quantize a 16/32-bit weight [m, n] as stock transformers would have when loading it.
 
-
-def nbytes_8bit(shape: tuple[int, int]) -> int:
-    """Bytes of an INT8 weight and its fp32 row scales."""
-    return shape[0] * shape[1] + 4 * shape[0]
+    Returns its dequantized rows: bit-equal to the loaded model's on the same kind of device.
+    """
+    if fmt.kind == "dense":
+        return DenseTiles(weight.to(fmt.torch_dtype))
+    if fmt.kind == "int8":
+        return Weight8bit(_bnb.quantize_8bit(weight, device))
+    source = weight.to(fmt.torch_dtype)
+    return Weight4bit(_bnb.quantize_4bit(source, fmt.kind, fmt.blocksize, fmt.double, device))

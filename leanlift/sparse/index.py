@@ -26,6 +26,7 @@ from torch import Tensor
 
 SEGMENT = 255
 ANCHOR_ROWS = 64
+DECODE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,38 @@ class SegmentedIndex:
             counts=counts.to(torch.uint8).view(m, segments),
             anchors=anchors_of(counts.view(m, segments)),
         )
+
+    @classmethod
+    def from_parts(
+        cls, shape: tuple[int, int], columns: Tensor, counts: Tensor
+    ) -> SegmentedIndex:
+        """Rebuild an index from its stored tensors, which may come from anywhere.
+
+        Raises:
+            ValueError: they do not encode a sorted set of positions inside the matrix.
+        """
+        m, n = shape
+        segments = -(-n // SEGMENT)
+        if columns.dtype != torch.uint8 or columns.dim() != 1:
+            raise ValueError(f"expected columns as 1-D uint8, got {_describe(columns)}")
+        if counts.dtype != torch.uint8 or counts.shape != (m, segments):
+            raise ValueError(f"expected counts as uint8 [{m}, {segments}], got {_describe(counts)}")
+        total = int(counts.sum(dtype=torch.int64))
+        if total != columns.numel():
+            raise ValueError(f"counts say {total} entries, but there are {columns.numel()}")
+        index = cls(shape=shape, columns=columns, counts=counts, anchors=anchors_of(counts))
+        last_width = n - (segments - 1) * SEGMENT
+        for start in range(0, m, DECODE_ROWS):
+            stop = min(start + DECODE_ROWS, m)
+            flat = index.decode(start, stop)
+            first, last = index.span(start, stop)
+            in_last = (flat - index.columns[first:last]) % n == (segments - 1) * SEGMENT
+            limit = torch.where(in_last, last_width, SEGMENT)
+            if bool((index.columns[first:last] >= limit).any()):
+                raise ValueError("a column lies outside its segment")
+            if bool((flat.diff() <= 0).any()):
+                raise ValueError("the positions are not sorted or not distinct")
+        return index
 
     @property
     def count(self) -> int:
@@ -121,6 +154,10 @@ def anchors_of(counts: Tensor) -> Tensor:
     before = torch.zeros(per_row.numel() + 1, dtype=torch.int64)
     torch.cumsum(per_row, 0, out=before[1:])
     return torch.cat([before[:-1:ANCHOR_ROWS], before[-1:]])
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def index_nbytes(shape: tuple[int, int], count: int) -> int:

@@ -1,0 +1,152 @@
+"""Which base model an adapter belongs to.
+
+Offsets added to the wrong weights give a model that runs and talks nonsense, so every adapter
+carries a fingerprint of the base it was trained over, and loading and merging compare it first:
+
+* the names and shapes of the trained matrices,
+* the storage format of every quantized Linear (an adapter over NF4 is not one over INT8),
+* a digest of tensors that training leaves alone and that every form of the checkpoint has in
+  common: all norm weights and a sample of embedding rows, rounded to the dtype of loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanlift import _bnb
+from leanlift.errors import UserError
+from leanlift.quantized import WeightFormat, dtype_name, dtype_of, frozen_weight
+
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class BaseFingerprint:
+    """The identity of a base model.
+
+    Attributes:
+        name: where it was loaded from.
+        dtype: the dtype it was loaded in.
+        shapes: trained matrices, name -> (m, n).
+        formats: every trained or quantized Linear, name -> WeightFormat.
+        sampled: the tensors behind `digest`, by their names in the checkpoint.
+        digest: sha256 of their sampled contents.
+    """
+
+    name: str
+    dtype: str
+    shapes: dict[str, tuple[int, int]]
+    formats: dict[str, WeightFormat]
+    sampled: tuple[str, ...]
+    digest: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> BaseFingerprint:
+        return cls(
+            name=data["name"],
+            dtype=data["dtype"],
+            shapes={name: (m, n) for name, (m, n) in data["shapes"].items()},
+            formats={name: WeightFormat(**fmt) for name, fmt in data["formats"].items()},
+            sampled=tuple(data["sampled"]),
+            digest=data["digest"],
+        )
+
+
+def fingerprint(model: nn.Module, name: str, dtype: torch.dtype, targets: list[str]) -> BaseFingerprint:
+    """Take the fingerprint of a stock model, before anything is attached to it."""
+    modules = dict(model.named_modules())
+    read = {target: frozen_weight(modules[target], target) for target in targets}
+    formats = {target: weight.format for target, weight in read.items()}
+    for path, module in modules.items():
+        if path not in formats and (_bnb.is_linear4bit(module) or _bnb.is_linear8bit(module)):
+            formats[path] = frozen_weight(module, path).format
+    sampled = _sampled_names(model)
+    parameters = dict(model.named_parameters())
+    return BaseFingerprint(
+        name=name,
+        dtype=dtype_name(dtype),
+        shapes={target: weight.shape for target, weight in read.items()},
+        formats=formats,
+        sampled=sampled,
+        digest=digest_of(sampled, lambda key, rows: _sample(parameters[key], rows), dtype_name(dtype)),
+    )
+
+
+def digest_of(
+    names: tuple[str, ...], read: Callable[[str, int], Tensor], dtype: str
+) -> str:
+    """sha256 over the sampled rows of the named tensors, rounded to `dtype`.
+
+    Args:
+        names: tensors to read.
+        read: gives at most that many evenly spaced rows of a tensor (all of a 1-D one).
+        dtype: the dtype the base is loaded in.
+    """
+    digest = hashlib.sha256()
+    for name in names:
+        rows = read(name, SAMPLED_ROWS).detach().to(dtype_of(dtype)).float().cpu().contiguous()
+        digest.update(name.encode())
+        digest.update(rows.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sampled_rows(size: int, rows: int) -> list[int]:
+    """Evenly spaced row numbers, at most `rows` of them."""
+    return sorted({round(i * (size - 1) / max(1, rows - 1)) for i in range(min(rows, size))})
+
+
+def check_same_base(adapter: BaseFingerprint, model: BaseFingerprint) -> None:
+    """Compare an adapter's fingerprint with a loaded model's.
+
+    Raises:
+        UserError: they differ; says in what.
+    """
+    for name, shape in adapter.shapes.items():
+        if model.shapes.get(name) != shape:
+            raise UserError(
+                f"this adapter was trained on {adapter.name}, whose {name} is "
+                f"{shape[0]}x{shape[1]}; the loaded model ({model.name}) has "
+                f"{model.shapes.get(name, 'no such Linear')}: load the adapter's own base."
+            )
+        if model.formats[name] != adapter.formats[name]:
+            raise UserError(
+                f"this adapter was trained over {name} in {adapter.formats[name]} "
+                f"({adapter.formats[name].dtype}); the loaded model has it in "
+                f"{model.formats[name]} ({model.formats[name].dtype}): load the base in the same "
+                "format, or merge the adapter first."
+            )
+    if (model.sampled, model.digest) != (adapter.sampled, adapter.digest):
+        raise UserError(
+            f"this adapter was trained on {adapter.name} loaded in {adapter.dtype}; the loaded "
+            f"model ({model.name}, {model.dtype}) has the same shapes but other weights: load the "
+            "adapter's own base."
+        )
+
+
+def _sampled_names(model: nn.Module) -> tuple[str, ...]:
+    """All 1-D weights (norms) and the input embedding, sorted."""
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 and name.endswith(".weight")
+    ]
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    if get_embedding is not None:
+        weight = get_embedding().weight
+        names += [name for name, parameter in model.named_parameters() if parameter is weight]
+    return tuple(sorted(names))
+
+
+def _sample(tensor: Tensor, rows: int) -> Tensor:
+    if tensor.dim() == 1:
+        return tensor
+    return tensor[sampled_rows(tensor.shape[0], rows)]

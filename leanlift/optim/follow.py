@@ -1,0 +1,114 @@
+"""Moving Adam's moments along with the entries they belong to.
+
+The values of a layer are one 1-D Parameter, so any optimizer keeps compact state by
+construction. When a refresh replaces entries, the state must be re-sorted in the same way:
+survivors keep their moments, and newcomers need a start.
+
+A newcomer with zero moments under an old step count is dangerous: bias correction is long over,
+so its first updates are up to (1 - β1^t) / sqrt(1 - β2^t) times the learning rate, which reaches
+6.6 for β = (0.9, 0.999). Newcomers therefore start with a zero first moment and the *largest*
+second moment of their matrix: for a gradient no larger than the largest that the matrix has been
+seeing, the update stays at or below what an old entry would do, and the second moment then decays
+to the newcomer's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from leanlift import _bnb
+from leanlift.errors import UserError
+
+
+class Moments(Protocol):
+    """Read and write the two moments in one parameter's optimizer state, as fp32."""
+
+    def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]: ...
+
+    def write(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None: ...
+
+
+class _TorchMoments:
+    def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def write(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None:
+        state["exp_avg"].copy_(first)
+        state["exp_avg_sq"].copy_(second)
+
+
+class _BnbMoments:
+    def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return _bnb.read_moment(state, 1), _bnb.read_moment(state, 2)
+
+    def write(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None:
+        _bnb.write_moment(state, 1, first)
+        _bnb.write_moment(state, 2, second)
+
+
+def check_followable(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state a mask refresh could not move.
+
+    Raises:
+        UserError: anything but torch's Adam/AdamW (without amsgrad) and bitsandbytes' Adam/AdamW.
+    """
+    _moments_of(_unwrap(optimizer))
+
+
+@torch.no_grad()
+def follow_entries(optimizer: Optimizer, parameter: nn.Parameter, source: Tensor) -> None:
+    """Re-sort the moments of `parameter` after a mask change.
+
+    Args:
+        optimizer: the optimizer, possibly wrapped by accelerate.
+        parameter: the values of one layer, [k].
+        source: int64 [k]; for each entry now, the place it had before, -1 for a newcomer.
+    """
+    optimizer = _unwrap(optimizer)
+    state = optimizer.state.get(parameter)
+    if not state:  # no step has been taken yet
+        return
+    moments = _moments_of(optimizer)
+    first, second = moments.read(state)
+    stays = source >= 0
+    place = source.clamp_min(0)
+    moments.write(
+        state,
+        torch.where(stays, first[place], first.new_zeros(())),
+        torch.where(stays, second[place], second.max()),
+    )
+
+
+def state_nbytes(optimizer: Optimizer | None) -> int:
+    """Bytes of all tensors in the optimizer's state, shared lookup tables counted once."""
+    if optimizer is None:
+        return 0
+    tensors = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for state in _unwrap(optimizer).state.values()
+        for tensor in state.values()
+        if isinstance(tensor, Tensor)
+    }
+    return sum(tensors.values())
+
+
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    """What accelerate's wrapper holds, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, Optimizer) else optimizer
+
+
+def _moments_of(optimizer: Optimizer) -> Moments:
+    amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and not amsgrad:
+        return _TorchMoments()
+    if _bnb.is_adam_8bit(optimizer) and not amsgrad:
+        return _BnbMoments()
+    raise UserError(
+        f"a mask refresh cannot move the state of {type(optimizer).__name__}: use optim=adamw_torch "
+        "or optim=adamw_8bit, or set refresh_interval=0."
+    )
