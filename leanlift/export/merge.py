@@ -1,0 +1,306 @@
+"""Adding what was learned to a base checkpoint, tensor by tensor.
+
+The result is an ordinary 16- or 32-bit checkpoint that any tool can serve. There are two honest
+choices of what to add to:
+
+* `onto="original"`: the 16-bit weights of the base checkpoint plus the offsets. What training
+  learned, on weights without quantization error.
+* `onto="quantized"`: D(Q) plus the offsets: exactly the model that was trained and measured. Each
+  quantized Linear of the base is quantized again as it was at loading.
+
+One tensor is in memory at a time, and of the merged ones only row tiles. The output appears under
+its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from leanlift.adapter import Adapter, LayerOffsets, open_adapter
+from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_json, write_json
+from leanlift.errors import UserError
+from leanlift.export.source import SourceTensor, open_checkpoint
+from leanlift.fingerprint import digest_of
+from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
+from leanlift.tiles import RowTiles, row_ranges, tile_rows
+
+ONTO = ("original", "quantized")
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written: where, from which base, in which dtype, and how much."""
+
+    output: str
+    base: str
+    onto: str
+    dtype: str
+    merged: int
+    tensors: int
+    nbytes: int
+
+
+def merge_adapter(
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    dtype: str = "float16",
+    onto: str = "original",
+    max_shard_size: str | int = "5GB",
+    progress: bool = True,
+) -> MergeReport:
+    """Write base + adapter as a plain checkpoint.
+
+    Args:
+        adapter: a directory from `save_adapter` or a training run.
+        output: a new directory.
+        base: the base checkpoint, a directory or a hub name; by default the one the adapter
+            was trained on.
+        dtype: of the merged weights: "float16", "bfloat16" or "float32".
+        onto: "original" or "quantized", see above.
+        max_shard_size: as in `save_pretrained`.
+        progress: whether to show a bar over the tensors.
+
+    Raises:
+        UserError: a damaged adapter, another base, a quantized base checkpoint, a value that
+            overflows the dtype, an output that exists. Nothing is left behind then.
+    """
+    if onto not in ONTO:
+        raise UserError(f"expected onto to be one of {ONTO}, got {onto!r}.")
+    target, shard_bytes, out = dtype_of(dtype), _parse_size(max_shard_size), Path(output)
+    with open_adapter(adapter) as opened:
+        source_dir = resolve_base(base if base is not None else opened.base.name)
+        with open_checkpoint(source_dir) as tensors:
+            config = read_json(source_dir / "config.json")
+            _check_base(opened, tensors, config, source_dir)
+            plan = _plan(opened, tensors)
+            specs = [
+                TensorSpec(name, t.shape, target if t.dtype.is_floating_point else t.dtype)
+                for name, t in tensors.items()
+            ]
+            with new_directory(out) as partial:
+                with ShardedWriter(partial, specs, shard_bytes) as writer:
+                    for name, tensor in tqdm(
+                        tensors.items(), desc="Merging", unit="tensor", disable=not progress
+                    ):
+                        merge = _Merge(opened, plan.get(name), onto, target)
+                        writer.write(name, merge.pieces(tensor))
+                _carry_over(source_dir, Path(adapter), partial, config, dtype)
+    return MergeReport(
+        output=str(out),
+        base=str(source_dir),
+        onto=onto,
+        dtype=dtype,
+        merged=sum(1 for module in plan.values() if module in opened.base.shapes),
+        tensors=len(specs),
+        nbytes=sum(spec.nbytes for spec in specs),
+    )
+
+
+def resolve_base(base: str | Path) -> Path:
+    """A local directory, or the local snapshot of a hub name.
+
+    Raises:
+        UserError: neither.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        return Path(
+            snapshot_download(str(base), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the base {base} is neither a directory nor a model that can be had from the hub "
+            f"({reason.rstrip('.')}): name the base checkpoint with --base."
+        ) from None
+
+
+class _Merge:
+    """How one tensor of the base becomes one tensor of the output."""
+
+    def __init__(self, adapter: Adapter, module: str | None, onto: str, dtype: torch.dtype) -> None:
+        self.adapter = adapter
+        self.module = module
+        self.quantized = onto == "quantized"
+        self.dtype = dtype
+
+    def pieces(self, tensor: SourceTensor) -> Iterator[Tensor]:
+        """Consecutive row pieces of the merged tensor, in the output's dtype."""
+        if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
+            yield self._cast(self._as_loaded(tensor.whole()), tensor)
+            return
+        offsets = None
+        if self.module in self.adapter.base.shapes:
+            offsets = self.adapter.layer(self.module)
+        rows: RowTiles = tensor  # type: ignore[assignment]
+        if self.quantized and self.module is not None:
+            fmt = self.adapter.base.formats[self.module]
+            rows = _requantized(tensor, fmt, self.adapter.base.dtype)
+        yield from self._row_pieces(tensor, rows, offsets)
+
+    def _row_pieces(
+        self, tensor: SourceTensor, rows: RowTiles, offsets: LayerOffsets | None
+    ) -> Iterator[Tensor]:
+        width = tensor.shape[1]
+        for extra in tensor.shape[2:]:
+            width *= extra
+        for start, stop in row_ranges(tensor.shape[0], tile_rows(width, 4)):
+            piece = rows.rows(start, stop)
+            if self.module is None:
+                piece = self._as_loaded(piece)
+            if offsets is not None:
+                piece = piece.to(torch.float32, copy=True)
+                offsets.add_to_(piece, start, stop)
+            yield self._cast(piece, tensor)
+
+    def _as_loaded(self, piece: Tensor) -> Tensor:
+        """Rounded to the dtype of loading, where the trained model is what is wanted."""
+        if self.quantized and piece.is_floating_point():
+            return piece.to(dtype_of(self.adapter.base.dtype))
+        return piece
+
+    def _cast(self, piece: Tensor, tensor: SourceTensor) -> Tensor:
+        if not piece.is_floating_point() or piece.dtype == self.dtype:
+            return piece
+        cast = piece.to(self.dtype)
+        if self.dtype == torch.float16 and bool((cast.isinf() & piece.isfinite()).any()):
+            largest = float(piece[piece.isfinite()].abs().max())
+            raise UserError(
+                f"{tensor.name} holds {largest:.6g}, more than float16 can (65504): "
+                "use dtype=bfloat16."
+            )
+        return cast
+
+
+def _requantized(tensor: SourceTensor, fmt: WeightFormat, loaded: str) -> RowTiles:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return requantize(tensor.whole().to(dtype_of(loaded)), fmt, device)
+
+
+def _plan(adapter: Adapter, tensors: dict[str, SourceTensor]) -> dict[str, str]:
+    """Which checkpoint tensor belongs to which Linear of the adapter's base: name -> module.
+
+    Raises:
+        UserError: a trained matrix that the checkpoint lacks or has in another shape.
+    """
+    plan: dict[str, str] = {}
+    for module in adapter.base.formats:
+        name = _locate(f"{module}.weight", tensors)
+        if name is None and module in adapter.base.shapes:
+            raise UserError(
+                f"the base has no tensor {module}.weight, on which {adapter.directory} was trained: "
+                "it is another model, or its file layout differs from the loaded model's."
+            )
+        if name is None:
+            continue
+        shape = adapter.base.shapes.get(module)
+        if shape is not None and tensors[name].shape != shape:
+            raise UserError(
+                f"{name} of the base is {tensors[name].shape}; the adapter was trained on {shape}: "
+                "it is another model."
+            )
+        plan[name] = module
+    return plan
+
+
+def _locate(name: str, tensors: dict[str, SourceTensor]) -> str | None:
+    """A tensor by its name in the live model; a bare backbone's checkpoint lacks the prefix."""
+    for candidate in (name, name.removeprefix("model."), f"model.{name}"):
+        if candidate in tensors:
+            return candidate
+    return None
+
+
+def _check_base(
+    adapter: Adapter, tensors: dict[str, SourceTensor], config: dict[str, Any], directory: Path
+) -> None:
+    """Refuse a quantized checkpoint and one that is not the adapter's base."""
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
+            "made from with --base."
+        )
+    base = adapter.base
+    located = {name: _locate(name, tensors) for name in base.sampled}
+    missing = [name for name, found in located.items() if found is None]
+    if not missing:
+
+        def read(name: str, rows: int) -> Tensor:
+            return tensors[located[name] or name].sample(rows)
+
+        if digest_of(base.sampled, read, base.dtype) == base.digest:
+            return
+    raise UserError(
+        f"{adapter.directory} was trained on {base.name}; {directory} "
+        + (f"has no tensor {missing[0]}" if missing else "has other weights")
+        + ": name the adapter's own base with --base."
+    )
+
+
+def _carry_over(
+    source: Path, adapter: Path, output: Path, config: dict[str, Any], dtype: str
+) -> None:
+    """config.json with the new dtype, and every small file of the base; the adapter's tokenizer
+    and chat template win, being what was trained with."""
+    for file in sorted(source.iterdir()):
+        skip = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if file.is_file() and not skip and not file.name.startswith((".", "README")):
+            shutil.copyfile(file, output / file.name)
+    for name in TOKENIZER_FILES:
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, output / name)
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    _set_dtype(config, dtype)
+    write_json(output / "config.json", config)
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    config.pop("torch_dtype", None)
+    config["dtype"] = dtype_name(dtype_of(dtype))
+    for value in config.values():
+        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            _set_dtype(value, dtype)
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _parse_size(size: str | int) -> int:
+    """Bytes from "2GB" (decimal) or "2GiB" (binary), as save_pretrained reads them."""
+    if isinstance(size, int):
+        return size
+    text = size.strip().upper()
+    for unit in sorted(UNITS, key=len, reverse=True):
+        number = text.removesuffix(unit)
+        if number != text:
+            try:
+                return int(float(number) * UNITS[unit])
+            except ValueError:
+                break
+    raise UserError(f'expected a shard size such as "2GB" or "500MB", got {size!r}.')

@@ -1,0 +1,92 @@
+"""A base checkpoint on disk, read by rows, without transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from leanlift.checkpoint import SAFETENSORS_DTYPES, open_tensors, read_json
+from leanlift.errors import UserError
+from leanlift.fingerprint import sampled_rows
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of the checkpoint; as RowTiles where it is 2-D."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    _slice: Any
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self._slice[start:stop]
+
+    def whole(self) -> Tensor:
+        return self._slice[...] if self.shape else self._slice[:]
+
+    def sample(self, rows: int) -> Tensor:
+        """At most `rows` evenly spaced rows; all of a 1-D tensor."""
+        if len(self.shape) == 1:
+            return self._slice[:]
+        return torch.cat([self._slice[i : i + 1] for i in sampled_rows(self.shape[0], rows)])
+
+
+@contextmanager
+def open_checkpoint(directory: Path) -> Iterator[dict[str, SourceTensor]]:
+    """All tensors of a safetensors checkpoint, by name, in file order.
+
+    Raises:
+        UserError: no checkpoint, only pickle files, or a shard missing or cut off.
+    """
+    if (directory / INDEX).is_file():
+        weight_map = read_json(directory / INDEX).get("weight_map", {})
+        files = list(dict.fromkeys(weight_map.values()))
+    elif (directory / WEIGHTS).is_file():
+        weight_map, files = None, [WEIGHTS]
+    elif list(directory.glob("*.bin")) or list(directory.glob("*.pth")):
+        raise UserError(
+            f"{directory} holds only pickled weights (.bin), which leanlift does not open: save it "
+            "again with save_pretrained, which writes safetensors."
+        )
+    else:
+        raise UserError(
+            f"{directory} holds no checkpoint: expected {WEIGHTS} or {INDEX} with its shards."
+        )
+    tensors: dict[str, SourceTensor] = {}
+    with ExitStack() as stack:
+        for file in files:
+            handle = stack.enter_context(open_tensors(directory / file))
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                tensors[name] = _source(handle, name, directory / file)
+        missing = sorted(set(weight_map or ()) - set(tensors))
+        if missing:
+            raise UserError(
+                f"{directory / INDEX} names {missing[0]}, which no shard holds: the checkpoint is "
+                "only half there; fetch it again."
+            )
+        yield tensors
+
+
+def _source(handle: Any, name: str, path: Path) -> SourceTensor:
+    try:
+        part = handle.get_slice(name)
+        dtype = TORCH_DTYPES[part.get_dtype()]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{name} in {path} cannot be read: {error!r}.") from None
+    return SourceTensor(name, tuple(part.get_shape()), dtype, part)
