@@ -151,6 +151,18 @@ def quantize_8bit(weight: Tensor, device: torch.device) -> nn.Module:
     return module
 
 
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """All tensors that hold the weight of a bitsandbytes Linear, lookup tables included."""
+    if is_linear4bit(module):
+        state = state_4bit(module)
+        held = [cast(Any, module).weight.data, state.absmax, state.code]
+        if state.nested:
+            held += [state.offset, state.state2.absmax, state.state2.code]
+        return held
+    state8 = state_8bit(module)
+    return [cast(Any, module).weight.data, *(state8 or ())]
+
+
 # --- 8-bit optimizer state -----------------------------------------------------------------
 
 

@@ -59,38 +59,25 @@ class Scratch:
         return memo.setdefault(id(self), Scratch())
 
 
-class LiftLinear(nn.Module):
-    """A frozen Linear with trainable offsets at chosen positions.
+class FrozenLinear(nn.Module):
+    """A Linear whose weight is dequantized into the shared scratch for each use.
+
+    Stands in for quantized Linears that are not trained, so that none of bitsandbytes' own
+    forwards runs in a leanlift model (its CPU path repacks the weight and then reads it wrongly).
 
     Args:
         base: the module that holds the frozen weight and bias; its own forward is never called.
         weight: the same weight as RowTiles, dequantized.
-        index: the active positions.
         scratch: shared by all layers of a model.
-
-    Attributes:
-        values: fp32 Parameter [k], the active offsets in the order of `index`; zero at first.
-        settled_index, settled_values: offsets that a mask change took out of training; they stay
-            part of the effective weight. None while there are none.
 
     The dtype of the computation is the one autocast asks for, else the dtype of x.
     """
 
-    settled_values: Tensor | None
-
-    def __init__(
-        self, base: nn.Module, weight: RowTiles, index: SegmentedIndex, scratch: Scratch
-    ) -> None:
+    def __init__(self, base: nn.Module, weight: RowTiles, scratch: Scratch) -> None:
         super().__init__()
-        if index.shape != weight.shape:
-            raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
         self.base = base
         self.weight_tiles = weight
-        self.index = index
         self.scratch = scratch
-        self.values = nn.Parameter(torch.zeros(index.count, device=weight.device))
-        self.settled_index: SegmentedIndex | None = None
-        self.register_buffer("settled_values", None)
 
     @property
     def out_features(self) -> int:
@@ -105,30 +92,72 @@ class LiftLinear(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return bias
 
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
+        return _Multiply.apply(x, None, self)
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """The effective weight [m, n] in the shared scratch: valid until its next use."""
+        m, n = self.weight_tiles.shape
+        weight = self.scratch.take(m, n, dtype, self.weight_tiles.device)
+        for start, stop in row_ranges(m, tile_rows(n, 4)):
+            rows = weight[start:stop]
+            rows.copy_(self.weight_tiles.rows(start, stop))
+            self.add_offsets_(rows, start, stop)
+        return weight
+
+    def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
+        """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place: none here."""
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """x in the dtype of the computation."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected an input [..., {self.in_features}], got {tuple(x.shape)}")
+        if torch.is_autocast_enabled(x.device.type):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+class LiftLinear(FrozenLinear):
+    """A frozen Linear with trainable offsets at chosen positions.
+
+    Args:
+        base, weight, scratch: as for `FrozenLinear`.
+        index: the active positions.
+
+    Attributes:
+        values: fp32 Parameter [k], the active offsets in the order of `index`; zero at first.
+        settled_index, settled_values: offsets that a mask change took out of training; they stay
+            part of the effective weight. None while there are none.
+    """
+
+    settled_values: Tensor | None
+
+    def __init__(
+        self, base: nn.Module, weight: RowTiles, index: SegmentedIndex, scratch: Scratch
+    ) -> None:
+        super().__init__(base, weight, scratch)
+        if index.shape != weight.shape:
+            raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
+        self.index = index
+        self.values = nn.Parameter(torch.zeros(index.count, device=weight.device))
+        self.settled_index: SegmentedIndex | None = None
+        self.register_buffer("settled_values", None)
+
     @property
     def effective(self) -> EffectiveTiles:
         """W_eff = D(Q) + settled + active offsets, as RowTiles in fp32."""
         return EffectiveTiles(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"expected an input [..., {self.in_features}], got {tuple(x.shape)}")
+        x = self._checked(x)
         carrier = None
         if torch.is_grad_enabled() and self.values.requires_grad:
             carrier = _KeepInput.apply(x, self.values, self)
         return _Multiply.apply(x, carrier, self)
-
-    def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """The effective weight [m, n] in the shared scratch: valid until its next use."""
-        m, n = self.weight_tiles.shape
-        weight = self.scratch.take(m, n, dtype, self.values.device)
-        for start, stop in row_ranges(m, tile_rows(n, 4)):
-            rows = weight[start:stop]
-            rows.copy_(self.weight_tiles.rows(start, stop))
-            self.add_offsets_(rows, start, stop)
-        return weight
 
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place."""
@@ -231,7 +260,7 @@ class _Multiply(torch.autograd.Function):
     """y = x W_eff^T + bias. Keeps nothing: W_eff is rebuilt for the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: LiftLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: FrozenLinear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
         bias = layer.bias
         weight = layer.effective_weight(x.dtype)

@@ -226,6 +226,15 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
     )
 
 
+def weight_tensors(module: nn.Module) -> list[Tensor]:
+    """Every tensor in which a Linear of any supported kind keeps its weight."""
+    if _bnb.is_linear4bit(module) or _bnb.is_linear8bit(module):
+        return _bnb.tensors_of(module)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return [weight.data]
+
+
 def requantize(weight: Tensor, fmt: WeightFormat, device: torch.device) -> RowTiles:
     """Quantize a 16/32-bit weight [m, n] as stock transformers would have when loading it.
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, fingerprint
-from leanlift.layer import LiftLinear, Scratch
+from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.model.targets import find_targets
 from leanlift.quantized import frozen_weight
 from leanlift.selection import selection
@@ -99,8 +99,8 @@ def attach(
         raise UserError("this model has leanlift layers already: load the base again to start over.")
     targets = find_targets(model, config.target_modules)
     modules = dict(model.named_modules())
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    base = fingerprint(model, name, _dtype(model), targets)
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    base = fingerprint(model, source, _dtype(model), targets)
     accept(base)
     for target in targets:  # before the first change, so that a refusal changes nothing
         config.count(base.shapes[target], target)
@@ -112,11 +112,12 @@ def attach(
 
     model.requires_grad_(False)
     scratch = Scratch()
-    for target, index in indices.items():
-        module = modules[target]
-        model.set_submodule(
-            target, LiftLinear(module, frozen_weight(module, target), index, scratch)
-        )
+    for name, module in modules.items():
+        if name in indices:
+            weight = frozen_weight(module, name)
+            model.set_submodule(name, LiftLinear(module, weight, indices[name], scratch))
+        elif name in base.formats:  # quantized, but not trained
+            model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
     _own_base(model)
     holder: Any = model
     holder.leanlift = LiftState(config, base, scratch)
@@ -147,9 +148,10 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print trained entries, weights in all, and their share."""
     layers = lift_layers(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seen = {id(p) for layer in layers.values() for p in (layer.base.weight, layer.values)}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in seen)
-    total += sum(layer.in_features * layer.out_features for layer in layers.values())
+    frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)]
+    apart = {id(layer.base.weight) for layer in frozen} | {id(m.values) for m in layers.values()}
+    total = sum(p.numel() for p in model.parameters() if id(p) not in apart)
+    total += sum(layer.in_features * layer.out_features for layer in frozen)
     print(
         f"trainable params: {trainable:,} || all params: {total:,} || "
         f"trainable%: {100 * trainable / total:.4f}"
