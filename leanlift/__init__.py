@@ -1,5 +1,53 @@
-"""leanlift: fine-tune a 7B language model on one consumer GPU."""
+"""leanlift: fine-tune a 7B language model on one consumer GPU.
+
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=...)  # stock
+    model = get_lift_model(model, LiftConfig(density=0.05))
+    LiftTrainer(model=model, args=SFTConfig(...), train_dataset=rows, processing_class=tok).train()
+    save_adapter(model, "adapter")
+    merge_adapter("adapter", "merged", dtype="float16")
+
+The names below are imported when they are first used, so that `leanlift --help` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from leanlift._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from leanlift.config import LiftConfig
+    from leanlift.errors import UserError
+    from leanlift.export import merge_adapter
+    from leanlift.model import get_lift_model, load_adapter, refresh, save_adapter
+    from leanlift.training import LiftTrainer
+
+__all__ = [
+    "LiftConfig",
+    "LiftTrainer",
+    "UserError",
+    "__version__",
+    "get_lift_model",
+    "load_adapter",
+    "merge_adapter",
+    "refresh",
+    "save_adapter",
+]
+
+_HOMES = {
+    "LiftConfig": "leanlift.config",
+    "LiftTrainer": "leanlift.training",
+    "UserError": "leanlift.errors",
+    "get_lift_model": "leanlift.model",
+    "load_adapter": "leanlift.model",
+    "merge_adapter": "leanlift.export",
+    "refresh": "leanlift.model",
+    "save_adapter": "leanlift.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'leanlift' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

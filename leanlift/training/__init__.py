@@ -1,6 +1,19 @@
-"""Training with TRL and HF Trainer: data formats, the trainer, its callbacks."""
+"""Training with TRL and HF Trainer: data formats, the trainer, its callbacks, whole runs."""
 
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import load_rows, to_examples
+from leanlift.training.memory import MemoryCallback
+from leanlift.training.run import RunResult, run
 from leanlift.training.trainer import LiftTrainer, last_whole_checkpoint
 
-__all__ = ["LiftTrainer", "last_whole_checkpoint", "load_rows", "to_examples"]
+__all__ = [
+    "LiftSFTConfig",
+    "LiftTrainer",
+    "MemoryCallback",
+    "RunArguments",
+    "RunResult",
+    "last_whole_checkpoint",
+    "load_rows",
+    "run",
+    "to_examples",
+]

@@ -1,0 +1,136 @@
+"""The command line: `leanlift demo | train | export | report`.
+
+An error that a user can cause ends in one sentence on stderr and exit code 2; `--debug` shows
+the traceback. Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from leanlift._version import __version__
+from leanlift.errors import UserError
+
+EXIT_USER_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    _quiet_libraries()
+    try:
+        if arguments[:1] == ["train"]:
+            from leanlift.cli.train import train_command
+
+            return train_command(arguments[1:])
+        options = build_parser().parse_args(arguments)
+        return int(options.run(options))
+    except UserError as error:
+        if debug:
+            raise
+        print(f"leanlift: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("leanlift: interrupted.", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command but `train`, whose options come from dataclasses."""
+    parser = argparse.ArgumentParser(
+        prog="leanlift",
+        description="Fine-tune a 7B language model on one consumer GPU: a frozen 4-bit base, 5 % "
+        "principal weights trained in a compact sparse store, a merged fp16 checkpoint at the end.",
+        epilog="Start with 'leanlift demo'. --debug shows the traceback of an error.",
+    )
+    parser.add_argument("--version", action="version", version=f"leanlift {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="the whole path on a small built-in model, on a CPU")
+    demo.add_argument("--output_dir", default="leanlift-demo", help="where the results go")
+    demo.set_defaults(run=_demo)
+
+    commands.add_parser("train", help="fine-tune a model", add_help=False)
+
+    export = commands.add_parser(
+        "export",
+        help="merge an adapter into a plain checkpoint",
+        description="Add an adapter's offsets to its base and write an ordinary checkpoint. "
+        "--onto original adds them to the 16-bit weights of the base; --onto quantized writes "
+        "exactly the model that was trained, D(Q) + offsets, quantization error included.",
+    )
+    export.add_argument("adapter", help="directory of an adapter: a run's output_dir or a checkpoint")
+    export.add_argument("output", help="new directory for the merged checkpoint")
+    export.add_argument("--base", help="the base checkpoint; default: the one trained on")
+    export.add_argument("--dtype", default="float16", help="float16 (default), bfloat16 or float32")
+    export.add_argument(
+        "--onto", default="original", help="original (default) or quantized, see above"
+    )
+    export.add_argument("--max_shard_size", default="5GB", help='e.g. "2GB"')
+    export.set_defaults(run=_export)
+
+    report = commands.add_parser("report", help="print where the memory of a run went")
+    report.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")
+    report.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from leanlift.demo import demo
+
+    demo(options.output_dir)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    import torch
+
+    from leanlift.export import merge_adapter
+    from leanlift.memory import MemoryMeter, human
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    meter = MemoryMeter(device)
+    with meter.phase("export", follow=True) as peak:
+        merged = merge_adapter(
+            options.adapter,
+            options.output,
+            base=options.base,
+            dtype=options.dtype,
+            onto=options.onto,
+            max_shard_size=options.max_shard_size,
+        )
+    choice = "the 16-bit weights of" if merged.onto == "original" else "the dequantized weights of"
+    print(
+        f"Wrote {merged.output}: {merged.merged} matrices merged onto {choice} {merged.base}, "
+        f"{merged.tensors} tensors, {human(merged.nbytes)} in {merged.dtype}; "
+        f"peak {human(peak.tensors)} of tensors, {peak.seconds:.1f} s."
+    )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    import json
+
+    from leanlift.memory import format_report, load_report
+
+    report = load_report(options.run_dir)
+    print(json.dumps(report, indent=2) if options.json else format_report(report))
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Our own log on stderr; no warnings of libraries about things the user cannot change."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("leanlift").setLevel(logging.INFO)
+    # An optional kernel of bitsandbytes' CPU forward, which leanlift never calls.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,127 @@
+"""What `leanlift train` can be told: names as the ecosystem has them, defaults from the paper.
+
+Two dataclasses: `RunArguments` (base, data, what to train, where to merge) and `LiftSFTConfig`,
+TRL's SFTConfig with other defaults, which holds everything about the training loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from leanlift.config import ALL_LINEAR, LiftConfig
+
+
+@dataclass
+class RunArguments:
+    """The base, the data and the mask of a run."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "the base: a directory with a 16-bit checkpoint, or a hub name"}
+    )
+    dataset_name: str = field(
+        metadata={
+            "help": "training rows: a .json, .jsonl or .parquet file, or a hub name; columns "
+            "messages | prompt, completion | instruction, input, output | text"
+        }
+    )
+    dataset_split: str = field(
+        default="train", metadata={"help": "split of a hub dataset to train on"}
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "rows to evaluate on, like dataset_name"}
+    )
+    eval_dataset_split: str = field(
+        default="test", metadata={"help": "split of a hub dataset to evaluate on"}
+    )
+    load_in_4bit: bool = field(
+        default=True, metadata={"help": "hold the base in 4 bits (the default)"}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "hold the base in INT8 instead"})
+    bnb_4bit_quant_type: str = field(default="nf4", metadata={"help": "nf4 or fp4"})
+    bnb_4bit_use_double_quant: bool = field(
+        default=True, metadata={"help": "quantize the scales of the 4-bit weights too"}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of everything that is not quantized: bfloat16, float16 or float32; "
+            "default bfloat16 on a GPU, float32 on a CPU"
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "as in from_pretrained, e.g. sdpa or flash_attention_2"}
+    )
+    density: float = field(
+        default=LiftConfig.density,
+        metadata={"help": "share of each target matrix that is trained"},
+    )
+    rank_budget: int | None = field(
+        default=None,
+        metadata={"help": "r: train r·(m+n) entries per matrix, as a rank-r LoRA; replaces density"},
+    )
+    approx_rank: int = field(
+        default=LiftConfig.approx_rank,
+        metadata={"help": "R: rank of the approximation whose largest entries are trained"},
+    )
+    refresh_interval: int = field(
+        default=LiftConfig.refresh_interval,
+        metadata={"help": "choose the mask again every so many steps; 0: never"},
+    )
+    selector: str = field(
+        default=LiftConfig.selector, metadata={"help": "principal, magnitude or random"}
+    )
+    target_modules: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR],
+        metadata={"help": "all-linear, or endings of module names, e.g. q_proj v_proj"},
+    )
+    selection_seed: int = field(
+        default=LiftConfig.selection_seed, metadata={"help": "seed of the selection"}
+    )
+    merged_dir: str | None = field(
+        default=None,
+        metadata={"help": "after training, also write the merged fp16 checkpoint there"},
+    )
+    merge_onto: str = field(
+        default="original",
+        metadata={
+            "help": "original: offsets onto the 16-bit checkpoint; quantized: exactly the model "
+            "that was trained"
+        },
+    )
+
+    def lift_config(self) -> LiftConfig:
+        """The LiftConfig these arguments describe."""
+        everything = self.target_modules == [ALL_LINEAR]
+        return LiftConfig(
+            density=self.density,
+            rank_budget=self.rank_budget,
+            approx_rank=self.approx_rank,
+            refresh_interval=self.refresh_interval,
+            selector=self.selector,
+            target_modules=ALL_LINEAR if everything else tuple(self.target_modules),
+            selection_seed=self.selection_seed,
+        )
+
+
+@dataclass
+class LiftSFTConfig(SFTConfig):
+    """SFTConfig with the paper's training settings as defaults (arXiv 2506.00772, appendix)."""
+
+    output_dir: str | None = field(
+        default="leanlift-output", metadata={"help": "adapter, checkpoints and reports go there"}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    adam_beta2: float = field(default=0.95, metadata={"help": "decay of the second moment"})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
+    optim: str = field(
+        default="adamw_torch",
+        metadata={"help": "adamw_torch (fp32 state) or adamw_8bit"},
+    )
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "warm-up in steps, or below 1 as a share of all steps"}
+    )
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "where Trainer logs to, e.g. tensorboard or wandb"}
+    )

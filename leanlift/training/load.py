@@ -1,0 +1,76 @@
+"""Loading the base with stock transformers; every way in which that fails is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from leanlift.errors import UserError
+from leanlift.export.source import open_checkpoint
+from leanlift.quantized import dtype_of
+from leanlift.training.arguments import RunArguments
+
+
+def load_base(
+    args: RunArguments, device: torch.device, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """The base model, quantized as asked for, and its tokenizer.
+
+    Raises:
+        UserError: missing, half-downloaded or damaged checkpoint, unknown model type, missing
+            tokenizer, contradictory settings.
+    """
+    name = args.model_name_or_path
+    path = Path(name).expanduser()
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise UserError(f"the base {name} does not exist: expected a checkpoint directory or hub name.")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"the base {name} has no config.json: it is no checkpoint directory.")
+        with open_checkpoint(path):  # headers only: finds missing and cut-off shards
+            pass
+    dtype = dtype_of(args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        prequantized = getattr(config, "quantization_config", None) is not None
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            quantization_config=None if prequantized else quantization(args, dtype),
+            device_map={"": device.index or 0} if device.type == "cuda" else None,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"the base {name} cannot be loaded: {reason.rstrip('.')}.") from error
+    if getattr(tokenizer, "eos_token", None) is None:
+        raise UserError(
+            f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its "
+            "tokenizer_config.json, or the model would never learn to stop."
+        )
+    return model, tokenizer
+
+
+def quantization(args: RunArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The bitsandbytes configuration that the arguments ask for."""
+    if args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not args.load_in_4bit:
+        return None
+    if args.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise UserError(f"expected bnb_4bit_quant_type nf4 or fp4, got {args.bnb_4bit_quant_type!r}.")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )

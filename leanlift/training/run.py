@@ -1,0 +1,133 @@
+"""One training run from start to end: load, select, train, save, merge, report."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanlift.errors import UserError
+from leanlift.export import MergeReport, merge_adapter
+from leanlift.memory import MemoryMeter, MemoryReport, save_report, static_categories
+from leanlift.model import get_lift_model, lift_state, load_adapter
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.data import load_rows
+from leanlift.training.load import load_base
+from leanlift.training.memory import MemoryCallback
+from leanlift.training.trainer import LiftTrainer, last_whole_checkpoint
+
+logger = logging.getLogger("leanlift")
+
+
+@dataclass
+class RunResult:
+    """What a run leaves: the live model and tokenizer, and what was measured."""
+
+    model: Any
+    tokenizer: Any
+    memory: MemoryReport
+    merged: MergeReport | None
+
+
+def run(args: RunArguments, sft: LiftSFTConfig) -> RunResult:
+    """Train as `leanlift train` does; the adapter ends up in `sft.output_dir`.
+
+    Raises:
+        UserError: anything wrong with base, data, settings or output directory.
+    """
+    output = Path(sft.output_dir or "leanlift-output")
+    resume = _checkpoint_to_resume(sft, output)
+    config = args.lift_config()
+    if args.merged_dir and Path(args.merged_dir).exists():
+        raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
+    rows = load_rows(args.dataset_name, args.dataset_split)
+    eval_rows = None
+    if args.eval_dataset_name:
+        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split)
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() and not sft.use_cpu else torch.device("cpu")
+    meter = MemoryMeter(device)
+    with meter.phase("load"):
+        model, tokenizer = load_base(args, device, sft.trust_remote_code)
+    with meter.phase("select", follow=True) as peak:
+        if resume:
+            load_adapter(model, resume, progress=True)
+        else:
+            get_lift_model(model, config)
+    static = sum(static_categories(model).values())
+    meter.report.phases["load"].tensors = meter.report.phases["load"].tensors or (
+        static - _lift_bytes(model)
+    )
+    if peak.tensors is not None and not meter.cuda:
+        peak.tensors += static - _lift_bytes(model)
+    _say_unconverged(model)
+
+    memory = MemoryCallback(meter)
+    trainer = LiftTrainer(
+        model=model,
+        args=sft,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        callbacks=[memory],
+    )
+    for report in trainer.length_reports.values():
+        logger.info("%s", report)
+    with meter.phase("train") as peak:
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        finally:
+            memory.close()
+    peak.tensors = peak.tensors or memory.peak
+    trainer.save_model()
+    trainer.save_state()
+
+    merged = None
+    if args.merged_dir:
+        with meter.phase("export", follow=True, static=sum(static_categories(model).values())):
+            merged = merge_adapter(
+                output, args.merged_dir, base=args.model_name_or_path, onto=args.merge_onto
+            )
+    save_report(meter.report, output)
+    return RunResult(model, tokenizer, meter.report, merged)
+
+
+def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> str | None:
+    """The checkpoint to go on from; a fresh run wants an empty output directory."""
+    wanted = sft.resume_from_checkpoint
+    if wanted and str(wanted).lower() not in ("true", "false"):
+        return str(wanted)
+    if wanted and str(wanted).lower() == "true":
+        found = last_whole_checkpoint(output)
+        if found is None:
+            raise UserError(
+                f"{output} holds no whole checkpoint to resume from: start without "
+                "resume_from_checkpoint."
+            )
+        return found
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(
+            f"output_dir {output} is not empty: choose another one, or go on from its last "
+            "checkpoint with --resume_from_checkpoint true."
+        )
+    return None
+
+
+def _lift_bytes(model: Any) -> int:
+    """Bytes that attaching has added to the base."""
+    categories = static_categories(model)
+    return sum(categories[name] for name in ("index", "values", "settled entries", "scratch"))
+
+
+def _say_unconverged(model: Any) -> None:
+    unconverged = lift_state(model).unconverged
+    if unconverged:
+        logger.warning(
+            "The selection of %d matrices did not settle (no gap in their spectrum at approx_rank): "
+            "%s. Their masks are one choice among equals.",
+            len(unconverged),
+            ", ".join(unconverged[:3]) + (", …" if len(unconverged) > 3 else ""),
+        )
