@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from leanlift.config import LiftConfig
     from leanlift.errors import UserError
     from leanlift.export import merge_adapter
-    from leanlift.model import get_lift_model, load_adapter, refresh, save_adapter
+    from leanlift.model import get_lift_model, load_adapter, refresh_mask, save_adapter
     from leanlift.training import LiftTrainer
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "get_lift_model",
     "load_adapter",
     "merge_adapter",
-    "refresh",
+    "refresh_mask",
     "save_adapter",
 ]
 
@@ -42,7 +42,7 @@ _HOMES = {
     "get_lift_model": "leanlift.model",
     "load_adapter": "leanlift.model",
     "merge_adapter": "leanlift.export",
-    "refresh": "leanlift.model",
+    "refresh_mask": "leanlift.model",
     "save_adapter": "leanlift.model",
 }
 

@@ -86,7 +86,9 @@ def quantize_4bit(
 ) -> nn.Module:
     """A bias-free `Linear4bit` that holds `weight` [m, n], quantized on `device`."""
     m, n = weight.shape
-    module = Linear4bit(n, m, bias=False, quant_type=kind, compress_statistics=double, device="meta")
+    module = Linear4bit(
+        n, m, bias=False, quant_type=kind, compress_statistics=double, device="meta"
+    )
     module.weight = bnb.nn.Params4bit(
         weight,
         requires_grad=False,
@@ -178,7 +180,10 @@ def read_moment(state: dict[str, Any], which: int) -> Tensor:
     if stored.dtype != torch.uint8:
         return stored.float()
     quantized = F.QuantState(
-        absmax=state[f"absmax{which}"], code=state[f"qmap{which}"], blocksize=256, dtype=torch.float32
+        absmax=state[f"absmax{which}"],
+        code=state[f"qmap{which}"],
+        blocksize=256,
+        dtype=torch.float32,
     )
     return F.dequantize_blockwise(stored, quantized)
 

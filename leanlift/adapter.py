@@ -69,7 +69,7 @@ def write_adapter(
             tensors[f"{name}.settled.values"] = layer.settled_values
             tensors[f"{name}.settled.index.columns"] = layer.settled_index.columns
             tensors[f"{name}.settled.index.counts"] = layer.settled_index.counts
-    write_tensors(directory / WEIGHTS_NAME, tensors, {"leanlift": str(FORMAT_VERSION)})
+    write_tensors(directory / WEIGHTS_NAME, tensors)
     write_json(
         directory / CONFIG_NAME,
         {
@@ -123,7 +123,9 @@ class Adapter:
         try:
             index = SegmentedIndex.from_parts(shape, columns, counts)
         except ValueError as error:
-            raise UserError(f"the index of {name} in {self.directory} is broken: {error}.") from None
+            raise UserError(
+                f"the index of {name} in {self.directory} is broken: {error}."
+            ) from None
         if values.numel() != index.count:
             raise UserError(
                 f"{name} in {self.directory} has {values.numel()} values for {index.count} positions."

@@ -47,6 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only we may read
         _sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -96,12 +97,13 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): it may be truncated.") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; the same tensors give the same bytes."""
     with replacing(path) as temporary:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary,
-            metadata={"format": "pt", **metadata},
+            metadata={"format": "pt"},  # one key: the library does not sort them
         )
 
 
@@ -170,7 +172,9 @@ class ShardedWriter:
             else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
         )
         self._pending = [
-            (spec, name) for shard, name in zip(self.shards, self.names, strict=True) for spec in shard
+            (spec, name)
+            for shard, name in zip(self.shards, self.names, strict=True)
+            for spec in shard
         ]
         self._files: dict[str, BinaryIO] = {}
 
@@ -236,6 +240,12 @@ def _header(specs: list[TensorSpec]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -81,7 +81,10 @@ class LiftConfig:
             UserError: the budget selects nothing, or more than there is.
         """
         if self.rank_budget is not None:
-            budget, count = f"rank_budget={self.rank_budget}", count_by_rank(shape, self.rank_budget)
+            budget, count = (
+                f"rank_budget={self.rank_budget}",
+                count_by_rank(shape, self.rank_budget),
+            )
         else:
             budget, count = f"density={self.density}", count_by_density(shape, self.density)
         if not 1 <= count <= shape[0] * shape[1]:

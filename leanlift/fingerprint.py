@@ -61,7 +61,9 @@ class BaseFingerprint:
         )
 
 
-def fingerprint(model: nn.Module, name: str, dtype: torch.dtype, targets: list[str]) -> BaseFingerprint:
+def fingerprint(
+    model: nn.Module, name: str, dtype: torch.dtype, targets: list[str]
+) -> BaseFingerprint:
     """Take the fingerprint of a stock model, before anything is attached to it."""
     modules = dict(model.named_modules())
     read = {target: frozen_weight(modules[target], target) for target in targets}
@@ -77,13 +79,13 @@ def fingerprint(model: nn.Module, name: str, dtype: torch.dtype, targets: list[s
         shapes={target: weight.shape for target, weight in read.items()},
         formats=formats,
         sampled=sampled,
-        digest=digest_of(sampled, lambda key, rows: _sample(parameters[key], rows), dtype_name(dtype)),
+        digest=digest_of(
+            sampled, lambda key, rows: _sample(parameters[key], rows), dtype_name(dtype)
+        ),
     )
 
 
-def digest_of(
-    names: tuple[str, ...], read: Callable[[str, int], Tensor], dtype: str
-) -> str:
+def digest_of(names: tuple[str, ...], read: Callable[[str, int], Tensor], dtype: str) -> str:
     """sha256 over the sampled rows of the named tensors, rounded to `dtype`.
 
     Args:

@@ -83,7 +83,7 @@ def quantization(kind: str, dtype: torch.dtype = torch.float32) -> BitsAndBytesC
     )
 
 
-def load(path: Path, kind: str = "nf4+double", dtype: torch.dtype = torch.float32):  # noqa: ANN201
+def load(path: Path, kind: str = "nf4+double", dtype: torch.dtype = torch.float32):
     """Load a checkpoint with stock transformers."""
     return AutoModelForCausalLM.from_pretrained(
         path, quantization_config=quantization(kind, dtype), dtype=dtype

@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--onto original adds them to the 16-bit weights of the base; --onto quantized writes "
         "exactly the model that was trained, D(Q) + offsets, quantization error included.",
     )
-    export.add_argument("adapter", help="directory of an adapter: a run's output_dir or a checkpoint")
+    export.add_argument(
+        "adapter", help="directory of an adapter: a run's output_dir or a checkpoint"
+    )
     export.add_argument("output", help="new directory for the merged checkpoint")
     export.add_argument("--base", help="the base checkpoint; default: the one trained on")
     export.add_argument("--dtype", default="float16", help="float16 (default), bfloat16 or float32")

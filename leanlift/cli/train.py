@@ -85,7 +85,9 @@ def parse_train(argv: list[str]) -> tuple[RunArguments, LiftSFTConfig]:
     except ValueError as error:
         raise UserError(f"these settings do not work: {_first_line(error)}") from error
     except ImportError as error:
-        raise UserError(f"a setting needs a package that is missing: {_first_line(error)}") from error
+        raise UserError(
+            f"a setting needs a package that is missing: {_first_line(error)}"
+        ) from error
     return args, sft
 
 
@@ -102,7 +104,9 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
         add_help=False,
     )
     parser.add_argument("--config", help="a YAML file with any of these keys")
-    parser.add_argument("--help", "-h", action="store_true", help="show the options that matter most")
+    parser.add_argument(
+        "--help", "-h", action="store_true", help="show the options that matter most"
+    )
     parser.add_argument("--help_all", action="store_true", help="show every option there is")
     if not show_all:
         own = {field.name for field in dataclasses.fields(RunArguments)}
@@ -122,7 +126,9 @@ class _OneName(argparse.HelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         name = action.option_strings[0]
-        return name if action.nargs == 0 else f"{name} {'VALUES' if action.nargs == '+' else 'VALUE'}"
+        return (
+            name if action.nargs == 0 else f"{name} {'VALUES' if action.nargs == '+' else 'VALUE'}"
+        )
 
 
 def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -35,7 +35,17 @@ from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
 from leanlift.tiles import RowTiles, row_ranges, tile_rows
 
 ONTO = ("original", "quantized")
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt"}
+WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".ckpt",
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -131,7 +141,9 @@ def resolve_base(base: str | Path) -> Path:
         return path
     try:
         return Path(
-            snapshot_download(str(base), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
+            snapshot_download(
+                str(base), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+            )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,7 +2,7 @@
 
 from leanlift.model.adapters import load_adapter, save_adapter
 from leanlift.model.attach import LiftState, get_lift_model, lift_layers, lift_state
-from leanlift.model.refresh import RefreshReport, refresh
+from leanlift.model.refresh import RefreshReport, refresh_mask
 
 __all__ = [
     "LiftState",
@@ -11,6 +11,6 @@ __all__ = [
     "lift_layers",
     "lift_state",
     "load_adapter",
-    "refresh",
+    "refresh_mask",
     "save_adapter",
 ]

@@ -12,6 +12,7 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import check_same_base
 from leanlift.layer import LiftLinear
 from leanlift.model.attach import attach, lift_layers, lift_state
+from leanlift.quantized import frozen_weight
 from leanlift.sparse import SegmentedIndex
 
 
@@ -53,7 +54,7 @@ def _attach_empty(
     model: nn.Module, adapter: Adapter, offsets: dict[str, LayerOffsets], progress: bool
 ) -> None:
     def choose(name: str, module: nn.Module) -> SegmentedIndex:
-        device = module.weight.device
+        device = frozen_weight(module, name).device
         return offsets[name].active.index.map(lambda tensor: tensor.to(device))
 
     attach(

@@ -47,7 +47,9 @@ class LiftState:
     selection_seconds: float = 0.0
 
 
-def get_lift_model(model: nn.Module, config: LiftConfig | None = None, progress: bool = True) -> Any:
+def get_lift_model(
+    model: nn.Module, config: LiftConfig | None = None, progress: bool = True
+) -> Any:
     """Select the principal weights of `model` and make them, and only them, trainable.
 
     Args:
@@ -96,7 +98,9 @@ def attach(
     `accept` may refuse the base by raising, before anything is changed.
     """
     if lift_layers(model):
-        raise UserError("this model has leanlift layers already: load the base again to start over.")
+        raise UserError(
+            "this model has leanlift layers already: load the base again to start over."
+        )
     targets = find_targets(model, config.target_modules)
     modules = dict(model.named_modules())
     source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -179,6 +183,6 @@ def _own_base(model: nn.Module) -> None:
     ):
         if getattr(model, mark, None):
             setattr(holder, mark, unset)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

@@ -36,7 +36,7 @@ class RefreshReport:
 
 
 @torch.no_grad()
-def refresh(model: nn.Module, optimizer: Optimizer | None = None) -> RefreshReport:
+def refresh_mask(model: nn.Module, optimizer: Optimizer | None = None) -> RefreshReport:
     """Select again from W_eff and move values and optimizer state along.
 
     Args:

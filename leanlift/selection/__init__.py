@@ -58,7 +58,9 @@ def selection(
     tiles = as_tiles(tiles)
     m, n = tiles.shape
     if not 0 <= count <= m * n:
-        raise UserError(f"expected to select 0 to {m * n} entries of {name} ({m}x{n}), got {count}.")
+        raise UserError(
+            f"expected to select 0 to {m * n} entries of {name} ({m}x{n}), got {count}."
+        )
     step = tile_rows(n, 4)
     _refuse_non_finite(tiles, step, name)
     scores = scorer.prepare(tiles, count)

@@ -52,7 +52,9 @@ class SegmentedIndex:
         m, n = shape
         if flat.dim() != 1 or flat.dtype != torch.int64:
             raise ValueError(f"expected 1-D int64 positions, got {flat.dtype} {tuple(flat.shape)}")
-        if flat.numel() and not (flat[0] >= 0 and flat[-1] < m * n and bool((flat.diff() > 0).all())):
+        if flat.numel() and not (
+            flat[0] >= 0 and flat[-1] < m * n and bool((flat.diff() > 0).all())
+        ):
             raise ValueError(f"expected strictly increasing positions in 0..{m * n - 1}")
         segments = -(-n // SEGMENT)
         row = flat // n
@@ -67,9 +69,7 @@ class SegmentedIndex:
         )
 
     @classmethod
-    def from_parts(
-        cls, shape: tuple[int, int], columns: Tensor, counts: Tensor
-    ) -> SegmentedIndex:
+    def from_parts(cls, shape: tuple[int, int], columns: Tensor, counts: Tensor) -> SegmentedIndex:
         """Rebuild an index from its stored tensors, which may come from anywhere.
 
         Raises:

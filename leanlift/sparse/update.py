@@ -34,7 +34,11 @@ class MaskChange:
 
 
 def change_mask(
-    old_flat: Tensor, old_values: Tensor, new_flat: Tensor, settled_flat: Tensor, settled_values: Tensor
+    old_flat: Tensor,
+    old_values: Tensor,
+    new_flat: Tensor,
+    settled_flat: Tensor,
+    settled_values: Tensor,
 ) -> MaskChange:
     """Move offsets from the old mask to the new one.
 

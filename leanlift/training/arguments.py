@@ -59,7 +59,9 @@ class RunArguments:
     )
     rank_budget: int | None = field(
         default=None,
-        metadata={"help": "r: train r·(m+n) entries per matrix, as a rank-r LoRA; replaces density"},
+        metadata={
+            "help": "r: train r·(m+n) entries per matrix, as a rank-r LoRA; replaces density"
+        },
     )
     approx_rank: int = field(
         default=LiftConfig.approx_rank,
@@ -122,6 +124,6 @@ class LiftSFTConfig(SFTConfig):
     warmup_steps: float = field(
         default=0.03, metadata={"help": "warm-up in steps, or below 1 as a share of all steps"}
     )
-    report_to: None | str | list[str] = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 - as HfArgumentParser wants it
         default="none", metadata={"help": "where Trainer logs to, e.g. tensorboard or wandb"}
     )

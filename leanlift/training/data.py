@@ -221,7 +221,7 @@ def drop_untrained(
     if not keep:
         raise UserError(
             f"none of the {report.rows} {name} examples has a token to train on (all labels are "
-            f"-100); {truncated} are longer than max_length={max_length}: check the completions, or "
-            "raise max_length."
+            f"-100); {truncated} are longer than max_length={max_length}: check the completions, "
+            "or raise max_length."
         )
     return (tokenized if len(keep) == len(tokenized) else tokenized.select(keep)), report

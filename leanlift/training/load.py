@@ -26,8 +26,12 @@ def load_base(
     """
     name = args.model_name_or_path
     path = Path(name).expanduser()
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise UserError(f"the base {name} does not exist: expected a checkpoint directory or hub name.")
+    if not path.exists() and (
+        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    ):
+        raise UserError(
+            f"the base {name} does not exist: expected a checkpoint directory or hub name."
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"the base {name} has no config.json: it is no checkpoint directory.")
@@ -67,7 +71,9 @@ def quantization(args: RunArguments, dtype: torch.dtype) -> BitsAndBytesConfig |
     if not args.load_in_4bit:
         return None
     if args.bnb_4bit_quant_type not in ("nf4", "fp4"):
-        raise UserError(f"expected bnb_4bit_quant_type nf4 or fp4, got {args.bnb_4bit_quant_type!r}.")
+        raise UserError(
+            f"expected bnb_4bit_quant_type nf4 or fp4, got {args.bnb_4bit_quant_type!r}."
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=args.bnb_4bit_quant_type,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,17 @@ class RunResult:
     merged: MergeReport | None
 
 
-def run(args: RunArguments, sft: LiftSFTConfig) -> RunResult:
+def run(
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    before_training: Callable[[Any, Any], None] | None = None,
+) -> RunResult:
     """Train as `leanlift train` does; the adapter ends up in `sft.output_dir`.
+
+    Args:
+        args: the base, the data and the mask.
+        sft: the training loop.
+        before_training: called with the attached model and its tokenizer.
 
     Raises:
         UserError: anything wrong with base, data, settings or output directory.
@@ -48,7 +58,11 @@ def run(args: RunArguments, sft: LiftSFTConfig) -> RunResult:
     if args.eval_dataset_name:
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split)
 
-    device = torch.device("cuda", 0) if torch.cuda.is_available() and not sft.use_cpu else torch.device("cpu")
+    device = (
+        torch.device("cuda", 0)
+        if torch.cuda.is_available() and not sft.use_cpu
+        else torch.device("cpu")
+    )
     meter = MemoryMeter(device)
     with meter.phase("load"):
         model, tokenizer = load_base(args, device, sft.trust_remote_code)
@@ -64,6 +78,8 @@ def run(args: RunArguments, sft: LiftSFTConfig) -> RunResult:
     if peak.tensors is not None and not meter.cuda:
         peak.tensors += static - _lift_bytes(model)
     _say_unconverged(model)
+    if before_training is not None:
+        before_training(model, tokenizer)
 
     memory = MemoryCallback(meter)
     trainer = LiftTrainer(
@@ -126,8 +142,8 @@ def _say_unconverged(model: Any) -> None:
     unconverged = lift_state(model).unconverged
     if unconverged:
         logger.warning(
-            "The selection of %d matrices did not settle (no gap in their spectrum at approx_rank): "
-            "%s. Their masks are one choice among equals.",
+            "The selection of %d matrices did not settle (no gap in their spectrum at "
+            "approx_rank): %s. Their masks are one choice among equals.",
             len(unconverged),
             ", ".join(unconverged[:3]) + (", …" if len(unconverged) > 3 else ""),
         )

@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 from leanlift.adapter import open_adapter
 from leanlift.checkpoint import read_json
 from leanlift.errors import UserError
-from leanlift.model import RefreshReport, lift_state, load_adapter, refresh, save_adapter
+from leanlift.model import RefreshReport, lift_state, load_adapter, refresh_mask, save_adapter
 from leanlift.optim import check_followable
 from leanlift.training.data import LengthReport, drop_untrained, to_examples
 
@@ -116,10 +116,10 @@ class LiftTrainer(SFTTrainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             last = last_whole_checkpoint(self.args.output_dir)
+            kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
             raise UserError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}: training "
-                f"stopped before the update; {f'the last checkpoint is {last}' if last else 'there is no checkpoint yet'}. "
-                "Lower learning_rate, or look for a damaged row."
+                f"stopped before the update; {kept}. Lower learning_rate, or look for a damaged row."
             )
         return loss
 
@@ -196,7 +196,7 @@ class _Refresh(TrainerCallback):
         step = state.global_step
         if not self.interval or step % self.interval or step >= state.max_steps:
             return
-        report = refresh(self.trainer.model, self.trainer.optimizer)
+        report = refresh_mask(self.trainer.model, self.trainer.optimizer)
         self.trainer.refreshes.append(report)
         self.trainer.log(
             {
@@ -209,18 +209,18 @@ class _Refresh(TrainerCallback):
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """The latest `checkpoint-N` whose trainer state and adapter can be read, or None."""
-    found = {}
+    found: dict[int, Path] = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = path.name.rpartition("-")[2]
         if number.isdigit():
             found[int(number)] = path
-    for number in sorted(found, reverse=True):
+    for _, path in sorted(found.items(), reverse=True):
         try:
-            read_json(found[number] / TRAINER_STATE)
-            with open_adapter(found[number]):
-                return str(found[number])
+            read_json(path / TRAINER_STATE)
+            with open_adapter(path):
+                return str(path)
         except UserError as error:
-            logger.warning("Passing over %s: %s", found[number], error)
+            logger.warning("Passing over %s: %s", path, error)
     return None
 
 

@@ -1,0 +1,39 @@
+# `make demo` and `make test` do all the set-up on a fresh machine (Python 3.11 or newer).
+# torch: on Linux PyPI's build, which runs on CUDA and on the CPU. Another build or version:
+#     make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test check lint types contracts clean
+
+demo: $(VENV)/installed
+	$(BIN)/leanlift demo --output_dir leanlift-demo
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: lint types contracts test
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+contracts: $(VENV)/installed
+	$(BIN)/lint-imports
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) leanlift-demo dist build

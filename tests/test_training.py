@@ -1,0 +1,312 @@
+"""LiftTrainer on the path that a user takes, against a plain dense simulation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny import load, make_checkpoint, make_tokenizer
+from transformers import AutoModelForCausalLM, get_scheduler
+from trl import SFTConfig
+
+from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model, load_adapter
+from leanlift.model import lift_layers
+from leanlift.training import last_whole_checkpoint
+
+ROWS = [{"prompt": f"{i} plus {i} is ", "completion": str(2 * i)} for i in range(48)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+def settings(output: Path, **changes: Any) -> SFTConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(output),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+        "warmup_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": 64,
+    }
+    return SFTConfig(**{**defaults, **changes})
+
+
+def trainer_for(base: Path, output: Path, lift: LiftConfig, **changes: Any) -> LiftTrainer:
+    model = get_lift_model(load(base), lift, progress=False)
+    return LiftTrainer(
+        model=model,
+        args=settings(output, **changes),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=make_tokenizer(),
+    )
+
+
+class Recorder(LiftTrainer):
+    """Keeps the batches as the training loop saw them."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        self.__dict__.setdefault("batches", []).append(
+            ({key: value.clone() for key, value in inputs.items()}, int(num_items_in_batch))
+        )
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def principal_mask(weight: torch.Tensor, rank: int, count: int) -> torch.Tensor:
+    """The `count` largest entries of the best rank-R approximation, by a float64 SVD."""
+    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    scores = ((u[:, :rank] * s[:rank]) @ vh[:rank]).abs().flatten()
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[torch.topk(scores, count).indices] = True
+    return mask.view_as(weight)
+
+
+def test_fifty_steps_equal_a_dense_masked_adamw_in_float64(base: Path, tmp_path: Path) -> None:
+    """With a refresh inside: masks, values and the settled entries' weights, to 1e-5 relative."""
+    steps, interval, rank = 50, 20, 8
+    lift = LiftConfig(density=0.05, approx_rank=rank, refresh_interval=interval)
+    model = get_lift_model(load(base), lift, progress=False)
+    start = {name: layer.effective.rows(0, layer.out_features) for name, layer in lift_layers(model).items()}
+    counts = {name: layer.index.count for name, layer in lift_layers(model).items()}
+    trainer = Recorder(
+        model=model,
+        args=settings(tmp_path, max_steps=steps),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    assert len(trainer.refreshes) == 2
+    assert all(report.churn > 0 for report in trainer.refreshes)
+
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    weights = {name: dense.get_submodule(name).weight for name in start}
+    for parameter in dense.parameters():
+        parameter.requires_grad_(False)
+    for name, weight in weights.items():
+        weight.data.copy_(start[name])
+        weight.requires_grad_(True)
+    masks = {name: principal_mask(w.data, rank, counts[name]) for name, w in weights.items()}
+    first = {name: torch.zeros_like(w) for name, w in weights.items()}
+    second = {name: torch.zeros_like(w) for name, w in weights.items()}
+    clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = get_scheduler("linear", clock, num_warmup_steps=3, num_training_steps=steps)
+    beta1, beta2, eps = 0.9, 0.95, 1e-6
+    for step, (batch, items) in enumerate(trainer.batches, start=1):
+        logits = dense(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]),
+            batch["labels"][:, 1:].reshape(-1),
+            ignore_index=-100,
+            reduction="sum",
+        )
+        (loss / items).backward()
+        gradients = {name: w.grad * masks[name] for name, w in weights.items()}
+        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+        scale = min(1.0, float(1.0 / (norm + 1e-6)))
+        rate = schedule.get_last_lr()[0]
+        for name, weight in weights.items():
+            gradient = gradients[name] * scale
+            first[name] = beta1 * first[name] + (1 - beta1) * gradient
+            second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
+            update = (first[name] / (1 - beta1**step)) / (
+                (second[name] / (1 - beta2**step)).sqrt() + eps
+            )
+            weight.data -= rate * update * masks[name]
+            weight.grad = None
+        clock.step()
+        schedule.step()
+        if step % interval == 0 and step < steps:
+            for name, weight in weights.items():
+                new = principal_mask(weight.data, rank, counts[name])
+                largest = second[name][masks[name]].max()
+                stay = new & masks[name]
+                first[name] = torch.where(stay, first[name], 0)
+                second[name] = torch.where(stay, second[name], torch.where(new, largest, 0))
+                masks[name] = new
+
+    for name, layer in lift_layers(model).items():
+        got = torch.zeros(layer.out_features * layer.in_features, dtype=torch.bool)
+        got[layer.index.to_flat()] = True
+        assert torch.equal(got.view_as(masks[name]), masks[name]), name
+        learned = layer.effective.rows(0, layer.out_features).double() - start[name]
+        wanted = weights[name].data - start[name]
+        assert (learned - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+def test_an_interrupted_run_ends_with_the_same_adapter_bit_for_bit(
+    base: Path, tmp_path: Path
+) -> None:
+    lift = LiftConfig(approx_rank=8, refresh_interval=4)
+    whole = trainer_for(base, tmp_path / "run", lift, max_steps=10, save_strategy="steps", save_steps=5)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-10")
+    resumed = trainer_for(base, tmp_path / "run", lift, max_steps=10, save_strategy="steps", save_steps=5)
+    resumed.train(resume_from_checkpoint=True)
+    for name in ("adapter_model.safetensors", "optimizer.pt"):
+        assert (tmp_path / "run" / "checkpoint-5" / name).is_file()
+    assert_same_layers(whole.model, resumed.model)
+    whole.save_model(str(tmp_path / "a"))
+    resumed.save_model(str(tmp_path / "b"))
+    one, other = (tmp_path / d / "adapter_model.safetensors" for d in "ab")
+    assert one.read_bytes() == other.read_bytes()
+
+
+def assert_same_layers(model: Any, other: Any) -> None:
+    for (name, one), two in zip(lift_layers(model).items(), lift_layers(other).values(), strict=True):
+        assert torch.equal(one.values, two.values), name
+        assert torch.equal(one.index.to_flat(), two.index.to_flat()), name
+        assert (one.settled_index is None) == (two.settled_index is None)
+        if one.settled_index is not None and two.settled_index is not None:
+            assert torch.equal(one.settled_index.to_flat(), two.settled_index.to_flat())
+            assert torch.equal(one.settled_values, two.settled_values)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+def test_every_supported_optimizer_trains_and_follows_a_refresh(
+    base: Path, tmp_path: Path, optim: str
+) -> None:
+    lift = LiftConfig(density=0.5, approx_rank=8, refresh_interval=3)
+    trainer = trainer_for(base, tmp_path, lift, optim=optim, max_steps=12, learning_rate=3e-3)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.05
+    assert len(trainer.refreshes) == 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpointing_and_accumulation_change_nothing_but_rounding(
+    base: Path, tmp_path: Path, reentrant: bool
+) -> None:
+    lift = LiftConfig(approx_rank=8)
+    plain = trainer_for(base, tmp_path / "a", lift, per_device_train_batch_size=8)
+    plain.train()
+    lean = trainer_for(
+        base,
+        tmp_path / "b",
+        lift,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    lean.train()
+    for (name, one), two in zip(
+        lift_layers(plain.model).items(), lift_layers(lean.model).values(), strict=True
+    ):
+        assert (one.values - two.values).norm() <= 1e-3 * one.values.norm(), name
+
+
+def test_evaluation_logs_a_loss(base: Path, tmp_path: Path) -> None:
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    trainer = LiftTrainer(
+        model=model,
+        args=settings(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1),
+        train_dataset=Dataset.from_list(ROWS),
+        eval_dataset=Dataset.from_list(ROWS[:4]),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+
+
+def test_a_nan_loss_stops_before_the_update_and_keeps_the_checkpoint(
+    base: Path, tmp_path: Path
+) -> None:
+    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2)
+    compute = trainer.compute_loss
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        loss = compute(*args, **kwargs)
+        return loss * float("nan") if trainer.state.global_step == 3 else loss
+
+    trainer.compute_loss = broken  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"loss became nan at step 4.*checkpoint-2"):
+        trainer.train()
+    assert all(torch.isfinite(layer.values).all() for layer in lift_layers(trainer.model).values())
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(base: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(
+        base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2, save_total_limit=2
+    )
+    trainer.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    weights = tmp_path / "checkpoint-6" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:-5])
+    assert last_whole_checkpoint(tmp_path) is None
+
+
+def test_a_failed_save_leaves_no_half_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(trainer, "_save_rng_state", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trainer.train()
+    assert list(tmp_path.glob("checkpoint-*")) == []
+    assert not (tmp_path / ".saving").exists()
+
+
+def test_rows_over_max_length_are_counted_and_hopeless_ones_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    rows = [*ROWS[:4], {"prompt": "x" * 100, "completion": "y"}, {"prompt": "a", "completion": "b" * 90}]
+
+    def build(rows: list[dict[str, str]]) -> LiftTrainer:
+        return LiftTrainer(
+            model=model,
+            args=settings(tmp_path),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=make_tokenizer(),
+        )
+
+    report = build(rows).length_reports["train"]
+    assert (report.rows, report.truncated, report.untrained, report.longest) == (6, 2, 1, 102)
+    with pytest.raises(UserError, match="none of the 1 train examples has a token to train on"):
+        build([rows[4]])
+
+
+def test_the_trainer_refuses_what_it_cannot_train(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no leanlift layers"):
+        LiftTrainer(model=load(base), args=settings(tmp_path), train_dataset=Dataset.from_list(ROWS))
+    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8, refresh_interval=2), optim="sgd")
+    with pytest.raises(UserError, match="cannot move the state of SGD"):
+        trainer.train()
+    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), optim="sgd", max_steps=1)
+    trainer.train()  # without a refresh any optimizer will do
+
+
+def test_a_checkpoint_holds_the_adapter_and_never_the_base(base: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=6)
+    trainer.train()
+    files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "trainer_state.json"} <= files
+    assert not any(name.startswith(("model", "pytorch_model", "README")) for name in files)
+    config = json.loads((tmp_path / "checkpoint-6" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    model = load_adapter(load(base), tmp_path / "checkpoint-6")
+    assert_same_layers(model, trainer.model)
