@@ -23,7 +23,10 @@ TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of the checkpoint; as RowTiles where it is 2-D."""
+    """One tensor of the checkpoint; as RowTiles where it is 2-D.
+
+    What is read is mapped from the file, not copied: it costs page cache, not memory.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -38,13 +41,13 @@ class SourceTensor:
         return self._slice[start:stop]
 
     def whole(self) -> Tensor:
-        return self._slice[...] if self.shape else self._slice[:]
+        return self._slice[...]
 
     def sample(self, rows: int) -> Tensor:
         """At most `rows` evenly spaced rows; all of a 1-D tensor."""
         if len(self.shape) == 1:
-            return self._slice[:]
-        return torch.cat([self._slice[i : i + 1] for i in sampled_rows(self.shape[0], rows)])
+            return self.whole()
+        return self.whole()[sampled_rows(self.shape[0], rows)]
 
 
 @contextmanager

@@ -1,0 +1,291 @@
+"""Attaching to a model: targets, refusals, ownership of the base, saving and loading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import load, make_checkpoint
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, refresh_mask, save_adapter
+from leanlift.layer import FrozenLinear
+from leanlift.model import lift_layers, lift_state
+from leanlift.selection import Principal, select
+
+KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base"))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(torch.arange(3, 43).reshape(2, 20)).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attaching_changes_nothing_but_what_trains(base: Path, kind: str) -> None:
+    """Before training, logits are those of the dequantized base, and only values train."""
+    stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load(base, kind)
+    assert get_lift_model(model, LiftConfig(approx_rank=8), progress=False) is model
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    layers = lift_layers(model)
+    assert trainable == {f"{name}.values" for name in layers}
+    assert len(layers) == 14
+    assert not any("lm_head" in name or "embed" in name for name in layers)
+    for name, layer in layers.items():
+        assert layer.index.count == int(0.05 * layer.in_features * layer.out_features)
+        stock.get_submodule(name).weight.data.copy_(layer.effective.rows(0, layer.out_features))
+    torch.testing.assert_close(logits(model), logits(stock.eval()), rtol=1e-5, atol=1e-6)
+
+
+def test_the_mask_is_the_principal_one_of_the_dequantized_weights(base: Path) -> None:
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    layer = lift_layers(model)["model.layers.0.mlp.down_proj"]
+    weight = layer.weight_tiles.rows(0, layer.out_features)
+    assert torch.equal(layer.index.to_flat(), select(weight, Principal(8), layer.index.count))
+    assert lift_state(model).unconverged == []
+
+
+def test_the_marks_of_a_quantized_model_are_gone(base: Path) -> None:
+    for kind in ("nf4", "int8"):
+        model = get_lift_model(load(base, kind), LiftConfig(approx_rank=8), progress=False)
+        assert not model.is_quantized
+        assert not getattr(model, "is_loaded_in_4bit", False)
+        assert not getattr(model, "is_loaded_in_8bit", False)
+        assert getattr(model.config, "quantization_config", None) is None
+
+
+def test_print_trainable_parameters_counts_unpacked_weights(
+    base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stock = AutoModelForCausalLM.from_pretrained(base)
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    model.print_trainable_parameters()
+    total = sum(p.numel() for p in stock.parameters())
+    assert f"all params: {total:,} " in capsys.readouterr().out
+
+
+def test_generation_works_and_twice_the_same(base: Path) -> None:
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False).eval()
+    ids = torch.arange(3, 13).reshape(1, 10)
+    options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, **options))
+
+
+def test_models_in_one_process_do_not_disturb_each_other(base: Path) -> None:
+    one = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    two = get_lift_model(load(base, "int8"), LiftConfig(approx_rank=4), progress=False)
+    first = logits(one)
+    for layer in lift_layers(two).values():
+        layer.values.data.normal_()
+    logits(two)
+    assert lift_state(one).scratch is not lift_state(two).scratch
+    assert torch.equal(logits(one), first)
+
+
+def test_quantized_linears_outside_the_targets_are_read_by_us_too(base: Path) -> None:
+    """bitsandbytes' own CPU forward would repack them at the first evaluation."""
+    config = LiftConfig(approx_rank=8, target_modules=("q_proj", "v_proj"))
+    model = get_lift_model(load(base), config, progress=False).eval()
+    everything = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False).eval()
+    assert len(lift_layers(model)) == 4
+    assert sum(isinstance(module, FrozenLinear) for module in model.modules()) == 14
+    first = logits(model)
+    assert torch.equal(first, logits(everything))
+    assert torch.equal(first, logits(model))
+
+
+def test_budgets(base: Path) -> None:
+    model = get_lift_model(load(base), LiftConfig(rank_budget=3, approx_rank=8), progress=False)
+    assert all(
+        layer.index.count == 3 * (layer.in_features + layer.out_features)
+        for layer in lift_layers(model).values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"density": 0.0}, r"density in \(0, 1\]"),
+        ({"density": 1.5}, r"density in \(0, 1\]"),
+        ({"density": -0.1}, r"density in \(0, 1\]"),
+        ({"rank_budget": 0}, "rank_budget of at least 1"),
+        ({"approx_rank": 0}, "approx_rank of at least 1"),
+        ({"refresh_interval": -1}, "refresh_interval"),
+        ({"selector": "best"}, "selector among"),
+    ],
+)
+def test_config_refuses(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        LiftConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (LiftConfig(target_modules=("c_attn",)), r"matches nothing.*called \['down_proj'"),
+        (LiftConfig(density=1e-6), "selects 0 entries"),
+        (LiftConfig(rank_budget=500), "expected 1 to"),
+    ],
+    ids=["no-match", "nothing-selected", "more-than-there-is"],
+)
+def test_a_refused_model_is_unchanged(base: Path, config: LiftConfig, match: str) -> None:
+    model = load(base)
+    with pytest.raises(UserError, match=match):
+        get_lift_model(model, config, progress=False)
+    assert model.is_loaded_in_4bit
+    assert not lift_layers(model)
+    get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+
+
+def test_attaching_twice_is_refused(base: Path) -> None:
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    with pytest.raises(UserError, match="has leanlift layers already"):
+        get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+
+
+def test_nan_weights_are_counted_and_named(base: Path) -> None:
+    model = load(base, "dense")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data[3, :2] = float("nan")
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj has 2 NaN or infinite"):
+        get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+    assert not lift_layers(model)
+
+
+def test_conv1d_and_fused_experts_are_named() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=50))
+    with pytest.raises(UserError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D"):
+        get_lift_model(gpt2, LiftConfig(), progress=False)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    with pytest.raises(UserError, match=r"holds fused expert weights .* target_modules"):
+        get_lift_model(mixtral, LiftConfig(), progress=False)
+    get_lift_model(mixtral, LiftConfig(target_modules=("q_proj",)), progress=False)
+
+
+def test_a_model_without_linears_is_refused() -> None:
+    with pytest.raises(UserError, match="found no Linear inside the blocks"):
+        get_lift_model(nn.Sequential(nn.Linear(4, 4)), LiftConfig(), progress=False)
+
+
+@pytest.mark.parametrize("kind", ["nf4+double", "int8", "dense"])
+def test_save_and_load_keep_every_bit(base: Path, tmp_path: Path, kind: str) -> None:
+    model = get_lift_model(load(base, kind), LiftConfig(approx_rank=8), progress=False)
+    for layer in lift_layers(model).values():
+        layer.values.data.normal_(std=0.1)
+    assert refresh_mask(model).churn > 0
+    save_adapter(model, tmp_path / "a")
+    fresh = load_adapter(load(base, kind), tmp_path / "a")
+    assert torch.equal(logits(fresh), logits(model))
+    assert lift_state(fresh).refreshes == 1
+    save_adapter(fresh, tmp_path / "b")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with safe_open(tmp_path / "a" / "adapter_model.safetensors", "pt") as file:
+        assert any(".settled." in key for key in file.keys())  # noqa: SIM118
+
+
+def test_loading_onto_a_patched_model_replaces_its_entries(base: Path, tmp_path: Path) -> None:
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    before = logits(model)
+    save_adapter(model, tmp_path)
+    parameters = [layer.values for layer in lift_layers(model).values()]
+    for layer in lift_layers(model).values():
+        layer.values.data.normal_(std=0.1)
+    refresh_mask(model)
+    load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+    assert all(layer.settled_index is None for layer in lift_layers(model).values())
+    kept = [layer.values for layer in lift_layers(model).values()]
+    assert all(a is b for a, b in zip(parameters, kept, strict=True))
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_of_another_base_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    model = load(base, "int8")
+    with pytest.raises(UserError, match=r"trained over .* in nf4\+double .* has it in int8"):
+        load_adapter(model, adapter)
+    assert not lift_layers(model)
+    wider = make_checkpoint(tmp_path / "wider", hidden=128)
+    with pytest.raises(UserError, match=r"whose .* is 64x64; the loaded model .* has"):
+        load_adapter(load(wider), adapter)
+    twin = make_checkpoint(tmp_path / "twin")
+    tensors = load_file(twin / "model.safetensors")
+    tensors["model.embed_tokens.weight"][0, 0] += 1
+    save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="same shapes but other weights"):
+        load_adapter(load(twin), adapter)
+
+
+def test_damaged_adapters_are_refused_in_one_sentence(base: Path, adapter: Path) -> None:
+    weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, whole, text = load_file(weights), weights.read_bytes(), config.read_text()
+    name = "model.layers.0.self_attn.q_proj"
+
+    def refused(match: str) -> None:
+        model = load(base)
+        with pytest.raises(UserError, match=match):
+            load_adapter(model, adapter)
+        assert not lift_layers(model)
+
+    def with_tensors(**changes: torch.Tensor | None) -> None:
+        new = {**tensors, **{f"{name}.{k.replace('__', '.')}": v for k, v in changes.items()}}
+        save_file({k: v for k, v in new.items() if v is not None}, weights)
+
+    weights.write_bytes(whole[:-7])
+    refused("not a whole safetensors file")
+    with_tensors(values=None)
+    refused(f"lacks {name}.values")
+    with_tensors(values=tensors[f"{name}.values"][:-1].clone())
+    refused("values for .* positions")
+    with_tensors(values=torch.full_like(tensors[f"{name}.values"], float("nan")))
+    refused("NaN or infinite offsets")
+    with_tensors(values=tensors[f"{name}.values"].int())
+    refused("expected a 1-D floating tensor")
+    columns = tensors[f"{name}.index.columns"]
+    with_tensors(index__columns=columns.flip(0).contiguous())
+    refused(f"the index of {name} .* is broken")
+    with_tensors(index__columns=columns.clamp(min=64))
+    refused("lies outside its segment")
+    with_tensors(index__counts=tensors[f"{name}.index.counts"][:-1].clone())
+    refused("expected counts as uint8")
+    weights.write_bytes(whole)
+    data = json.loads(text)
+    config.write_text(json.dumps({**data, "format_version": 99}))
+    refused("has adapter format 99")
+    config.write_text(json.dumps({"peft_type": "LORA"}))
+    refused("was not written by leanlift")
+    config.write_text(text[:-20])
+    refused("is not valid JSON")
+    config.write_text(json.dumps({**data, "lift": {**data["lift"], "magic": 1}}))
+    refused("unknown LiftConfig keys")
+    config.unlink()
+    refused("is no leanlift adapter")
+    weights.unlink()
+    config.write_text(text)
+    refused("does not exist")
