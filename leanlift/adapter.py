@@ -128,7 +128,8 @@ class Adapter:
             ) from None
         if values.numel() != index.count:
             raise UserError(
-                f"{name} in {self.directory} has {values.numel()} values for {index.count} positions."
+                f"{name} in {self.directory} has {values.numel()} values for {index.count} "
+                "positions."
             )
         return Store(index, values)
 

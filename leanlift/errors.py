@@ -8,5 +8,11 @@ invariants of leanlift itself are `assert`s instead.
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error as a sentence, for use in a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
+
+
 class UserError(ValueError):
     """An input that cannot be used; the message says what to do about it."""

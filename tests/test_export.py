@@ -49,7 +49,9 @@ def checkpoint(directory: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("biased", [False, True], ids=["llama-tied", "qwen2-untied-biases"])
 def test_onto_quantized_is_the_trained_model(tmp_path: Path, kind: str, biased: bool) -> None:
-    base = make_checkpoint(tmp_path / "base", tied=not biased, biased=biased, hidden=80, intermediate=200)
+    base = make_checkpoint(
+        tmp_path / "base", tied=not biased, biased=biased, hidden=80, intermediate=200
+    )
     model = trained(base, tmp_path / "adapter", kind)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", onto="quantized", progress=False)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -101,7 +103,11 @@ def test_the_output_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
     tokenizer.save_pretrained(base)
     trained(base, tmp_path / "adapter")
     report = merge_adapter(
-        tmp_path / "adapter", tmp_path / "merged", dtype="bfloat16", max_shard_size="40KB", progress=False
+        tmp_path / "adapter",
+        tmp_path / "merged",
+        dtype="bfloat16",
+        max_shard_size="40KB",
+        progress=False,
     )
     out = tmp_path / "merged"
     config = json.loads((out / "config.json").read_text())

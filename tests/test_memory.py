@@ -108,4 +108,11 @@ def test_a_missing_or_broken_report_is_one_sentence(tmp_path: Path) -> None:
 
 def test_human_sizes() -> None:
     sizes = [None, 0, 1023, 1024, 3 * 2**20, 5 * 2**40]
-    assert [human(n) for n in sizes] == ["-", "0 B", "1023 B", "1.00 KiB", "3.00 MiB", "5120.00 GiB"]
+    assert [human(n) for n in sizes] == [
+        "-",
+        "0 B",
+        "1023 B",
+        "1.00 KiB",
+        "3.00 MiB",
+        "5120.00 GiB",
+    ]

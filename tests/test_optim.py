@@ -13,7 +13,9 @@ from leanlift.optim import check_followable, follow_entries, state_nbytes
 COUNT = 5000  # above bitsandbytes' 4096, below which it keeps fp32 state
 
 
-def stepped(kind: type[torch.optim.Optimizer], **options: float) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+def stepped(
+    kind: type[torch.optim.Optimizer], **options: float
+) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     parameter = nn.Parameter(torch.zeros(COUNT))
     optimizer = kind([parameter], lr=1e-3, **options)  # type: ignore[call-arg]
     for _ in range(5):

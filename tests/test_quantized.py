@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 
 import pytest
 import torch
@@ -41,8 +42,7 @@ SHAPES = [(96, 80), (128, 256), (65, 48), (33, 257), (130, 1000)]
 blocks."""
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = [(kind, double, block) for kind in ("nf4", "fp4") for double in (True, False)
-           for block in (64, 128)]  # fmt: skip
+FORMATS = list(product(("nf4", "fp4"), (True, False), (64, 128)))
 
 
 def _format_id(fmt: tuple[str, bool, int]) -> str:
@@ -59,8 +59,10 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 # QLoRA (arXiv 2305.14314), appendix E; FP4 (1 sign, 2 exponent, 1 mantissa bit) as in
 # bitsandbytes: the sign is the highest of the four bits.
-NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0,
-       0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]  # fmt: skip
+NF4 = [
+    *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+]
 FP4 = [0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25]
 
 
@@ -262,9 +264,11 @@ def _integers() -> nn.Linear:
         (partial(nn.Embedding, 4, 4), "is a Embedding"),
         (nn.ReLU, "is a ReLU"),
     ],
-    ids=["unquantized-4bit", "repacked", "from-conv1d", "unquantized-8bit", "conv1d", "integer",
-         "fp64", "meta", "embedding", "no-weight"],
-)  # fmt: skip
+    ids=[
+        *("unquantized-4bit", "repacked", "from-conv1d", "unquantized-8bit", "conv1d"),
+        *("integer", "fp64", "meta", "embedding", "no-weight"),
+    ],
+)
 def test_a_weight_that_cannot_be_read_is_refused_by_name(
     build: Callable[[], nn.Module], reason: str
 ) -> None:

@@ -81,7 +81,10 @@ def test_fifty_steps_equal_a_dense_masked_adamw_in_float64(base: Path, tmp_path:
     steps, interval, rank = 50, 20, 8
     lift = LiftConfig(density=0.05, approx_rank=rank, refresh_interval=interval)
     model = get_lift_model(load(base), lift, progress=False)
-    start = {name: layer.effective.rows(0, layer.out_features) for name, layer in lift_layers(model).items()}
+    start = {
+        name: layer.effective.rows(0, layer.out_features)
+        for name, layer in lift_layers(model).items()
+    }
     counts = {name: layer.index.count for name, layer in lift_layers(model).items()}
     trainer = Recorder(
         model=model,
@@ -152,10 +155,14 @@ def test_an_interrupted_run_ends_with_the_same_adapter_bit_for_bit(
     base: Path, tmp_path: Path
 ) -> None:
     lift = LiftConfig(approx_rank=8, refresh_interval=4)
-    whole = trainer_for(base, tmp_path / "run", lift, max_steps=10, save_strategy="steps", save_steps=5)
+    whole = trainer_for(
+        base, tmp_path / "run", lift, max_steps=10, save_strategy="steps", save_steps=5
+    )
     whole.train()
     shutil.rmtree(tmp_path / "run" / "checkpoint-10")
-    resumed = trainer_for(base, tmp_path / "run", lift, max_steps=10, save_strategy="steps", save_steps=5)
+    resumed = trainer_for(
+        base, tmp_path / "run", lift, max_steps=10, save_strategy="steps", save_steps=5
+    )
     resumed.train(resume_from_checkpoint=True)
     for name in ("adapter_model.safetensors", "optimizer.pt"):
         assert (tmp_path / "run" / "checkpoint-5" / name).is_file()
@@ -167,7 +174,9 @@ def test_an_interrupted_run_ends_with_the_same_adapter_bit_for_bit(
 
 
 def assert_same_layers(model: Any, other: Any) -> None:
-    for (name, one), two in zip(lift_layers(model).items(), lift_layers(other).values(), strict=True):
+    for (name, one), two in zip(
+        lift_layers(model).items(), lift_layers(other).values(), strict=True
+    ):
         assert torch.equal(one.values, two.values), name
         assert torch.equal(one.index.to_flat(), two.index.to_flat()), name
         assert (one.settled_index is None) == (two.settled_index is None)
@@ -227,7 +236,9 @@ def test_evaluation_logs_a_loss(base: Path, tmp_path: Path) -> None:
 def test_a_nan_loss_stops_before_the_update_and_keeps_the_checkpoint(
     base: Path, tmp_path: Path
 ) -> None:
-    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2)
+    trainer = trainer_for(
+        base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2
+    )
     compute = trainer.compute_loss
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -243,7 +254,12 @@ def test_a_nan_loss_stops_before_the_update_and_keeps_the_checkpoint(
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over(base: Path, tmp_path: Path) -> None:
     trainer = trainer_for(
-        base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2, save_total_limit=2
+        base,
+        tmp_path,
+        LiftConfig(approx_rank=8),
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
     )
     trainer.train()
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
@@ -258,7 +274,9 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(base: Path, tmp_path: Pat
 def test_a_failed_save_leaves_no_half_checkpoint(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2)
+    trainer = trainer_for(
+        base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2
+    )
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
@@ -274,7 +292,11 @@ def test_rows_over_max_length_are_counted_and_hopeless_ones_refused(
     base: Path, tmp_path: Path
 ) -> None:
     model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
-    rows = [*ROWS[:4], {"prompt": "x" * 100, "completion": "y"}, {"prompt": "a", "completion": "b" * 90}]
+    rows = [
+        *ROWS[:4],
+        {"prompt": "x" * 100, "completion": "y"},
+        {"prompt": "a", "completion": "b" * 90},
+    ]
 
     def build(rows: list[dict[str, str]]) -> LiftTrainer:
         return LiftTrainer(
@@ -292,8 +314,12 @@ def test_rows_over_max_length_are_counted_and_hopeless_ones_refused(
 
 def test_the_trainer_refuses_what_it_cannot_train(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no leanlift layers"):
-        LiftTrainer(model=load(base), args=settings(tmp_path), train_dataset=Dataset.from_list(ROWS))
-    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8, refresh_interval=2), optim="sgd")
+        LiftTrainer(
+            model=load(base), args=settings(tmp_path), train_dataset=Dataset.from_list(ROWS)
+        )
+    trainer = trainer_for(
+        base, tmp_path, LiftConfig(approx_rank=8, refresh_interval=2), optim="sgd"
+    )
     with pytest.raises(UserError, match="cannot move the state of SGD"):
         trainer.train()
     trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), optim="sgd", max_steps=1)
@@ -301,7 +327,9 @@ def test_the_trainer_refuses_what_it_cannot_train(base: Path, tmp_path: Path) ->
 
 
 def test_a_checkpoint_holds_the_adapter_and_never_the_base(base: Path, tmp_path: Path) -> None:
-    trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=6)
+    trainer = trainer_for(
+        base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=6
+    )
     trainer.train()
     files = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "trainer_state.json"} <= files

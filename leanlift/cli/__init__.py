@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"leanlift: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except OSError as error:  # a full disk, a directory that may not be written
+        if debug:
+            raise
+        print(f"leanlift: {error}.", file=sys.stderr)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("leanlift: interrupted.", file=sys.stderr)
         return 130

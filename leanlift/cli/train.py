@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser
 
-from leanlift.errors import UserError
+from leanlift.errors import UserError, first_line
 from leanlift.memory import format_report
 from leanlift.training import LiftSFTConfig, RunArguments, run
 
@@ -83,10 +83,10 @@ def parse_train(argv: list[str]) -> tuple[RunArguments, LiftSFTConfig]:
     try:
         args, sft, *_ = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
-        raise UserError(f"these settings do not work: {_first_line(error)}") from error
+        raise UserError(f"these settings do not work: {first_line(error)}") from error
     except ImportError as error:
         raise UserError(
-            f"a setting needs a package that is missing: {_first_line(error)}"
+            f"a setting needs a package that is missing: {first_line(error)}"
         ) from error
     return args, sft
 
@@ -155,7 +155,7 @@ def _read_config(path: Path, parser: HfArgumentParser) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from None
+        raise UserError(f"{path} is not valid YAML: {first_line(error)}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no mapping: expected lines such as 'learning_rate: 2e-4'.")
     actions = {action.dest: action for action in parser._actions}
@@ -181,8 +181,3 @@ def _defaults_of_this_machine(argv: list[str], settings: dict[str, Any]) -> dict
     if torch.cuda.is_available() and not asked_for_cpu:
         return {}
     return {"use_cpu": True, "bf16": False}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from leanlift.adapter import Adapter, LayerOffsets, open_adapter
 from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_json, write_json
-from leanlift.errors import UserError
+from leanlift.errors import UserError, first_line
 from leanlift.export.source import SourceTensor, open_checkpoint
 from leanlift.fingerprint import digest_of
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
@@ -146,10 +146,9 @@ def resolve_base(base: str | Path) -> Path:
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"the base {base} is neither a directory nor a model that can be had from the hub "
-            f"({reason.rstrip('.')}): name the base checkpoint with --base."
+            f"({first_line(error).rstrip('.')}): name the base checkpoint with --base."
         ) from None
 
 

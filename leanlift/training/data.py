@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from leanlift.errors import UserError
+from leanlift.errors import UserError, first_line
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -50,17 +50,16 @@ def load_rows(source: str, split: str = "train") -> Dataset:
         else:
             rows = datasets.load_dataset(source, split=split)
     except Exception as error:  # each backend raises its own kinds
-        raise UserError(f"{source} cannot be read as rows: {_cause(error)}.") from error
+        raise UserError(f"{source} cannot be read as rows: {first_line(_cause(error))}") from error
     if len(rows) == 0:
         raise UserError(f"{source} holds no rows: there is nothing to train on.")
     return rows
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    return error
 
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from leanlift.errors import UserError
+from leanlift.errors import UserError, first_line
 from leanlift.export.source import open_checkpoint
 from leanlift.quantized import dtype_of
 from leanlift.training.arguments import RunArguments
@@ -53,9 +53,7 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"the base {name} cannot be loaded: {reason.rstrip('.')}.") from error
+        raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
     if getattr(tokenizer, "eos_token", None) is None:
         raise UserError(
             f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its "

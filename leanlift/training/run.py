@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from leanlift.errors import UserError
+from leanlift.errors import UserError, first_line
 from leanlift.export import MergeReport, merge_adapter
 from leanlift.memory import MemoryMeter, MemoryReport, save_report, static_categories
 from leanlift.model import get_lift_model, lift_state, load_adapter
@@ -82,14 +82,19 @@ def run(
         before_training(model, tokenizer)
 
     memory = MemoryCallback(meter)
-    trainer = LiftTrainer(
-        model=model,
-        args=sft,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        callbacks=[memory],
-    )
+    try:
+        trainer = LiftTrainer(
+            model=model,
+            args=sft,
+            train_dataset=rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            callbacks=[memory],
+        )
+    except UserError:
+        raise
+    except ValueError as error:  # settings that TRL or HF Trainer refuse
+        raise UserError(f"these settings do not work: {first_line(error)}") from error
     for report in trainer.length_reports.values():
         logger.info("%s", report)
     with meter.phase("train") as peak:

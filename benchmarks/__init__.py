@@ -1,0 +1,1 @@
+"""Measurements: one file per claim, results as CSV in results/."""

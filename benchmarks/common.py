@@ -1,0 +1,55 @@
+"""What every benchmark shares: machine and versions, CSV rows, timing."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, str]:
+    """Commit, machine and library versions, for every row of every result."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "commit": commit or "unknown",
+        "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "bitsandbytes": version("bitsandbytes"),
+        "transformers": version("transformers"),
+    }
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write `results/<name>.csv`, environment columns last."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    rows = [{**row, **environment()} for row in rows]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """The function's result and its wall time in seconds."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started

@@ -1,0 +1,312 @@
+"""Selection: an exact streamed top-k, and masks that agree with a float64 SVD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    examples,
+    low_rank_oracle,
+    make_linear4bit,
+    overlap,
+    principal_oracle,
+    random_weight,
+    top_oracle,
+    trained_like,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from leanlift.errors import UserError
+from leanlift.quantized import frozen_weight
+from leanlift.selection import (
+    Magnitude,
+    Principal,
+    Random,
+    Scorer,
+    count_by_density,
+    count_by_rank,
+    select,
+    selection,
+)
+from leanlift.selection.lowrank import LowRank, gram_factors, krylov_factors
+from leanlift.selection.topk import StreamedTopK
+from leanlift.tiles import DenseTiles, RowTiles, tile_rows
+
+SHAPES = [(192, 192), (320, 128), (128, 320), (257, 131)]
+RANK = 16
+
+
+def _shape_id(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=_shape_id)
+each_route = pytest.mark.parametrize("route", ["gram", "krylov"])
+
+
+def _factors(route: str, tiles: RowTiles, rank: int, count: int, step: int = 64) -> LowRank:
+    if route == "gram":
+        return gram_factors(tiles, rank, step)
+    return krylov_factors(tiles, rank, count, step, tolerance=1e-4, max_steps=30, seed=0)
+
+
+def _mask(factors: LowRank, m: int, count: int) -> Tensor:
+    return top_oracle(factors.scores(0, m), count)
+
+
+# --- the streamed top-k ---------------------------------------------------------------------
+
+SCORES = st.sampled_from([0.0, -0.0, 1e-45, 3e-45, 1e-38, 0.5, 1.0, 1.0000001, 3e38])
+
+
+def _stream(scores: Tensor, count: int, cuts: list[int]) -> list[int]:
+    top = StreamedTopK(count)
+    edges = [0, *cuts, scores.numel()]
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        top.push(scores[start:stop], start)
+    return top.flat().tolist()
+
+
+@examples(300)
+@given(data=st.data())
+def test_the_streamed_top_k_equals_a_stable_sort(data: st.DataObject) -> None:
+    """Few distinct scores, so that ties cross tiles; any cut, empty tiles included."""
+    scores = data.draw(st.lists(SCORES, min_size=0, max_size=60), "scores")
+    count = data.draw(st.integers(0, len(scores)), "count")
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(scores)), max_size=20), "cuts"))
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+    assert _stream(torch.tensor(scores), count, cuts) == sorted(order[:count])
+
+
+@pytest.mark.parametrize("count", [0, 1, 250, 999, 1000], ids=lambda count: f"count-{count}")
+@pytest.mark.parametrize("step", [1, 7, 1000], ids=["one-by-one", "ragged", "whole"])
+def test_the_streamed_top_k_on_many_scores(count: int, step: int) -> None:
+    scores = (torch.randn(1000).abs() * 20).round() / 20
+    cuts = list(range(step, 1000, step))
+    assert _stream(scores, count, cuts) == top_oracle(scores, count).tolist()
+
+
+def test_the_streamed_top_k_holds_few_candidates() -> None:
+    top, scores = StreamedTopK(100), torch.linspace(0, 1, 20_000)
+    for start in range(0, 20_000, 50):
+        top.push(scores[start : start + 50], start)
+        assert sum(kept.numel() for kept in top._scores) <= 2 * 100 + 50
+    assert top.flat().tolist() == list(range(19_900, 20_000))
+
+
+# --- every selector -------------------------------------------------------------------------
+
+SCORERS = [Principal(rank=4), Principal(rank=1000), Magnitude(), Random()]
+
+
+def _scorer_id(scorer: Scorer) -> str:
+    rank = f"-{scorer.rank}" if isinstance(scorer, Principal) else ""
+    return f"{type(scorer).__name__.lower()}{rank}"
+
+
+each_scorer = pytest.mark.parametrize("scorer", SCORERS, ids=_scorer_id)
+
+
+@each_scorer
+@pytest.mark.parametrize("count", [0, 1, 77, 65 * 48], ids=lambda count: f"count-{count}")
+def test_a_mask_is_a_sorted_set_of_the_count_asked_for(scorer: Scorer, count: int) -> None:
+    flat = select(random_weight(65, 48), scorer, count)
+    assert flat.dtype == torch.int64
+    assert flat.numel() == count
+    assert flat.tolist() == sorted(set(flat.tolist()) & set(range(65 * 48)))
+
+
+@each_scorer
+@pytest.mark.parametrize("count", [-1, 65 * 48 + 1])
+def test_an_impossible_count_is_refused(scorer: Scorer, count: int) -> None:
+    with pytest.raises(UserError, match=rf"0 to 3120 entries of q_proj \(65x48\), got {count}\."):
+        selection(random_weight(65, 48), scorer, count, name="q_proj")
+
+
+@each_scorer
+def test_a_damaged_matrix_is_refused_with_the_number_of_bad_entries(scorer: Scorer) -> None:
+    weight = random_weight(65, 48)
+    weight[0, 0], weight[40, 7], weight[64, 47] = float("nan"), float("inf"), -float("inf")
+    with pytest.raises(UserError, match="up_proj has 3 NaN or infinite weights of 3120"):
+        selection(weight, scorer, 10, name="up_proj")
+
+
+@each_scorer
+def test_a_mask_does_not_depend_on_the_size_of_the_tiles(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random_weight(200, 48)
+    whole = select(weight, scorer, 500)
+    monkeypatch.setattr("leanlift.selection.tile_rows", lambda n, itemsize: 64)
+    monkeypatch.setattr("leanlift.selection.scorers.tile_rows", lambda n, itemsize: 64)
+    assert overlap(select(weight, scorer, 500), whole) >= 0.998
+
+
+class NarrowTiles(DenseTiles):
+    """A matrix that refuses to be read by more rows than a tile of fp32 has."""
+
+    widest = 0
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        assert stop - start <= tile_rows(self.shape[1], 4), "more than one tile was read at once"
+        object.__setattr__(self, "widest", max(self.widest, stop - start))
+        return super().rows(start, stop)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "shape"),
+    [
+        (Principal(rank=4), (300, 40_000)),
+        (Principal(rank=4), (832, 16_384)),
+        (Magnitude(), (300, 40_000)),
+        (Random(), (300, 40_000)),
+    ],
+    ids=["gram", "krylov", "magnitude", "random"],
+)
+def test_no_more_than_a_tile_is_read_at_once(scorer: Scorer, shape: tuple[int, int]) -> None:
+    m, n = shape
+    tiles = NarrowTiles(torch.randn(m, 1) @ torch.randn(1, n).sign())
+    flat = select(tiles, scorer, 1000)
+    assert flat.numel() == 1000
+    assert 0 < tiles.widest < m
+
+
+def test_counts_by_density_and_by_rank() -> None:
+    assert count_by_density((4096, 11008), 0.05) == 2_254_438
+    assert count_by_density((3, 7), 0.05) == 1
+    assert count_by_rank((4096, 11008), 8) == 120_832
+
+
+# --- principal weights ----------------------------------------------------------------------
+
+
+@each_route
+@each_shape
+@pytest.mark.parametrize("density", [0.01, 0.05])
+def test_factors_give_the_mask_of_a_float64_svd(
+    route: str, shape: tuple[int, int], density: float
+) -> None:
+    weight, (m, n) = trained_like(*shape), shape
+    count = int(density * m * n)
+    factors = _factors(route, DenseTiles(weight), RANK, count)
+    assert factors.converged
+    assert overlap(_mask(factors, m, count), principal_oracle(weight, RANK, count)) >= 0.999
+    torch.testing.assert_close(
+        factors.left @ factors.right.T, low_rank_oracle(weight, RANK).float(), rtol=0, atol=2e-2
+    )
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0], ids=["slow", "fast"])
+def test_a_matrix_beyond_the_gram_side_gives_the_mask_of_a_float64_svd(exponent: float) -> None:
+    """832 x 1000 takes the Krylov route."""
+    weight = trained_like(832, 1000, exponent=exponent)
+    count = count_by_density((832, 1000), 0.05)
+    found = selection(weight, Principal(rank=64), count)
+    assert overlap(found.flat, principal_oracle(weight, 64, count)) >= 0.999
+    assert found.converged
+
+
+@each_shape
+def test_principal_takes_the_largest_entries_of_the_approximation(shape: tuple[int, int]) -> None:
+    """Not the smallest, and not the largest of W itself."""
+    weight = trained_like(*shape)
+    scores = low_rank_oracle(weight, 4).abs().view(-1)
+    taken = torch.zeros(scores.numel(), dtype=torch.bool)
+    taken[select(weight, Principal(rank=4), scores.numel() // 20)] = True
+    assert float(scores[taken].min()) >= 0.9999 * float(scores[~taken].max())
+    assert float(scores[taken].mean()) > 3 * float(scores[~taken].mean())
+    magnitude = select(weight, Magnitude(), scores.numel() // 20)
+    assert float(taken[magnitude].float().mean()) < 0.9
+
+
+@each_route
+@pytest.mark.parametrize("true_rank", [1, 5, RANK])
+def test_an_exactly_low_rank_matrix_is_its_own_approximation(route: str, true_rank: int) -> None:
+    weight = torch.randn(160, true_rank) @ torch.randn(true_rank, 210)
+    factors = _factors(route, DenseTiles(weight), RANK, 1000)
+    assert factors.converged
+    torch.testing.assert_close(factors.left @ factors.right.T, weight, rtol=1e-4, atol=1e-4)
+    assert overlap(_mask(factors, 160, 1000), top_oracle(weight.abs(), 1000)) >= 0.999
+
+
+@pytest.mark.parametrize("rank", [48, 49, 1000])
+def test_a_full_rank_approximation_is_magnitude(rank: int) -> None:
+    weight = random_weight(65, 48)
+    expected = top_oracle(weight.abs(), 300)
+    assert torch.equal(select(weight, Principal(rank=rank), 300), expected)
+    assert torch.equal(select(weight, Magnitude(), 300), expected)
+
+
+@each_route
+@pytest.mark.parametrize("spectrum", ["flat", "no-gap-at-rank"])
+def test_an_approximation_that_is_not_unique_is_reported(route: str, spectrum: str) -> None:
+    left, right = torch.linalg.qr(torch.randn(160, 160)).Q, torch.linalg.qr(torch.randn(160, 160)).Q
+    sigma = torch.ones(160)
+    if spectrum == "no-gap-at-rank":
+        sigma = torch.linspace(4, 1, 160)
+        sigma[RANK] = sigma[RANK - 1]
+    factors = _factors(route, DenseTiles((left * sigma) @ right.T), RANK, 1000)
+    assert not factors.converged
+
+
+def test_an_identity_matrix_is_reported_as_not_converged() -> None:
+    assert not selection(torch.eye(100), Principal(rank=RANK), 50).converged
+    assert selection(torch.eye(100), Magnitude(), 50).converged
+
+
+def test_too_few_steps_are_reported() -> None:
+    tiles = DenseTiles(trained_like(300, 400))
+    factors = krylov_factors(tiles, RANK, 6000, 64, tolerance=1e-4, max_steps=2, seed=0)
+    assert not factors.converged
+    assert factors.steps == 2
+
+
+@each_route
+def test_a_zero_matrix_works(route: str) -> None:
+    factors = _factors(route, DenseTiles(torch.zeros(100, 90)), RANK, 50)
+    assert float(factors.scores(0, 100).max()) == 0.0
+
+
+@pytest.mark.parametrize("scorer", [Principal(rank=4), Magnitude()], ids=_scorer_id)
+def test_a_zero_matrix_gives_the_lowest_positions(scorer: Scorer) -> None:
+    assert select(torch.zeros(100, 90), scorer, 123).tolist() == list(range(123))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_quantized_base_gives_the_mask_of_its_dequantized_rows(quant_type: str) -> None:
+    module = make_linear4bit(192, 250, quant_type, weight=trained_like(192, 250))
+    tiles = frozen_weight(module)
+    dense, count = tiles.rows(0, 192), count_by_density((192, 250), 0.05)
+    found = select(tiles, Principal(rank=RANK), count)
+    assert torch.equal(found, select(dense, Principal(rank=RANK), count))
+    assert overlap(found, principal_oracle(dense, RANK, count)) >= 0.999
+
+
+def test_a_rank_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank of at least 1, got 0"):
+        Principal(rank=0)
+
+
+# --- random ---------------------------------------------------------------------------------
+
+
+def test_random_is_the_same_on_every_machine_and_differs_by_seed() -> None:
+    weight = torch.zeros(200, 300)
+    flat = select(weight, Random(seed=3), 6000)
+    assert torch.equal(flat, select(torch.randn(200, 300), Random(seed=3), 6000))
+    assert flat[:6].tolist() == []
+    other = select(weight, Random(seed=4), 6000)
+    assert 0.05 < overlap(other, flat) < 0.15
+
+
+def test_random_is_uniform_over_rows_and_columns() -> None:
+    """Counts per row are nearly binomial: mean 60, standard deviation 7.3."""
+    flat = select(torch.zeros(200, 300), Random(), 12_000)
+    for line, lines in ((flat // 300, 200), (flat % 300, 300)):
+        mean = 12_000 / lines
+        counts = torch.bincount(line, minlength=lines).float()
+        deviation = (mean * (1 - 0.2)) ** 0.5
+        assert float((counts - mean).abs().max()) < 5 * deviation
+        assert 0.7 * deviation < float(counts.std()) < 1.3 * deviation
