@@ -29,14 +29,15 @@ M, N, TOKENS, RANK = 4096, 11008, 128, 64
 
 
 class OneBlock(nn.Module):
-    """The smallest model that has blocks: one Linear in a module list."""
+    """The smallest model that has blocks and a norm: one Linear in a module list."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
+        self.norm = nn.RMSNorm(N, dtype=torch.bfloat16)
         self.layers = nn.ModuleList([nn.ModuleDict({"down_proj": linear})])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.layers[0]["down_proj"](x)  # type: ignore[index]
+        result: torch.Tensor = self.layers[0]["down_proj"](self.norm(x))  # type: ignore[index]
         return result
 
 
@@ -113,7 +114,8 @@ def main() -> None:
         base = Path(folder) / "base"
         base.mkdir()
         name = "layers.0.down_proj.weight"
-        save_file({name: original}, base / "model.safetensors", metadata={"format": "pt"})
+        tensors = {name: original, "norm.weight": model.norm.weight.detach()}
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
         (base / "config.json").write_text(json.dumps({"model_type": "one-block"}))
         save_adapter(model, Path(folder) / "adapter")
         for onto in ("original", "quantized"):

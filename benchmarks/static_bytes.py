@@ -74,7 +74,10 @@ def main() -> None:
         with_fp32 = total - parts["Adam 8-bit"] + 8 * entries
         row = {"model": model.name, "entries": entries}
         row |= {name: round(nbytes / GIB, 3) for name, nbytes in parts.items()}
-        row |= {"total 8-bit Adam": round(total / GIB, 3), "total fp32 Adam": round(with_fp32 / GIB, 3)}
+        row |= {
+            "total 8-bit Adam": round(total / GIB, 3),
+            "total fp32 Adam": round(with_fp32 / GIB, 3),
+        }
         row["index bytes per entry"] = round(parts["index"] / entries, 4)
         rows.append(row)
         print("\n".join(f"{key:<26}{value}" for key, value in row.items()), end="\n\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import (
@@ -64,7 +66,7 @@ SCORES = st.sampled_from([0.0, -0.0, 1e-45, 3e-45, 1e-38, 0.5, 1.0, 1.0000001, 3
 def _stream(scores: Tensor, count: int, cuts: list[int]) -> list[int]:
     top = StreamedTopK(count)
     edges = [0, *cuts, scores.numel()]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         top.push(scores[start:stop], start)
     return top.flat().tolist()
 
@@ -80,14 +82,6 @@ def test_the_streamed_top_k_equals_a_stable_sort(data: st.DataObject) -> None:
     assert _stream(torch.tensor(scores), count, cuts) == sorted(order[:count])
 
 
-@pytest.mark.parametrize("count", [0, 1, 250, 999, 1000], ids=lambda count: f"count-{count}")
-@pytest.mark.parametrize("step", [1, 7, 1000], ids=["one-by-one", "ragged", "whole"])
-def test_the_streamed_top_k_on_many_scores(count: int, step: int) -> None:
-    scores = (torch.randn(1000).abs() * 20).round() / 20
-    cuts = list(range(step, 1000, step))
-    assert _stream(scores, count, cuts) == top_oracle(scores, count).tolist()
-
-
 def test_the_streamed_top_k_holds_few_candidates() -> None:
     top, scores = StreamedTopK(100), torch.linspace(0, 1, 20_000)
     for start in range(0, 20_000, 50):
@@ -98,23 +92,18 @@ def test_the_streamed_top_k_holds_few_candidates() -> None:
 
 # --- every selector -------------------------------------------------------------------------
 
-SCORERS = [Principal(rank=4), Principal(rank=1000), Magnitude(), Random()]
-
-
-def _scorer_id(scorer: Scorer) -> str:
-    rank = f"-{scorer.rank}" if isinstance(scorer, Principal) else ""
-    return f"{type(scorer).__name__.lower()}{rank}"
-
-
-each_scorer = pytest.mark.parametrize("scorer", SCORERS, ids=_scorer_id)
+each_scorer = pytest.mark.parametrize(
+    "scorer",
+    [Principal(rank=4), Principal(rank=1000), Magnitude(), Random()],
+    ids=["principal", "full-rank", "magnitude", "random"],
+)
 
 
 @each_scorer
 @pytest.mark.parametrize("count", [0, 1, 77, 65 * 48], ids=lambda count: f"count-{count}")
 def test_a_mask_is_a_sorted_set_of_the_count_asked_for(scorer: Scorer, count: int) -> None:
     flat = select(random_weight(65, 48), scorer, count)
-    assert flat.dtype == torch.int64
-    assert flat.numel() == count
+    assert (flat.dtype, flat.numel()) == (torch.int64, count)
     assert flat.tolist() == sorted(set(flat.tolist()) & set(range(65 * 48)))
 
 
@@ -157,19 +146,13 @@ class NarrowTiles(DenseTiles):
 
 @pytest.mark.parametrize(
     ("scorer", "shape"),
-    [
-        (Principal(rank=4), (300, 40_000)),
-        (Principal(rank=4), (832, 16_384)),
-        (Magnitude(), (300, 40_000)),
-        (Random(), (300, 40_000)),
-    ],
-    ids=["gram", "krylov", "magnitude", "random"],
+    [(Principal(4), (300, 40_000)), (Principal(4), (832, 16_384)), (Magnitude(), (300, 40_000))],
+    ids=["gram", "krylov", "magnitude"],
 )
 def test_no_more_than_a_tile_is_read_at_once(scorer: Scorer, shape: tuple[int, int]) -> None:
     m, n = shape
     tiles = NarrowTiles(torch.randn(m, 1) @ torch.randn(1, n).sign())
-    flat = select(tiles, scorer, 1000)
-    assert flat.numel() == 1000
+    assert select(tiles, scorer, 1000).numel() == 1000
     assert 0 < tiles.widest < m
 
 
@@ -193,16 +176,22 @@ def test_factors_give_the_mask_of_a_float64_svd(
     factors = _factors(route, DenseTiles(weight), RANK, count)
     assert factors.converged
     assert overlap(_mask(factors, m, count), principal_oracle(weight, RANK, count)) >= 0.999
-    torch.testing.assert_close(
-        factors.left @ factors.right.T, low_rank_oracle(weight, RANK).float(), rtol=0, atol=2e-2
-    )
 
 
-@pytest.mark.parametrize("exponent", [0.5, 1.0], ids=["slow", "fast"])
-def test_a_matrix_beyond_the_gram_side_gives_the_mask_of_a_float64_svd(exponent: float) -> None:
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)], ids=_shape_id)
+def test_krylov_converges_through_several_restarts(shape: tuple[int, int]) -> None:
+    """A slow spectrum and a small block: the first cycle of five steps is not enough."""
+    weight, (m, n) = trained_like(*shape, exponent=0.2), shape
+    count = m * n // 20
+    factors = _factors("krylov", DenseTiles(weight), 8, count)
+    assert overlap(_mask(factors, m, count), principal_oracle(weight, 8, count)) >= 0.999
+    assert factors.converged
+    assert factors.steps <= 15
+
+
+def test_a_matrix_beyond_the_gram_side_gives_the_mask_of_a_float64_svd() -> None:
     """832 x 1000 takes the Krylov route."""
-    weight = trained_like(832, 1000, exponent=exponent)
-    count = count_by_density((832, 1000), 0.05)
+    weight, count = trained_like(832, 1000), count_by_density((832, 1000), 0.05)
     found = selection(weight, Principal(rank=64), count)
     assert overlap(found.flat, principal_oracle(weight, 64, count)) >= 0.999
     assert found.converged
@@ -242,36 +231,26 @@ def test_a_full_rank_approximation_is_magnitude(rank: int) -> None:
 @each_route
 @pytest.mark.parametrize("spectrum", ["flat", "no-gap-at-rank"])
 def test_an_approximation_that_is_not_unique_is_reported(route: str, spectrum: str) -> None:
-    left, right = torch.linalg.qr(torch.randn(160, 160)).Q, torch.linalg.qr(torch.randn(160, 160)).Q
-    sigma = torch.ones(160)
-    if spectrum == "no-gap-at-rank":
-        sigma = torch.linspace(4, 1, 160)
-        sigma[RANK] = sigma[RANK - 1]
+    left, right = torch.linalg.qr(torch.randn(2, 160, 160)).Q
+    sigma = torch.ones(160) if spectrum == "flat" else torch.linspace(4, 1, 160)
+    sigma[RANK] = sigma[RANK - 1]
     factors = _factors(route, DenseTiles((left * sigma) @ right.T), RANK, 1000)
     assert not factors.converged
-
-
-def test_an_identity_matrix_is_reported_as_not_converged() -> None:
     assert not selection(torch.eye(100), Principal(rank=RANK), 50).converged
-    assert selection(torch.eye(100), Magnitude(), 50).converged
 
 
 def test_too_few_steps_are_reported() -> None:
     tiles = DenseTiles(trained_like(300, 400))
     factors = krylov_factors(tiles, RANK, 6000, 64, tolerance=1e-4, max_steps=2, seed=0)
-    assert not factors.converged
-    assert factors.steps == 2
+    assert (factors.converged, factors.steps) == (False, 2)
 
 
 @each_route
-def test_a_zero_matrix_works(route: str) -> None:
+def test_a_zero_matrix_gives_the_lowest_positions(route: str) -> None:
     factors = _factors(route, DenseTiles(torch.zeros(100, 90)), RANK, 50)
     assert float(factors.scores(0, 100).max()) == 0.0
-
-
-@pytest.mark.parametrize("scorer", [Principal(rank=4), Magnitude()], ids=_scorer_id)
-def test_a_zero_matrix_gives_the_lowest_positions(scorer: Scorer) -> None:
-    assert select(torch.zeros(100, 90), scorer, 123).tolist() == list(range(123))
+    for scorer in (Principal(rank=4), Magnitude()):
+        assert select(torch.zeros(100, 90), scorer, 123).tolist() == list(range(123))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -284,25 +263,33 @@ def test_a_quantized_base_gives_the_mask_of_its_dequantized_rows(quant_type: str
     assert overlap(found, principal_oracle(dense, RANK, count)) >= 0.999
 
 
-def test_a_rank_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="rank of at least 1, got 0"):
-        Principal(rank=0)
-
-
 # --- random ---------------------------------------------------------------------------------
+
+
+def _hash_24(position: int, seed: int) -> int:
+    """The upper 24 bits of splitmix64 (Steele, Lea, Flood 2014), in Python integers."""
+
+    def mix(z: int) -> int:
+        z = z * 0x9E3779B97F4A7C15 % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    return mix(position + mix(seed)) >> 40
 
 
 def test_random_is_the_same_on_every_machine_and_differs_by_seed() -> None:
     weight = torch.zeros(200, 300)
     flat = select(weight, Random(seed=3), 6000)
     assert torch.equal(flat, select(torch.randn(200, 300), Random(seed=3), 6000))
-    assert flat[:6].tolist() == []
+    expected = top_oracle(torch.tensor([_hash_24(position, 3) for position in range(60_000)]), 6000)
+    assert torch.equal(flat, expected)
     other = select(weight, Random(seed=4), 6000)
     assert 0.05 < overlap(other, flat) < 0.15
 
 
 def test_random_is_uniform_over_rows_and_columns() -> None:
-    """Counts per row are nearly binomial: mean 60, standard deviation 7.3."""
+    """Counts per line are nearly binomial with p = 0.2."""
     flat = select(torch.zeros(200, 300), Random(), 12_000)
     for line, lines in ((flat // 300, 200), (flat % 300, 300)):
         mean = 12_000 / lines

@@ -155,7 +155,7 @@ def test_from_parts_refuses_damaged_parts(
 
 def test_from_parts_refuses_other_dtypes() -> None:
     column, count = torch.tensor([3]), torch.tensor([[1]])
-    with pytest.raises(ValueError, match="expected columns as 1-D uint8, got torch.int64"):
+    with pytest.raises(ValueError, match=r"expected columns as 1-D uint8, got torch\.int64"):
         SegmentedIndex.from_parts((1, 9), column, count.to(torch.uint8))
     with pytest.raises(ValueError, match="expected counts as uint8"):
         SegmentedIndex.from_parts((1, 9), column.to(torch.uint8), count)

@@ -123,13 +123,15 @@ def krylov_factors(
             if changed <= tolerance:
                 return LowRank(left, right, converged=unique, steps=steps)
         previous = mask
-        if len(basis) >= CYCLE or (len(basis) + 1) * width > min(m, n):
-            # `following` still holds the residual of every direction kept: W^T W applied to the
-            # last block is the only way out of the old subspace.
-            basis, images = [ritz[0]], [ritz[1]]
+        # What W^T W adds to the subspace, before the subspace is cut back: the part of it that a
+        # restart discards must not come in again.
         block = _orthonormal_against(following, basis)
         if block is None:
             return LowRank(left, right, converged=unique, steps=steps)
+        if len(basis) >= CYCLE or (len(basis) + 1) * width > min(m, n):
+            basis, images = [ritz[0]], [ritz[1]]
+            block = _orthonormal_against(block, basis)  # noise, where the space was nearly full
+            assert block is not None
     assert factors is not None
     return LowRank(*factors, converged=False, steps=max_steps)
 

@@ -67,11 +67,14 @@ GRAM_SIDE = 768
 
 
 def _gram_is_cheaper(m: int, n: int, rank: int) -> bool:
-    """Compare floating-point operations; fp64 counts twice, the eigensolver 25 side^3."""
+    """Compare floating-point operations; fp64 counts twice, the eigensolver 25 side^3.
+
+    Where a few Krylov blocks would fill the whole space, the Gram matrix is the simpler way.
+    """
     side = min(m, n)
     gram = 4 * m * n * side + 25 * side**3
     krylov = 5 * 4 * m * n * (rank + 8)
-    return side <= GRAM_SIDE or gram < krylov
+    return side <= GRAM_SIDE or side < 4 * (rank + 8) or gram < krylov
 
 
 @dataclass(frozen=True)

@@ -71,12 +71,13 @@ def run(
             load_adapter(model, resume, progress=True)
         else:
             get_lift_model(model, config)
-    static = sum(static_categories(model).values())
-    meter.report.phases["load"].tensors = meter.report.phases["load"].tensors or (
-        static - _lift_bytes(model)
-    )
-    if peak.tensors is not None and not meter.cuda:
-        peak.tensors += static - _lift_bytes(model)
+    if not meter.cuda:
+        held = _base_bytes(model)
+        meter.report.phases["load"].tensors = held
+        peak.tensors = held + (peak.tensors or 0)
+        meter.report.notes.append(
+            "load: tensors held after loading; what the loader needed in between is in resident."
+        )
     _say_unconverged(model)
     if before_training is not None:
         before_training(model, tokenizer)
@@ -95,8 +96,6 @@ def run(
         raise
     except ValueError as error:  # settings that TRL or HF Trainer refuse
         raise UserError(f"these settings do not work: {first_line(error)}") from error
-    for report in trainer.length_reports.values():
-        logger.info("%s", report)
     with meter.phase("train") as peak:
         try:
             trainer.train(resume_from_checkpoint=resume)
@@ -137,10 +136,10 @@ def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> str | None:
     return None
 
 
-def _lift_bytes(model: Any) -> int:
-    """Bytes that attaching has added to the base."""
+def _base_bytes(model: Any) -> int:
+    """Bytes of the base alone, without what attaching has added."""
     categories = static_categories(model)
-    return sum(categories[name] for name in ("index", "values", "settled entries", "scratch"))
+    return sum(categories[n] for n in ("base weights", "embeddings and head", "norms and other"))
 
 
 def _say_unconverged(model: Any) -> None:

@@ -1,0 +1,299 @@
+"""LiftLinear against a dense fp64 oracle: values, gradients, and what it keeps in memory.
+
+Tolerances are relative: the error against fp64 may be at most twice the error of a plain
+`nn.Linear` of the same dtype on the same numbers, plus a tenth of that dtype's epsilon.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import Counter
+
+import pytest
+import torch
+from helpers import (
+    LargestTensor,
+    assert_as_good_as_plain_torch,
+    bits,
+    effective_oracle,
+    make_base,
+    make_block,
+    make_dense,
+    make_lift,
+    make_linear4bit,
+    pass_by_rows,
+    random_flat,
+    random_inputs,
+    run_pass,
+    saved_nbytes,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.quantized import frozen_weight, weight_tensors
+from leanlift.sparse import SegmentedIndex
+
+SHAPES = [(128, 192), (65, 48), (97, 257)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+each_base = pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
+
+
+@pytest.fixture
+def rebuilt(monkeypatch: pytest.MonkeyPatch) -> Counter[LiftLinear]:
+    """How often each layer has rebuilt its effective weight."""
+    calls: Counter[LiftLinear] = Counter()
+    original = LiftLinear.effective_weight
+
+    def counted(layer: LiftLinear, dtype: torch.dtype) -> Tensor:
+        calls[layer] += 1
+        return original(layer, dtype)
+
+    monkeypatch.setattr(LiftLinear, "effective_weight", counted)
+    return calls
+
+
+# --- values and gradients -------------------------------------------------------------------
+
+
+@each_base
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=["128x192", "65x48", "97x257"])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3), (2, 1, 3)], ids=["1d", "2d", "3d", "4d"])
+def test_output_and_gradients_are_as_good_as_plain_torch(
+    kind: str, dtype: torch.dtype, shape: tuple[int, int], leading: tuple[int, ...]
+) -> None:
+    lift = make_lift(make_base(kind, *shape, dtype=dtype, bias=True))
+    x, grad_y = random_inputs(lift, leading, dtype)
+    ours = assert_as_good_as_plain_torch(lift, x, grad_y)
+    assert (ours.y.shape, ours.y.dtype) == (grad_y.shape, dtype)
+    assert (ours.x.shape, ours.x.dtype) == (x.shape, dtype)
+    assert ours.values.dtype == torch.float32
+
+
+@each_base
+def test_autocast_decides_the_dtype_of_the_computation(kind: str) -> None:
+    lift = make_lift(make_base(kind, 97, 257, bias=True))
+    ours = assert_as_good_as_plain_torch(lift, *random_inputs(lift), autocast=True)
+    assert (ours.y.dtype, ours.x.dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_several_tiles_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 64..127, a tile of their own, hold no entry at all."""
+    base = make_dense(200, 48)
+    flat = random_flat(200, 48, 500)
+    flat = flat[(flat < 64 * 48) | (flat >= 128 * 48)]
+    index = SegmentedIndex.from_flat(flat, (200, 48))
+    lift = LiftLinear(base, frozen_weight(base), index, Scratch())
+    lift.values.data.normal_()
+    x, grad_y = random_inputs(lift)
+    whole = run_pass(lift, x, grad_y)
+    monkeypatch.setattr("leanlift.layer.tile_rows", lambda n, itemsize: 64)
+    tiled = assert_as_good_as_plain_torch(lift, x, grad_y)
+    torch.testing.assert_close(tiled.values, whole.values)
+    assert torch.equal(tiled.y, whole.y)
+
+
+def test_eval_no_grad_and_inference_mode_give_the_same_output() -> None:
+    lift, x = make_lift(make_linear4bit(65, 48, bias=True)), torch.randn(3, 48)
+    trained = lift(x)
+    assert trained.requires_grad
+    assert torch.equal(lift.eval()(x), trained)
+    with torch.no_grad():
+        assert torch.equal(lift(x), trained)
+    with torch.inference_mode():
+        assert torch.equal(lift(x), trained)
+
+
+def test_an_input_without_gradient_needs_no_second_rebuild(rebuilt: Counter[LiftLinear]) -> None:
+    lift = make_lift(make_linear4bit(65, 48))
+    x, grad_y = random_inputs(lift)
+    expected = run_pass(lift, x, grad_y).values
+    lift.values.grad = None
+    rebuilt.clear()
+    lift(x).backward(grad_y)
+    assert torch.equal(lift.values.grad, expected)
+    assert rebuilt[lift] == 1
+
+
+def test_frozen_values_still_pass_the_gradient_on() -> None:
+    lift = make_lift(make_linear4bit(65, 48))
+    x, grad_y = random_inputs(lift)
+    expected = run_pass(lift, x, grad_y)
+    lift.values.requires_grad_(False).grad = None
+    lift(x.requires_grad_()).backward(grad_y)
+    assert torch.equal(x.grad, expected.x)
+    assert not lift(x.detach()).requires_grad
+    assert saved_nbytes(lift, x) == 0
+
+
+def test_gradients_accumulate() -> None:
+    lift = make_lift(make_linear4bit(65, 48))
+    (x_a, grad_a), (x_b, grad_b) = random_inputs(lift), random_inputs(lift)
+    single = run_pass(lift, x_b, grad_b).values
+    total = run_pass(lift, x_a, grad_a).values + single
+    lift(x_b).backward(grad_b)
+    assert torch.equal(lift.values.grad, total)
+
+
+def test_a_frozen_linear_computes_with_the_base_alone_and_keeps_nothing() -> None:
+    base = make_linear4bit(65, 48, bias=True)
+    frozen = FrozenLinear(base, frozen_weight(base), Scratch())
+    dense, x = frozen.weight_tiles.rows(0, 65), torch.randn(3, 48, requires_grad=True)
+    torch.testing.assert_close(frozen(x), torch.nn.functional.linear(x, dense, base.bias))
+    (grad_x,) = torch.autograd.grad(frozen(x).sum(), x)
+    torch.testing.assert_close(grad_x, dense.sum(0).expand(3, 48), rtol=1e-4, atol=1e-5)
+    assert saved_nbytes(frozen, x) == 0
+
+
+def test_wrong_shapes_are_refused() -> None:
+    lift = make_lift(make_dense(65, 48))
+    with pytest.raises(ValueError, match=r"expected an input \[\.\.\., 48\], got \(3, 65\)"):
+        lift(torch.zeros(3, 65))
+    with pytest.raises(ValueError, match="expected 156 positions, got 3"):
+        lift.change_mask(torch.arange(3))
+    index = SegmentedIndex.from_flat(torch.arange(2), (48, 65))
+    with pytest.raises(ValueError, match=r"index of shape \(65, 48\), got \(48, 65\)"):
+        LiftLinear(lift.base, lift.weight_tiles, index, Scratch())
+
+
+# --- the mask changes -----------------------------------------------------------------------
+
+
+@each_base
+def test_a_mask_change_leaves_the_effective_weight_as_it_is(kind: str) -> None:
+    """Round after round of training and changes; settled entries take part in everything."""
+    lift = make_lift(make_base(kind, 65, 48, bias=True))
+    values, count = lift.values, lift.index.count
+    for _ in range(4):
+        lift.values.data.add_(0.1 * torch.randn(count))
+        before = lift.effective.rows(0, 65).clone()
+        score = torch.rand(65 * 48)
+        score[lift.index.to_flat()[::2]] += 1
+        score[lift.index.to_flat()[1::2]] -= 1
+        if lift.settled_index is not None:
+            score[lift.settled_index.to_flat()[::4]] += 1
+        wanted = score.topk(count).indices.sort().values
+        change = lift.change_mask(wanted)
+        assert change.churn == 0.5
+        assert lift.values is values
+        assert torch.equal(lift.index.to_flat(), wanted)
+        assert torch.equal(lift.effective.rows(0, 65), before)
+        assert_as_good_as_plain_torch(lift, *random_inputs(lift))
+    assert lift.settled_index is not None
+    assert lift.settled_index.count > count
+
+
+@each_base
+def test_effective_tiles_equal_the_effective_weight(kind: str) -> None:
+    lift = make_lift(make_base(kind, 130, 257))
+    lift.change_mask(random_flat(130, 257, lift.index.count, seed=9))
+    tiles, oracle = lift.effective, effective_oracle(lift)
+    assert tiles.shape == (130, 257)
+    for start, stop in [(0, 130), (0, 64), (13, 77), (129, 130)]:
+        rows = tiles.rows(start, stop)
+        dense = lift.effective_weight(torch.float32)[start:stop]
+        assert torch.equal(bits(rows), bits(dense))
+        torch.testing.assert_close(rows.double(), oracle[start:stop], rtol=2e-7, atol=1e-12)
+
+
+# --- what it keeps, and whom it disturbs ----------------------------------------------------
+
+
+@each_base
+def test_autograd_keeps_the_bytes_of_x_alone(kind: str) -> None:
+    lift = make_lift(make_base(kind, 97, 257, bias=True))
+    for x in (torch.randn(2, 3, 257), torch.randn(4, 257).bfloat16().requires_grad_()):
+        assert saved_nbytes(lift, x) == x.nbytes
+
+
+def test_the_scratch_is_the_only_dense_tensor_left_after_a_step() -> None:
+    def dense() -> set[int]:
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+        return {tensor.data_ptr() for tensor in tensors if tensor.numel() >= 160 * 192}
+
+    lift = make_lift(make_linear4bit(160, 192))
+    x, before = torch.randn(4, 192, requires_grad=True), dense()
+    lift(x).sum().backward()
+    scratch = lift.scratch.take(160, 192, torch.float32, torch.device("cpu"))
+    assert dense() - before == {scratch.data_ptr()}
+    assert lift.scratch.nbytes == 4 * 160 * 192
+
+
+def test_no_operation_of_a_step_makes_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanlift.layer.tile_rows", lambda n, itemsize: 64)
+    lift = make_lift(make_linear4bit(320, 192))
+    scratch = lift.scratch.take(320, 192, torch.float32, torch.device("cpu"))
+    x = torch.randn(4, 192, requires_grad=True)
+    with LargestTensor([scratch, *weight_tensors(lift.base)]) as operations:
+        lift(x).sum().backward()
+    assert 0 < operations.numel <= 64 * 192
+
+
+def _block_gradients(block: nn.Sequential) -> list[Tensor]:
+    return [layer.values.grad.clone() for layer in block if isinstance(layer, LiftLinear)]
+
+
+@pytest.mark.parametrize(("reentrant", "last"), [(False, 2), (True, 3)], ids=["new", "reentrant"])
+def test_checkpointing_repeats_no_matmul_that_nobody_needs(
+    reentrant: bool, last: int, rebuilt: Counter[LiftLinear]
+) -> None:
+    """Non-reentrant recomputation stops once the last layer has its input back: that layer is
+    rebuilt for forward and backward alone. GELU needs the output of the first one again."""
+    block, x = make_block(Scratch()), torch.randn(3, 48, requires_grad=True)
+    block(x).square().sum().backward()
+    expected, expected_x, x.grad = _block_gradients(block), x.grad, None
+    block.zero_grad()
+    rebuilt.clear()
+    checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(x.grad, expected_x)
+    assert all(map(torch.equal, _block_gradients(block), expected))
+    assert (rebuilt[block[0]], rebuilt[block[2]]) == (3, last)
+
+
+def test_two_models_do_not_disturb_each_other() -> None:
+    blocks, x = [make_block(Scratch(), seed) for seed in (1, 2)], torch.randn(3, 48)
+    alone = []
+    for block in blocks:
+        block(x).square().sum().backward()
+        alone.append(_block_gradients(block))
+        block.zero_grad()
+    hidden = [block[0](x) for block in blocks]
+    outputs = [block[2](block[1](h)) for block, h in zip(blocks, hidden, strict=True)]
+    for block, y, expected in zip(blocks, outputs, alone, strict=True):
+        y.square().sum().backward()
+        assert all(map(torch.equal, _block_gradients(block), expected))
+
+
+def test_a_deep_copy_is_independent_and_shares_one_scratch_of_its_own() -> None:
+    block, x = make_block(Scratch()), torch.randn(3, 48)
+    block[0].change_mask(random_flat(96, 48, block[0].index.count, seed=8))
+    expected = block(x)
+    twin = copy.deepcopy(block)
+    assert torch.equal(twin(x), expected)
+    assert twin[0].scratch is twin[2].scratch is not block[0].scratch
+    twin[0].values.data.add_(1)
+    twin[0].settled_values.add_(1)
+    twin[2].base.weight.data.zero_()
+    assert torch.equal(block(x), expected)
+    assert not torch.equal(twin(x), expected)
+
+
+def test_moving_to_the_same_device_changes_nothing() -> None:
+    lift, x = make_lift(make_linear4bit(65, 48)), torch.randn(3, 48)
+    lift.change_mask(random_flat(65, 48, lift.index.count, seed=8))
+    values, flat, expected = lift.values, lift.index.to_flat(), lift(x)
+    assert lift.to(torch.device("cpu")).values is values
+    assert torch.equal(lift.index.to_flat(), flat)
+    assert torch.equal(lift(x), expected)
+
+
+def test_a_real_sized_layer() -> None:
+    """4096 x 11008 in bf16 NF4, 5 %, 4 tokens, within 1e-6 of the oracle."""
+    lift = make_lift(make_linear4bit(4096, 11008, dtype=torch.bfloat16))
+    x, grad_y = random_inputs(lift, (4,))
+    errors = run_pass(lift, x, grad_y).errors(pass_by_rows(lift, x, grad_y))
+    assert max(errors.values()) < 1e-6
