@@ -225,8 +225,8 @@ def _plan(adapter: Adapter, tensors: dict[str, SourceTensor]) -> dict[str, str]:
         name = _locate(f"{module}.weight", tensors)
         if name is None and module in adapter.base.shapes:
             raise UserError(
-                f"the base has no tensor {module}.weight, on which {adapter.directory} was trained: "
-                "it is another model, or its file layout differs from the loaded model's."
+                f"the base has no tensor {module}.weight, on which {adapter.directory} was "
+                "trained: it is another model, or its file layout differs from the loaded model's."
             )
         if name is None:
             continue

@@ -23,7 +23,7 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     Raises:
         UserError: nothing matches, or the blocks hold weights that leanlift cannot train.
     """
-    names = {name: module for name, module in model.named_modules()}
+    names = dict(model.named_modules())
     blocks = _block_prefixes(names)
     inside = [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
     if wanted == ALL_LINEAR:
@@ -31,8 +31,8 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
         found = [name for name in inside if _is_linear(names[name])]
         if not found:
             raise UserError(
-                f"found no Linear inside the blocks of this {type(model).__name__}: leanlift trains "
-                "nn.Linear, bnb.nn.Linear4bit and bnb.nn.Linear8bitLt."
+                f"found no Linear inside the blocks of this {type(model).__name__}: leanlift "
+                "trains nn.Linear, bnb.nn.Linear4bit and bnb.nn.Linear8bitLt."
             )
         return found
     endings = (wanted,) if isinstance(wanted, str) else wanted

@@ -109,6 +109,6 @@ def _moments_of(optimizer: Optimizer) -> Moments:
     if _bnb.is_adam_8bit(optimizer) and not amsgrad:
         return _BnbMoments()
     raise UserError(
-        f"a mask refresh cannot move the state of {type(optimizer).__name__}: use optim=adamw_torch "
-        "or optim=adamw_8bit, or set refresh_interval=0."
+        f"a mask refresh cannot move the state of {type(optimizer).__name__}: use "
+        "optim=adamw_torch or optim=adamw_8bit, or set refresh_interval=0."
     )

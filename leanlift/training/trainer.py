@@ -119,7 +119,8 @@ class LiftTrainer(SFTTrainer):
             kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
             raise UserError(
                 f"the loss became {loss.item()} at step {self.state.global_step + 1}: training "
-                f"stopped before the update; {kept}. Lower learning_rate, or look for a damaged row."
+                f"stopped before the update; {kept}. Lower learning_rate, or look for a damaged "
+                "row."
             )
         return loss
 
