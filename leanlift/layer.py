@@ -48,7 +48,8 @@ class Scratch:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < numel:
             self._buffers.pop(key, None)
-            buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # or training could never write to it again
+                buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(rows, columns)
 
     @property
@@ -88,6 +89,13 @@ class FrozenLinear(nn.Module):
         return self.weight_tiles.shape[1]
 
     @property
+    def weight(self) -> Tensor:
+        """The frozen weight as the base holds it, packed if it is 4-bit: some models ask for its
+        dtype or device."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
     def bias(self) -> Tensor | None:
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return bias
@@ -100,14 +108,25 @@ class FrozenLinear(nn.Module):
         """The effective weight [m, n] in the shared scratch: valid until its next use."""
         m, n = self.weight_tiles.shape
         weight = self.scratch.take(m, n, dtype, self.weight_tiles.device)
+        direct = dtype in (self.weight_tiles.dtype, torch.float32, torch.float64)
         for start, stop in row_ranges(m, tile_rows(n, 4)):
-            rows = weight[start:stop]
-            rows.copy_(self.weight_tiles.rows(start, stop))
-            self.add_offsets_(rows, start, stop)
+            rows = self.weight_tiles.rows(start, stop)
+            if direct:
+                weight[start:stop] = rows
+                self.add_offsets_(weight[start:stop], start, stop)
+            else:  # INT8 rows come in fp32: add before rounding, so that an entry is rounded once
+                wide = rows.to(torch.float32, copy=True)
+                self.add_offsets_(wide, start, stop)
+                weight[start:stop] = wide
         return weight
 
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place: none here."""
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever the effective weight does."""
+        return ()
 
     def _checked(self, x: Tensor) -> Tensor:
         """x in the dtype of the computation."""
@@ -164,6 +183,11 @@ class LiftLinear(FrozenLinear):
         add_offsets_(rows, self.index, self.values.detach(), start, stop)
         if self.settled_index is not None and self.settled_values is not None:
             add_offsets_(rows, self.settled_index, self.settled_values, start, stop)
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Changes whenever the effective weight does."""
+        return self.values._version, id(self.index), id(self.settled_values)
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values: fp32 [k], from x [T, n] and grad_y [T, m], one row tile at a time."""
@@ -243,7 +267,7 @@ class _KeepInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, layer: LiftLinear) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.version = layer, layer.version
         ctx.save_for_backward(x)
         return x.new_empty(1).expand(*x.shape[:-1], layer.out_features)
 
@@ -252,6 +276,7 @@ class _KeepInput(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor, None]:
         (x,) = ctx.saved_tensors
         layer: LiftLinear = ctx.layer
+        _check_unchanged(layer, ctx.version)
         grad_y = grad_y.reshape(-1, layer.out_features).to(x.dtype)
         return None, layer.values_gradient(x.reshape(-1, layer.in_features), grad_y), None
 
@@ -261,7 +286,7 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: FrozenLinear) -> Tensor:
-        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.layer, ctx.version, ctx.dtype = layer, layer.version, x.dtype
         bias = layer.bias
         weight = layer.effective_weight(x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -270,6 +295,16 @@ class _Multiply(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = None
+        _check_unchanged(ctx.layer, ctx.version)
         if ctx.needs_input_grad[0]:
             grad_x = grad_y.to(ctx.dtype) @ ctx.layer.effective_weight(ctx.dtype)
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
+
+
+def _check_unchanged(layer: FrozenLinear, version: tuple[int, ...]) -> None:
+    """Nothing of the weight is saved for backward, so nobody else would notice a change."""
+    if layer.version != version:
+        raise RuntimeError(
+            "the offsets of a leanlift layer changed between its forward and its backward pass: "
+            "step the optimizer, load adapters and refresh masks only when no backward is pending"
+        )

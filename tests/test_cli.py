@@ -178,6 +178,9 @@ def test_config_mistakes(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "not valid YAML" in changed("a: [\n")
     assert "does not exist" in complaint(capsys, "train", "--config", str(tmp_path / "none.yaml"))
     assert "nf4 or fp4" in changed("bnb_4bit_quant_type: int3\n")
+    assert "merge_onto" in changed("merge_onto: sideways\n")
+    assert "already exists" in changed(f"merged_dir: {tmp_path}\n")
+    assert "these settings do not work" in changed("padding_free: true\n")
     assert "--no_such_flag" in complaint(
         capsys, "train", "--config", str(config), "--no_such_flag", "1"
     )

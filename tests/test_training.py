@@ -312,6 +312,36 @@ def test_rows_over_max_length_are_counted_and_hopeless_ones_refused(
         build([rows[4]])
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_only_the_assistants_words_are_trained(base: Path, tmp_path: Path, packing: bool) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    turns = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "four"},
+        {"role": "user", "content": "3+3?"},
+        {"role": "assistant", "content": "six"},
+    ]
+    trainer = LiftTrainer(
+        model=get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False),
+        args=settings(tmp_path, max_steps=2, packing=packing),
+        train_dataset=Dataset.from_list([{"messages": turns}] * 4),
+        processing_class=tokenizer,
+    )
+    trained: set[str] = set()
+    for row in trainer.train_dataset:
+        kept = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label >= 0]
+        trained.update(tokenizer.decode(kept).split("</s>"))
+    assert trained == {"four", "six", ""}
+    trainer.train()
+
+
 def test_the_trainer_refuses_what_it_cannot_train(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no leanlift layers"):
         LiftTrainer(

@@ -109,6 +109,8 @@ def krylov_factors(
     images: list[Tensor] = []  # W @ basis, [m, w] each
     sample = _sample_rows(m, n, tiles.device)
     sampled_count = max(1, round(count * sample.numel() / m))
+    # With few entries in the sample "unchanged" comes by chance: ask for it twice.
+    needed, quiet = (1 if tolerance * sampled_count >= 1 else 2), 0
     previous: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     for steps in range(1, max_steps + 1):
@@ -120,7 +122,8 @@ def krylov_factors(
         mask = _top_mask(left[sample] @ right.T, sampled_count)
         if previous is not None:
             changed = 1.0 - float((mask & previous).sum()) / sampled_count
-            if changed <= tolerance:
+            quiet = quiet + 1 if changed <= tolerance else 0
+            if quiet >= needed:
                 return LowRank(left, right, converged=unique, steps=steps)
         previous = mask
         # What W^T W adds to the subspace, before the subspace is cut back: the part of it that a

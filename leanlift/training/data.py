@@ -8,7 +8,7 @@ tokenizing, the labels and the packing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,29 +125,37 @@ def to_examples(rows: Dataset, chat: bool, name: str = "train") -> Dataset:
     Raises:
         UserError: no rows, no known shape, or a row that lacks a column; names row and columns.
     """
+    shape = check_rows(rows, name)
+    if shape is None:
+        return rows
+    converted = [example for row in rows for example in shape.convert(row, chat)]
+    if not converted:
+        raise UserError(
+            f"no row of the {name} dataset has an assistant message: there is nothing to train on."
+        )
+    return Dataset.from_list(converted)
+
+
+def check_rows(rows: Dataset, name: str = "train") -> RowFormat | None:
+    """Find the shape of the rows and look at each one; None for rows that are tokenized already.
+
+    Raises:
+        UserError: no rows, no known shape, or a row that lacks a column.
+    """
     if len(rows) == 0:
         raise UserError(f"the {name} dataset holds no rows: there is nothing to train on.")
     columns = set(rows.column_names)
     if "input_ids" in columns:
-        return rows
+        return None
     shape = next((fmt for fmt in FORMATS if columns.issuperset(fmt.required)), None)
     if shape is None:
         raise UserError(
             f"row 0 of the {name} dataset has the columns {sorted(columns)}; expected messages, "
             "prompt and completion, instruction and output (input optional), or text."
         )
-
-    def examples() -> Iterator[Row]:
-        for number, row in enumerate(rows):
-            _check_row(row, shape.required, number, name)
-            yield from shape.convert(row, chat)
-
-    converted = list(examples())
-    if not converted:
-        raise UserError(
-            f"no row of the {name} dataset has an assistant message: there is nothing to train on."
-        )
-    return Dataset.from_list(converted)
+    for number, row in enumerate(rows):
+        _check_row(row, shape.required, number, name)
+    return shape
 
 
 def _check_row(row: Row, required: tuple[str, ...], number: int, name: str) -> None:

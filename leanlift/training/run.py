@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from leanlift.errors import UserError, first_line
-from leanlift.export import MergeReport, merge_adapter
+from leanlift.export import ONTO, MergeReport, merge_adapter
 from leanlift.memory import MemoryMeter, MemoryReport, save_report, static_categories
 from leanlift.model import get_lift_model, lift_state, load_adapter
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.data import load_rows
+from leanlift.training.data import check_rows, load_rows
 from leanlift.training.load import load_base
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.trainer import LiftTrainer, last_whole_checkpoint
@@ -53,10 +53,14 @@ def run(
     config = args.lift_config()
     if args.merged_dir and Path(args.merged_dir).exists():
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
+    if args.merge_onto not in ONTO:
+        raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
     rows = load_rows(args.dataset_name, args.dataset_split)
+    check_rows(rows)  # before a load that takes minutes
     eval_rows = None
     if args.eval_dataset_name:
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split)
+        check_rows(eval_rows, "eval")
 
     device = (
         torch.device("cuda", 0)
@@ -104,6 +108,7 @@ def run(
     peak.tensors = peak.tensors or memory.peak
     trainer.save_model()
     trainer.save_state()
+    save_report(meter.report, output)
 
     merged = None
     if args.merged_dir:
@@ -111,7 +116,7 @@ def run(
             merged = merge_adapter(
                 output, args.merged_dir, base=args.model_name_or_path, onto=args.merge_onto
             )
-    save_report(meter.report, output)
+        save_report(meter.report, output)
     return RunResult(model, tokenizer, meter.report, merged)
 
 
