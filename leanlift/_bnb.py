@@ -199,7 +199,3 @@ def write_moment(state: dict[str, Any], which: int, moment: Tensor) -> None:
     )
     stored.copy_(codes)
     state[f"absmax{which}"].copy_(quantized.absmax)
-
-
-def is_paged(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(getattr(optimizer, "is_paged", False))

@@ -81,22 +81,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class FrozenWeight(Protocol):
-    """RowTiles over a module's frozen weight, with the name of its format."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
+class FrozenWeight(RowTiles, Protocol):
+    """RowTiles over a module's frozen weight, with the format it is stored in."""
 
     @property
     def format(self) -> WeightFormat: ...
-
-    def rows(self, start: int, stop: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)

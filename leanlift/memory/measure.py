@@ -8,7 +8,6 @@ activations and workspace.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -199,5 +198,9 @@ def resident_peak() -> int:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
