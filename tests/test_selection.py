@@ -9,6 +9,7 @@ import torch
 from helpers import (
     examples,
     low_rank_oracle,
+    make_base,
     make_linear4bit,
     overlap,
     principal_oracle,
@@ -21,8 +22,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leanlift.errors import UserError
+from leanlift.memory import LiveBytes
 from leanlift.quantized import frozen_weight
 from leanlift.selection import (
+    Gradient,
     Magnitude,
     Principal,
     Random,
@@ -31,10 +34,12 @@ from leanlift.selection import (
     count_by_rank,
     select,
     selection,
+    selection_nbytes,
 )
+from leanlift.selection.blocks import tile_nbytes
 from leanlift.selection.lowrank import LowRank, gram_factors, krylov_factors
-from leanlift.selection.topk import StreamedTopK
-from leanlift.tiles import DenseTiles, RowTiles, tile_rows
+from leanlift.selection.topk import StreamedTopK, topk_nbytes
+from leanlift.tiles import DEFAULT_TILE_BYTES, DenseTiles, RowTiles
 
 SHAPES = [(192, 192), (320, 128), (128, 320), (257, 131)]
 RANK = 16
@@ -48,10 +53,10 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=_shape_id)
 each_route = pytest.mark.parametrize("route", ["gram", "krylov"])
 
 
-def _factors(route: str, tiles: RowTiles, rank: int, count: int, step: int = 64) -> LowRank:
+def _factors(route: str, tiles: RowTiles, rank: int, count: int) -> LowRank:
     if route == "gram":
-        return gram_factors(tiles, rank, step)
-    return krylov_factors(tiles, rank, count, step, tolerance=1e-4, max_steps=30, seed=0)
+        return gram_factors(tiles, rank, 2**20)
+    return krylov_factors(tiles, rank, count, 2**20, tolerance=1e-4, max_steps=30, seed=0)
 
 
 def _mask(factors: LowRank, m: int, count: int) -> Tensor:
@@ -64,8 +69,9 @@ SCORES = st.sampled_from([0.0, -0.0, 1e-45, 3e-45, 1e-38, 0.5, 1.0, 1.0000001, 3
 
 
 def _stream(scores: Tensor, count: int, cuts: list[int]) -> list[int]:
-    top = StreamedTopK(count)
     edges = [0, *cuts, scores.numel()]
+    largest = max(b - a for a, b in pairwise(edges))
+    top = StreamedTopK(count, scores.numel(), largest, torch.device("cpu"))
     for start, stop in pairwise(edges):
         top.push(scores[start:stop], start)
     return top.flat().tolist()
@@ -83,11 +89,14 @@ def test_the_streamed_top_k_equals_a_stable_sort(data: st.DataObject) -> None:
 
 
 def test_the_streamed_top_k_holds_few_candidates() -> None:
-    top, scores = StreamedTopK(100), torch.linspace(0, 1, 20_000)
-    for start in range(0, 20_000, 50):
-        top.push(scores[start : start + 50], start)
-        assert sum(kept.numel() for kept in top._scores) <= 2 * 100 + 50
-    assert top.flat().tolist() == list(range(19_900, 20_000))
+    total, count, block = 2_000_000, 20_000, 10_000
+    scores = torch.linspace(0, 1, total)
+    with LiveBytes() as live:
+        top = StreamedTopK(count, total, block, torch.device("cpu"))
+        for start in range(0, total, block):
+            top.push(scores[start : start + block], start)
+    assert live.peak <= topk_nbytes(count, total, block) < total
+    assert torch.equal(top.flat(), torch.arange(total - count, total))
 
 
 # --- every selector -------------------------------------------------------------------------
@@ -122,24 +131,44 @@ def test_a_damaged_matrix_is_refused_with_the_number_of_bad_entries(scorer: Scor
         selection(weight, scorer, 10, name="up_proj")
 
 
-@each_scorer
-def test_a_mask_does_not_depend_on_the_size_of_the_tiles(
-    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("route", ["gram", "gram-wide", "krylov", "krylov-int8"])
+@pytest.mark.parametrize("scorer", [Principal(rank=16), Magnitude(), Random()], ids=type)
+def test_a_mask_does_not_depend_on_the_size_of_the_tiles(scorer: Scorer, route: str) -> None:
+    """Bit for bit: what is read at once is not what is computed at once."""
+    m, n = {"gram": (1300, 300), "gram-wide": (700, 900)}.get(route, (1300, 800))
+    weight = trained_like(m, n)
+    tiles = frozen_weight(make_base("int8", m, n)) if "int8" in route else DenseTiles(weight)
+    masks = [selection(tiles, scorer, 9000, tile_bytes=1 << bits).flat for bits in (10, 21, 30)]
+    assert torch.equal(masks[0], masks[1])
+    assert torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("shape", [(1300, 800), (600, 2100), (300, 3000)], ids=_shape_id)
+@pytest.mark.parametrize(
+    "scorer",
+    [Principal(rank=16), Principal(rank=100), Principal(rank=16, block=4), Magnitude(), Random()],
+    ids=["rank-16", "rank-100", "blocks", "magnitude", "random"],
+)
+@pytest.mark.parametrize("bits", [16, 25], ids=["small-tiles", "default-tiles"])
+def test_a_selection_stays_within_its_rule(
+    shape: tuple[int, int], scorer: Scorer, bits: int
 ) -> None:
-    weight = random_weight(200, 48)
-    whole = select(weight, scorer, 500)
-    monkeypatch.setattr("leanlift.selection.tile_rows", lambda n, itemsize: 64)
-    monkeypatch.setattr("leanlift.selection.scorers.tile_rows", lambda n, itemsize: 64)
-    assert overlap(select(weight, scorer, 500), whole) >= 0.998
+    """The rule is made from shapes alone, and is no more than three times too careful."""
+    tiles = frozen_weight(make_linear4bit(*shape, weight=trained_like(*shape)))
+    count = count_by_density(shape, 0.05)
+    with LiveBytes() as live:
+        selection(tiles, scorer, count, tile_bytes=1 << bits)
+    rule = selection_nbytes(scorer, shape, count, 1 << bits)
+    assert live.peak <= rule <= 3 * live.peak
 
 
 class NarrowTiles(DenseTiles):
-    """A matrix that refuses to be read by more rows than a tile of fp32 has."""
+    """A matrix that refuses to be read by more rows than a tile has."""
 
     widest = 0
 
     def rows(self, start: int, stop: int) -> Tensor:
-        assert stop - start <= tile_rows(self.shape[1], 4), "more than one tile was read at once"
+        assert (stop - start) * self.shape[1] * 4 <= tile_nbytes(self.shape, 4, DEFAULT_TILE_BYTES)
         object.__setattr__(self, "widest", max(self.widest, stop - start))
         return super().rows(start, stop)
 
@@ -241,7 +270,7 @@ def test_an_approximation_that_is_not_unique_is_reported(route: str, spectrum: s
 
 def test_too_few_steps_are_reported() -> None:
     tiles = DenseTiles(trained_like(300, 400))
-    factors = krylov_factors(tiles, RANK, 6000, 64, tolerance=1e-4, max_steps=2, seed=0)
+    factors = krylov_factors(tiles, RANK, 6000, 2**20, tolerance=1e-4, max_steps=2, seed=0)
     assert (factors.converged, factors.steps) == (False, 2)
 
 
@@ -297,3 +326,34 @@ def test_random_is_uniform_over_rows_and_columns() -> None:
         deviation = (mean * (1 - 0.2)) ** 0.5
         assert float((counts - mean).abs().max()) < 5 * deviation
         assert 0.7 * deviation < float(counts.std()) < 1.3 * deviation
+
+
+# --- blocks and gradients -------------------------------------------------------------------
+
+
+def test_block_structured_takes_whole_blocks_with_the_largest_sums() -> None:
+    weight, (m, n), side = trained_like(64, 96), (64, 96), 4
+    flat = select(weight, Principal(rank=8, block=side), 1000)
+    scores = low_rank_oracle(weight, 8).abs().view(m // side, side, n // side, side).sum((1, 3))
+    wanted = torch.zeros(m // side, n // side, dtype=torch.bool)
+    wanted.view(-1)[top_oracle(scores, 1000 // side**2)] = True
+    expected = wanted.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    assert torch.equal(flat, expected.view(-1).nonzero().squeeze(1))
+    assert flat.numel() == 1000 // side**2 * side**2
+
+
+def test_blocks_that_do_not_divide_the_matrix_are_refused() -> None:
+    with pytest.raises(UserError, match="is 65x48, which blocks of 4x4 do not divide"):
+        select(random_weight(65, 48), Principal(rank=8, block=4), 100)
+
+
+def test_gradient_takes_the_largest_of_the_gradient() -> None:
+    weight, gradient = random_weight(65, 48), random_weight(65, 48).neg()
+    assert torch.equal(select(weight, Gradient(gradient), 99), select(gradient, Magnitude(), 99))
+    with pytest.raises(ValueError, match="expected a gradient of shape"):
+        select(weight, Gradient(gradient.T), 99)
+
+
+def test_the_random_mask_is_the_same_on_every_machine() -> None:
+    """Fixed numbers: integer hashing does not depend on hardware."""
+    assert select(torch.zeros(8, 8), Random(seed=0), 6).tolist() == [4, 10, 23, 30, 31, 59]

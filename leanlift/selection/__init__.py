@@ -3,7 +3,10 @@
     select(tiles, scorer, count) -> sorted flat int64 positions
 
 `tiles` is a 2-D tensor or anything that can be read by rows; it is never held whole. Extra
-memory: one tile, the scorer's factors, and O(count).
+memory: one tile, the scorer's factors, and O(count); `selection_nbytes` is the rule.
+
+The same weights, scorer and count give the same mask, bit for bit on one machine, whatever the
+tile size; `Random` gives the same on every machine. Ties go to the lower position.
 """
 
 from __future__ import annotations
@@ -14,26 +17,30 @@ import torch
 from torch import Tensor
 
 from leanlift.errors import UserError
-from leanlift.selection.scorers import Magnitude, Principal, Random, Scorer
-from leanlift.selection.topk import StreamedTopK
-from leanlift.tiles import RowTiles, as_tiles, row_ranges, tile_rows
+from leanlift.selection.blocks import BLOCK_ROWS, block_rows, read_blocks, tile_nbytes
+from leanlift.selection.scorers import Gradient, Magnitude, Principal, Random, Scorer
+from leanlift.selection.topk import StreamedTopK, topk_nbytes
+from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, as_tiles, row_ranges
 
 __all__ = [
+    "Gradient",
     "Magnitude",
     "Principal",
     "Random",
     "Scorer",
     "Selection",
+    "StreamedTopK",
     "count_by_density",
     "count_by_rank",
     "select",
     "selection",
+    "selection_nbytes",
 ]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """flat: sorted int64 positions [count]. converged: whether the scores had settled."""
+    """flat: sorted int64 positions [count]. converged: whether the mask is the one right one."""
 
     flat: Tensor
     converged: bool
@@ -42,44 +49,100 @@ class Selection:
 def select(tiles: RowTiles | Tensor, scorer: Scorer, count: int) -> Tensor:
     """The `count` entries with the largest scores, as sorted flat int64 positions.
 
-    Ties go to the lower position.
+    A block-structured scorer takes whole b x b blocks: `count` is rounded down to a multiple
+    of b².
 
     Raises:
-        ValueError: count outside 0..m*n, or a matrix with NaN or infinite entries.
+        ValueError: count outside 0..m*n, a matrix with NaN or infinite entries, or sides that
+            blocks do not divide.
     """
     return selection(tiles, scorer, count).flat
 
 
 @torch.no_grad()
 def selection(
-    tiles: RowTiles | Tensor, scorer: Scorer, count: int, name: str = "the matrix"
+    tiles: RowTiles | Tensor,
+    scorer: Scorer,
+    count: int,
+    name: str = "the matrix",
+    tile_bytes: int = DEFAULT_TILE_BYTES,
 ) -> Selection:
-    """As `select`, and says whether the scorer converged. `name` is used in errors."""
+    """As `select`, and says whether the mask is unique and converged.
+
+    Args:
+        tiles, scorer, count: as for `select`.
+        name: what to call the matrix in errors.
+        tile_bytes: about how many bytes of rows are read at once; does not change the result.
+    """
     tiles = as_tiles(tiles)
     m, n = tiles.shape
     if not 0 <= count <= m * n:
         raise UserError(
             f"expected to select 0 to {m * n} entries of {name} ({m}x{n}), got {count}."
         )
-    step = tile_rows(n, 4)
-    _refuse_non_finite(tiles, step, name)
-    scores = scorer.prepare(tiles, count)
-    top = StreamedTopK(count)
+    side = scorer.block
+    if m % side or n % side:
+        raise UserError(
+            f"{name} is {m}x{n}, which blocks of {side}x{side} do not divide: use block=1."
+        )
+    _refuse_non_finite(tiles, tile_bytes, name)
+    scores = scorer.prepare(tiles, count, tile_bytes)
+    area = side * side
+    step = BLOCK_ROWS // side * side or side
+    top = StreamedTopK(count // area, m * n // area, min(m, step) * n // area, tiles.device)
     for start, stop in row_ranges(m, step):
-        top.push(scores.scores(start, stop).reshape(-1), start * n)
-    return Selection(top.flat().to(tiles.device), scores.converged)
+        block = scores.scores(start, stop)
+        if side > 1:
+            block = block.view(-1, side, n // side, side).sum(dim=(1, 3))
+        top.push(block.reshape(-1), start * n // area)
+    flat = top.flat()
+    return Selection(_entries_of(flat, n, side) if side > 1 else flat, scores.converged)
 
 
-def _refuse_non_finite(tiles: RowTiles, step: int, name: str) -> None:
+def selection_nbytes(
+    scorer: Scorer,
+    shape: tuple[int, int],
+    count: int,
+    tile_bytes: int = DEFAULT_TILE_BYTES,
+    itemsize: int = 4,
+) -> int:
+    """Peak bytes of tensors that a selection creates, from shapes alone.
+
+    Args:
+        scorer, shape, count, tile_bytes: as for `selection`.
+        itemsize: of the dtype in which the matrix's rows come.
+    """
+    m, n = shape
+    area = scorer.block**2
+    peak, kept, tiles = scorer.nbytes(shape)
+    block = block_rows(m) * n
+    tile = tile_nbytes(shape, itemsize, tile_bytes)
+    candidates = topk_nbytes(count // area, m * n // area, block // area)
+    summing = 4 * block if scorer.block > 1 else 0
+    scoring = kept + candidates + (4 + 4 + itemsize) * block + summing
+    expanding = 32 * count if scorer.block > 1 else 0  # blocks to sorted entries
+    return max(tiles * tile + peak, tile + (1 + itemsize) * block, scoring, kept + candidates + expanding)
+
+
+def _refuse_non_finite(tiles: RowTiles, tile_bytes: int, name: str) -> None:
     bad = sum(
-        int((~torch.isfinite(tiles.rows(start, stop))).sum())
-        for start, stop in row_ranges(tiles.shape[0], step)
+        int((~torch.isfinite(rows)).sum())
+        for _, _, rows in read_blocks(tiles, tile_bytes, tiles.dtype)
     )
     if bad:
         raise UserError(
             f"{name} has {bad} NaN or infinite weights of {tiles.shape[0] * tiles.shape[1]}: "
             "the checkpoint is damaged, load another one."
         )
+
+
+def _entries_of(blocks: Tensor, n: int, side: int) -> Tensor:
+    """Sorted flat positions of the entries of these b x b blocks (numbered row-major)."""
+    row, column = blocks // (n // side) * side, blocks % (n // side) * side
+    inside = torch.arange(side, device=blocks.device)
+    entry = inside.unsqueeze(1) * n + inside  # [b, b]
+    flat = (row * n + column).view(-1, 1, 1) + entry
+    return flat.view(-1).sort().values
 
 
 def count_by_density(shape: tuple[int, int], density: float) -> int:

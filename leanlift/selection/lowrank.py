@@ -9,12 +9,15 @@ Two routes find V:
 * `gram_factors`, for a small side: eigenvectors of W^T W or W W^T, formed in fp64. Direct, and
   exact up to rounding.
 * `krylov_factors`, otherwise: a block Krylov iteration with Rayleigh-Ritz projection (Musco &
-  Musco, arXiv 1504.05477), two thin products with each tile per step, one sweep over the tiles
-  per step. A fixed number of steps does not give the right mask, so the iteration goes on until
-  the mask itself has stopped moving: the top entries of a fixed sample of rows are compared from
-  step to step.
+  Musco, arXiv 1504.05477), two thin products with each block of rows per step, one sweep over the
+  matrix per step. A fixed number of steps does not give the right mask, so the iteration goes on
+  until the mask itself has stopped moving: the top entries of a fixed sample of rows are compared
+  from step to step.
 
-Shapes: m rows, n columns, R rank, w block width (R + oversampling), d steps in a cycle.
+Both compute in blocks of 256 rows, however large the tiles are in which the matrix is read, so
+the factors do not depend on the tile size, bit for bit.
+
+Shapes: m rows, n columns, R rank, w block width (R + oversampling), c columns of the basis.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leanlift.selection.blocks import BLOCK_ROWS, block_rows, read_blocks
 from leanlift.tiles import RowTiles, row_ranges
 
 OVERSAMPLING = 8
@@ -37,7 +41,13 @@ MIN_GAP = 1e-4
 
 @dataclass(frozen=True)
 class LowRank:
-    """W' = left @ right^T, with how it was found."""
+    """W' = left @ right^T, with how it was found.
+
+    Attributes:
+        converged: the mask had stopped moving, and singular value R + 1 is smaller than R; else
+            the approximation, and so the mask, is one of many equally good ones.
+        steps: sweeps over the matrix.
+    """
 
     left: Tensor
     right: Tensor
@@ -49,130 +59,51 @@ class LowRank:
         return (self.left[start:stop] @ self.right.T).abs_()
 
 
-def gram_factors(tiles: RowTiles, rank: int, step: int) -> LowRank:
+# --- the Gram matrix of the smaller side ---------------------------------------------------
+
+
+def gram_factors(tiles: RowTiles, rank: int, tile_bytes: int) -> LowRank:
     """Rank-R factors from the Gram matrix of the smaller side, in fp64.
 
-    Memory: three fp64 squares of the smaller side (the matrix and the eigensolver) and two fp64
-    tiles; never the whole of W.
+    Never the whole of W: see `gram_nbytes`.
     """
     m, n = tiles.shape
-    ranges = list(row_ranges(m, step))
     if n <= m:
         gram = torch.zeros(n, n, dtype=torch.float64, device=tiles.device)
-        for start, stop in ranges:
-            rows = tiles.rows(start, stop).double()
+        for _, _, rows in read_blocks(tiles, tile_bytes, torch.float64):
             gram.addmm_(rows.T, rows)
         squares, vectors = torch.linalg.eigh(gram)
-        right = vectors[:, -rank:]
-        left = torch.cat([tiles.rows(a, b).double() @ right for a, b in ranges])
-        return LowRank(left.float(), right.float(), _has_gap(squares.flip(0), rank), steps=1)
+        right = vectors[:, -rank:].clone()
+        left = torch.empty(m, rank, device=tiles.device)
+        for start, stop, rows in read_blocks(tiles, tile_bytes, torch.float64):
+            left[start:stop] = rows @ right
+        return LowRank(left, right.float(), has_gap(squares.flip(0), rank), steps=1)
     gram = torch.empty(m, m, dtype=torch.float64, device=tiles.device)
-    for i, (start, stop) in enumerate(ranges):
-        rows = tiles.rows(start, stop).double()
-        for other_start, other_stop in ranges[: i + 1]:
-            product = rows @ tiles.rows(other_start, other_stop).double().T
+    for start, stop, rows in read_blocks(tiles, tile_bytes, torch.float64):
+        for other_start, other_stop, others in read_blocks(tiles, tile_bytes, torch.float64, stop):
+            product = rows @ others.T
             gram[start:stop, other_start:other_stop] = product
             gram[other_start:other_stop, start:stop] = product.T
     squares, vectors = torch.linalg.eigh(gram)
-    left = vectors[:, -rank:]
+    left = vectors[:, -rank:].clone()
     # W' = U U^T W: the left factor is U, the right one W^T U.
-    right = torch.zeros(n, rank, dtype=torch.float64, device=tiles.device)
-    for start, stop in ranges:
-        right.addmm_(tiles.rows(start, stop).double().T, left[start:stop])
-    return LowRank(left.float(), right.float(), _has_gap(squares.flip(0), rank), steps=1)
+    wide = torch.zeros(n, rank, dtype=torch.float64, device=tiles.device)
+    for start, stop, rows in read_blocks(tiles, tile_bytes, torch.float64):
+        wide.addmm_(rows.T, left[start:stop])
+    return LowRank(left.float(), wide.float(), has_gap(squares.flip(0), rank), steps=1)
 
 
-def krylov_factors(
-    tiles: RowTiles, rank: int, count: int, step: int, tolerance: float, max_steps: int, seed: int
-) -> LowRank:
-    """Rank-R factors from a restarted block Krylov iteration that stops when the mask is still.
-
-    Args:
-        tiles: the matrix.
-        rank: R, at most min(m, n).
-        count: entries of the mask; decides what has to converge.
-        step: rows per tile.
-        tolerance: the largest share of the sampled mask that may still change from one step to
-            the next. The iteration converges faster than geometrically, so the mask of the last
-            step is closer to the limit than that.
-        max_steps: gives up after so many sweeps; the result then says `converged=False`.
-        seed: of the random start.
-
-    Memory: (m + n) * w * CYCLE fp32 values and one fp32 tile.
-    """
-    m, n = tiles.shape
-    width = min(rank + OVERSAMPLING, m, n)
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(n, width, generator=generator).to(tiles.device)
-    block = torch.linalg.qr(start).Q
-    basis: list[Tensor] = []  # right blocks, [n, w] each, orthonormal together
-    images: list[Tensor] = []  # W @ basis, [m, w] each
-    sample = _sample_rows(m, n, tiles.device)
-    sampled_count = max(1, round(count * sample.numel() / m))
-    # With few entries in the sample "unchanged" comes by chance: ask for it twice.
-    needed, quiet = (1 if tolerance * sampled_count >= 1 else 2), 0
-    previous: Tensor | None = None
-    factors: tuple[Tensor, Tensor] | None = None
-    for steps in range(1, max_steps + 1):
-        image, following = _sweep(tiles, block, step)
-        basis.append(block)
-        images.append(image)
-        left, right, ritz, unique = _rayleigh_ritz(basis, images, rank, width)
-        factors = (left, right)
-        mask = _top_mask(left[sample] @ right.T, sampled_count)
-        if previous is not None:
-            changed = 1.0 - float((mask & previous).sum()) / sampled_count
-            quiet = quiet + 1 if changed <= tolerance else 0
-            if quiet >= needed:
-                return LowRank(left, right, converged=unique, steps=steps)
-        previous = mask
-        # What W^T W adds to the subspace, before the subspace is cut back: the part of it that a
-        # restart discards must not come in again.
-        block = _orthonormal_against(following, basis)
-        if block is None:
-            return LowRank(left, right, converged=unique, steps=steps)
-        if len(basis) >= CYCLE or (len(basis) + 1) * width > min(m, n):
-            basis, images = [ritz[0]], [ritz[1]]
-            block = _orthonormal_against(block, basis)  # noise, where the space was nearly full
-            assert block is not None
-    assert factors is not None
-    return LowRank(*factors, converged=False, steps=max_steps)
+def gram_nbytes(shape: tuple[int, int], rank: int) -> int:
+    """Peak bytes of `gram_factors` beyond its tiles: the matrix, its eigenvectors, the solver's
+    workspace and the factors, plus two fp64 blocks of rows."""
+    m, n = shape
+    side = min(m, n)
+    return 8 * (4 * side * side + 2 * block_rows(m) * n + 2 * (m + n) * rank)
 
 
-def _sweep(tiles: RowTiles, block: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """W @ block and W^T @ (W @ block) in one pass over the tiles."""
-    m, _ = tiles.shape
-    image = torch.empty(m, block.shape[1], device=block.device)
-    back = torch.zeros_like(block)
-    for start, stop in row_ranges(m, step):
-        rows = tiles.rows(start, stop).float()
-        torch.mm(rows, block, out=image[start:stop])
-        back.addmm_(rows.T, image[start:stop])
-    return image, back
-
-
-def _rayleigh_ritz(
-    basis: list[Tensor], images: list[Tensor], rank: int, width: int
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor], bool]:
-    """Best rank-R approximation of W restricted to the span of `basis`.
-
-    Returns left [m, R]; right [n, R]; (right, left) for the best `width` directions; and whether
-    there is a gap behind the R-th singular value, without which the answer is not unique.
-    """
-    image = torch.cat(images, dim=1)
-    span = torch.cat(basis, dim=1)
-    # Rotations by eigenvectors of the small fp64 Gram matrix: an SVD may fail on repeated values.
-    small = image.double()
-    squares, turn = torch.linalg.eigh(small.T @ small)
-    squares, turn = squares.flip(0), turn.flip(1)[:, :width].float()
-    right, left = span @ turn, image @ turn
-    return left[:, :rank], right[:, :rank], (right, left), _has_gap(squares, rank)
-
-
-def _has_gap(squares: Tensor, rank: int) -> bool:
+def has_gap(squares: Tensor, rank: int) -> bool:
     """Whether singular value R + 1 is smaller than R, given descending squared values.
 
-    Without a gap the rank-R approximation, and so the mask, is one of many equally good ones.
     Behind an exact lower rank there is nothing left to choose from, which is as good as a gap.
     """
     sigma = squares.clamp_min(0).sqrt()
@@ -181,20 +112,155 @@ def _has_gap(squares: Tensor, rank: int) -> bool:
     return bool(sigma[rank] <= max((1 - MIN_GAP) * sigma[rank - 1], MIN_GAP * sigma[0]))
 
 
-def _orthonormal_against(block: Tensor, basis: list[Tensor]) -> Tensor | None:
-    """`block` made orthonormal and orthogonal to `basis`; None where nothing new is left in it."""
-    before = block.norm()
-    for _ in range(2):
-        for known in basis:
-            block = block - known @ (known.T @ block)
-    if not before > 0 or block.norm() <= 1e-6 * before:
-        return None
-    block = torch.linalg.qr(block).Q
-    # A nearly dependent column comes out of QR as noise, which need not be orthogonal to the
-    # basis: project once more.
-    for known in basis:
-        block = block - known @ (known.T @ block)
-    return torch.linalg.qr(block).Q
+# --- block Krylov --------------------------------------------------------------------------
+
+
+class _Subspace:
+    """An orthonormal basis of right directions [n, c] and its image W @ basis [m, c].
+
+    Holds at most CYCLE blocks of w columns, and the fp64 Gram matrix of the image, from which
+    the best directions inside the subspace follow (Rayleigh-Ritz).
+    """
+
+    def __init__(self, m: int, n: int, width: int, device: torch.device) -> None:
+        self.width = width
+        self.limit = width * max(1, min(CYCLE, min(m, n) // width))
+        self.columns = 0
+        self._basis = torch.empty(n, self.limit, device=device)
+        self._image = torch.empty(m, self.limit, device=device)
+        self._gram = torch.empty(self.limit, self.limit, dtype=torch.float64, device=device)
+
+    @property
+    def basis(self) -> Tensor:
+        return self._basis[:, : self.columns]
+
+    @property
+    def image(self) -> Tensor:
+        return self._image[:, : self.columns]
+
+    @property
+    def full(self) -> bool:
+        return self.columns + self.width > self.limit
+
+    def append(self, block: Tensor, image: Tensor) -> None:
+        start, self.columns = self.columns, self.columns + block.shape[1]
+        self.basis[:, start:] = block
+        self.image[:, start:] = image
+        cross = self._gram[: self.columns, start : self.columns]
+        cross.zero_()
+        for a, b in row_ranges(image.shape[0], 1024):
+            cross.addmm_(self.image[a:b].double().T, image[a:b].double())
+        self._gram[start : self.columns, : self.columns] = cross.T
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Squared singular values inside the subspace, descending, and their directions in the
+        basis [c, c]. By eigenvectors: an SVD may fail on repeated values."""
+        squares, turn = torch.linalg.eigh(self._gram[: self.columns, : self.columns])
+        return squares.flip(0), turn.flip(1).float()
+
+    def restart(self, turn: Tensor) -> None:
+        """Cut back to the `width` best directions."""
+        keep = turn[:, : self.width]
+        basis, image = self.basis @ keep, self.image @ keep
+        self.columns = 0
+        self.append(basis, image)
+
+    def orthonormal(self, block: Tensor) -> Tensor | None:
+        """`block` made orthonormal and orthogonal to the basis; None where nothing new is left.
+
+        A nearly dependent column comes out of QR as noise, which need not be orthogonal to the
+        basis: hence the second round.
+        """
+        before = block.norm()
+        block = self._project_out(self._project_out(block))
+        if not before > 0 or block.norm() <= 1e-6 * before:
+            return None
+        block = torch.linalg.qr(block).Q
+        return torch.linalg.qr(self._project_out(block)).Q
+
+    def _project_out(self, block: Tensor) -> Tensor:
+        return block - self.basis @ (self.basis.T @ block)
+
+
+def krylov_factors(
+    tiles: RowTiles,
+    rank: int,
+    count: int,
+    tile_bytes: int,
+    tolerance: float,
+    max_steps: int,
+    seed: int,
+) -> LowRank:
+    """Rank-R factors from a restarted block Krylov iteration that stops when the mask is still.
+
+    Args:
+        tiles: the matrix.
+        rank: R, at most min(m, n).
+        count: entries of the mask; decides what has to converge.
+        tile_bytes: bytes of rows that are read at once.
+        tolerance: the largest share of the sampled mask that may still change from one step to
+            the next. The iteration converges faster than geometrically, so the mask of the last
+            step is closer to the limit than that.
+        max_steps: gives up after so many sweeps; the result then says `converged=False`.
+        seed: of the random start.
+
+    Memory beyond the tile: see `krylov_nbytes`.
+    """
+    m, n = tiles.shape
+    width = min(rank + OVERSAMPLING, m, n)
+    space = _Subspace(m, n, width, tiles.device)
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.linalg.qr(torch.randn(n, width, generator=generator).to(tiles.device)).Q
+    sample = _sample_rows(m, n, tiles.device)
+    sampled_count = max(1, round(count * sample.numel() / m))
+    # With few entries in the sample "unchanged" comes by chance: ask for it twice.
+    needed, quiet = (1 if tolerance * sampled_count >= 1 else 2), 0
+    previous: Tensor | None = None
+    for steps in range(1, max_steps + 1):
+        image, following = _sweep(tiles, block, tile_bytes)
+        space.append(block, image)
+        squares, turn = space.ritz()
+        right = space.basis @ turn[:, :rank]
+        mask = _top_mask((space.image[sample] @ turn[:, :rank]) @ right.T, sampled_count)
+        if previous is not None:
+            changed = 1.0 - float((mask & previous).sum()) / sampled_count
+            quiet = quiet + 1 if changed <= tolerance else 0
+        previous = mask
+        # What W^T W adds to the subspace, before the subspace is cut back: the part of it that a
+        # restart discards must not come in again.
+        extension = space.orthonormal(following)
+        if quiet >= needed or extension is None or steps == max_steps:
+            still = quiet >= needed or extension is None
+            left = space.image @ turn[:, :rank]
+            return LowRank(left, right, still and has_gap(squares, rank), steps)
+        if space.full:
+            space.restart(turn)
+            extension = space.orthonormal(extension)  # noise, where the space was nearly full
+            assert extension is not None
+        block = extension
+    raise AssertionError("max_steps is at least 1")
+
+
+def krylov_nbytes(shape: tuple[int, int], rank: int) -> int:
+    """Peak bytes of `krylov_factors` beyond its tile: the basis and its image, a restart's or a
+    QR's copies, the sample, and one fp32 block of rows."""
+    m, n = shape
+    width = min(rank + OVERSAMPLING, m, n)
+    columns = width * max(1, min(CYCLE, min(m, n) // width))
+    sample = 9 * (min(m, max(64, SAMPLE_ENTRIES // n)) * n)  # scores, two masks, their top-k
+    space = 4 * (m + n) * columns + 3 * 8 * columns * columns
+    passing = 4 * (m + 5 * n) * width + 8 * 2 * 1024 * columns
+    return space + passing + 4 * (m + n) * rank + sample + 4 * block_rows(m) * n
+
+
+def _sweep(tiles: RowTiles, block: Tensor, tile_bytes: int) -> tuple[Tensor, Tensor]:
+    """W @ block and W^T @ (W @ block) in one pass over the matrix."""
+    image = torch.empty(tiles.shape[0], block.shape[1], device=block.device)
+    back = torch.zeros_like(block)
+    for start, stop, rows in read_blocks(tiles, tile_bytes, torch.float32):
+        torch.mm(rows, block, out=image[start:stop])
+        back.addmm_(rows.T, image[start:stop])
+    return image, back
 
 
 def _sample_rows(m: int, n: int, device: torch.device) -> Tensor:
@@ -204,7 +270,17 @@ def _sample_rows(m: int, n: int, device: torch.device) -> Tensor:
 
 
 def _top_mask(scores: Tensor, count: int) -> Tensor:
-    flat = scores.abs().reshape(-1)
+    flat = scores.abs_().reshape(-1)
     mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     mask[torch.topk(flat, count, sorted=False).indices] = True
     return mask
+
+
+__all__ = [
+    "BLOCK_ROWS",
+    "LowRank",
+    "gram_factors",
+    "gram_nbytes",
+    "krylov_factors",
+    "krylov_nbytes",
+]

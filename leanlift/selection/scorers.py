@@ -1,19 +1,21 @@
 """What makes an entry worth training: the scorers.
 
-A scorer is a small frozen object with one method: `prepare(tiles, count)` looks at the matrix
-and returns row scores; the streamed top-k does the rest. Scores are non-negative fp32.
+A scorer is a small frozen object. `prepare(tiles, count, tile_bytes)` looks at the matrix and
+returns row scores, non-negative fp32; the streamed top-k does the rest. `nbytes(shape)` is what
+that takes in memory beyond the tile, at its peak and afterwards.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from leanlift.selection.lowrank import gram_factors, krylov_factors
-from leanlift.tiles import RowTiles, tile_rows
+from leanlift.selection.blocks import block_rows
+from leanlift.selection.lowrank import gram_factors, gram_nbytes, krylov_factors, krylov_nbytes
+from leanlift.tiles import RowTiles, as_tiles
 
 
 class RowScores(Protocol):
@@ -25,10 +27,27 @@ class RowScores(Protocol):
     def scores(self, start: int, stop: int) -> Tensor: ...
 
 
-class Scorer(Protocol):
-    """Scores the entries of a matrix that is seen through row tiles."""
+class ScorerBytes(NamedTuple):
+    """Bytes beyond the tiles: at the peak of `prepare`, and kept for the scores; and how many
+    tiles are held at once."""
 
-    def prepare(self, tiles: RowTiles, count: int) -> RowScores: ...
+    peak: int
+    kept: int
+    tiles: int = 1
+
+
+class Scorer(Protocol):
+    """Scores the entries of a matrix that is seen through row tiles.
+
+    `block` is the side of the square blocks that are taken whole; 1 for single entries.
+    """
+
+    @property
+    def block(self) -> int: ...
+
+    def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores: ...
+
+    def nbytes(self, shape: tuple[int, int]) -> ScorerBytes: ...
 
 
 @dataclass(frozen=True)
@@ -37,29 +56,42 @@ class Principal:
 
     Args:
         rank: R. The paper takes 16 to 128; at or below the rank budget works best.
+        block: b; above 1, scores are summed over b x b blocks and whole blocks are taken (the
+            paper's structured variant, b = 4).
         tolerance: share of the sampled mask that may change in the last Krylov step.
         max_steps: sweeps over the matrix after which the iteration gives up and says so.
-        seed: of the Krylov start; the result does not depend on it beyond rounding.
+        seed: of the Krylov start; where there is a gap behind rank R the result does not depend
+            on it beyond rounding.
     """
 
     rank: int = 64
+    block: int = 1
     tolerance: float = 1e-4
-    max_steps: int = 30
+    max_steps: int = 40
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"expected a rank of at least 1, got {self.rank}")
+        if self.rank < 1 or self.block < 1 or self.max_steps < 1:
+            raise ValueError(f"expected rank, block and max_steps of at least 1, got {self}")
 
-    def prepare(self, tiles: RowTiles, count: int) -> RowScores:
+    def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores:
         m, n = tiles.shape
         if self.rank >= min(m, n):
-            return Magnitude().prepare(tiles, count)
+            return _MagnitudeScores(tiles)
         if _gram_is_cheaper(m, n, self.rank):
-            return gram_factors(tiles, self.rank, tile_rows(n, 8))
+            return gram_factors(tiles, self.rank, tile_bytes)
         return krylov_factors(
-            tiles, self.rank, count, tile_rows(n, 4), self.tolerance, self.max_steps, self.seed
+            tiles, self.rank, count, tile_bytes, self.tolerance, self.max_steps, self.seed
         )
+
+    def nbytes(self, shape: tuple[int, int]) -> ScorerBytes:
+        m, n = shape
+        if self.rank >= min(m, n):
+            return ScorerBytes(0, 0)
+        kept = 4 * (m + n) * self.rank
+        if _gram_is_cheaper(m, n, self.rank):
+            return ScorerBytes(gram_nbytes(shape, self.rank), kept, tiles=1 if n <= m else 2)
+        return ScorerBytes(krylov_nbytes(shape, self.rank), kept)
 
 
 GRAM_SIDE = 768
@@ -81,8 +113,37 @@ def _gram_is_cheaper(m: int, n: int, rank: int) -> bool:
 class Magnitude:
     """|W| itself."""
 
-    def prepare(self, tiles: RowTiles, count: int) -> RowScores:
+    block: int = 1
+
+    def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores:
         return _MagnitudeScores(tiles)
+
+    def nbytes(self, shape: tuple[int, int]) -> ScorerBytes:
+        return ScorerBytes(0, 0)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """|accumulated gradient| of the same matrix, however it was come by.
+
+    For a whole quantized model whose dense gradients fit nowhere, `get_lift_model(…,
+    calibration=…)` accumulates them in row tiles.
+
+    Args:
+        gradient: a 2-D tensor or RowTiles of the matrix's shape.
+    """
+
+    gradient: RowTiles | Tensor
+    block: int = 1
+
+    def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores:
+        gradient = as_tiles(self.gradient)
+        if tuple(gradient.shape) != tuple(tiles.shape):
+            raise ValueError(f"expected a gradient of shape {tiles.shape}, got {gradient.shape}")
+        return _MagnitudeScores(gradient)
+
+    def nbytes(self, shape: tuple[int, int]) -> ScorerBytes:
+        return ScorerBytes(0, 0)
 
 
 @dataclass(frozen=True)
@@ -99,9 +160,13 @@ class Random:
     """A uniformly random mask: a hash of the flat position, the same on every machine."""
 
     seed: int = 0
+    block: int = 1
 
-    def prepare(self, tiles: RowTiles, count: int) -> RowScores:
+    def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores:
         return _RandomScores(tiles.shape[1], self.seed, tiles.device)
+
+    def nbytes(self, shape: tuple[int, int]) -> ScorerBytes:
+        return ScorerBytes(0, 5 * 8 * block_rows(shape[0]) * shape[1])  # hashes in int64
 
 
 @dataclass(frozen=True)
