@@ -6,7 +6,9 @@ below take plain arguments.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from leanlift.errors import UserError
@@ -19,8 +21,9 @@ from leanlift.selection import (
     count_by_rank,
 )
 
-SELECTORS = ("principal", "magnitude", "random")
+SELECTORS = ("principal", "magnitude", "random", "gradient")
 ALL_LINEAR = "all-linear"
+TARGET_PRESETS = (ALL_LINEAR, "attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,21 @@ class LiftConfig:
             weights. The paper's 7B runs take 64.
         refresh_interval: optimizer steps between two selections from the current weights; 0:
             the mask is chosen once. The paper takes 10 to 2000, mostly 400.
-        selector: "principal" (the method), "magnitude" or "random".
+        selector: "principal" (the method), "magnitude", "random", or "gradient" (largest
+            accumulated gradient over a calibration set). The paper's ablation on Llama-2-7B has
+            principal ahead of magnitude ahead of gradient.
+        block: b; above 1, b x b blocks of the principal scores are taken whole (the paper's
+            structured variant takes 4); k is rounded down to a multiple of b².
         target_modules: "all-linear" (every Linear inside the blocks; never embeddings, lm_head
-            or norms), or endings of module names such as ["q_proj", "v_proj"].
+            or norms), "attention" or "mlp" (those of them), or endings of module names such as
+            ["q_proj", "v_proj"].
+        density_pattern: densities of their own for some targets, as PEFT's `rank_pattern` has
+            ranks: a regular expression for the end of a module's name -> density, e.g.
+            {"down_proj": 0.1, r"layers\\.0\\..*": 0.02}. The first match counts, and takes
+            precedence over density and rank_budget.
         selection_seed: start of the principal selection's iteration, and the random mask.
+        selection_tile_mib: how much of a matrix the selection reads at once, in MiB. Changes
+            memory, never the mask.
     """
 
     density: float = 0.05
@@ -47,14 +61,39 @@ class LiftConfig:
     approx_rank: int = 64
     refresh_interval: int = 0
     selector: str = "principal"
+    block: int = 1
     target_modules: str | tuple[str, ...] = ALL_LINEAR
+    density_pattern: Mapping[str, float] = field(default_factory=dict)
     selection_seed: int = 0
+    selection_tile_mib: int = 32
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, list):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if not 0 < self.density <= 1:
-            raise UserError(f"expected a density in (0, 1], got {self.density}: try 0.05.")
+        for density in (self.density, *self.density_pattern.values()):
+            if not 0 < density <= 1:
+                raise UserError(f"expected a density in (0, 1], got {density}: try 0.05.")
+        for pattern in self.density_pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"the density_pattern {pattern!r} is no regular expression: {error}."
+                ) from None
+        if self.block < 1 or (self.block > 1 and self.selector != "principal"):
+            raise UserError(
+                f"expected block=1, or more with selector=principal; got block={self.block} with "
+                f"selector={self.selector}."
+            )
+        if self.selector == "gradient" and self.refresh_interval:
+            raise UserError(
+                "selector=gradient needs its calibration set for every selection: use "
+                "refresh_interval=0 with it."
+            )
+        if self.selection_tile_mib < 1:
+            raise UserError(
+                f"expected a selection_tile_mib of at least 1, got {self.selection_tile_mib}."
+            )
         if self.rank_budget is not None and self.rank_budget < 1:
             raise UserError(f"expected a rank_budget of at least 1, got {self.rank_budget}.")
         if self.approx_rank < 1:
@@ -67,12 +106,25 @@ class LiftConfig:
             raise UserError(f"expected a selector among {SELECTORS}, got {self.selector!r}.")
 
     def scorer(self) -> Scorer:
-        """The selection object that `selector` names."""
+        """The selection object that `selector` names, for one that needs the weights alone.
+
+        Raises:
+            UserError: selector="gradient", which needs a calibration set.
+        """
         if self.selector == "principal":
-            return Principal(rank=self.approx_rank, seed=self.selection_seed)
+            return Principal(rank=self.approx_rank, block=self.block, seed=self.selection_seed)
         if self.selector == "magnitude":
             return Magnitude()
-        return Random(seed=self.selection_seed)
+        if self.selector == "random":
+            return Random(seed=self.selection_seed)
+        raise UserError(
+            'selector="gradient" needs calibration batches: get_lift_model(model, config, '
+            "calibration=batches)."
+        )
+
+    @property
+    def selection_tile_bytes(self) -> int:
+        return self.selection_tile_mib * 2**20
 
     def count(self, shape: tuple[int, int], name: str = "a target") -> int:
         """k for a matrix of this shape.
@@ -80,13 +132,19 @@ class LiftConfig:
         Raises:
             UserError: the budget selects nothing, or more than there is.
         """
-        if self.rank_budget is not None:
+        own = next(
+            (d for p, d in self.density_pattern.items() if re.match(rf"(.*\.)?({p})$", name)), None
+        )
+        if own is not None:
+            budget, count = f"density_pattern={own}", count_by_density(shape, own)
+        elif self.rank_budget is not None:
             budget, count = (
                 f"rank_budget={self.rank_budget}",
                 count_by_rank(shape, self.rank_budget),
             )
         else:
             budget, count = f"density={self.density}", count_by_density(shape, self.density)
+        count -= count % self.block**2
         if not 1 <= count <= shape[0] * shape[1]:
             raise UserError(
                 f"{budget} selects {count} entries of {name} ({shape[0]}x{shape[1]}); "

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leanlift import _bnb
 from leanlift.errors import UserError
-from leanlift.quantized import WeightFormat, dtype_name, dtype_of, frozen_weight
+from leanlift.quantized import WeightFormat, dtype_name, dtype_of, frozen_weight, is_quantized
 
 SAMPLED_ROWS = 64
 
@@ -69,7 +68,7 @@ def fingerprint(
     read = {target: frozen_weight(modules[target], target) for target in targets}
     formats = {target: weight.format for target, weight in read.items()}
     for path, module in modules.items():
-        if path not in formats and (_bnb.is_linear4bit(module) or _bnb.is_linear8bit(module)):
+        if path not in formats and is_quantized(module):
             formats[path] = frozen_weight(module, path).format
     sampled = _sampled_names(model)
     parameters = dict(model.named_parameters())

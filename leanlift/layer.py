@@ -4,7 +4,7 @@ What is kept for the backward pass is x and nothing dense. The work is split ove
 functions, so that activation checkpointing can stop recomputing as soon as it has x back and
 never repeats a matmul whose output nobody needs:
 
-    carrier = KeepInput(x, values)      keeps x; in backward forms the gradient of the values
+    carrier = KeepInput(x, values, …)   keeps x; in backward forms the gradient of the values
     y       = Multiply(x, carrier)      keeps nothing; in backward forms the gradient of x
 
 `carrier` is the thread between them: an expanded scalar of y's shape, without memory of its own.
@@ -71,6 +71,10 @@ class FrozenLinear(nn.Module):
         weight: the same weight as RowTiles, dequantized.
         scratch: shared by all layers of a model.
 
+    Attributes:
+        observer: if set, called in each backward pass with x [T, n] and grad_y [T, m], from which
+            any part of the dense weight gradient can be formed; for calibration.
+
     The dtype of the computation is the one autocast asks for, else the dtype of x.
     """
 
@@ -79,6 +83,7 @@ class FrozenLinear(nn.Module):
         self.base = base
         self.weight_tiles = weight
         self.scratch = scratch
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def out_features(self) -> int:
@@ -102,7 +107,14 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._checked(x)
-        return _Multiply.apply(x, None, self)
+        return _Multiply.apply(x, self._carrier(x) if torch.is_grad_enabled() else None, self)
+
+    def _carrier(self, x: Tensor) -> Tensor | None:
+        """The thread to whoever needs x and grad_y in the backward pass; None if nobody does."""
+        if self.observer is None:
+            return None
+        anchor = torch.zeros((), device=x.device, requires_grad=True)
+        return _KeepInput.apply(x, anchor, self, self.observer)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """The effective weight [m, n] in the shared scratch: valid until its next use."""
@@ -171,12 +183,10 @@ class LiftLinear(FrozenLinear):
         """W_eff = D(Q) + settled + active offsets, as RowTiles in fp32."""
         return EffectiveTiles(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._checked(x)
-        carrier = None
-        if torch.is_grad_enabled() and self.values.requires_grad:
-            carrier = _KeepInput.apply(x, self.values, self)
-        return _Multiply.apply(x, carrier, self)
+    def _carrier(self, x: Tensor) -> Tensor | None:
+        if self.observer is not None or not self.values.requires_grad:
+            return super()._carrier(x)
+        return _KeepInput.apply(x, self.values, self, self.values_gradient)
 
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place."""
@@ -263,22 +273,28 @@ class EffectiveTiles:
 
 
 class _KeepInput(torch.autograd.Function):
-    """Keeps x for the backward pass and forms the gradient of the values there."""
+    """Keeps x for the backward pass; `consume(x, grad_y)` forms the gradient of `parameter`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, layer: LiftLinear) -> Tensor:
-        ctx.layer, ctx.version = layer, layer.version
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        parameter: Tensor,
+        layer: FrozenLinear,
+        consume: Callable[[Tensor, Tensor], Tensor | None],
+    ) -> Tensor:
+        ctx.layer, ctx.version, ctx.consume = layer, layer.version, consume
         ctx.save_for_backward(x)
         return x.new_empty(1).expand(*x.shape[:-1], layer.out_features)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        layer: LiftLinear = ctx.layer
+        layer: FrozenLinear = ctx.layer
         _check_unchanged(layer, ctx.version)
         grad_y = grad_y.reshape(-1, layer.out_features).to(x.dtype)
-        return None, layer.values_gradient(x.reshape(-1, layer.in_features), grad_y), None
+        return None, ctx.consume(x.reshape(-1, layer.in_features), grad_y), None, None
 
 
 class _Multiply(torch.autograd.Function):

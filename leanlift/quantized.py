@@ -215,9 +215,14 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
     )
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds this module's weight."""
+    return _bnb.is_linear4bit(module) or _bnb.is_linear8bit(module)
+
+
 def weight_tensors(module: nn.Module) -> list[Tensor]:
     """Every tensor in which a Linear of any supported kind keeps its weight."""
-    if _bnb.is_linear4bit(module) or _bnb.is_linear8bit(module):
+    if is_quantized(module):
         return _bnb.tensors_of(module)
     weight = module.weight
     assert isinstance(weight, Tensor)

@@ -36,8 +36,12 @@ OWN_OPTIONS = {
     "approx_rank",
     "refresh_interval",
     "selector",
+    "calibration_rows",
+    "block",
     "target_modules",
+    "density_pattern",
     "selection_seed",
+    "selection_tile_mib",
     "merged_dir",
     "merge_onto",
 }
@@ -122,6 +126,20 @@ def test_a_run_goes_on_where_it_stopped(config: Path, tmp_path: Path) -> None:
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--selector", "gradient", "--refresh_interval", "0", "--calibration_rows", "3"],
+        ["--block", "4", "--target_modules", "attention", "--density", "0.2"],
+    ],
+    ids=["gradient", "blocks"],
+)
+def test_other_selections_train_too(config: Path, tmp_path: Path, changes: list[str]) -> None:
+    assert main(["train", "--config", str(config), *changes]) == 0
+    report = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert any(note.startswith("selection: ") for note in report["notes"])
+
+
 def test_flags_override_the_file(config: Path) -> None:
     args, sft = parse_train(
         ["--config", str(config), "--learning_rate", "1e-4", "--density", "0.1"]
@@ -130,6 +148,13 @@ def test_flags_override_the_file(config: Path) -> None:
     assert parse_train(["--config", str(config)])[1].learning_rate == 2e-3
     argv = ["--config", str(config), "--target_modules", "q_proj", "v_proj"]
     assert parse_train(argv)[0].lift_config().target_modules == ("q_proj", "v_proj")
+    argv = ["--config", str(config), "--target_modules", "mlp"]
+    assert parse_train(argv)[0].lift_config().target_modules == "mlp"
+    argv = ["--config", str(config), "--density_pattern", '{"down_proj": 0.1}']
+    assert parse_train(argv)[0].lift_config().density_pattern == {"down_proj": 0.1}
+    config.write_text(config.read_text() + "density_pattern:\n  up_proj: 0.2\n")
+    args, _ = parse_train(["--config", str(config)])
+    assert args.lift_config().density_pattern == {"up_proj": 0.2}
 
 
 def test_the_options_are_a_reviewed_set() -> None:
@@ -178,6 +203,8 @@ def test_config_mistakes(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "not valid YAML" in changed("a: [\n")
     assert "does not exist" in complaint(capsys, "train", "--config", str(tmp_path / "none.yaml"))
     assert "nf4 or fp4" in changed("bnb_4bit_quant_type: int3\n")
+    assert "density_pattern as a mapping" in changed("density_pattern: dense\n")
+    assert "refresh_interval=0 with it" in changed("selector: gradient\n")
     assert "merge_onto" in changed("merge_onto: sideways\n")
     assert "already exists" in changed(f"merged_dir: {tmp_path}\n")
     assert "these settings do not work" in changed("padding_free: true\n")

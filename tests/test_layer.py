@@ -212,7 +212,7 @@ def test_autograd_keeps_the_bytes_of_x_alone(kind: str) -> None:
 
 def test_the_thread_between_the_two_functions_has_no_memory() -> None:
     lift = make_lift(make_linear4bit(65, 48))
-    carrier = _KeepInput.apply(torch.randn(7, 48), lift.values, lift)
+    carrier = _KeepInput.apply(torch.randn(7, 48), lift.values, lift, lift.values_gradient)
     assert carrier.shape == (7, 65)
     assert carrier.untyped_storage().nbytes() == carrier.element_size()
 

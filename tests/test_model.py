@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from transformers import (
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, refresh_mask, save_adapter
 from leanlift.layer import FrozenLinear
 from leanlift.model import lift_layers, lift_state
-from leanlift.selection import Principal, select
+from leanlift.model.gradient import gradient_masks
+from leanlift.selection import Magnitude, Principal, select
 
 KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
 
@@ -121,8 +123,73 @@ def test_budgets(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("preset", "endings"),
+    [
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", {"gate_proj", "up_proj", "down_proj"}),
+    ],
+)
+def test_target_presets(base: Path, preset: str, endings: set[str]) -> None:
+    config = LiftConfig(approx_rank=8, target_modules=preset)
+    model = get_lift_model(load(base), config, progress=False)
+    assert {name.rpartition(".")[2] for name in lift_layers(model)} == endings
+
+
+def test_a_density_of_ones_own(base: Path) -> None:
+    own = {"down_proj": 0.1, r"layers\.1\.self_attn\..*": 0.02}
+    model = get_lift_model(
+        load(base), LiftConfig(approx_rank=8, density_pattern=own), progress=False
+    )
+    for name, layer in lift_layers(model).items():
+        density = 0.1 if "down_proj" in name else 0.02 if "layers.1.self_attn" in name else 0.05
+        assert layer.index.count == int(density * layer.in_features * layer.out_features), name
+
+
+@pytest.mark.parametrize("kind", ["nf4+double", "int8", "dense"])
+def test_gradient_selection_is_that_of_the_dense_gradients(
+    base: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In rounds of one row tile per matrix, against the dense gradients of a plain model."""
+    torch.manual_seed(0)
+    ids = [torch.randint(3, 90, (2, 12)) for _ in range(3)]
+    batches = [{"input_ids": i, "labels": i} for i in ids]
+    in_rounds = functools.partial(gradient_masks, budget=100_000)
+    monkeypatch.setattr("leanlift.model.attach.gradient_masks", in_rounds)
+    config = LiftConfig(selector="gradient", density=0.05)
+    model = get_lift_model(load(base, kind), config, progress=False, calibration=batches)
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, layer in lift_layers(model).items():
+        weight = plain.get_submodule(name).weight
+        weight.data.copy_(layer.weight_tiles.rows(0, layer.out_features))
+    for batch in batches:
+        plain(**batch).loss.backward()
+    for name, layer in lift_layers(model).items():
+        gradient = plain.get_submodule(name).weight.grad
+        wanted = select(gradient, Magnitude(), layer.index.count)
+        shared = torch.isin(layer.index.to_flat(), wanted).double().mean()
+        assert shared >= 0.995, name  # near-ties may swap: fp32 sums in another order
+        assert layer.observer is None
+
+
+def test_a_refused_calibration_leaves_the_model_as_it_was(base: Path) -> None:
+    model = load(base)
+    config = LiftConfig(selector="gradient")
+    with pytest.raises(UserError, match="at least one calibration batch"):
+        get_lift_model(model, config, progress=False)
+    assert not any(isinstance(module, FrozenLinear) for module in model.modules())
+    get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+
+
+@pytest.mark.parametrize(
     ("changes", "match"),
     [
+        ({"density_pattern": {"a": 2.0}}, r"density in \(0, 1\], got 2.0"),
+        ({"density_pattern": {"(": 0.1}}, "no regular expression"),
+        ({"block": 0}, "expected block=1"),
+        ({"block": 4, "selector": "random"}, "expected block=1"),
+        ({"selector": "gradient", "refresh_interval": 5}, "refresh_interval=0 with it"),
+        ({"selection_tile_mib": 0}, "selection_tile_mib"),
         ({"density": 0.0}, r"density in \(0, 1\]"),
         ({"density": 1.5}, r"density in \(0, 1\]"),
         ({"density": -0.1}, r"density in \(0, 1\]"),

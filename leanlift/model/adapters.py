@@ -11,9 +11,8 @@ from leanlift.adapter import Adapter, LayerOffsets, open_adapter, write_adapter
 from leanlift.errors import UserError
 from leanlift.fingerprint import check_same_base
 from leanlift.layer import LiftLinear
-from leanlift.model.attach import attach, lift_layers, lift_state
-from leanlift.quantized import frozen_weight
-from leanlift.sparse import SegmentedIndex
+from leanlift.model.attach import Choice, attach, lift_layers, lift_state
+from leanlift.quantized import FrozenWeight
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -53,9 +52,9 @@ def load_adapter(model: nn.Module, directory: str | Path, progress: bool = False
 def _attach_empty(
     model: nn.Module, adapter: Adapter, offsets: dict[str, LayerOffsets], progress: bool
 ) -> None:
-    def choose(name: str, module: nn.Module) -> SegmentedIndex:
-        device = frozen_weight(module, name).device
-        return offsets[name].active.index.map(lambda tensor: tensor.to(device))
+    def choose(name: str, weight: FrozenWeight) -> Choice:
+        index = offsets[name].active.index.map(lambda tensor: tensor.to(weight.device))
+        return Choice(index, converged=True)
 
     attach(
         model,

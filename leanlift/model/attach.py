@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, fingerprint
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.model.gradient import gradient_masks
 from leanlift.model.targets import find_targets
-from leanlift.quantized import frozen_weight
+from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized
 from leanlift.selection import selection
 from leanlift.sparse import SegmentedIndex
 
@@ -47,8 +48,19 @@ class LiftState:
     selection_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The positions chosen for a target, and whether they are the one right choice."""
+
+    index: SegmentedIndex
+    converged: bool
+
+
 def get_lift_model(
-    model: nn.Module, config: LiftConfig | None = None, progress: bool = True
+    model: nn.Module,
+    config: LiftConfig | None = None,
+    progress: bool = True,
+    calibration: Iterable[Mapping[str, Tensor]] | None = None,
 ) -> Any:
     """Select the principal weights of `model` and make them, and only them, trainable.
 
@@ -58,6 +70,8 @@ def get_lift_model(
             in its own forward, which makes them unreadable).
         config: what to train; `LiftConfig()` if not given.
         progress: whether to show a bar over the layers.
+        calibration: for `selector="gradient"`: batches with `input_ids` and `labels`, gone
+            through several times.
 
     Returns:
         The same model object, changed in place.
@@ -67,28 +81,30 @@ def get_lift_model(
             weights. The model is unchanged then.
     """
     config = config or LiftConfig()
-    scorer = config.scorer()
-    unconverged: list[str] = []
-
-    def choose(name: str, module: nn.Module) -> SegmentedIndex:
-        weight = frozen_weight(module, name)
-        chosen = selection(weight, scorer, config.count(weight.shape, name), name)
-        if not chosen.converged:
-            unconverged.append(name)
-        return SegmentedIndex.from_flat(chosen.flat, weight.shape)
-
     started = time.perf_counter()
+    if config.selector == "gradient":
+        masks = _masks_by_gradient(model, config, calibration or (), progress)
+
+        def choose(name: str, weight: FrozenWeight) -> Choice:
+            return Choice(SegmentedIndex.from_flat(masks[name], weight.shape), converged=True)
+
+    else:
+        scorer = config.scorer()
+
+        def choose(name: str, weight: FrozenWeight) -> Choice:
+            count = config.count(weight.shape, name)
+            chosen = selection(weight, scorer, count, name, config.selection_tile_bytes)
+            return Choice(SegmentedIndex.from_flat(chosen.flat, weight.shape), chosen.converged)
+
     attach(model, config, choose, "Selecting", progress)
-    state = lift_state(model)
-    state.unconverged = unconverged
-    state.selection_seconds = time.perf_counter() - started
+    lift_state(model).selection_seconds = time.perf_counter() - started
     return model
 
 
 def attach(
     model: nn.Module,
     config: LiftConfig,
-    choose: Callable[[str, nn.Module], SegmentedIndex],
+    choose: Callable[[str, FrozenWeight], Choice],
     what: str,
     progress: bool,
     accept: Callable[[BaseFingerprint], None] = lambda base: None,
@@ -108,24 +124,59 @@ def attach(
     accept(base)
     for target in targets:  # before the first change, so that a refusal changes nothing
         config.count(base.shapes[target], target)
-    indices = {}
+    choices: dict[str, Choice] = {}
     with tqdm(targets, desc=what, unit="matrix", disable=not progress) as bar:
         for target in bar:
-            bar.set_postfix_str(target, refresh=False)
-            indices[target] = choose(target, modules[target])
+            started = time.perf_counter()
+            choices[target] = choose(target, frozen_weight(modules[target], target))
+            settled = "" if choices[target].converged else ", not settled"
+            bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{settled}")
 
     model.requires_grad_(False)
     scratch = Scratch()
     for name, module in modules.items():
-        if name in indices:
+        if name in choices:
             weight = frozen_weight(module, name)
-            model.set_submodule(name, LiftLinear(module, weight, indices[name], scratch))
+            model.set_submodule(name, LiftLinear(module, weight, choices[name].index, scratch))
         elif name in base.formats:  # quantized, but not trained
             model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
     _own_base(model)
     holder: Any = model
-    holder.leanlift = LiftState(config, base, scratch)
+    unconverged = [name for name, choice in choices.items() if not choice.converged]
+    holder.leanlift = LiftState(config, base, scratch, unconverged=unconverged)
     holder.print_trainable_parameters = types.MethodType(print_trainable_parameters, model)
+
+
+def _masks_by_gradient(
+    model: nn.Module,
+    config: LiftConfig,
+    calibration: Iterable[Mapping[str, Tensor]],
+    progress: bool,
+) -> dict[str, Tensor]:
+    """Run the calibration set through the frozen model, with our forward in every target and
+    every quantized Linear; the model is as before afterwards."""
+    targets = find_targets(model, config.target_modules)
+    modules = dict(model.named_modules())
+    weights = {name: frozen_weight(modules[name], name) for name in targets}
+    counts = {name: config.count(weight.shape, name) for name, weight in weights.items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scratch = Scratch()
+    frozen = {
+        name: FrozenLinear(module, frozen_weight(module, name), scratch)
+        for name, module in modules.items()
+        if name in weights or is_quantized(module)
+    }
+    try:
+        model.requires_grad_(False)
+        for name, layer in frozen.items():
+            model.set_submodule(name, layer)
+        layers = {name: frozen[name] for name in targets}
+        return gradient_masks(model, layers, counts, calibration, progress=progress)
+    finally:
+        for name in frozen:
+            model.set_submodule(name, modules[name])
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def lift_layers(model: nn.Module) -> dict[str, LiftLinear]:

@@ -49,7 +49,9 @@ def refresh_mask(model: nn.Module, optimizer: Optimizer | None = None) -> Refres
     replaced = total = settled = 0
     unconverged = []
     for name, layer in lift_layers(model).items():
-        chosen = selection(layer.effective, scorer, layer.index.count, name)
+        chosen = selection(
+            layer.effective, scorer, layer.index.count, name, state.config.selection_tile_bytes
+        )
         if not chosen.converged:
             unconverged.append(name)
         change = layer.change_mask(chosen.flat)

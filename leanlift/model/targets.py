@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from leanlift import _bnb
-from leanlift.config import ALL_LINEAR
+from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import UserError
+from leanlift.quantized import is_quantized
 
 
 def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
@@ -18,7 +18,7 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
 
     Args:
         model: a stock model.
-        wanted: "all-linear", or endings of module names.
+        wanted: "all-linear", "attention", "mlp", or endings of module names.
 
     Raises:
         UserError: nothing matches, or the blocks hold weights that leanlift cannot train.
@@ -26,12 +26,13 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     names = dict(model.named_modules())
     blocks = _block_prefixes(names)
     inside = [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
-    if wanted == ALL_LINEAR:
+    if wanted in TARGET_PRESETS:
         _refuse_untrainable(names, inside)
-        found = [name for name in inside if _is_linear(names[name])]
+        found = [name for name in inside if _is_linear(names[name]) and _in_preset(name, wanted)]
         if not found:
+            kind = "Linear" if wanted == ALL_LINEAR else f"Linear of an {wanted} part"
             raise UserError(
-                f"found no Linear inside the blocks of this {type(model).__name__}: leanlift "
+                f"found no {kind} inside the blocks of this {type(model).__name__}: leanlift "
                 "trains nn.Linear, bnb.nn.Linear4bit and bnb.nn.Linear8bitLt."
             )
         return found
@@ -48,8 +49,23 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     return found
 
 
+PRESET_PARTS = {
+    "attention": ("attn", "attention"),
+    "mlp": ("mlp", "feed_forward", "feedforward", "ffn"),
+}
+"""What the part of a block is called that holds the Linears of a preset."""
+
+
+def _in_preset(name: str, preset: str | tuple[str, ...]) -> bool:
+    if preset == ALL_LINEAR:
+        return True
+    assert isinstance(preset, str)
+    parents = name.lower().split(".")[:-1]
+    return any(part in parent for parent in parents for part in PRESET_PARTS[preset])
+
+
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or _bnb.is_linear4bit(module) or _bnb.is_linear8bit(module)
+    return type(module) is nn.Linear or is_quantized(module)
 
 
 def _block_prefixes(names: dict[str, nn.Module]) -> list[str]:

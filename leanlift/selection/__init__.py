@@ -121,7 +121,9 @@ def selection_nbytes(
     summing = 4 * block if scorer.block > 1 else 0
     scoring = kept + candidates + (4 + 4 + itemsize) * block + summing
     expanding = 32 * count if scorer.block > 1 else 0  # blocks to sorted entries
-    return max(tiles * tile + peak, tile + (1 + itemsize) * block, scoring, kept + candidates + expanding)
+    return max(
+        tiles * tile + peak, tile + (1 + itemsize) * block, scoring, kept + candidates + expanding
+    )
 
 
 def _refuse_non_finite(tiles: RowTiles, tile_bytes: int, name: str) -> None:

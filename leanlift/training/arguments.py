@@ -6,11 +6,14 @@ TRL's SFTConfig with other defaults, which holds everything about the training l
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
-from leanlift.config import ALL_LINEAR, LiftConfig
+from leanlift.config import ALL_LINEAR, TARGET_PRESETS, LiftConfig
+from leanlift.errors import UserError
 
 
 @dataclass
@@ -72,14 +75,36 @@ class RunArguments:
         metadata={"help": "choose the mask again every so many steps; 0: never"},
     )
     selector: str = field(
-        default=LiftConfig.selector, metadata={"help": "principal, magnitude or random"}
+        default=LiftConfig.selector,
+        metadata={"help": "principal, magnitude, random or gradient (see calibration_rows)"},
+    )
+    calibration_rows: int = field(
+        default=32,
+        metadata={"help": "with selector=gradient: training rows to accumulate gradients over"},
+    )
+    block: int = field(
+        default=LiftConfig.block,
+        metadata={"help": "b: take b x b blocks of principal weights whole; 1: single entries"},
     )
     target_modules: list[str] = field(
         default_factory=lambda: [ALL_LINEAR],
-        metadata={"help": "all-linear, or endings of module names, e.g. q_proj v_proj"},
+        metadata={
+            "help": "all-linear, attention, mlp, or endings of module names, e.g. q_proj v_proj"
+        },
+    )
+    density_pattern: str | None = field(
+        default=None,
+        metadata={
+            "help": "densities of their own, by a regular expression for the end of a module's "
+            """name: '{"down_proj": 0.1}', or a mapping in the YAML file"""
+        },
     )
     selection_seed: int = field(
         default=LiftConfig.selection_seed, metadata={"help": "seed of the selection"}
+    )
+    selection_tile_mib: int = field(
+        default=LiftConfig.selection_tile_mib,
+        metadata={"help": "MiB of a matrix that the selection reads at once"},
     )
     merged_dir: str | None = field(
         default=None,
@@ -94,17 +119,35 @@ class RunArguments:
     )
 
     def lift_config(self) -> LiftConfig:
-        """The LiftConfig these arguments describe."""
-        everything = self.target_modules == [ALL_LINEAR]
+        """The LiftConfig these arguments describe.
+
+        Raises:
+            UserError: a value that makes no sense.
+        """
+        preset = len(self.target_modules) == 1 and self.target_modules[0] in TARGET_PRESETS
         return LiftConfig(
             density=self.density,
             rank_budget=self.rank_budget,
             approx_rank=self.approx_rank,
             refresh_interval=self.refresh_interval,
             selector=self.selector,
-            target_modules=ALL_LINEAR if everything else tuple(self.target_modules),
+            block=self.block,
+            target_modules=self.target_modules[0] if preset else tuple(self.target_modules),
+            density_pattern=self._densities(),
             selection_seed=self.selection_seed,
+            selection_tile_mib=self.selection_tile_mib,
         )
+
+    def _densities(self) -> dict[str, float]:
+        """`density_pattern` as a mapping, whether it came as JSON or from YAML."""
+        given: Any = self.density_pattern or {}
+        try:
+            parsed = json.loads(given) if isinstance(given, str) else dict(given)
+            return {str(pattern): float(density) for pattern, density in parsed.items()}
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(
+                f'expected density_pattern as a mapping such as {{"down_proj": 0.1}}, got {given!r}.'
+            ) from None
 
 
 @dataclass

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from datasets import Dataset
 
 from leanlift.errors import UserError, first_line
@@ -174,6 +175,39 @@ def _is_chat(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(turn, dict) and turn.get("role") and turn.get("content") is not None
         for turn in value
+    )
+
+
+def calibration_batches(
+    rows: Dataset, tokenizer: Any, max_length: int | None, count: int
+) -> list[dict[str, torch.Tensor]]:
+    """The first `count` examples as batches of one: `input_ids` and `labels` [1, T].
+
+    Labels are -100 on prompts; examples without a trained token are left out.
+    """
+    chat = getattr(tokenizer, "chat_template", None) is not None
+    batches = []
+    for row in to_examples(rows.select(range(min(count, len(rows)))), chat, "calibration"):
+        prompt, whole = _prompt_and_whole(row, tokenizer)
+        labels = [-100] * len(prompt) + whole[len(prompt) :]
+        whole, labels = whole[:max_length], labels[:max_length]
+        if any(label != -100 for label in labels[1:]):
+            batches.append({"input_ids": torch.tensor([whole]), "labels": torch.tensor([labels])})
+    return batches
+
+
+def _prompt_and_whole(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of an example's prompt, and of the example with its end token."""
+    if "text" in row:
+        return [], tokenizer(row["text"] + tokenizer.eos_token)["input_ids"]
+    if isinstance(row["prompt"], str):
+        whole = row["prompt"] + row["completion"] + tokenizer.eos_token
+        return tokenizer(row["prompt"])["input_ids"], tokenizer(whole)["input_ids"]
+    template = tokenizer.apply_chat_template
+    options = {"tokenize": True, "return_dict": False}
+    return (
+        template(row["prompt"], add_generation_prompt=True, **options),
+        template(row["prompt"] + row["completion"], **options),
     )
 
 

@@ -15,7 +15,7 @@ from leanlift.export import ONTO, MergeReport, merge_adapter
 from leanlift.memory import MemoryMeter, MemoryReport, save_report, static_categories
 from leanlift.model import get_lift_model, lift_state, load_adapter
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.data import check_rows, load_rows
+from leanlift.training.data import calibration_batches, check_rows, load_rows
 from leanlift.training.load import load_base
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.trainer import LiftTrainer, last_whole_checkpoint
@@ -73,6 +73,9 @@ def run(
     with meter.phase("select", follow=True) as peak:
         if resume:
             load_adapter(model, resume, progress=True)
+        elif config.selector == "gradient":
+            batches = calibration_batches(rows, tokenizer, sft.max_length, args.calibration_rows)
+            get_lift_model(model, config, calibration=batches)
         else:
             get_lift_model(model, config)
     if not meter.cuda:
@@ -82,7 +85,7 @@ def run(
         meter.report.notes.append(
             "load: tensors held after loading; what the loader needed in between is in resident."
         )
-    _say_unconverged(model)
+    _say_selection(model, meter)
     if before_training is not None:
         before_training(model, tokenizer)
 
@@ -147,8 +150,13 @@ def _base_bytes(model: Any) -> int:
     return sum(categories[n] for n in ("base weights", "embeddings and head", "norms and other"))
 
 
-def _say_unconverged(model: Any) -> None:
-    unconverged = lift_state(model).unconverged
+def _say_selection(model: Any, meter: MemoryMeter) -> None:
+    state = lift_state(model)
+    unconverged = state.unconverged
+    meter.report.notes.append(
+        f"selection: {len(state.base.shapes)} matrices in {state.selection_seconds:.1f} s, "
+        f"{len(unconverged)} not settled."
+    )
     if unconverged:
         logger.warning(
             "The selection of %d matrices did not settle (no gap in their spectrum at "
