@@ -146,7 +146,8 @@ class RunArguments:
             return {str(pattern): float(density) for pattern, density in parsed.items()}
         except (ValueError, TypeError, AttributeError):
             raise UserError(
-                f'expected density_pattern as a mapping such as {{"down_proj": 0.1}}, got {given!r}.'
+                'expected density_pattern as a mapping such as {"down_proj": 0.1}, '
+                f"got {given!r}."
             ) from None
 
 
