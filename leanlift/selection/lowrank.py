@@ -198,9 +198,8 @@ def krylov_factors(
         rank: R, at most min(m, n).
         count: entries of the mask; decides what has to converge.
         tile_bytes: bytes of rows that are read at once.
-        tolerance: the largest share of the sampled mask that may still change from one step to
-            the next. The iteration converges faster than geometrically, so the mask of the last
-            step is closer to the limit than that.
+        tolerance: the largest share of the sampled mask that may still be wrong, see
+            `_Stillness`.
         max_steps: gives up after so many sweeps; the result then says `converged=False`.
         seed: of the random start.
 
@@ -213,32 +212,70 @@ def krylov_factors(
     block = torch.linalg.qr(torch.randn(n, width, generator=generator).to(tiles.device)).Q
     sample = _sample_rows(m, n, tiles.device)
     sampled_count = max(1, round(count * sample.numel() / m))
-    # With few entries in the sample "unchanged" comes by chance: ask for it twice.
-    needed, quiet = (1 if tolerance * sampled_count >= 1 else 2), 0
-    previous: Tensor | None = None
+    still = _Stillness(tolerance, sampled_count)
     for steps in range(1, max_steps + 1):
         image, following = _sweep(tiles, block, tile_bytes)
         space.append(block, image)
         squares, turn = space.ritz()
         right = space.basis @ turn[:, :rank]
         mask = _top_mask((space.image[sample] @ turn[:, :rank]) @ right.T, sampled_count)
-        if previous is not None:
-            changed = 1.0 - float((mask & previous).sum()) / sampled_count
-            quiet = quiet + 1 if changed <= tolerance else 0
-        previous = mask
+        still.see(mask)
         # What W^T W adds to the subspace, before the subspace is cut back: the part of it that a
         # restart discards must not come in again.
         extension = space.orthonormal(following)
-        if quiet >= needed or extension is None or steps == max_steps:
-            still = quiet >= needed or extension is None
+        settled = still.reached or extension is None
+        if settled or steps == max_steps:
             left = space.image @ turn[:, :rank]
-            return LowRank(left, right, still and has_gap(squares, rank), steps)
+            return LowRank(left, right, settled and has_gap(squares, rank), steps)
+        assert extension is not None
         if space.full:
             space.restart(turn)
             extension = space.orthonormal(extension)  # noise, where the space was nearly full
             assert extension is not None
         block = extension
     raise AssertionError("max_steps is at least 1")
+
+
+class _Stillness:
+    """Whether a mask that changes less and less has stopped moving.
+
+    A small change alone says little: where the singular values lie close, many small changes are
+    still to come. With changes that shrink by a factor r per step, r / (1 - r) times the last one
+    is left; that remainder is what must be below the tolerance. A mask that has not changed at
+    all must have done so twice, since in a sample it happens by chance.
+
+    Args:
+        tolerance: share of the mask.
+        count: entries of the mask.
+    """
+
+    SLOWEST = 0.98
+    WINDOW = CYCLE + 1  # changes are uneven within a cycle
+
+    def __init__(self, tolerance: float, count: int) -> None:
+        self.tolerance = tolerance
+        self.count = count
+        self.reached = False
+        self._previous: Tensor | None = None
+        self._changes: list[float] = []
+
+    def see(self, mask: Tensor) -> None:
+        """Take the mask of the next step into account."""
+        if self._previous is not None:
+            same = float((mask & self._previous).sum())
+            self._changes.append(1.0 - same / self.count)
+            self.reached = self._settled(self._changes[-self.WINDOW :])
+        self._previous = mask
+
+    def _settled(self, changes: list[float]) -> bool:
+        now, earlier = changes[-1], changes[-2::-1]
+        if not earlier or now > 10 * self.tolerance:
+            return False
+        if now == 0:
+            return earlier[0] == 0
+        rates = [(now / c) ** (1 / lag) if c else 1.0 for lag, c in enumerate(earlier, start=1)]
+        rate = min(self.SLOWEST, max(rates))
+        return now * rate / (1 - rate) <= self.tolerance
 
 
 def krylov_nbytes(shape: tuple[int, int], rank: int) -> int:

@@ -58,7 +58,8 @@ class Principal:
         rank: R. The paper takes 16 to 128; at or below the rank budget works best.
         block: b; above 1, scores are summed over b x b blocks and whole blocks are taken (the
             paper's structured variant, b = 4).
-        tolerance: share of the sampled mask that may change in the last Krylov step.
+        tolerance: share of the mask that may still be wrong when the Krylov iteration stops, as
+            estimated from how fast a sample of it settles.
         max_steps: sweeps over the matrix after which the iteration gives up and says so.
         seed: of the Krylov start; where there is a gap behind rank R the result does not depend
             on it beyond rounding.
@@ -67,7 +68,7 @@ class Principal:
     rank: int = 64
     block: int = 1
     tolerance: float = 1e-4
-    max_steps: int = 40
+    max_steps: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
