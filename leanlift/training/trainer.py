@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
@@ -69,6 +75,8 @@ class LiftTrainer(SFTTrainer):
         self.refreshes: list[RefreshReport] = []
         self._staging: Path | None = None
         _make_checkpointing_safe(model, args)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(self._lift.base.name)
         chat = getattr(processing_class, "chat_template", None) is not None
         super().__init__(
             model=model,
