@@ -357,3 +357,16 @@ def test_gradient_takes_the_largest_of_the_gradient() -> None:
 def test_the_random_mask_is_the_same_on_every_machine() -> None:
     """Fixed numbers: integer hashing does not depend on hardware."""
     assert select(torch.zeros(8, 8), Random(seed=0), 6).tolist() == [4, 10, 23, 30, 31, 59]
+
+
+def test_a_wrong_guess_at_the_threshold_costs_time_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All that matters lies in rows that the guess does not look at, or nothing does."""
+    weight = random_weight(2048, 2048)
+    weight[::64] *= 1e-3  # the sampled rows say: everything is small
+    few = top_oracle(weight.abs(), 5000)
+    assert torch.equal(select(weight, Magnitude(), 5000), few)
+    loud = random_weight(2048, 2048) * 1e-3
+    loud.view(256, 8, 2048)[::8] *= 1e3  # the sampled rows say: everything is large
+    assert torch.equal(select(loud, Magnitude(), 2**21), top_oracle(loud.abs(), 2**21))

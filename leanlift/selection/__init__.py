@@ -18,8 +18,15 @@ from torch import Tensor
 
 from leanlift.errors import UserError
 from leanlift.selection.blocks import BLOCK_ROWS, block_rows, read_blocks, tile_nbytes
-from leanlift.selection.scorers import Gradient, Magnitude, Principal, Random, Scorer
-from leanlift.selection.topk import StreamedTopK, topk_nbytes
+from leanlift.selection.scorers import (
+    Gradient,
+    Magnitude,
+    Principal,
+    Random,
+    RowScores,
+    Scorer,
+)
+from leanlift.selection.topk import StreamedTopK, kth_largest, topk_nbytes
 from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, as_tiles, row_ranges
 
 __all__ = [
@@ -87,16 +94,50 @@ def selection(
         )
     _refuse_non_finite(tiles, tile_bytes, name)
     scores = scorer.prepare(tiles, count, tile_bytes)
+    if side > 1:
+        flat = _entries_of(_top(scores, (m, n), count, side, tiles.device, None).flat(), n, side)
+        return Selection(flat, scores.converged)
+    top = _top(scores, (m, n), count, 1, tiles.device, _floor(scores, (m, n), count))
+    if not top.complete:  # the guess was too high
+        top = _top(scores, (m, n), count, 1, tiles.device, None)
+    return Selection(top.flat(), scores.converged)
+
+
+def _top(
+    scores: RowScores,
+    shape: tuple[int, int],
+    count: int,
+    side: int,
+    device: torch.device,
+    floor: float | None,
+) -> StreamedTopK:
+    """The top-k over all scores, summed over side x side blocks."""
+    m, n = shape
     area = side * side
     step = BLOCK_ROWS // side * side or side
-    top = StreamedTopK(count // area, m * n // area, min(m, step) * n // area, tiles.device)
+    top = StreamedTopK(count // area, m * n // area, min(m, step) * n // area, device, floor)
     for start, stop in row_ranges(m, step):
         block = scores.scores(start, stop)
         if side > 1:
             block = block.view(-1, side, n // side, side).sum(dim=(1, 3))
         top.push(block.reshape(-1), start * n // area)
-    flat = top.flat()
-    return Selection(_entries_of(flat, n, side) if side > 1 else flat, scores.converged)
+    return top
+
+
+GUESS_ENTRIES = 2**22
+"""Below this many scores a guess at the threshold saves nothing."""
+
+
+def _floor(scores: RowScores, shape: tuple[int, int], count: int) -> float | None:
+    """A score that the k-th largest is very likely above, from rows spread over the matrix."""
+    m, n = shape
+    if m * n < GUESS_ENTRIES or not count:
+        return None
+    rows = 8
+    places = range(0, m - rows + 1, max(rows, m // 32))
+    sample = torch.cat([scores.scores(a, a + rows).reshape(-1) for a in places])
+    wanted = min(sample.numel(), max(1, round(count * sample.numel() / (m * n))))
+    return 0.8 * kth_largest(sample, wanted)
 
 
 def selection_nbytes(
@@ -117,6 +158,7 @@ def selection_nbytes(
     peak, kept, tiles = scorer.nbytes(shape)
     block = block_rows(m) * n
     tile = tile_nbytes(shape, itemsize, tile_bytes)
+    tiles += tile < m * n * itemsize and itemsize == 4  # what was read last is still in use
     candidates = topk_nbytes(count // area, m * n // area, block // area)
     summing = 4 * block if scorer.block > 1 else 0
     scoring = kept + candidates + (4 + 4 + itemsize) * block + summing
@@ -129,7 +171,7 @@ def selection_nbytes(
 def _refuse_non_finite(tiles: RowTiles, tile_bytes: int, name: str) -> None:
     bad = sum(
         int((~torch.isfinite(rows)).sum())
-        for _, _, rows in read_blocks(tiles, tile_bytes, tiles.dtype)
+        for _, _, rows in read_blocks(tiles, tile_bytes, torch.float32)
     )
     if bad:
         raise UserError(

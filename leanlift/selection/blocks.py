@@ -34,6 +34,7 @@ def read_blocks(
         tile = tiles.rows(start, stop)
         for a, b in row_ranges(stop - start, BLOCK_ROWS):
             yield start + a, start + b, tile[a:b].to(dtype)
+        del tile  # before the next one is read
 
 
 def tile_nbytes(shape: tuple[int, int], itemsize: int, tile_bytes: int) -> int:

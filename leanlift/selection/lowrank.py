@@ -34,7 +34,14 @@ OVERSAMPLING = 8
 CYCLE = 5
 """Blocks held before the subspace is cut back to its best w directions (a thick restart)."""
 
-SAMPLE_ENTRIES = 2**20
+KEPT = 2
+"""Times w directions that a restart keeps: more than the R wanted, which is what lets a slow
+iteration go on where it was."""
+
+FIRST_LOOK = 3
+"""The step at which the mask is first looked at; earlier ones are far off."""
+
+SAMPLE_ENTRIES = 2**19
 MIN_GAP = 1e-4
 """Relative distance of the singular values R and R + 1 below which they count as equal."""
 
@@ -124,7 +131,9 @@ class _Subspace:
 
     def __init__(self, m: int, n: int, width: int, device: torch.device) -> None:
         self.width = width
-        self.limit = width * max(1, min(CYCLE, min(m, n) // width))
+        blocks = max(1, min(CYCLE, min(m, n) // width))
+        self.limit = width * blocks
+        self.kept = width * min(KEPT, max(1, blocks - 1))
         self.columns = 0
         self._basis = torch.empty(n, self.limit, device=device)
         self._image = torch.empty(m, self.limit, device=device)
@@ -159,8 +168,8 @@ class _Subspace:
         return squares.flip(0), turn.flip(1).float()
 
     def restart(self, turn: Tensor) -> None:
-        """Cut back to the `width` best directions."""
-        keep = turn[:, : self.width]
+        """Cut back to the best directions."""
+        keep = turn[:, : self.kept]
         basis, image = self.basis @ keep, self.image @ keep
         self.columns = 0
         self.append(basis, image)
@@ -172,7 +181,7 @@ class _Subspace:
         basis: hence the second round.
         """
         before = block.norm()
-        block = self._project_out(self._project_out(block))
+        block = self._project_out(block)
         if not before > 0 or block.norm() <= 1e-6 * before:
             return None
         block = torch.linalg.qr(block).Q
@@ -216,18 +225,20 @@ def krylov_factors(
     for steps in range(1, max_steps + 1):
         image, following = _sweep(tiles, block, tile_bytes)
         space.append(block, image)
+        if steps < min(FIRST_LOOK, max_steps) and not space.full:
+            extension = space.orthonormal(following)
+            if extension is not None:
+                block = extension
+                continue
         squares, turn = space.ritz()
         right = space.basis @ turn[:, :rank]
-        mask = _top_mask((space.image[sample] @ turn[:, :rank]) @ right.T, sampled_count)
-        still.see(mask)
+        still.see(_top_mask((space.image[sample] @ turn[:, :rank]) @ right.T, sampled_count))
         # What W^T W adds to the subspace, before the subspace is cut back: the part of it that a
         # restart discards must not come in again.
-        extension = space.orthonormal(following)
-        settled = still.reached or extension is None
-        if settled or steps == max_steps:
+        extension = None if still.reached else space.orthonormal(following)
+        if extension is None or steps == max_steps:
             left = space.image @ turn[:, :rank]
-            return LowRank(left, right, settled and has_gap(squares, rank), steps)
-        assert extension is not None
+            return LowRank(left, right, extension is None and has_gap(squares, rank), steps)
         if space.full:
             space.restart(turn)
             extension = space.orthonormal(extension)  # noise, where the space was nearly full

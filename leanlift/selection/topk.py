@@ -23,15 +23,29 @@ class StreamedTopK:
         total: scores that will come, m*n; positions take 4 bytes where that is enough.
         block: the largest number of scores in one push.
         device: where the scores live.
+        floor: a guess that the k-th largest score is above. A good one saves most of the work; a
+            wrong one leaves the answer incomplete, never wrong.
     """
 
-    def __init__(self, count: int, total: int, block: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        count: int,
+        total: int,
+        block: int,
+        device: torch.device,
+        floor: float | None = None,
+    ) -> None:
         self.count = count
         capacity = topk_capacity(count, total, block)
         self._scores = torch.empty(capacity, device=device)
         self._flat = torch.empty(capacity, dtype=_position_dtype(total), device=device)
         self._held = 0
-        self._threshold: float | None = None
+        self._threshold = floor
+
+    @property
+    def complete(self) -> bool:
+        """Whether `count` candidates were found above the floor."""
+        return self._held >= self.count
 
     def push(self, scores: Tensor, offset: int) -> None:
         """Offer 1-D scores of positions `offset, offset + 1, …`."""
