@@ -14,6 +14,7 @@ from leanlift.errors import UserError, first_line
 from leanlift.export import ONTO, MergeReport, merge_adapter
 from leanlift.memory import MemoryMeter, MemoryReport, save_report, static_categories
 from leanlift.model import get_lift_model, lift_state, load_adapter
+from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import calibration_batches, check_rows, load_rows
 from leanlift.training.load import load_base
@@ -85,7 +86,8 @@ def run(
         meter.report.notes.append(
             "load: tensors held after loading; what the loader needed in between is in resident."
         )
-    _say_selection(model, meter)
+    if not resume:
+        _say_selection(model, meter)
     if before_training is not None:
         before_training(model, tokenizer)
 
@@ -115,7 +117,8 @@ def run(
 
     merged = None
     if args.merged_dir:
-        with meter.phase("export", follow=True, static=sum(static_categories(model).values())):
+        static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
+        with meter.phase("export", follow=True, static=static):
             merged = merge_adapter(
                 output, args.merged_dir, base=args.model_name_or_path, onto=args.merge_onto
             )
