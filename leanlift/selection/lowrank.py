@@ -252,15 +252,17 @@ class _Stillness:
 
     A small change alone says little: where the singular values lie close, many small changes are
     still to come. With changes that shrink by a factor r per step, r / (1 - r) times the last one
-    is left; that remainder is what must be below the tolerance. A mask that has not changed at
-    all must have done so twice, since in a sample it happens by chance.
+    is left. That remainder, over another 1 - r because r itself is an estimate and matters most
+    near 1, must be below the tolerance. A slow iteration moves unevenly, so there the largest of
+    the last three changes counts. A mask that has not changed at all must have done so twice,
+    since in a sample it happens by chance.
 
     Args:
         tolerance: share of the mask.
         count: entries of the mask.
     """
 
-    SLOWEST = 0.98
+    SLOW, SLOWEST = 0.5, 0.98
     WINDOW = CYCLE + 1  # changes are uneven within a cycle
 
     def __init__(self, tolerance: float, count: int) -> None:
@@ -286,7 +288,9 @@ class _Stillness:
             return earlier[0] == 0
         rates = [(now / c) ** (1 / lag) if c else 1.0 for lag, c in enumerate(earlier, start=1)]
         rate = min(self.SLOWEST, max(rates))
-        return now * rate / (1 - rate) <= self.tolerance
+        if rate > self.SLOW:
+            now = max(changes[-3:])
+        return now * rate / (1 - rate) ** 2 <= self.tolerance
 
 
 def krylov_nbytes(shape: tuple[int, int], rank: int) -> int:
