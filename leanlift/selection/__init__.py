@@ -169,10 +169,10 @@ def selection_nbytes(
 
 
 def _refuse_non_finite(tiles: RowTiles, tile_bytes: int, name: str) -> None:
-    bad = sum(
-        int((~torch.isfinite(rows)).sum())
-        for _, _, rows in read_blocks(tiles, tile_bytes, torch.float32)
-    )
+    bad = 0
+    for _, _, rows in read_blocks(tiles, tile_bytes, torch.float32):
+        if not torch.isfinite(rows.sum()):  # one NaN spoils a sum, and so may an overflow: count
+            bad += int((~torch.isfinite(rows)).sum())
     if bad:
         raise UserError(
             f"{name} has {bad} NaN or infinite weights of {tiles.shape[0] * tiles.shape[1]}: "

@@ -31,8 +31,9 @@ from leanlift.selection.blocks import BLOCK_ROWS, block_rows, read_blocks
 from leanlift.tiles import RowTiles, row_ranges
 
 OVERSAMPLING = 8
-CYCLE = 5
-"""Blocks held before the subspace is cut back to its best w directions (a thick restart)."""
+CYCLE = 6
+"""Blocks held before the subspace is cut back to its best directions (a thick restart). Weights
+like trained ones are settled by then, so most matrices never restart."""
 
 KEPT = 2
 """Times w directions that a restart keeps: more than the R wanted, which is what lets a slow
@@ -185,7 +186,10 @@ class _Subspace:
         if not before > 0 or block.norm() <= 1e-6 * before:
             return None
         block = torch.linalg.qr(block).Q
-        return torch.linalg.qr(self._project_out(block)).Q
+        again = self._project_out(block)
+        if (again - block).norm() <= 1e-4:
+            return again
+        return torch.linalg.qr(again).Q
 
     def _project_out(self, block: Tensor) -> Tensor:
         return block - self.basis @ (self.basis.T @ block)
