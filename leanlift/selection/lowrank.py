@@ -179,17 +179,19 @@ class _Subspace:
         """`block` made orthonormal and orthogonal to the basis; None where nothing new is left.
 
         A nearly dependent column comes out of QR as noise, which need not be orthogonal to the
-        basis: hence the second round.
+        basis: hence the further rounds.
         """
         before = block.norm()
         block = self._project_out(block)
         if not before > 0 or block.norm() <= 1e-6 * before:
             return None
         block = torch.linalg.qr(block).Q
-        again = self._project_out(block)
-        if (again - block).norm() <= 1e-4:
-            return again
-        return torch.linalg.qr(again).Q
+        for _ in range(4):
+            again = self._project_out(block)
+            if (again - block).norm() <= 1e-4:
+                return again
+            block = torch.linalg.qr(again).Q
+        return block
 
     def _project_out(self, block: Tensor) -> Tensor:
         return block - self.basis @ (self.basis.T @ block)
