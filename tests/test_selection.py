@@ -370,3 +370,14 @@ def test_a_wrong_guess_at_the_threshold_costs_time_and_nothing_else(
     loud = random_weight(2048, 2048) * 1e-3
     loud.view(256, 8, 2048)[::8] *= 1e3  # the sampled rows say: everything is large
     assert torch.equal(select(loud, Magnitude(), 2**21), top_oracle(loud.abs(), 2**21))
+
+
+def test_a_block_that_runs_out_of_rank_gives_the_exact_mask() -> None:
+    """Rank 40 in blocks of 24: the second block is part noise, which must not pass for signal."""
+    left, right = random_weight(1024, 40), random_weight(40, 4096)
+    weight = (left * torch.arange(1, 41) ** -0.6) @ right
+    count = count_by_density((1024, 4096), 0.05)
+    factors = _factors("krylov", DenseTiles(weight), RANK, count)
+    exact = _factors("gram", DenseTiles(weight), RANK, count)
+    assert factors.converged
+    assert overlap(_mask(factors, 1024, count), _mask(exact, 1024, count)) >= 0.999

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leanlift.selection.blocks import BLOCK_ROWS, block_rows, read_blocks
+from leanlift.selection.blocks import block_rows, read_blocks
 from leanlift.tiles import RowTiles, row_ranges
 
 OVERSAMPLING = 8
@@ -332,13 +332,3 @@ def _top_mask(scores: Tensor, count: int) -> Tensor:
     mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
     mask[torch.topk(flat, count, sorted=False).indices] = True
     return mask
-
-
-__all__ = [
-    "BLOCK_ROWS",
-    "LowRank",
-    "gram_factors",
-    "gram_nbytes",
-    "krylov_factors",
-    "krylov_nbytes",
-]
