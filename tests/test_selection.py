@@ -381,3 +381,18 @@ def test_a_block_that_runs_out_of_rank_gives_the_exact_mask() -> None:
     exact = _factors("gram", DenseTiles(weight), RANK, count)
     assert factors.converged
     assert overlap(_mask(factors, 1024, count), _mask(exact, 1024, count)) >= 0.999
+
+
+def test_more_equal_singular_values_than_a_block_is_wide_are_all_found() -> None:
+    """A Krylov space that starts from b columns sees only b of them at first."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(1100, 100, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(900, 100, generator=generator)).Q
+    flat_head = 10 * left @ right.T
+    noise = 0.01 * torch.randn(1100, 900, generator=generator)
+    for weight in (flat_head, flat_head + noise):
+        found = krylov_factors(DenseTiles(weight), 100, 50_000, 2**20, 2.5e-4, 100, 0)
+        u, sigma, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        best = (u[:, :100] * sigma[:100]) @ vh[:100]
+        assert found.converged
+        assert (found.left @ found.right.T - best).norm() <= 1e-4 * best.norm()

@@ -17,11 +17,17 @@ Two routes find V:
 Both compute in blocks of 256 rows, however large the tiles are in which the matrix is read, so
 the factors do not depend on the tile size, bit for bit.
 
-Shapes: m rows, n columns, R rank, w block width (R + oversampling), c columns of the basis.
+The blocks are a third as wide as the R directions that are wanted: for the same columns the
+Krylov polynomial then has three times the degree, and the same mask is reached with fewer columns
+to multiply, to keep orthogonal and to diagonalize (on trained-like weights of 4096 x 4096 at
+R = 128 with 0.6 of the columns). Narrower ones still would read the matrix too often.
+
+Shapes: m rows, n columns, R rank, w = R + oversampling, b block width, c columns of the basis.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,16 +37,19 @@ from leanlift.selection.blocks import block_rows, read_blocks
 from leanlift.tiles import RowTiles, row_ranges
 
 OVERSAMPLING = 8
-CYCLE = 6
-"""Blocks held before the subspace is cut back to its best directions (a thick restart). Weights
-like trained ones are settled by then, so most matrices never restart."""
+NARROW, NARROWEST = 3, 24
+"""A block has w / 3 columns, but at least 24."""
+
+LIMIT = 6
+"""Times w columns held before the subspace is cut back to its best directions (a thick restart).
+Weights like trained ones are settled by then, so most matrices never restart."""
 
 KEPT = 2
 """Times w directions that a restart keeps: more than the R wanted, which is what lets a slow
 iteration go on where it was."""
 
-FIRST_LOOK = 4
-"""The step at which the mask is first looked at; earlier ones are far off."""
+FIRST_LOOK = 2.5
+"""Times w columns at which the mask is first looked at; with fewer it is far off."""
 
 SAMPLE_ENTRIES = 2**19
 MIN_GAP = 1e-4
@@ -126,15 +135,15 @@ def has_gap(squares: Tensor, rank: int) -> bool:
 class _Subspace:
     """An orthonormal basis of right directions [n, c] and its image W @ basis [m, c].
 
-    Holds at most CYCLE blocks of w columns, and the fp64 Gram matrix of the image, from which
-    the best directions inside the subspace follow (Rayleigh-Ritz).
+    Holds at most LIMIT times w columns, and the fp64 Gram matrix of the image, from which the
+    best directions inside the subspace follow (Rayleigh-Ritz).
     """
 
-    def __init__(self, m: int, n: int, width: int, device: torch.device) -> None:
-        self.width = width
-        blocks = max(1, min(CYCLE, min(m, n) // width))
-        self.limit = width * blocks
-        self.kept = width * min(KEPT, max(1, blocks - 1))
+    def __init__(self, m: int, n: int, rank: int, device: torch.device) -> None:
+        self.wanted = wanted_columns(m, n, rank)
+        self.width = block_width(m, n, rank)
+        self.limit = most_columns(m, n, rank)
+        self.kept = min(KEPT * self.wanted, self.limit - self.width)
         self.columns = 0
         self._basis = torch.empty(n, self.limit, device=device)
         self._image = torch.empty(m, self.limit, device=device)
@@ -156,10 +165,15 @@ class _Subspace:
         start, self.columns = self.columns, self.columns + block.shape[1]
         self.basis[:, start:] = block
         self.image[:, start:] = image
+        self._measure(start)
+
+    def _measure(self, start: int) -> None:
+        """The Gram matrix of the image, from column `start` on."""
         cross = self._gram[: self.columns, start : self.columns]
         cross.zero_()
-        for a, b in row_ranges(image.shape[0], 1024):
-            cross.addmm_(self.image[a:b].double().T, image[a:b].double())
+        for a, b in row_ranges(self.image.shape[0], 1024):
+            rows = self.image[a:b].double()
+            cross.addmm_(rows.T, rows[:, start:])
         self._gram[start : self.columns, : self.columns] = cross.T
 
     def ritz(self) -> tuple[Tensor, Tensor]:
@@ -169,11 +183,13 @@ class _Subspace:
         return squares.flip(0), turn.flip(1).float()
 
     def restart(self, turn: Tensor) -> None:
-        """Cut back to the best directions."""
+        """Cut back to the best directions, in place by rows."""
         keep = turn[:, : self.kept]
-        basis, image = self.basis @ keep, self.image @ keep
-        self.columns = 0
-        self.append(basis, image)
+        for thin in (self.basis, self.image):
+            for a, b in row_ranges(thin.shape[0], 1024):
+                thin[a:b, : self.kept] = thin[a:b] @ keep
+        self.columns = self.kept
+        self._measure(0)
 
     def orthonormal(self, block: Tensor) -> Tensor | None:
         """`block` made orthonormal and orthogonal to the basis; None where nothing new is left.
@@ -221,27 +237,31 @@ def krylov_factors(
     Memory beyond the tile: see `krylov_nbytes`.
     """
     m, n = tiles.shape
-    width = min(rank + OVERSAMPLING, m, n)
-    space = _Subspace(m, n, width, tiles.device)
-    generator = torch.Generator().manual_seed(seed)
-    block = torch.linalg.qr(torch.randn(n, width, generator=generator).to(tiles.device)).Q
+    space = _Subspace(m, n, rank, tiles.device)
+    start = _RandomBlocks(n, space, seed)
+    block = start.draw()
+    assert block is not None
+    first_look = math.ceil(FIRST_LOOK * space.wanted / space.width)
+    every = 1 if space.width == space.wanted else 2
     sample = _sample_rows(m, n, tiles.device)
     sampled_count = max(1, round(count * sample.numel() / m))
     still = _Stillness(tolerance, sampled_count)
     for steps in range(1, max_steps + 1):
         image, following = _sweep(tiles, block, tile_bytes)
         space.append(block, image)
-        if steps < min(FIRST_LOOK, max_steps) and not space.full:
-            extension = space.orthonormal(following)
+        look = steps == max_steps or (steps >= first_look and (steps - first_look) % every == 0)
+        if not look and not space.full:
+            extension = _or_random(space.orthonormal(following), start)
             if extension is not None:
                 block = extension
                 continue
         squares, turn = space.ritz()
         right = space.basis @ turn[:, :rank]
-        still.see(_top_mask((space.image[sample] @ turn[:, :rank]) @ right.T, sampled_count))
+        if look:
+            still.see(_top_mask((space.image[sample] @ turn[:, :rank]) @ right.T, sampled_count))
         # What W^T W adds to the subspace, before the subspace is cut back: the part of it that a
         # restart discards must not come in again.
-        extension = None if still.reached else space.orthonormal(following)
+        extension = None if still.reached else _or_random(space.orthonormal(following), start)
         if extension is None or steps == max_steps:
             left = space.image @ turn[:, :rank]
             return LowRank(left, right, extension is None and has_gap(squares, rank), steps)
@@ -251,6 +271,50 @@ def krylov_factors(
             assert extension is not None
         block = extension
     raise AssertionError("max_steps is at least 1")
+
+
+class _RandomBlocks:
+    """Where the iteration starts, and starts again when nothing new follows.
+
+    A Krylov space that starts from b columns sees at most b directions of each singular value,
+    so an invariant subspace says that all is found only after w random columns: the R leading
+    directions cannot hide from so many.
+    """
+
+    def __init__(self, n: int, space: _Subspace, seed: int) -> None:
+        self.n = n
+        self.space = space
+        self.drawn = 0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self) -> Tensor | None:
+        """Orthonormal [n, b], orthogonal to the subspace; None after w columns."""
+        if self.drawn >= self.space.wanted:
+            return None
+        self.drawn += self.space.width
+        block = torch.randn(self.n, self.space.width, generator=self._generator)
+        return self.space.orthonormal(block.to(self.space.basis.device))
+
+
+def _or_random(extension: Tensor | None, start: _RandomBlocks) -> Tensor | None:
+    return start.draw() if extension is None else extension
+
+
+def wanted_columns(m: int, n: int, rank: int) -> int:
+    """w: the R directions and a few more, for a gap."""
+    return min(rank + OVERSAMPLING, m, n)
+
+
+def block_width(m: int, n: int, rank: int) -> int:
+    """b: columns of one Krylov block."""
+    wanted = wanted_columns(m, n, rank)
+    return min(wanted, max(NARROWEST, -(-wanted // (8 * NARROW)) * 8))
+
+
+def most_columns(m: int, n: int, rank: int) -> int:
+    """c at most, in whole blocks."""
+    width = block_width(m, n, rank)
+    return max(1, min(LIMIT * wanted_columns(m, n, rank), m, n) // width) * width
 
 
 class _Stillness:
@@ -269,7 +333,7 @@ class _Stillness:
     """
 
     SLOW, SLOWEST = 0.5, 0.98
-    WINDOW = CYCLE + 1  # changes are uneven within a cycle
+    WINDOW = 7  # changes are uneven between two restarts, which are about six looks apart
 
     def __init__(self, tolerance: float, count: int) -> None:
         self.tolerance = tolerance
@@ -300,14 +364,13 @@ class _Stillness:
 
 
 def krylov_nbytes(shape: tuple[int, int], rank: int) -> int:
-    """Peak bytes of `krylov_factors` beyond its tile: the basis and its image, a restart's or a
-    QR's copies, the sample, and one fp32 block of rows."""
+    """Peak bytes of `krylov_factors` beyond its tile: the basis and its image, a QR's copies, the
+    sample, and one fp32 block of rows."""
     m, n = shape
-    width = min(rank + OVERSAMPLING, m, n)
-    columns = width * max(1, min(CYCLE, min(m, n) // width))
+    width, columns = block_width(m, n, rank), most_columns(m, n, rank)
     sample = 9 * (min(m, max(64, SAMPLE_ENTRIES // n)) * n)  # scores, two masks, their top-k
     space = 4 * (m + n) * columns + 3 * 8 * columns * columns
-    passing = 4 * (m + 5 * n) * width + 8 * 2 * 1024 * columns
+    passing = 4 * (m + 5 * n) * width + 8 * 1024 * columns
     return space + passing + 4 * (m + n) * rank + sample + 4 * block_rows(m) * n
 
 
