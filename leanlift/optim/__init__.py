@@ -1,5 +1,14 @@
-"""Optimizer state that follows its entries when the mask changes."""
+"""AdamW for value vectors, and optimizer state that follows its entries."""
 
+from leanlift.optim.adamw import TABLES_NBYTES, SparseAdamW, adamw_nbytes, adamw_update
 from leanlift.optim.follow import check_followable, follow_entries, state_nbytes
 
-__all__ = ["check_followable", "follow_entries", "state_nbytes"]
+__all__ = [
+    "TABLES_NBYTES",
+    "SparseAdamW",
+    "adamw_nbytes",
+    "adamw_update",
+    "check_followable",
+    "follow_entries",
+    "state_nbytes",
+]

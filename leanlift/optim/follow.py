@@ -9,7 +9,13 @@ so its first updates are up to (1 - β1^t) / sqrt(1 - β2^t) times the learning 
 6.6 for β = (0.9, 0.999). Newcomers therefore start with a zero first moment and the *largest*
 second moment of their matrix: for a gradient no larger than the largest that the matrix has been
 seeing, the update stays at or below what an old entry would do, and the second moment then decays
-to the newcomer's own.
+to the newcomer's own. `SparseAdamW` also clamps the first update of a newcomer to the learning
+rate, whatever its gradient.
+
+fp32 moments of survivors move bit for bit. 8-bit moments cannot: a block of 256 entries shares one
+scale, and entries move between blocks, so a survivor is rounded once more, in its new block. Its
+error is at most half a step of the map at the scale of that block, which a newcomer may raise to
+the largest second moment of the matrix.
 """
 
 from __future__ import annotations
@@ -22,6 +28,7 @@ from torch.optim import Optimizer
 
 from leanlift import _bnb
 from leanlift.errors import UserError
+from leanlift.optim.adamw import TABLES_NBYTES, SparseAdamW, read_moments, write_moments
 
 
 class Moments(Protocol):
@@ -41,6 +48,14 @@ class _TorchMoments:
         state["exp_avg_sq"].copy_(second)
 
 
+class _SparseMoments:
+    def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return read_moments(state)
+
+    def write(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None:
+        write_moments(state, first, second)
+
+
 class _BnbMoments:
     def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return _bnb.read_moment(state, 1), _bnb.read_moment(state, 2)
@@ -54,7 +69,8 @@ def check_followable(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose state a mask refresh could not move.
 
     Raises:
-        UserError: anything but torch's Adam/AdamW (without amsgrad) and bitsandbytes' Adam/AdamW.
+        UserError: anything but `SparseAdamW`, torch's Adam/AdamW (without amsgrad) and
+            bitsandbytes' Adam/AdamW, paged or not.
     """
     _moments_of(_unwrap(optimizer))
 
@@ -84,16 +100,25 @@ def follow_entries(optimizer: Optimizer, parameter: nn.Parameter, source: Tensor
 
 
 def state_nbytes(optimizer: Optimizer | None) -> int:
-    """Bytes of all tensors in the optimizer's state, shared lookup tables counted once."""
+    """Bytes of all tensors in the optimizer's state, shared lookup tables counted once.
+
+    The tables of `SparseAdamW` are no part of its state, but are counted, once per device.
+    """
     if optimizer is None:
         return 0
+    optimizer = _unwrap(optimizer)
     tensors = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for state in _unwrap(optimizer).state.values()
+        for state in optimizer.state.values()
         for tensor in state.values()
         if isinstance(tensor, Tensor)
     }
-    return sum(tensors.values())
+    devices = {
+        state["exp_avg_codes"].device
+        for state in optimizer.state.values()
+        if isinstance(optimizer, SparseAdamW) and "exp_avg_codes" in state
+    }
+    return sum(tensors.values()) + TABLES_NBYTES * len(devices)
 
 
 def _unwrap(optimizer: Optimizer) -> Optimizer:
@@ -104,6 +129,8 @@ def _unwrap(optimizer: Optimizer) -> Optimizer:
 
 def _moments_of(optimizer: Optimizer) -> Moments:
     amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
+    if isinstance(optimizer, SparseAdamW):
+        return _SparseMoments()
     if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and not amsgrad:
         return _TorchMoments()
     if _bnb.is_adam_8bit(optimizer) and not amsgrad:

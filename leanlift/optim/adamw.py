@@ -1,0 +1,476 @@
+"""AdamW for long value vectors, a chunk at a time.
+
+The arithmetic is one pure function on fp32 chunks, `adamw_update`. Everything else is how a chunk
+is read and written: moments in fp32 or in 8 bits, values in fp32 or in bf16. Temporaries are a few
+chunks, whatever the length of the vector.
+
+**8-bit moments** use bitsandbytes' dynamic maps in blocks of 256 entries, so they cost
+2 + 8/256 bytes per entry. A zero stays an exact zero, and a positive second moment is never stored
+as zero: an update divides by its root.
+
+**bf16 values** have 8 bits of precision: an update below 1/512 of a value is lost by rounding to
+nearest. Stochastic rounding keeps it on average. The noise depends on the seed, the step, the
+parameter's place in the groups and the chunk alone, so a resumed run continues bit for bit, on the
+same kind of device, without any generator state.
+
+**Newcomers.** An entry that enters under an old step count has no history, while bias correction
+is over: plain Adam would move it by up to (1 - β1) / sqrt(1 - β2) times the learning rate at once
+(3.2 for β = (0.9, 0.999)), and by up to 6.6 times soon after. Where the first moment is exactly
+zero, the update is therefore clamped to the learning rate. At step 1 Adam does that by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from leanlift import _bnb
+from leanlift.errors import UserError
+
+BLOCK = _bnb.MOMENT_BLOCK
+MOMENTS = ("float32", "8bit")
+ROUNDINGS = ("stochastic", "nearest")
+_STATE_KEYS = {
+    "float32": ("exp_avg", "exp_avg_sq"),
+    "8bit": ("exp_avg_codes", "exp_avg_absmax", "exp_avg_sq_codes", "exp_avg_sq_absmax"),
+}
+_BF16_MAX = torch.finfo(torch.bfloat16).max
+
+
+# --- The arithmetic ------------------------------------------------------------------------
+
+
+def adamw_update(
+    value: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of torch.optim.AdamW, in place on `value`, `first` and `second`.
+
+    The one exception: where `first` is exactly zero before the step, the update (without weight
+    decay) is clamped to `lr` in absolute value, up to rounding. At step 1 Adam needs no clamp.
+
+    Args:
+        value, grad, first, second: fp32, all of one shape; `grad` is only read.
+        step: how many steps there are with this one, from 1.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW; the decay is decoupled, and pulls an
+            offset towards zero, that is, the weight towards its base.
+    """
+    beta1, beta2 = betas
+    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+    fresh = _zeros_of(first) if step > 1 else None
+    first.lerp_(grad, 1 - beta1)
+    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    # m̂ / (sqrt(v̂) + eps) is `update` times correction2 / correction1.
+    update = second.sqrt().add_(eps * correction2)
+    torch.div(first, update, out=update)
+    if fresh is not None:
+        bound = correction1 / correction2
+        update = torch.where(fresh, update.clamp(-bound, bound), update)
+    if weight_decay:
+        value.mul_(1 - lr * weight_decay)
+    value.add_(update, alpha=-lr * correction2 / correction1)
+
+
+def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
+    """fp32 `value` as bf16, rounded to one of its two neighbours so that the mean is `value`.
+
+    The noise is added below the bits that bf16 keeps, which are then cut off. A value that bf16
+    holds exactly stays; one beyond its largest number becomes that number; infinities and NaN stay
+    what they are.
+
+    Args:
+        value: fp32 [k].
+        noise: int32 [k], uniform on 0..65535; overwritten.
+    """
+    noise.mul_(value.abs() < _BF16_MAX)
+    bits = noise.add_(value.view(torch.int32)).bitwise_and_(-65536)
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+def uniform_noise(count: int, device: torch.device, *key: int) -> Tensor:
+    """int32 [count], uniform on 0..65535, the same for the same key and kind of device."""
+    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[:count].to(torch.int32).add_(32768)
+
+
+def _zeros_of(first: Tensor) -> Tensor | None:
+    """Where `first` is zero, bool; None where a CPU can tell cheaply that it is zero nowhere."""
+    if first.device.type == "cpu" and int(first.count_nonzero()) == first.numel():
+        return None
+    return first == 0
+
+
+# --- How moments are kept ------------------------------------------------------------------
+
+
+class _Store(Protocol):
+    """Two moments of one parameter: chunks are read as fp32, changed in place, written back."""
+
+    def create(self, count: int, device: torch.device) -> dict[str, Tensor]: ...
+
+    def read(self, state: dict[str, Any], start: int, stop: int) -> tuple[Tensor, Tensor]: ...
+
+    def write(self, state: dict[str, Any], start: int, first: Tensor, second: Tensor) -> None: ...
+
+
+class _Float32:
+    """The state's own slices; nothing is left to write."""
+
+    def create(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        return {key: torch.zeros(count, device=device) for key in _STATE_KEYS["float32"]}
+
+    def read(self, state: dict[str, Any], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return state["exp_avg"][start:stop], state["exp_avg_sq"][start:stop]
+
+    def write(self, state: dict[str, Any], start: int, first: Tensor, second: Tensor) -> None:
+        pass
+
+
+class _EightBit:
+    """uint8 codes [k] and fp32 absmax [ceil(k / 256)] for each moment.
+
+    `start` is a multiple of 256. New state reads as zero, because its absmax is zero.
+    """
+
+    def create(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        blocks = -(-count // BLOCK)
+        return {
+            key: torch.zeros(count, dtype=torch.uint8, device=device)
+            if key.endswith("codes")
+            else torch.zeros(blocks, device=device)
+            for key in _STATE_KEYS["8bit"]
+        }
+
+    def read(self, state: dict[str, Any], start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self._read(state, "exp_avg", start, stop), self._read(
+            state, "exp_avg_sq", start, stop
+        )
+
+    def write(self, state: dict[str, Any], start: int, first: Tensor, second: Tensor) -> None:
+        for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
+            codes, absmax = self._slices(state, name, start, start + moment.numel())
+            table = self._table(codes, name)
+            _bnb.quantize_moment(moment, table, codes, absmax, signed=name == "exp_avg")
+
+    def _read(self, state: dict[str, Any], name: str, start: int, stop: int) -> Tensor:
+        codes, absmax = self._slices(state, name, start, stop)
+        return _bnb.dequantize_moment(codes, absmax, self._table(codes, name))
+
+    @staticmethod
+    def _slices(state: dict[str, Any], name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        return state[f"{name}_codes"][start:stop], state[f"{name}_absmax"][blocks]
+
+    @staticmethod
+    def _table(codes: Tensor, name: str) -> Tensor:
+        return _bnb.moment_table(codes.device, signed=name == "exp_avg")
+
+
+_STORES: dict[str, _Store] = {"float32": _Float32(), "8bit": _EightBit()}
+
+
+def read_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Both moments of one parameter's `SparseAdamW` state, fp32 [k]; fp32 ones are not copied."""
+    kind = _kind_of(state)
+    return _STORES[kind].read(state, 0, state[_STATE_KEYS[kind][0]].numel())
+
+
+def write_moments(state: dict[str, Any], first: Tensor, second: Tensor) -> None:
+    """Write both moments, fp32 [k], into the storage that `read_moments` read them from."""
+    if _kind_of(state) == "float32":
+        state["exp_avg"].copy_(first)
+        state["exp_avg_sq"].copy_(second)
+    else:
+        _STORES["8bit"].write(state, 0, first, second)
+
+
+def adamw_nbytes(count: int, moments: str = "float32") -> int:
+    """Bytes of state of one parameter with `count` entries, its step count included.
+
+    The lookup tables of 8-bit moments, shared by all parameters of a device, are not in it:
+    they are `TABLES_NBYTES` once.
+
+    Raises:
+        UserError: unknown `moments`.
+    """
+    _check_choice("moments", moments, MOMENTS)
+    step = 4
+    if moments == "float32":
+        return step + 2 * 4 * count
+    return step + 2 * (count + 4 * -(-count // BLOCK))
+
+
+TABLES_NBYTES = 2 * 4 * 256
+
+
+def _kind_of(state: dict[str, Any]) -> str:
+    return "8bit" if "exp_avg_codes" in state else "float32"
+
+
+# --- The optimizer -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A state tensor that torch's `load_state_dict` shall not cast to its parameter's dtype."""
+
+    tensor: Tensor
+
+
+class SparseAdamW(Optimizer):
+    """AdamW for contiguous fp32 or bf16 vectors, with bounded temporaries.
+
+    State of a parameter with k entries: "step" (fp32 scalar on the CPU) and, flat,
+
+    * float32: "exp_avg", "exp_avg_sq", fp32 [k];
+    * 8bit: "exp_avg_codes", "exp_avg_sq_codes", uint8 [k], and "exp_avg_absmax",
+      "exp_avg_sq_absmax", fp32 [ceil(k / 256)].
+
+    All options belong to the parameter group. They are saved with the state, and loading brings
+    back those that were saved.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer.
+        lr: learning rate, ≥ 0.
+        betas: decay rates of the moments, each in [0, 1).
+        eps: added to the root of the second moment, ≥ 0.
+        weight_decay: every step multiplies an offset by 1 - lr * weight_decay, ≥ 0.
+        moments: "float32" or "8bit".
+        rounding: how bf16 values are rounded, "stochastic" or "nearest"; fp32 values are not.
+        seed: of the stochastic rounding.
+        chunk: entries per piece of work, a multiple of 256. With fp32 values it does not change
+            the result; with stochastic rounding it changes the noise.
+
+    Raises:
+        UserError: an option out of its range, or a parameter of another dtype or layout.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        moments: str = "float32",
+        rounding: str = "stochastic",
+        seed: int = 0,
+        chunk: int = 2**18,
+    ) -> None:
+        self._places: dict[int, tuple[dict[str, Any], int]] = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "moments": moments,
+            "rounding": rounding,
+            "seed": seed,
+            "chunk": chunk,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does, after checking its options and parameters."""
+        super().add_param_group(param_group)
+        try:
+            _check_options(self.param_groups[-1])
+            for parameter in self.param_groups[-1]["params"]:
+                _check_parameter(parameter)
+        except UserError:
+            self.param_groups.pop()
+            raise
+        self._find_places()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns what `closure` returned, or None.
+
+        Raises:
+            UserError: a gradient or a state of another size than its parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        place = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._update(parameter, group, place)
+                place += 1
+        return loss
+
+    @torch.no_grad()
+    def step_parameter(self, parameter: Tensor) -> None:
+        """Update one parameter from its gradient, as `step` would; nothing without a gradient.
+
+        For updates during the backward pass: once the gradient is set to None, a later `step`
+        leaves the parameter alone.
+
+        Raises:
+            UserError: a parameter that is in no group, or a gradient of another size.
+        """
+        found = self._places.get(id(parameter))
+        if found is None:
+            raise UserError(
+                "step_parameter expects a parameter of this optimizer, got another tensor: add it "
+                "with add_param_group first."
+            )
+        self._update(parameter, *found)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a copy of `state_dict` onto the parameters' devices; every tensor keeps its dtype.
+
+        Raises:
+            UserError: the state of another kind of moments, or of another number of entries.
+        """
+        kept = {
+            key: {
+                name: _Kept(held) if isinstance(held, Tensor) else held
+                for name, held in state.items()
+            }
+            for key, state in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": kept})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter, {})
+                for name, held in state.items():
+                    if isinstance(held, _Kept):
+                        device = torch.device("cpu") if name == "step" else parameter.device
+                        state[name] = held.tensor.detach().to(device, copy=True)
+                if state:
+                    _check_state(state, parameter, group["moments"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+            _check_options(group)
+        self._find_places()
+
+    def _find_places(self) -> None:
+        """Where each parameter stands, counted through all groups."""
+        pairs = [(p, group) for group in self.param_groups for p in group["params"]]
+        self._places = {id(p): (group, place) for place, (p, group) in enumerate(pairs)}
+
+    def _update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
+        grad = parameter.grad
+        if grad is None:
+            return
+        store, chunk = _STORES[group["moments"]], group["chunk"]
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state.update(store.create(parameter.numel(), parameter.device))
+        _check_gradient(parameter, grad)
+        _check_state(state, parameter, group["moments"])
+        state["step"] += 1
+        step = int(state["step"])
+        options = (
+            step,
+            float(group["lr"]),
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
+        )
+        values, grads = parameter.detach().view(-1), grad.detach().reshape(-1)
+        for start in range(0, values.numel(), chunk):
+            stop = min(start + chunk, values.numel())
+            held = values[start:stop]
+            value = held.float()  # the values themselves where they are fp32
+            first, second = store.read(state, start, stop)
+            adamw_update(value, grads[start:stop].float(), first, second, *options)
+            store.write(state, start, first, second)
+            if held.dtype == torch.bfloat16:
+                if group["rounding"] == "stochastic":
+                    noise = uniform_noise(
+                        stop - start, held.device, group["seed"], step, place, start // chunk
+                    )
+                    value = round_stochastically(value, noise)
+                held.copy_(value)
+
+
+# --- What a user can get wrong -------------------------------------------------------------
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise UserError(
+                f"{name} must be 0 or more, got {group[name]}: choose another {name} for the "
+                "optimizer."
+            )
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(
+            f"betas must be two numbers, each at least 0 and below 1, got {tuple(betas)}: choose "
+            "for example (0.9, 0.95)."
+        )
+    _check_choice("moments", group["moments"], MOMENTS)
+    _check_choice("rounding", group["rounding"], ROUNDINGS)
+    chunk = group["chunk"]
+    if not isinstance(chunk, int) or chunk < BLOCK or chunk % BLOCK:
+        raise UserError(
+            f"chunk must be a positive multiple of {BLOCK} entries, got {chunk}: choose for "
+            f"example {2**18}."
+        )
+
+
+def _check_choice(name: str, got: str, known: tuple[str, ...]) -> None:
+    if got not in known:
+        raise UserError(
+            f"{name} must be one of {', '.join(known)}, got {got!r}: choose one of them."
+        )
+
+
+def _check_parameter(parameter: Tensor) -> None:
+    if parameter.dtype not in (torch.float32, torch.bfloat16) or not parameter.is_contiguous():
+        layout = "contiguous" if parameter.is_contiguous() else "non-contiguous"
+        raise UserError(
+            "SparseAdamW expects contiguous float32 or bfloat16 parameters, got "
+            f"{layout} {str(parameter.dtype).removeprefix('torch.')}: convert them first."
+        )
+
+
+def _check_gradient(parameter: Tensor, grad: Tensor) -> None:
+    if grad.shape != parameter.shape:
+        raise UserError(
+            f"a gradient must have its parameter's shape {tuple(parameter.shape)}, got "
+            f"{tuple(grad.shape)}: clear the gradients after the parameter was replaced."
+        )
+
+
+def _check_state(state: dict[str, Any], parameter: Tensor, moments: str) -> None:
+    keys = _STATE_KEYS[moments]
+    if any(key not in state for key in keys):
+        raise UserError(
+            f"the optimizer's state should hold {moments} moments, got {', '.join(sorted(state))}: "
+            "use the moments that the state was saved with."
+        )
+    count = state[keys[0]].numel()
+    if count != parameter.numel():
+        raise UserError(
+            f"the optimizer's state should have {parameter.numel()} entries, got {count}: load the "
+            "state that was saved with these parameters, or start without one."
+        )
