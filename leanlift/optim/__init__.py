@@ -1,7 +1,8 @@
 """AdamW for value vectors, and optimizer state that follows its entries."""
 
-from leanlift.optim.adamw import TABLES_NBYTES, SparseAdamW, adamw_nbytes, adamw_update
+from leanlift.optim.adamw import SparseAdamW, adamw_update
 from leanlift.optim.follow import check_followable, follow_entries, state_nbytes
+from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
 
 __all__ = [
     "TABLES_NBYTES",

@@ -1,12 +1,8 @@
 """AdamW for long value vectors, a chunk at a time.
 
 The arithmetic is one pure function on fp32 chunks, `adamw_update`. Everything else is how a chunk
-is read and written: moments in fp32 or in 8 bits, values in fp32 or in bf16. Temporaries are a few
-chunks, whatever the length of the vector.
-
-**8-bit moments** use bitsandbytes' dynamic maps in blocks of 256 entries, so they cost
-2 + 8/256 bytes per entry. A zero stays an exact zero, and a positive second moment is never stored
-as zero: an update divides by its root.
+is read and written: moments in fp32 or in 8 bits (see `moments`), values in fp32 or in bf16.
+Temporaries are a few chunks, whatever the length of the vector.
 
 **bf16 values** have 8 bits of precision: an update below 1/512 of a value is lost by rounding to
 nearest. Stochastic rounding keeps it on average. The noise depends on the seed, the step, the
@@ -25,22 +21,16 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leanlift import _bnb
 from leanlift.errors import UserError
+from leanlift.optim.moments import BLOCK, own_moments
 
-BLOCK = _bnb.MOMENT_BLOCK
-MOMENTS = ("float32", "8bit")
 ROUNDINGS = ("stochastic", "nearest")
-_STATE_KEYS = {
-    "float32": ("exp_avg", "exp_avg_sq"),
-    "8bit": ("exp_avg_codes", "exp_avg_absmax", "exp_avg_sq_codes", "exp_avg_sq_absmax"),
-}
 _BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
@@ -115,113 +105,6 @@ def _zeros_of(first: Tensor) -> Tensor | None:
     if first.device.type == "cpu" and int(first.count_nonzero()) == first.numel():
         return None
     return first == 0
-
-
-# --- How moments are kept ------------------------------------------------------------------
-
-
-class _Store(Protocol):
-    """Two moments of one parameter: chunks are read as fp32, changed in place, written back."""
-
-    def create(self, count: int, device: torch.device) -> dict[str, Tensor]: ...
-
-    def read(self, state: dict[str, Any], start: int, stop: int) -> tuple[Tensor, Tensor]: ...
-
-    def write(self, state: dict[str, Any], start: int, first: Tensor, second: Tensor) -> None: ...
-
-
-class _Float32:
-    """The state's own slices; nothing is left to write."""
-
-    def create(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        return {key: torch.zeros(count, device=device) for key in _STATE_KEYS["float32"]}
-
-    def read(self, state: dict[str, Any], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return state["exp_avg"][start:stop], state["exp_avg_sq"][start:stop]
-
-    def write(self, state: dict[str, Any], start: int, first: Tensor, second: Tensor) -> None:
-        pass
-
-
-class _EightBit:
-    """uint8 codes [k] and fp32 absmax [ceil(k / 256)] for each moment.
-
-    `start` is a multiple of 256. New state reads as zero, because its absmax is zero.
-    """
-
-    def create(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        blocks = -(-count // BLOCK)
-        return {
-            key: torch.zeros(count, dtype=torch.uint8, device=device)
-            if key.endswith("codes")
-            else torch.zeros(blocks, device=device)
-            for key in _STATE_KEYS["8bit"]
-        }
-
-    def read(self, state: dict[str, Any], start: int, stop: int) -> tuple[Tensor, Tensor]:
-        return self._read(state, "exp_avg", start, stop), self._read(
-            state, "exp_avg_sq", start, stop
-        )
-
-    def write(self, state: dict[str, Any], start: int, first: Tensor, second: Tensor) -> None:
-        for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
-            codes, absmax = self._slices(state, name, start, start + moment.numel())
-            table = self._table(codes, name)
-            _bnb.quantize_moment(moment, table, codes, absmax, signed=name == "exp_avg")
-
-    def _read(self, state: dict[str, Any], name: str, start: int, stop: int) -> Tensor:
-        codes, absmax = self._slices(state, name, start, stop)
-        return _bnb.dequantize_moment(codes, absmax, self._table(codes, name))
-
-    @staticmethod
-    def _slices(state: dict[str, Any], name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        blocks = slice(start // BLOCK, -(-stop // BLOCK))
-        return state[f"{name}_codes"][start:stop], state[f"{name}_absmax"][blocks]
-
-    @staticmethod
-    def _table(codes: Tensor, name: str) -> Tensor:
-        return _bnb.moment_table(codes.device, signed=name == "exp_avg")
-
-
-_STORES: dict[str, _Store] = {"float32": _Float32(), "8bit": _EightBit()}
-
-
-def read_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Both moments of one parameter's `SparseAdamW` state, fp32 [k]; fp32 ones are not copied."""
-    kind = _kind_of(state)
-    return _STORES[kind].read(state, 0, state[_STATE_KEYS[kind][0]].numel())
-
-
-def write_moments(state: dict[str, Any], first: Tensor, second: Tensor) -> None:
-    """Write both moments, fp32 [k], into the storage that `read_moments` read them from."""
-    if _kind_of(state) == "float32":
-        state["exp_avg"].copy_(first)
-        state["exp_avg_sq"].copy_(second)
-    else:
-        _STORES["8bit"].write(state, 0, first, second)
-
-
-def adamw_nbytes(count: int, moments: str = "float32") -> int:
-    """Bytes of state of one parameter with `count` entries, its step count included.
-
-    The lookup tables of 8-bit moments, shared by all parameters of a device, are not in it:
-    they are `TABLES_NBYTES` once.
-
-    Raises:
-        UserError: unknown `moments`.
-    """
-    _check_choice("moments", moments, MOMENTS)
-    step = 4
-    if moments == "float32":
-        return step + 2 * 4 * count
-    return step + 2 * (count + 4 * -(-count // BLOCK))
-
-
-TABLES_NBYTES = 2 * 4 * 256
-
-
-def _kind_of(state: dict[str, Any]) -> str:
-    return "8bit" if "exp_avg_codes" in state else "float32"
 
 
 # --- The optimizer -------------------------------------------------------------------------
@@ -378,11 +261,11 @@ class SparseAdamW(Optimizer):
         grad = parameter.grad
         if grad is None:
             return
-        store, chunk = _STORES[group["moments"]], group["chunk"]
+        moments, chunk = own_moments(group["moments"]), group["chunk"]
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
-            state.update(store.create(parameter.numel(), parameter.device))
+            state.update(moments.create(parameter.numel(), parameter.device))
         _check_gradient(parameter, grad)
         _check_state(state, parameter, group["moments"])
         state["step"] += 1
@@ -399,9 +282,10 @@ class SparseAdamW(Optimizer):
             stop = min(start + chunk, values.numel())
             held = values[start:stop]
             value = held.float()  # the values themselves where they are fp32
-            first, second = store.read(state, start, stop)
+            piece = moments.chunk(state, start, stop)
+            first, second = moments.read(piece)
             adamw_update(value, grads[start:stop].float(), first, second, *options)
-            store.write(state, start, first, second)
+            moments.write(piece, first, second)
             if held.dtype == torch.bfloat16:
                 if group["rounding"] == "stochastic":
                     noise = uniform_noise(
@@ -427,20 +311,17 @@ def _check_options(group: dict[str, Any]) -> None:
             f"betas must be two numbers, each at least 0 and below 1, got {tuple(betas)}: choose "
             "for example (0.9, 0.95)."
         )
-    _check_choice("moments", group["moments"], MOMENTS)
-    _check_choice("rounding", group["rounding"], ROUNDINGS)
+    own_moments(group["moments"])
+    if group["rounding"] not in ROUNDINGS:
+        raise UserError(
+            f"rounding must be one of {', '.join(ROUNDINGS)}, got {group['rounding']!r}: choose "
+            "one of them."
+        )
     chunk = group["chunk"]
     if not isinstance(chunk, int) or chunk < BLOCK or chunk % BLOCK:
         raise UserError(
             f"chunk must be a positive multiple of {BLOCK} entries, got {chunk}: choose for "
             f"example {2**18}."
-        )
-
-
-def _check_choice(name: str, got: str, known: tuple[str, ...]) -> None:
-    if got not in known:
-        raise UserError(
-            f"{name} must be one of {', '.join(known)}, got {got!r}: choose one of them."
         )
 
 
@@ -462,7 +343,7 @@ def _check_gradient(parameter: Tensor, grad: Tensor) -> None:
 
 
 def _check_state(state: dict[str, Any], parameter: Tensor, moments: str) -> None:
-    keys = _STATE_KEYS[moments]
+    keys = own_moments(moments).keys
     if any(key not in state for key in keys):
         raise UserError(
             f"the optimizer's state should hold {moments} moments, got {', '.join(sorted(state))}: "

@@ -20,49 +20,20 @@ the largest second moment of the matrix.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leanlift import _bnb
 from leanlift.errors import UserError
-from leanlift.optim.adamw import TABLES_NBYTES, SparseAdamW, read_moments, write_moments
-
-
-class Moments(Protocol):
-    """Read and write the two moments in one parameter's optimizer state, as fp32."""
-
-    def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]: ...
-
-    def write(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None: ...
-
-
-class _TorchMoments:
-    def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return state["exp_avg"], state["exp_avg_sq"]
-
-    def write(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None:
-        state["exp_avg"].copy_(first)
-        state["exp_avg_sq"].copy_(second)
-
-
-class _SparseMoments:
-    def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return read_moments(state)
-
-    def write(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None:
-        write_moments(state, first, second)
-
-
-class _BnbMoments:
-    def read(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return _bnb.read_moment(state, 1), _bnb.read_moment(state, 2)
-
-    def write(self, state: dict[str, Any], first: Tensor, second: Tensor) -> None:
-        _bnb.write_moment(state, 1, first)
-        _bnb.write_moment(state, 2, second)
+from leanlift.optim.adamw import SparseAdamW
+from leanlift.optim.moments import (
+    TABLES_NBYTES,
+    BnbMoments,
+    Float32Moments,
+    Moments,
+    own_moments,
+)
 
 
 def check_followable(optimizer: Optimizer) -> None:
@@ -88,7 +59,7 @@ def follow_entries(optimizer: Optimizer, parameter: nn.Parameter, source: Tensor
     state = optimizer.state.get(parameter)
     if not state:  # no step has been taken yet
         return
-    moments = _moments_of(optimizer)
+    moments = _moments_of(optimizer, parameter)
     first, second = moments.read(state)
     stays = source >= 0
     place = source.clamp_min(0)
@@ -121,21 +92,23 @@ def state_nbytes(optimizer: Optimizer | None) -> int:
     return sum(tensors.values()) + TABLES_NBYTES * len(devices)
 
 
-def _unwrap(optimizer: Optimizer) -> Optimizer:
-    """What accelerate's wrapper holds, or the optimizer itself."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, Optimizer) else optimizer
-
-
-def _moments_of(optimizer: Optimizer) -> Moments:
-    amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
+def _moments_of(optimizer: Optimizer, parameter: nn.Parameter | None = None) -> Moments:
+    """The layout of the optimizer's state: `parameter`'s, where groups may differ."""
     if isinstance(optimizer, SparseAdamW):
-        return _SparseMoments()
-    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and not amsgrad:
-        return _TorchMoments()
-    if _bnb.is_adam_8bit(optimizer) and not amsgrad:
-        return _BnbMoments()
+        groups = [g for g in optimizer.param_groups if any(p is parameter for p in g["params"])]
+        return own_moments((groups or optimizer.param_groups)[0]["moments"])
+    if not any(group.get("amsgrad") for group in optimizer.param_groups):
+        if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            return Float32Moments()
+        if _bnb.is_adam_8bit(optimizer):
+            return BnbMoments()
     raise UserError(
         f"a mask refresh cannot move the state of {type(optimizer).__name__}: use "
         "optim=adamw_torch or optim=adamw_8bit, or set refresh_interval=0."
     )
+
+
+def _unwrap(optimizer: Optimizer) -> Optimizer:
+    """What accelerate's wrapper holds, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, Optimizer) else optimizer

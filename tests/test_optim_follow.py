@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from leanlift import UserError
 from leanlift.optim import SparseAdamW, check_followable, follow_entries
-from leanlift.optim.adamw import read_moments
+from leanlift.optim.moments import own_moments
 
 COUNT = 5003
 
@@ -32,7 +32,12 @@ def shuffled_source() -> Tensor:
 
 
 def both(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
-    return [moment.clone() for moment in read_moments(optimizer.state[parameter])]
+    return [
+        moment.clone()
+        for moment in own_moments(optimizer.param_groups[0]["moments"]).read(
+            optimizer.state[parameter]
+        )
+    ]
 
 
 def test_fp32_moments_follow_bit_for_bit() -> None:
