@@ -70,12 +70,17 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        sync_tree(temporary)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_tree(directory: Path) -> None:
+    """Make sure that every file of a directory is on the disk before it is renamed."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            _sync(file)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -24,6 +24,7 @@ from leanlift.selection import (
 SELECTORS = ("principal", "magnitude", "random", "gradient")
 ALL_LINEAR = "all-linear"
 TARGET_PRESETS = (ALL_LINEAR, "attention", "mlp")
+VALUES_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class LiftConfig:
             ranks: a regular expression for the end of a module's name -> density, e.g.
             {"down_proj": 0.1, r"layers\\.0\\..*": 0.02}. The first match counts, and takes
             precedence over density and rank_budget.
+        values_dtype: of the trained offsets and their gradients: "float32", or "bfloat16" for two
+            bytes less each; that needs an optimizer that rounds stochastically (`SparseAdamW`).
         selection_seed: start of the principal selection's iteration, and the random mask.
         selection_tile_mib: how much of a matrix the selection reads at once, in MiB. Changes
             memory, never the mask.
@@ -64,6 +67,7 @@ class LiftConfig:
     block: int = 1
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     density_pattern: Mapping[str, float] = field(default_factory=dict)
+    values_dtype: str = "float32"
     selection_seed: int = 0
     selection_tile_mib: int = 32
 
@@ -89,6 +93,10 @@ class LiftConfig:
             raise UserError(
                 "selector=gradient needs its calibration set for every selection: use "
                 "refresh_interval=0 with it."
+            )
+        if self.values_dtype not in VALUES_DTYPES:
+            raise UserError(
+                f"expected a values_dtype among {VALUES_DTYPES}, got {self.values_dtype!r}."
             )
         if self.selection_tile_mib < 1:
             raise UserError(

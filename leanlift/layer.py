@@ -158,9 +158,11 @@ class LiftLinear(FrozenLinear):
     Args:
         base, weight, scratch: as for `FrozenLinear`.
         index: the active positions.
+        values_dtype: fp32, or bf16 for an optimizer that rounds stochastically.
 
     Attributes:
-        values: fp32 Parameter [k], the active offsets in the order of `index`; zero at first.
+        values: Parameter [k], the active offsets in the order of `index`; zero at first. Its
+            gradient has its dtype.
         settled_index, settled_values: offsets that a mask change took out of training; they stay
             part of the effective weight. None while there are none.
     """
@@ -168,13 +170,20 @@ class LiftLinear(FrozenLinear):
     settled_values: Tensor | None
 
     def __init__(
-        self, base: nn.Module, weight: RowTiles, index: SegmentedIndex, scratch: Scratch
+        self,
+        base: nn.Module,
+        weight: RowTiles,
+        index: SegmentedIndex,
+        scratch: Scratch,
+        values_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(base, weight, scratch)
         if index.shape != weight.shape:
             raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
         self.index = index
-        self.values = nn.Parameter(torch.zeros(index.count, device=weight.device))
+        self.values = nn.Parameter(
+            torch.zeros(index.count, dtype=values_dtype, device=weight.device)
+        )
         self.settled_index: SegmentedIndex | None = None
         self.register_buffer("settled_values", None)
 
@@ -200,7 +209,7 @@ class LiftLinear(FrozenLinear):
         return self.values._version, id(self.index), id(self.settled_values)
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
-        """d loss / d values: fp32 [k], from x [T, n] and grad_y [T, m], one row tile at a time."""
+        """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
         m, n = self.weight_tiles.shape
         gradient = torch.empty_like(self.values)
         for start, stop in row_ranges(m, tile_rows(n, x.element_size())):

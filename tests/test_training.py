@@ -12,11 +12,10 @@ import torch
 from datasets import Dataset
 from tiny import load, make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM, get_scheduler
-from trl import SFTConfig
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model, load_adapter
 from leanlift.model import lift_layers
-from leanlift.training import last_whole_checkpoint
+from leanlift.training import LiftSFTConfig, last_whole_checkpoint
 
 ROWS = [{"prompt": f"{i} plus {i} is ", "completion": str(2 * i)} for i in range(48)]
 
@@ -26,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("base"))
 
 
-def settings(output: Path, **changes: Any) -> SFTConfig:
+def settings(output: Path, **changes: Any) -> LiftSFTConfig:
     defaults: dict[str, Any] = {
         "output_dir": str(output),
         "use_cpu": True,
@@ -44,7 +43,7 @@ def settings(output: Path, **changes: Any) -> SFTConfig:
         "disable_tqdm": True,
         "max_length": 64,
     }
-    return SFTConfig(**{**defaults, **changes})
+    return LiftSFTConfig(**{**defaults, **changes})
 
 
 def trainer_for(base: Path, output: Path, lift: LiftConfig, **changes: Any) -> LiftTrainer:
@@ -76,26 +75,20 @@ def principal_mask(weight: torch.Tensor, rank: int, count: int) -> torch.Tensor:
     return mask.view_as(weight)
 
 
-def test_fifty_steps_equal_a_dense_masked_adamw_in_float64(base: Path, tmp_path: Path) -> None:
-    """With a refresh inside: masks, values and the settled entries' weights, to 1e-5 relative."""
-    steps, interval, rank = 50, 20, 8
-    lift = LiftConfig(density=0.05, approx_rank=rank, refresh_interval=interval)
-    model = get_lift_model(load(base), lift, progress=False)
-    start = {
-        name: layer.effective.rows(0, layer.out_features)
-        for name, layer in lift_layers(model).items()
-    }
-    counts = {name: layer.index.count for name, layer in lift_layers(model).items()}
-    trainer = Recorder(
-        model=model,
-        args=settings(tmp_path, max_steps=steps),
-        train_dataset=Dataset.from_list(ROWS),
-        processing_class=make_tokenizer(),
-    )
-    trainer.train()
-    assert len(trainer.refreshes) == 2
-    assert all(report.churn > 0 for report in trainer.refreshes)
+STEPS, INTERVAL, RANK = 60, 15, 8
 
+
+def simulate(
+    base: Path, start: dict[str, torch.Tensor], counts: dict[str, int], batches: list[Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Masked AdamW on dense float64 weights, as plainly as it can be written.
+
+    Settled entries are the weights that the mask no longer covers: they just stay. Newcomers have
+    m = 0, v = the largest of their matrix, and a first update of at most the learning rate.
+
+    Returns:
+        The weights and the masks after the last step.
+    """
     dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
     weights = {name: dense.get_submodule(name).weight for name in start}
     for parameter in dense.parameters():
@@ -103,13 +96,13 @@ def test_fifty_steps_equal_a_dense_masked_adamw_in_float64(base: Path, tmp_path:
     for name, weight in weights.items():
         weight.data.copy_(start[name])
         weight.requires_grad_(True)
-    masks = {name: principal_mask(w.data, rank, counts[name]) for name, w in weights.items()}
+    masks = {name: principal_mask(w.data, RANK, counts[name]) for name, w in weights.items()}
     first = {name: torch.zeros_like(w) for name, w in weights.items()}
     second = {name: torch.zeros_like(w) for name, w in weights.items()}
     clock = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    schedule = get_scheduler("linear", clock, num_warmup_steps=3, num_training_steps=steps)
+    schedule = get_scheduler("linear", clock, num_warmup_steps=3, num_training_steps=len(batches))
     beta1, beta2, eps = 0.9, 0.95, 1e-6
-    for step, (batch, items) in enumerate(trainer.batches, start=1):
+    for step, (batch, items) in enumerate(batches, start=1):
         logits = dense(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].reshape(-1, logits.shape[-1]),
@@ -124,31 +117,61 @@ def test_fifty_steps_equal_a_dense_masked_adamw_in_float64(base: Path, tmp_path:
         rate = schedule.get_last_lr()[0]
         for name, weight in weights.items():
             gradient = gradients[name] * scale
+            fresh = (first[name] == 0) & (step > 1)
             first[name] = beta1 * first[name] + (1 - beta1) * gradient
             second[name] = beta2 * second[name] + (1 - beta2) * gradient**2
             update = (first[name] / (1 - beta1**step)) / (
                 (second[name] / (1 - beta2**step)).sqrt() + eps
             )
+            update = torch.where(fresh, update.clamp(-1, 1), update)
             weight.data -= rate * update * masks[name]
             weight.grad = None
         clock.step()
         schedule.step()
-        if step % interval == 0 and step < steps:
+        if step % INTERVAL == 0 and step < len(batches):
             for name, weight in weights.items():
-                new = principal_mask(weight.data, rank, counts[name])
+                new = principal_mask(weight.data, RANK, counts[name])
                 largest = second[name][masks[name]].max()
                 stay = new & masks[name]
                 first[name] = torch.where(stay, first[name], 0)
                 second[name] = torch.where(stay, second[name], torch.where(new, largest, 0))
                 masks[name] = new
+    return {name: weight.data for name, weight in weights.items()}, masks
 
-    for name, layer in lift_layers(model).items():
-        got = torch.zeros(layer.out_features * layer.in_features, dtype=torch.bool)
+
+@pytest.mark.parametrize(
+    ("optim", "weights_band", "learned_band"),
+    [("sparse_adamw", 1e-7, 1e-6), ("adamw_torch", 1e-7, 1e-6), ("sparse_adamw_8bit", 0.02, 0.12)],
+)
+def test_sixty_steps_equal_a_dense_masked_adamw_in_float64(
+    base: Path, tmp_path: Path, optim: str, weights_band: float, learned_band: float
+) -> None:
+    """With three refreshes inside. The bands: relative norm of the difference of each effective
+    weight, and of what was learned alone."""
+    lift = LiftConfig(density=0.05, approx_rank=RANK, refresh_interval=INTERVAL)
+    model = get_lift_model(load(base), lift, progress=False)
+    layers = lift_layers(model)
+    start = {name: layer.effective.rows(0, layer.out_features) for name, layer in layers.items()}
+    trainer = Recorder(
+        model=model,
+        args=settings(tmp_path, max_steps=STEPS, optim=optim),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    assert len(trainer.refreshes) == 3
+    assert all(report.churn > 0 for report in trainer.refreshes)
+    counts = {name: layer.index.count for name, layer in layers.items()}
+    wanted, masks = simulate(base, start, counts, trainer.batches)
+    for name, layer in layers.items():
+        difference = layer.effective.rows(0, layer.out_features).double() - wanted[name]
+        learned = wanted[name] - start[name]
+        got = torch.zeros(masks[name].numel(), dtype=torch.bool)
         got[layer.index.to_flat()] = True
-        assert torch.equal(got.view_as(masks[name]), masks[name]), name
-        learned = layer.effective.rows(0, layer.out_features).double() - start[name]
-        wanted = weights[name].data - start[name]
-        assert (learned - wanted).norm() <= 1e-5 * wanted.norm(), name
+        if optim != "sparse_adamw_8bit":  # whose masks part with its weights
+            assert torch.equal(got.view_as(masks[name]), masks[name]), name
+        assert difference.norm() <= weights_band * wanted[name].norm(), name
+        assert difference.norm() <= learned_band * learned.norm(), name
 
 
 def test_an_interrupted_run_ends_with_the_same_adapter_bit_for_bit(
@@ -164,7 +187,7 @@ def test_an_interrupted_run_ends_with_the_same_adapter_bit_for_bit(
         base, tmp_path / "run", lift, max_steps=10, save_strategy="steps", save_steps=5
     )
     resumed.train(resume_from_checkpoint=True)
-    for name in ("adapter_model.safetensors", "optimizer.pt"):
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "optimizer.json"):
         assert (tmp_path / "run" / "checkpoint-5" / name).is_file()
     assert_same_layers(whole.model, resumed.model)
     whole.save_model(str(tmp_path / "a"))
@@ -185,7 +208,19 @@ def assert_same_layers(model: Any, other: Any) -> None:
             assert torch.equal(one.settled_values, two.settled_values)
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+@pytest.mark.parametrize(
+    "optim",
+    [
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "sparse_adamw",
+        "sparse_adamw_8bit",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_every_supported_optimizer_trains_and_follows_a_refresh(
     base: Path, tmp_path: Path, optim: str
 ) -> None:
@@ -220,6 +255,38 @@ def test_checkpointing_and_accumulation_change_nothing_but_rounding(
         assert (one.values - two.values).norm() <= 1e-3 * one.values.norm(), name
 
 
+def test_accumulation_divides_by_the_trained_tokens_of_the_whole_window(
+    base: Path, tmp_path: Path
+) -> None:
+    """One step of plain SGD shows the gradient itself; the rows' completions differ in length, so
+    a mean of means would be another one."""
+    rows = [{"prompt": f"{i} is ", "completion": "1" * (1 + 5 * (i % 4))} for i in range(8)]
+
+    def values(batch: int, accumulate: int) -> torch.Tensor:
+        trainer = LiftTrainer(
+            model=get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False),
+            args=settings(
+                tmp_path / str(batch),
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulate,
+                max_steps=1,
+                optim="sgd",
+                learning_rate=1.0,
+                warmup_steps=0,
+                max_grad_norm=0,
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=make_tokenizer(),
+        )
+        trainer.train()
+        return torch.cat([layer.values for layer in lift_layers(trainer.model).values()]).detach()
+
+    whole = values(8, 1)
+    assert whole.norm() > 0
+    for batch, accumulate in ((4, 2), (2, 4), (1, 8), (3, 3)):
+        assert (values(batch, accumulate) - whole).norm() <= 1e-5 * whole.norm()
+
+
 def test_evaluation_logs_a_loss(base: Path, tmp_path: Path) -> None:
     model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
     trainer = LiftTrainer(
@@ -231,25 +298,6 @@ def test_evaluation_logs_a_loss(base: Path, tmp_path: Path) -> None:
     )
     trainer.train()
     assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
-
-
-def test_a_nan_loss_stops_before_the_update_and_keeps_the_checkpoint(
-    base: Path, tmp_path: Path
-) -> None:
-    trainer = trainer_for(
-        base, tmp_path, LiftConfig(approx_rank=8), save_strategy="steps", save_steps=2
-    )
-    compute = trainer.compute_loss
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        loss = compute(*args, **kwargs)
-        return loss * float("nan") if trainer.state.global_step == 3 else loss
-
-    trainer.compute_loss = broken  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"loss became nan at step 4.*checkpoint-2"):
-        trainer.train()
-    assert all(torch.isfinite(layer.values).all() for layer in lift_layers(trainer.model).values())
-    assert last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_a_checkpoint_that_is_not_whole_is_passed_over(base: Path, tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ def load_adapter(model: nn.Module, directory: str | Path, progress: bool = False
         state = lift_state(model)
         layers = lift_layers(model)
         check_same_base(adapter.base, state.base)
+        if adapter.config.values_dtype != state.config.values_dtype:
+            raise UserError(
+                f"{directory} has {adapter.config.values_dtype} offsets, but the model trains "
+                f"{state.config.values_dtype} ones: load it into the base instead."
+            )
         _check_counts(layers, offsets, directory)
         for name, layer in layers.items():
             _put(layer, offsets[name])

@@ -133,11 +133,11 @@ def attach(
             bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{settled}")
 
     model.requires_grad_(False)
-    scratch = Scratch()
+    scratch, values_dtype = Scratch(), getattr(torch, config.values_dtype)
     for name, module in modules.items():
         if name in choices:
-            weight = frozen_weight(module, name)
-            model.set_submodule(name, LiftLinear(module, weight, choices[name].index, scratch))
+            weight, index = frozen_weight(module, name), choices[name].index
+            model.set_submodule(name, LiftLinear(module, weight, index, scratch, values_dtype))
         elif name in base.formats:  # quantized, but not trained
             model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
     _own_base(model)

@@ -3,13 +3,18 @@
 from leanlift.optim.adamw import SparseAdamW, adamw_update
 from leanlift.optim.follow import check_followable, follow_entries, state_nbytes
 from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
+from leanlift.optim.saved import SavedState, restore_state, saved_state, unwrap
 
 __all__ = [
     "TABLES_NBYTES",
+    "SavedState",
     "SparseAdamW",
     "adamw_nbytes",
     "adamw_update",
     "check_followable",
     "follow_entries",
+    "restore_state",
+    "saved_state",
     "state_nbytes",
+    "unwrap",
 ]

@@ -34,6 +34,7 @@ from leanlift.optim.moments import (
     Moments,
     own_moments,
 )
+from leanlift.optim.saved import unwrap
 
 
 def check_followable(optimizer: Optimizer) -> None:
@@ -43,7 +44,7 @@ def check_followable(optimizer: Optimizer) -> None:
         UserError: anything but `SparseAdamW`, torch's Adam/AdamW (without amsgrad) and
             bitsandbytes' Adam/AdamW, paged or not.
     """
-    _moments_of(_unwrap(optimizer))
+    _moments_of(unwrap(optimizer))
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def follow_entries(optimizer: Optimizer, parameter: nn.Parameter, source: Tensor
         parameter: the values of one layer, [k].
         source: int64 [k]; for each entry now, the place it had before, -1 for a newcomer.
     """
-    optimizer = _unwrap(optimizer)
+    optimizer = unwrap(optimizer)
     state = optimizer.state.get(parameter)
     if not state:  # no step has been taken yet
         return
@@ -77,7 +78,7 @@ def state_nbytes(optimizer: Optimizer | None) -> int:
     """
     if optimizer is None:
         return 0
-    optimizer = _unwrap(optimizer)
+    optimizer = unwrap(optimizer)
     tensors = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for state in optimizer.state.values()
@@ -104,11 +105,5 @@ def _moments_of(optimizer: Optimizer, parameter: nn.Parameter | None = None) -> 
             return BnbMoments()
     raise UserError(
         f"a mask refresh cannot move the state of {type(optimizer).__name__}: use "
-        "optim=adamw_torch or optim=adamw_8bit, or set refresh_interval=0."
+        "optim=sparse_adamw, adamw_torch or adamw_8bit, or set refresh_interval=0."
     )
-
-
-def _unwrap(optimizer: Optimizer) -> Optimizer:
-    """What accelerate's wrapper holds, or the optimizer itself."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, Optimizer) else optimizer

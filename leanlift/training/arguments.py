@@ -15,6 +15,9 @@ from trl import SFTConfig
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS, LiftConfig
 from leanlift.errors import UserError
 
+SPARSE_OPTIMIZERS = {"sparse_adamw": "float32", "sparse_adamw_8bit": "8bit"}
+"""Names of `SparseAdamW` for `optim`, and the moments it keeps."""
+
 
 @dataclass
 class RunArguments:
@@ -99,6 +102,12 @@ class RunArguments:
             """name: '{"down_proj": 0.1}', or a mapping in the YAML file"""
         },
     )
+    values_dtype: str = field(
+        default=LiftConfig.values_dtype,
+        metadata={
+            "help": "dtype of the trained offsets: float32, or bfloat16 with a sparse_adamw optim"
+        },
+    )
     selection_seed: int = field(
         default=LiftConfig.selection_seed, metadata={"help": "seed of the selection"}
     )
@@ -134,6 +143,7 @@ class RunArguments:
             block=self.block,
             target_modules=self.target_modules[0] if preset else tuple(self.target_modules),
             density_pattern=self._densities(),
+            values_dtype=self.values_dtype,
             selection_seed=self.selection_seed,
             selection_tile_mib=self.selection_tile_mib,
         )
@@ -163,7 +173,24 @@ class LiftSFTConfig(SFTConfig):
     adam_epsilon: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
     optim: str = field(
         default="adamw_torch",
-        metadata={"help": "adamw_torch (fp32 state) or adamw_8bit"},
+        metadata={
+            "help": "adamw_torch or sparse_adamw (fp32 state), adamw_8bit, paged_adamw_8bit or "
+            "sparse_adamw_8bit; the sparse ones also train bfloat16 values"
+        },
+    )
+    optim_in_backward: bool = field(
+        default=False,
+        metadata={
+            "help": "update each matrix as soon as its gradient exists, and free the gradient; "
+            "needs a sparse_adamw optim, max_grad_norm 0 and no gradient accumulation"
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=3,
+        metadata={
+            "help": "a step with a NaN or infinite loss or gradient is not applied; after so many "
+            "in a row training stops"
+        },
     )
     warmup_steps: float = field(
         default=0.03, metadata={"help": "warm-up in steps, or below 1 as a share of all steps"}
@@ -171,3 +198,39 @@ class LiftSFTConfig(SFTConfig):
     report_to: None | str | list[str] = field(  # noqa: RUF036 - as HfArgumentParser wants it
         default="none", metadata={"help": "where Trainer logs to, e.g. tensorboard or wandb"}
     )
+
+    def __post_init__(self) -> None:
+        """As TRL's, which only knows transformers' optimizers.
+
+        Raises:
+            UserError: settings that optim_in_backward cannot go with.
+        """
+        own = self.optim if self.optim in SPARSE_OPTIMIZERS else None
+        if own:
+            self.optim = "adamw_torch"
+        super().__post_init__()
+        if own:
+            self.optim = own
+        if self.max_nonfinite_steps < 1:
+            raise UserError(
+                f"expected a max_nonfinite_steps of at least 1, got {self.max_nonfinite_steps}."
+            )
+        if self.optim_in_backward:
+            self._check_in_backward(own)
+
+    def _check_in_backward(self, own: str | None) -> None:
+        excluded = {
+            f"optim={getattr(self.optim, 'value', self.optim)}": own is None,
+            f"gradient_accumulation_steps={self.gradient_accumulation_steps}": (
+                self.gradient_accumulation_steps > 1
+            ),
+            f"max_grad_norm={self.max_grad_norm}": bool(self.max_grad_norm),
+            "fp16=True": self.fp16,
+        }
+        found = [setting for setting, clashes in excluded.items() if clashes]
+        if found:
+            raise UserError(
+                "optim_in_backward updates a matrix before the other gradients exist, so it "
+                f"cannot go with {' and '.join(found)}: set optim=sparse_adamw or "
+                "sparse_adamw_8bit, gradient_accumulation_steps=1, max_grad_norm=0 and no fp16."
+            )

@@ -19,7 +19,7 @@ from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import calibration_batches, check_rows, load_rows
 from leanlift.training.load import load_base
 from leanlift.training.memory import MemoryCallback
-from leanlift.training.trainer import LiftTrainer, last_whole_checkpoint
+from leanlift.training.trainer import STAGING, LiftTrainer, last_whole_checkpoint
 
 logger = logging.getLogger("leanlift")
 
@@ -139,12 +139,17 @@ def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> str | None:
                 "resume_from_checkpoint."
             )
         return found
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or _holds_results(output)):
         raise UserError(
             f"output_dir {output} is not empty: choose another one, or go on from its last "
             "checkpoint with --resume_from_checkpoint true."
         )
     return None
+
+
+def _holds_results(output: Path) -> bool:
+    """Whether there is more than what a save that was cut off has left."""
+    return any(path.name != STAGING for path in output.iterdir())
 
 
 def _base_bytes(model: Any) -> int:

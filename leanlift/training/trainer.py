@@ -2,8 +2,8 @@
 
 TRL tokenizes, packs and computes the chunked loss; HF Trainer runs the loop, logs, evaluates,
 schedules and resumes. This file adds what only leanlift can know: which files a checkpoint is
-made of, when the mask is refreshed, which optimizer can follow a refresh, and when a loss means
-that training must stop.
+made of, when the mask is refreshed, which optimizer can follow a refresh, and which steps are not
+applied.
 """
 
 from __future__ import annotations
@@ -23,19 +23,38 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from leanlift.adapter import open_adapter
-from leanlift.checkpoint import read_json
+from leanlift.checkpoint import open_tensors, read_json, sync_tree, write_json, write_tensors
 from leanlift.errors import UserError
-from leanlift.model import RefreshReport, lift_state, load_adapter, refresh_mask, save_adapter
-from leanlift.optim import check_followable
+from leanlift.model import (
+    RefreshReport,
+    lift_layers,
+    lift_state,
+    load_adapter,
+    refresh_mask,
+    save_adapter,
+)
+from leanlift.optim import (
+    SavedState,
+    SparseAdamW,
+    check_followable,
+    restore_state,
+    saved_state,
+    unwrap,
+)
+from leanlift.training.arguments import SPARSE_OPTIMIZERS, LiftSFTConfig
 from leanlift.training.data import LengthReport, drop_untrained, to_examples
+from leanlift.training.steps import GradientHooks, StepGuard
 
 logger = logging.getLogger("leanlift")
 
 TRAINER_STATE = "trainer_state.json"
+OPTIMIZER_TENSORS = "optimizer.safetensors"
+OPTIMIZER_FACTS = "optimizer.json"
 STAGING = ".saving"
 
 
@@ -46,13 +65,19 @@ class LiftTrainer(SFTTrainer):
     `prompt`/`completion`, `text` or `instruction`/`input`/`output` columns. Gradient
     checkpointing is non-reentrant unless `gradient_checkpointing_kwargs` says otherwise.
 
+    With `LiftSFTConfig` as `args`, `optim` may be "sparse_adamw" or "sparse_adamw_8bit", and
+    `optim_in_backward` and `max_nonfinite_steps` are there; with a plain `SFTConfig` pass
+    `optimizers=(SparseAdamW(...), None)`.
+
     Attributes:
         length_reports: what `max_length` did to each dataset.
         refreshes: a `RefreshReport` per mask refresh of this process.
+        guard: which steps were not applied.
 
     Raises:
         UserError: the model is not attached, a dataset cannot be used, the optimizer's state
-            could not follow a refresh, or the loss became NaN.
+            could not follow a refresh or cannot train bf16 values, or too many steps in a row
+            had a NaN or infinite loss or gradient.
     """
 
     _tag_names = ["leanlift", "sft"]  # noqa: RUF012
@@ -73,7 +98,13 @@ class LiftTrainer(SFTTrainer):
         args = args or SFTConfig(output_dir="leanlift-output")
         self.length_reports: dict[str, LengthReport] = {}
         self.refreshes: list[RefreshReport] = []
+        self.guard = StepGuard(
+            getattr(args, "max_nonfinite_steps", LiftSFTConfig.max_nonfinite_steps)
+        )
+        self._in_backward = bool(getattr(args, "optim_in_backward", False))
         self._staging: Path | None = None
+        if args.optim in SPARSE_OPTIMIZERS and kwargs.get("optimizers", (None, None))[0] is None:
+            kwargs["optimizer_cls_and_kwargs"] = (SparseAdamW, _sparse_options(args))
         _make_checkpointing_safe(model, args)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(self._lift.base.name)
@@ -86,6 +117,7 @@ class LiftTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.add_callback(_Guard(self))
         self.add_callback(_Refresh(self, self._lift.config.refresh_interval))
 
     # --- data ------------------------------------------------------------------------------
@@ -118,19 +150,26 @@ class LiftTrainer(SFTTrainer):
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self._lift.config.refresh_interval:
             check_followable(optimizer)
+        if self._lift.config.values_dtype != "float32" and not isinstance(
+            unwrap(optimizer), SparseAdamW
+        ):
+            raise UserError(
+                f"{type(unwrap(optimizer)).__name__} rounds small updates of "
+                f"{self._lift.config.values_dtype} values away: use optim=sparse_adamw or "
+                "sparse_adamw_8bit, or values_dtype=float32."
+            )
         return optimizer
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            last = last_whole_checkpoint(self.args.output_dir)
-            kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}: training "
-                f"stopped before the update; {kept}. Lower learning_rate, or look for a damaged "
-                "row."
-            )
-        return loss
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if model.training:
+            loss = result[0] if isinstance(result, tuple) else result
+            self.guard.see_loss(loss.detach())
+        return result
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """None where gradients are gone by now: it would be logged as 0."""
+        return None if self._in_backward else super()._get_grad_norm(model, grad_norm=grad_norm)
 
     # --- checkpoints -----------------------------------------------------------------------
 
@@ -146,7 +185,12 @@ class LiftTrainer(SFTTrainer):
                 )
         if resume_from_checkpoint:
             logger.warning("Resuming from %s.", resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, _Guard):
+                    callback.remove_hooks()
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
@@ -163,6 +207,7 @@ class LiftTrainer(SFTTrainer):
             if self.state.best_model_checkpoint == str(staged):
                 self.state.best_model_checkpoint = str(final)
                 self.state.save_to_json(str(staged / TRAINER_STATE))
+            sync_tree(staged)
             shutil.rmtree(final, ignore_errors=True)
             staged.rename(final)
         finally:
@@ -182,6 +227,27 @@ class LiftTrainer(SFTTrainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The optimizer's state as safetensors and JSON; one that is not plain, as Trainer does."""
+        saved = saved_state(self.optimizer, self.model.named_parameters())
+        if saved is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        write_tensors(Path(output_dir) / OPTIMIZER_TENSORS, saved.tensors)
+        write_json(Path(output_dir) / OPTIMIZER_FACTS, saved.facts)
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / OPTIMIZER_TENSORS).is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with open_tensors(Path(checkpoint) / OPTIMIZER_TENSORS) as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        saved = SavedState(tensors, read_json(Path(checkpoint) / OPTIMIZER_FACTS))
+        restore_state(self.optimizer, self.model.named_parameters(), saved)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_adapter(model if model is not None else self.model, resume_from_checkpoint)
 
@@ -190,6 +256,41 @@ class LiftTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None per checkpoint: a card describes a finished model."""
+
+
+class _Guard(TrainerCallback):
+    """Hooks the gradients while training runs, and drops those of a step that is not applied."""
+
+    def __init__(self, trainer: LiftTrainer) -> None:
+        self.trainer = trainer
+        self.hooks: GradientHooks | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        if trainer.accelerator.scaler is not None:
+            return  # fp16: the loss scaler looks for infinities itself, and expects some
+        optimizer = unwrap(trainer.optimizer) if trainer._in_backward else None
+        assert optimizer is None or isinstance(optimizer, SparseAdamW)
+        self.hooks = GradientHooks(trainer.model, trainer.guard, optimizer)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        applied = self.trainer.guard.end_step(state.global_step + 1, self._last_checkpoint)
+        if not applied and self.hooks is not None:
+            for layer in lift_layers(self.trainer.model).values():
+                layer.values.grad = None
+
+    def remove_hooks(self) -> None:
+        if self.hooks is not None:
+            self.hooks.remove()
+            self.hooks = None
+
+    def _last_checkpoint(self) -> str:
+        last = last_whole_checkpoint(self.trainer.args.output_dir)
+        return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
 
 
 class _Refresh(TrainerCallback):
@@ -226,11 +327,26 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     for _, path in sorted(found.items(), reverse=True):
         try:
             read_json(path / TRAINER_STATE)
+            if (path / OPTIMIZER_TENSORS).exists():
+                read_json(path / OPTIMIZER_FACTS)
+                with open_tensors(path / OPTIMIZER_TENSORS):
+                    pass
             with open_adapter(path):
                 return str(path)
         except UserError as error:
             logger.warning("Passing over %s: %s", path, error)
     return None
+
+
+def _sparse_options(args: SFTConfig) -> dict[str, Any]:
+    """The options of `SparseAdamW` that the training arguments describe."""
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "moments": SPARSE_OPTIMIZERS[args.optim],
+        "seed": args.seed,
+    }
 
 
 def _make_checkpointing_safe(model: Any, args: SFTConfig) -> None:

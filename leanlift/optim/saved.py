@@ -1,0 +1,127 @@
+"""Optimizer state as named tensors and plain numbers, so that a checkpoint needs no pickle.
+
+The state of parameter `p` becomes tensors "<name of p>.<key>"; numbers, groups and the kind of
+optimizer become a JSON-ready dictionary. Restoring goes by name, through the optimizer's own
+`load_state_dict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from leanlift.errors import UserError
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """Everything that an optimizer's `state_dict` holds.
+
+    Attributes:
+        tensors: "<parameter>.<key>" -> tensor; no two share storage.
+        facts: JSON-ready: "optimizer", "groups" (names of parameters, options), "numbers".
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def saved_state(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -> SavedState | None:
+    """The state of `optimizer` by the names of its parameters; None where it is not that plain.
+
+    Args:
+        optimizer: one whose state per parameter is tensors and numbers: every stock Adam is.
+        named: `model.named_parameters()`.
+    """
+    optimizer = unwrap(optimizer)
+    names = {id(parameter): name for name, parameter in named}
+    groups: list[dict[str, Any]] = []
+    numbers: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    shared: set[int] = set()
+    for group in optimizer.param_groups:
+        if any(id(parameter) not in names for parameter in group["params"]):
+            return None
+        options = {key: value for key, value in group.items() if key != "params"}
+        if not all(_is_plain(value) for value in options.values()):
+            return None
+        groups.append({"params": [names[id(p)] for p in group["params"]], "options": options})
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            numbers[name] = {}
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    place = value.untyped_storage().data_ptr()
+                    tensors[f"{name}.{key}"] = value.clone() if place in shared else value
+                    shared.add(place)
+                elif _is_plain(value):
+                    numbers[name][key] = value
+                else:
+                    return None
+    facts = {"optimizer": kind_of(optimizer), "groups": groups, "numbers": numbers}
+    return SavedState(tensors, facts)
+
+
+def restore_state(
+    optimizer: Optimizer, named: Iterable[tuple[str, Tensor]], saved: SavedState
+) -> None:
+    """Load `saved` into `optimizer`; every parameter gets the state that was saved by its name.
+
+    Raises:
+        UserError: the state of another kind of optimizer, or of other parameters.
+    """
+    optimizer = unwrap(optimizer)
+    names = {id(parameter): name for name, parameter in named}
+    if saved.facts["optimizer"] != kind_of(optimizer):
+        raise UserError(
+            f"the checkpoint holds the state of {saved.facts['optimizer']}, this run uses "
+            f"{kind_of(optimizer)}: resume with the optim that it was saved with."
+        )
+    here = [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+    if here != [group["params"] for group in saved.facts["groups"]]:
+        raise UserError(
+            "the checkpoint's optimizer was made for other parameters or groups: resume with the "
+            "model, targets and weight_decay that it was saved with."
+        )
+    places = {name: place for place, name in enumerate(name for group in here for name in group)}
+    state: dict[int, dict[str, Any]] = {}
+    for name, numbers in saved.facts["numbers"].items():
+        state[places[name]] = dict(numbers)
+    for full, tensor in saved.tensors.items():
+        name, _, key = full.rpartition(".")
+        state[places[name]][key] = tensor
+    groups = []
+    for group, kept in zip(optimizer.param_groups, saved.facts["groups"], strict=True):
+        options = {key: _like(group.get(key), value) for key, value in kept["options"].items()}
+        groups.append({**options, "params": [places[name] for name in kept["params"]]})
+    full_state = {place: held for place, held in state.items() if held}
+    optimizer.load_state_dict({"state": full_state, "param_groups": groups})
+
+
+def unwrap(optimizer: Optimizer) -> Optimizer:
+    """What accelerate's wrapper holds, or the optimizer itself."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, Optimizer) else optimizer
+
+
+def kind_of(optimizer: Optimizer) -> str:
+    """Which optimizer this is, by the module and name of its class."""
+    kind = type(optimizer)
+    return f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, PLAIN)
+
+
+def _like(present: Any, value: Any) -> Any:
+    """JSON has lists only: a tuple where the optimizer has a tuple."""
+    return tuple(value) if isinstance(present, tuple) and isinstance(value, list) else value

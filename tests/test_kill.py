@@ -1,0 +1,34 @@
+"""A run that is killed in a step, in a refresh and in a save ends as if it never had been."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+def test_a_killed_run_ends_with_the_same_bytes() -> None:
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.kill_resume",
+            "--kills",
+            "3",
+            "--steps",
+            "12",
+            "--no_csv",
+        ],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("the same bytes") == 6
+    assert all(f"phase {phase}" in result.stdout for phase in ("step", "refresh", "save"))
