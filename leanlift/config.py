@@ -40,6 +40,13 @@ class LiftConfig:
             weights. The paper's 7B runs take 64.
         refresh_interval: optimizer steps between two selections from the current weights; 0:
             the mask is chosen once. The paper takes 10 to 2000, mostly 400.
+        refresh_margin: hysteresis; at a refresh the scores of active entries count 1 + margin
+            times, so that an entry leaves only where a newcomer beats it by the margin. 0: the
+            method as published.
+        settled_limit: entries that may be settled (let go by refreshes, their offsets kept), as a
+            share of the trained ones, in each matrix; None: no bound. At the bound a refresh
+            admits fewer newcomers. 0.5 is our choice: the store then costs at most about a fifth
+            of what the trained entries and their fp32 optimizer state do.
         selector: "principal" (the method), "magnitude", "random", or "gradient" (largest
             accumulated gradient over a calibration set). The paper's ablation on Llama-2-7B has
             principal ahead of magnitude ahead of gradient.
@@ -63,6 +70,8 @@ class LiftConfig:
     rank_budget: int | None = None
     approx_rank: int = 64
     refresh_interval: int = 0
+    refresh_margin: float = 0.0
+    settled_limit: float | None = 0.5
     selector: str = "principal"
     block: int = 1
     target_modules: str | tuple[str, ...] = ALL_LINEAR
@@ -109,6 +118,15 @@ class LiftConfig:
         if self.refresh_interval < 0:
             raise UserError(
                 f"expected a refresh_interval of 0 (never) or more, got {self.refresh_interval}."
+            )
+        if not 0 <= self.refresh_margin < float("inf"):
+            raise UserError(
+                f"expected a refresh_margin of 0 or more, got {self.refresh_margin}: try 0.1."
+            )
+        if self.settled_limit is not None and not 0 <= self.settled_limit < float("inf"):
+            raise UserError(
+                f"expected a settled_limit of 0 or more, or none, got {self.settled_limit}: try "
+                "0.5."
             )
         if self.selector not in SELECTORS:
             raise UserError(f"expected a selector among {SELECTORS}, got {self.selector!r}.")
@@ -159,6 +177,10 @@ class LiftConfig:
                 f"expected 1 to {shape[0] * shape[1]}."
             )
         return count
+
+    def settled_bound(self, count: int) -> int | None:
+        """Entries that may be settled in a matrix with `count` trained ones; None: no bound."""
+        return None if self.settled_limit is None else int(self.settled_limit * count)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""

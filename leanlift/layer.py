@@ -230,7 +230,7 @@ class LiftLinear(FrozenLinear):
         """
         if flat.numel() != self.index.count:
             raise ValueError(f"expected {self.index.count} positions, got {flat.numel()}")
-        change = change_mask(self.index.to_flat(), self.values.detach(), flat, *self._settled())
+        change = change_mask(self.index.to_flat(), self.values.detach(), flat, *self.settled())
         self.index = SegmentedIndex.from_flat(change.flat, self.index.shape)
         self.values.copy_(change.values)
         self.set_settled(change.settled_flat, change.settled_values)
@@ -242,11 +242,19 @@ class LiftLinear(FrozenLinear):
         self.settled_index = None if empty else SegmentedIndex.from_flat(flat, self.index.shape)
         self.settled_values = None if empty else values.to(self.values.device, self.values.dtype)
 
-    def _settled(self) -> tuple[Tensor, Tensor]:
+    def settled(self) -> tuple[Tensor, Tensor]:
+        """Positions and offsets of the settled store, both empty where there is none."""
         if self.settled_index is None or self.settled_values is None:
             device = self.values.device
             return torch.empty(0, dtype=torch.int64, device=device), self.values.new_empty(0)
         return self.settled_index.to_flat(), self.settled_values
+
+    @property
+    def settled_nbytes(self) -> int:
+        """Bytes of the settled store: its index and offsets."""
+        if self.settled_index is None or self.settled_values is None:
+            return 0
+        return self.settled_index.nbytes + self.settled_values.nbytes
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, entries={self.index.count}"

@@ -148,7 +148,7 @@ def test_sixty_steps_equal_a_dense_masked_adamw_in_float64(
 ) -> None:
     """With three refreshes inside. The bands: relative norm of the difference of each effective
     weight, and of what was learned alone."""
-    lift = LiftConfig(density=0.05, approx_rank=RANK, refresh_interval=INTERVAL)
+    lift = LiftConfig(density=0.05, approx_rank=RANK, refresh_interval=INTERVAL, settled_limit=None)
     model = get_lift_model(load(base), lift, progress=False)
     layers = lift_layers(model)
     start = {name: layer.effective.rows(0, layer.out_features) for name, layer in layers.items()}

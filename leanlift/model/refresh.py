@@ -1,7 +1,9 @@
 """Choosing the mask again from the current weights, layer by layer.
 
 Survivors keep value and moments, leavers settle (their offset stays in the model), newcomers
-start from their settled offset or zero, with a state that keeps their first steps small.
+start from their settled offset or zero, with a state that keeps their first steps small. Two
+settings keep the settled store small: a margin by which a newcomer must beat the entry whose
+place it takes, and a bound at which newcomers that would need more room are held back.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leanlift.config import LiftConfig
+from leanlift.layer import LiftLinear
 from leanlift.model.attach import lift_layers, lift_state
 from leanlift.optim import follow_entries
-from leanlift.selection import selection
+from leanlift.selection import Favoring, scores_of, selection
+from leanlift.sparse import BoundedMask, bounded_mask
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,16 @@ class RefreshReport:
     Attributes:
         churn: share of all entries that were replaced.
         settled: entries that are no longer trained but hold an offset, after the refresh.
+        settled_nbytes: bytes of the settled stores, index and offsets.
+        held_back: newcomers that were not admitted, because a settled store was full.
         seconds: wall time.
         unconverged: targets whose selection did not settle.
     """
 
     churn: float
     settled: int
+    settled_nbytes: int
+    held_back: int
     seconds: float
     unconverged: tuple[str, ...]
 
@@ -44,27 +53,54 @@ def refresh_mask(model: nn.Module, optimizer: Optimizer | None = None) -> Refres
         optimizer: the one that trains it; its moments follow their entries.
     """
     state = lift_state(model)
-    scorer = state.config.scorer()
     started = time.perf_counter()
-    replaced = total = settled = 0
+    replaced = total = settled = settled_nbytes = held_back = 0
     unconverged = []
     for name, layer in lift_layers(model).items():
-        chosen = selection(
-            layer.effective, scorer, layer.index.count, name, state.config.selection_tile_bytes
-        )
-        if not chosen.converged:
+        mask, converged = _choose(layer, name, state.config)
+        if not converged:
             unconverged.append(name)
-        change = layer.change_mask(chosen.flat)
+        change = layer.change_mask(mask.flat)
         if optimizer is not None:
             follow_entries(optimizer, layer.values, change.source)
         replaced += int((change.source < 0).sum())
         total += layer.index.count
         settled += change.settled_flat.numel()
+        settled_nbytes += layer.settled_nbytes
+        held_back += mask.held_back
     state.refreshes += 1
     state.unconverged = unconverged
     return RefreshReport(
         churn=replaced / total,
         settled=settled,
+        settled_nbytes=settled_nbytes,
+        held_back=held_back,
         seconds=time.perf_counter() - started,
         unconverged=tuple(unconverged),
     )
+
+
+def _choose(layer: LiftLinear, name: str, config: LiftConfig) -> tuple[BoundedMask, bool]:
+    """The layer's next mask, and whether its selection settled."""
+    scorer, index = config.scorer(), layer.index
+    if config.refresh_margin:
+        scorer = Favoring(scorer, index, config.refresh_margin)
+    chosen = selection(layer.effective, scorer, index.count, name, config.selection_tile_bytes)
+    bound = config.settled_bound(index.count)
+    if bound is None:
+        return BoundedMask(chosen.flat, 0), chosen.converged
+
+    def unit_scores(units: Tensor) -> Tensor:
+        return scores_of(chosen.scores, units, index.shape, scorer.block)
+
+    mask = bounded_mask(
+        index.to_flat(),
+        layer.values.detach(),
+        chosen.flat,
+        layer.settled()[0],
+        bound,
+        index.shape[1],
+        scorer.block,
+        unit_scores,
+    )
+    return mask, chosen.converged

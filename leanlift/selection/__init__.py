@@ -19,6 +19,7 @@ from torch import Tensor
 from leanlift.errors import UserError
 from leanlift.selection.blocks import BLOCK_ROWS, block_rows, read_blocks, tile_nbytes
 from leanlift.selection.scorers import (
+    Favoring,
     Gradient,
     Magnitude,
     Principal,
@@ -30,6 +31,7 @@ from leanlift.selection.topk import StreamedTopK, kth_largest, topk_nbytes
 from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, as_tiles, row_ranges
 
 __all__ = [
+    "Favoring",
     "Gradient",
     "Magnitude",
     "Principal",
@@ -39,6 +41,7 @@ __all__ = [
     "StreamedTopK",
     "count_by_density",
     "count_by_rank",
+    "scores_of",
     "select",
     "selection",
     "selection_nbytes",
@@ -47,10 +50,17 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Selection:
-    """flat: sorted int64 positions [count]. converged: whether the mask is the one right one."""
+    """A mask, and what it was chosen by.
+
+    Attributes:
+        flat: sorted int64 positions [count].
+        converged: whether the mask is the one right one.
+        scores: what the entries were ranked by; holds the scorer's factors.
+    """
 
     flat: Tensor
     converged: bool
+    scores: RowScores
 
 
 def select(tiles: RowTiles | Tensor, scorer: Scorer, count: int) -> Tensor:
@@ -96,11 +106,11 @@ def selection(
     scores = scorer.prepare(tiles, count, tile_bytes)
     if side > 1:
         flat = _entries_of(_top(scores, (m, n), count, side, tiles.device, None).flat(), n, side)
-        return Selection(flat, scores.converged)
+        return Selection(flat, scores.converged, scores)
     top = _top(scores, (m, n), count, 1, tiles.device, _floor(scores, (m, n), count))
     if not top.complete:  # the guess was too high
         top = _top(scores, (m, n), count, 1, tiles.device, None)
-    return Selection(top.flat(), scores.converged)
+    return Selection(top.flat(), scores.converged, scores)
 
 
 def _top(
@@ -117,11 +127,39 @@ def _top(
     step = BLOCK_ROWS // side * side or side
     top = StreamedTopK(count // area, m * n // area, min(m, step) * n // area, device, floor)
     for start, stop in row_ranges(m, step):
-        block = scores.scores(start, stop)
-        if side > 1:
-            block = block.view(-1, side, n // side, side).sum(dim=(1, 3))
-        top.push(block.reshape(-1), start * n // area)
+        top.push(_unit_scores(scores, start, stop, n, side), start * n // area)
     return top
+
+
+def _unit_scores(scores: RowScores, start: int, stop: int, n: int, side: int) -> Tensor:
+    """Scores of the entries of rows `start:stop`, or of their side x side blocks: 1-D."""
+    block = scores.scores(start, stop)
+    if side > 1:
+        block = block.view(-1, side, n // side, side).sum(dim=(1, 3))
+    return block.reshape(-1)
+
+
+@torch.no_grad()
+def scores_of(scores: RowScores, units: Tensor, shape: tuple[int, int], block: int = 1) -> Tensor:
+    """The scores of some entries, or of some b x b blocks, as a selection ranks them.
+
+    Args:
+        scores: `Selection.scores`.
+        units: sorted int64 numbers, row-major, of entries or of blocks of side `block`.
+        shape: (m, n) of the matrix.
+
+    Returns:
+        fp32, one score per unit.
+    """
+    m, n = shape
+    area = block * block
+    found = torch.empty(units.numel(), device=units.device)
+    for start, stop in row_ranges(m, BLOCK_ROWS // block * block or block):
+        first, last = start * n // area, stop * n // area
+        a, b = torch.searchsorted(units, units.new_tensor([first, last])).tolist()
+        if a < b:
+            found[a:b] = _unit_scores(scores, start, stop, n, block)[units[a:b] - first]
+    return found
 
 
 GUESS_ENTRIES = 2**22

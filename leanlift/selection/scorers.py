@@ -205,3 +205,56 @@ def _mix_int(seed: int) -> int:
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical (not arithmetic) right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class Places(Protocol):
+    """A set of positions that can be read by rows."""
+
+    def decode(self, start: int, stop: int) -> Tensor:
+        """Flat positions in rows `start:stop`, relative to row `start`: int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Favoring:
+    """Another scorer's scores, with those at some places multiplied: hysteresis.
+
+    Args:
+        scorer: whose scores they are.
+        places: the favored positions, for example those of the present mask.
+        margin: their scores count 1 + margin times, so that another entry takes the place of one
+            of them only where its score is that much larger.
+    """
+
+    scorer: Scorer
+    places: Places
+    margin: float
+
+    @property
+    def block(self) -> int:
+        return self.scorer.block
+
+    def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores:
+        return _FavoredScores(
+            self.scorer.prepare(tiles, count, tile_bytes), self.places, 1 + self.margin
+        )
+
+    def nbytes(self, shape: tuple[int, int]) -> ScorerBytes:
+        """The scorer's own; what is decoded, 8 bytes per place of a block, is not in it."""
+        return self.scorer.nbytes(shape)
+
+
+@dataclass(frozen=True)
+class _FavoredScores:
+    inner: RowScores
+    places: Places
+    factor: float
+
+    @property
+    def converged(self) -> bool:
+        return self.inner.converged
+
+    def scores(self, start: int, stop: int) -> Tensor:
+        block = self.inner.scores(start, stop).clone()
+        block.view(-1)[self.places.decode(start, stop)] *= self.factor
+        return block

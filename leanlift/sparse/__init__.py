@@ -1,14 +1,18 @@
 """The compact COO store: where the trained entries are, and what happens when they change."""
 
+from leanlift.sparse.bound import BoundedMask, bounded_mask, settled_nbytes
 from leanlift.sparse.index import SEGMENT, SegmentedIndex, index_nbytes
 from leanlift.sparse.patch import add_offsets_
 from leanlift.sparse.update import MaskChange, change_mask
 
 __all__ = [
     "SEGMENT",
+    "BoundedMask",
     "MaskChange",
     "SegmentedIndex",
     "add_offsets_",
+    "bounded_mask",
     "change_mask",
     "index_nbytes",
+    "settled_nbytes",
 ]

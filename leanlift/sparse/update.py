@@ -46,16 +46,16 @@ def change_mask(
     Leavers join the settled store, unless their offset is exactly zero: then there is nothing
     to keep.
     """
-    source = _find(old_flat, new_flat)
-    returning = _find(settled_flat, new_flat)
+    source = find_positions(old_flat, new_flat)
+    returning = find_positions(settled_flat, new_flat)
     values = torch.zeros(new_flat.numel(), dtype=old_values.dtype, device=old_values.device)
     stay = source >= 0
     values[stay] = old_values[source[stay]]
     back = (returning >= 0) & ~stay
     values[back] = settled_values[returning[back]]
 
-    left = (_find(new_flat, old_flat) < 0) & (old_values != 0)
-    remain = _find(new_flat, settled_flat) < 0
+    left = (find_positions(new_flat, old_flat) < 0) & (old_values != 0)
+    remain = find_positions(new_flat, settled_flat) < 0
     flat = torch.cat([old_flat[left], settled_flat[remain]])
     order = torch.argsort(flat)
     return MaskChange(
@@ -67,7 +67,7 @@ def change_mask(
     )
 
 
-def _find(haystack: Tensor, needles: Tensor) -> Tensor:
+def find_positions(haystack: Tensor, needles: Tensor) -> Tensor:
     """Place of each needle in the sorted haystack, -1 where it is absent."""
     if not haystack.numel():
         return torch.full_like(needles, -1)

@@ -77,6 +77,17 @@ class RunArguments:
         default=LiftConfig.refresh_interval,
         metadata={"help": "choose the mask again every so many steps; 0: never"},
     )
+    refresh_margin: float = field(
+        default=LiftConfig.refresh_margin,
+        metadata={"help": "an entry is replaced only by one whose score is so much larger"},
+    )
+    settled_limit: float | None = field(
+        default=LiftConfig.settled_limit,
+        metadata={
+            "help": "settled entries (let go by refreshes, offsets kept) per trained one, at most; "
+            "a negative number: no bound"
+        },
+    )
     selector: str = field(
         default=LiftConfig.selector,
         metadata={"help": "principal, magnitude, random or gradient (see calibration_rows)"},
@@ -139,6 +150,8 @@ class RunArguments:
             rank_budget=self.rank_budget,
             approx_rank=self.approx_rank,
             refresh_interval=self.refresh_interval,
+            refresh_margin=self.refresh_margin,
+            settled_limit=None if _negative(self.settled_limit) else self.settled_limit,
             selector=self.selector,
             block=self.block,
             target_modules=self.target_modules[0] if preset else tuple(self.target_modules),
@@ -159,6 +172,10 @@ class RunArguments:
                 'expected density_pattern as a mapping such as {"down_proj": 0.1}, '
                 f"got {given!r}."
             ) from None
+
+
+def _negative(limit: float | None) -> bool:
+    return limit is not None and limit < 0
 
 
 @dataclass

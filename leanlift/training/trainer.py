@@ -307,11 +307,22 @@ class _Refresh(TrainerCallback):
         if not self.interval or step % self.interval or step >= state.max_steps:
             return
         report = refresh_mask(self.trainer.model, self.trainer.optimizer)
+        if report.held_back and not any(past.held_back for past in self.trainer.refreshes):
+            logger.warning(
+                "The settled entries have reached their bound (settled_limit=%s): the refresh at "
+                "step %d held %d newcomers back, and later ones will too. Raise settled_limit for "
+                "more room, or refresh_margin for fewer changes.",
+                self.trainer._lift.config.settled_limit,
+                step,
+                report.held_back,
+            )
         self.trainer.refreshes.append(report)
         self.trainer.log(
             {
                 "refresh_churn": report.churn,
                 "refresh_settled": report.settled,
+                "refresh_settled_bytes": report.settled_nbytes,
+                "refresh_held_back": report.held_back,
                 "refresh_seconds": report.seconds,
             }
         )

@@ -1,0 +1,104 @@
+"""Keeping the settled store within a bound, by admitting fewer newcomers.
+
+Every entry that leaves the mask with an offset takes a place in the settled store; every newcomer
+that returns from it frees one. Where a new mask would need more places than there are, the best
+newcomers take the places of the weakest leavers, pair by pair, for as long as the store keeps its
+bound; the other leavers stay active and the other newcomers are held back. Nothing is pushed out.
+
+A unit is what a selection takes whole: an entry, or a b x b block. Units are numbered row-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from leanlift.sparse.index import index_nbytes
+from leanlift.sparse.update import find_positions
+
+
+@dataclass(frozen=True)
+class BoundedMask:
+    """flat: the positions to make active, sorted int64 [k]. held_back: newcomers not admitted."""
+
+    flat: Tensor
+    held_back: int
+
+
+def bounded_mask(
+    old_flat: Tensor,
+    old_values: Tensor,
+    new_flat: Tensor,
+    settled_flat: Tensor,
+    bound: int,
+    columns: int,
+    block: int,
+    unit_scores: Callable[[Tensor], Tensor],
+) -> BoundedMask:
+    """`new_flat`, or as much of it as keeps at most `bound` entries settled.
+
+    Args:
+        old_flat, old_values: the active entries and their offsets, [k].
+        new_flat: the entries that were selected, [k]; like all positions sorted, distinct int64.
+        settled_flat: positions of the settled store.
+        bound: entries that may be settled afterwards. A store that is over it already stays as it
+            is, unless newcomers return from it.
+        columns: n.
+        block: b, the side of a unit; both masks are made of whole units.
+        unit_scores: the scores that the selection went by, fp32 [u], of sorted units [u]. Asked
+            only where the bound is reached.
+    """
+    entering = new_flat[find_positions(old_flat, new_flat) < 0]
+    left = find_positions(new_flat, old_flat) < 0
+    leaving, settling = old_flat[left], old_values[left] != 0
+    returning = find_positions(settled_flat, entering) >= 0
+    settled = settled_flat.numel()
+    if settled + int(settling.sum()) - int(returning.sum()) <= bound:
+        return BoundedMask(new_flat, 0)
+    came = _Units(entering, returning, columns, block)
+    went = _Units(leaving, settling, columns, block)
+    best, weakest = rank_units(unit_scores(came.units), unit_scores(went.units))
+    after = settled + torch.cumsum(went.weights[weakest] - came.weights[best], 0)
+    fits = (after <= bound).nonzero()
+    pairs = int(fits[-1]) + 1 if fits.numel() else 0
+    admitted, stays = came.entries(best[:pairs]), went.entries(weakest[pairs:])
+    flat = torch.cat([old_flat[~left], leaving[stays], entering[admitted]]).sort().values
+    return BoundedMask(flat, entering.numel() - int(admitted.sum()))
+
+
+def rank_units(entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
+    """The order in which units change places: places of the best newcomers first, and of the
+    weakest leavers first.
+
+    Args:
+        entering, leaving: fp32 scores [u] in order of position. Among equals the lower position
+            is the better one, as in a selection.
+    """
+    best = torch.argsort(entering, descending=True, stable=True)
+    weakest = torch.argsort(leaving, descending=True, stable=True).flip(0)
+    return best, weakest
+
+
+def settled_nbytes(shape: tuple[int, int], bound: int, itemsize: int = 4) -> int:
+    """Bytes of a settled store with `bound` entries of `itemsize` bytes: index and offsets."""
+    return index_nbytes(shape, bound) + itemsize * bound if bound else 0
+
+
+class _Units:
+    """The units that entries belong to, and how many marked entries each has."""
+
+    def __init__(self, flat: Tensor, marked: Tensor, columns: int, block: int) -> None:
+        row, column = flat // columns // block, flat % columns // block
+        self.units, self._unit = torch.unique(
+            row * (columns // block) + column, return_inverse=True
+        )
+        self.weights = torch.zeros_like(self.units).index_add_(0, self._unit, marked.long())
+
+    def entries(self, chosen: Tensor) -> Tensor:
+        """Which entries lie in the chosen units (places in `units`), bool."""
+        mask = torch.zeros(self.units.numel(), dtype=torch.bool, device=self.units.device)
+        mask[chosen] = True
+        return mask[self._unit]
