@@ -111,7 +111,7 @@ def kill_in(pid: int, marks: int, phase: str, earlier: int, delay: float) -> dic
     """Kill the run in `phase`, after `earlier` of its kind; None if it ended before.
 
     Returns:
-        How many steps had begun, and where the kill fell: in the phase, or after it.
+        How many micro-batches had begun, and where the kill fell: in the phase, or after it.
     """
     steps = seen = 0
     while mark := os.read(marks, 1):
@@ -123,7 +123,7 @@ def kill_in(pid: int, marks: int, phase: str, earlier: int, delay: float) -> dic
             os.waitpid(pid, 0)
             rest = os.read(marks, 1000)
             os.close(marks)
-            return {"steps begun": steps, "fell": "in it" if not rest else "after it"}
+            return {"micro-batches begun": steps, "fell": "in it" if not rest else "after it"}
     finish(pid, marks)
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import lift_linear
+from helpers import make_base, make_lift
 from test_steps import trainer_for
 from test_training import ROWS
 from tiny import load, make_checkpoint
@@ -226,7 +226,7 @@ def test_twenty_refreshes_of_a_drifting_model_keep_the_bound_and_lose_nothing(
 
 def test_the_rule_of_bytes_is_that_of_the_tensors() -> None:
     shape = (300, 700)
-    layer = lift_linear(shape)
+    layer = make_lift(make_base("dense", *shape))
     for count in (0, 1, 5000):
         flat = torch.randperm(shape[0] * shape[1])[:count].sort().values
         layer.set_settled(flat, torch.ones(count))
