@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     for vectors in (1, 8):

@@ -316,7 +316,7 @@ def test_a_newcomer_s_first_update_is_at_most_the_learning_rate(size: float) -> 
 
     assert 1.6 <= move(torch.optim.AdamW, zero_state) <= 6.7
     limit = 1 + 1e-3  # the difference of two fp32 values
-    assert move(SparseAdamW, zero_state) <= limit
+    assert 1 / limit <= move(SparseAdamW, zero_state) <= limit  # clamped to it, not below
     for moments in ("float32", "8bit"):
         assert move(SparseAdamW, follow, moments=moments) <= limit
 

@@ -60,6 +60,19 @@ def test_an_entry_leaves_only_where_a_newcomer_beats_it_by_the_margin(
         assert torch.isin(got, old).float().mean() > 0.9
 
 
+def test_a_refresh_heeds_the_margin(base: Path) -> None:
+    churn = []
+    for margin in (0.0, 0.2, 1e6):
+        config = LiftConfig(density=0.1, approx_rank=4, refresh_margin=margin, settled_limit=None)
+        model = get_lift_model(load(base), config, progress=False)
+        torch.manual_seed(0)
+        for layer in lift_layers(model).values():
+            layer.values.data.normal_(0, 0.05)
+        churn.append(refresh_mask(model).churn)
+    assert churn[0] > churn[1] > 0
+    assert churn[2] == 0
+
+
 def test_favoring_does_not_touch_the_scores_it_reads() -> None:
     weight = torch.randn(300, 20)
     index = SegmentedIndex.from_flat(torch.arange(0, 6000, 3), (300, 20))

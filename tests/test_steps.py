@@ -14,8 +14,10 @@ from tiny import load, make_checkpoint, make_tokenizer
 from trl import SFTConfig
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model, load_adapter
+from leanlift.memory import static_categories
 from leanlift.model import lift_layers
-from leanlift.optim import SparseAdamW, unwrap
+from leanlift.optim import SparseAdamW, adamw_nbytes, unwrap
+from leanlift.sparse import index_nbytes
 from leanlift.training import LiftSFTConfig, last_whole_checkpoint
 from leanlift.training.steps import StepGuard
 
@@ -99,6 +101,24 @@ def test_in_backward_no_two_gradients_exist_at_once(
         layer.values.sum().backward()
         assert layer.values.grad is not None
     assert len(seen) == 2 * len(layers)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_per_trained_entry(base: Path, tmp_path: Path, dtype: str) -> None:
+    """At 5 % of 4096 x 11008, from the rules that other tests hold against real tensors, and the
+    live tensors of a small model between two steps in the backward pass."""
+    shape, count = (4096, 11008), int(0.05 * 4096 * 11008)
+    assert index_nbytes(shape, count) <= 1.25 * count
+    assert adamw_nbytes(count, "8bit") <= 2.1 * count
+    lift = LiftConfig(density=0.1, approx_rank=8, values_dtype=dtype)
+    trainer = trainer_for(
+        base, tmp_path, lift, optim="sparse_adamw_8bit", optim_in_backward=True, max_steps=2
+    )
+    trainer.train()
+    categories = static_categories(trainer.model)
+    entries = sum(layer.index.count for layer in lift_layers(trainer.model).values())
+    assert categories["values"] == entries * (4 if dtype == "float32" else 2)
+    assert categories["gradients"] == 0
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,9 @@ class RowScores(Protocol):
     @property
     def converged(self) -> bool: ...
 
-    def scores(self, start: int, stop: int) -> Tensor: ...
+    def scores(self, start: int, stop: int) -> Tensor:
+        """Scores of rows `start:stop`, [stop - start, n], in a tensor of the caller's own."""
+        ...
 
 
 class ScorerBytes(NamedTuple):
@@ -255,6 +257,6 @@ class _FavoredScores:
         return self.inner.converged
 
     def scores(self, start: int, stop: int) -> Tensor:
-        block = self.inner.scores(start, stop).clone()
+        block = self.inner.scores(start, stop)  # made for this call
         block.view(-1)[self.places.decode(start, stop)] *= self.factor
         return block
