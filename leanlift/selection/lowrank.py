@@ -19,8 +19,8 @@ the factors do not depend on the tile size, bit for bit.
 
 The blocks are a third as wide as the R directions that are wanted: for the same columns the
 Krylov polynomial then has three times the degree, and the same mask is reached with fewer columns
-to multiply, to keep orthogonal and to diagonalize (on trained-like weights of 4096 x 4096 at
-R = 128 with 0.6 of the columns). Narrower ones still would read the matrix too often.
+to multiply, to keep orthogonal and to diagonalize. Narrower ones still would read the matrix too
+often.
 
 Shapes: m rows, n columns, R rank, w = R + oversampling, b block width, c columns of the basis.
 """
@@ -38,7 +38,7 @@ from leanlift.tiles import RowTiles, row_ranges
 
 OVERSAMPLING = 8
 NARROW, NARROWEST = 3, 24
-"""A block has w / 3 columns, but at least 24."""
+"""A block has w / 3 columns, rounded up to a multiple of 8: at least 24, at most w."""
 
 LIMIT = 6
 """Times w columns held before the subspace is cut back to its best directions (a thick restart).

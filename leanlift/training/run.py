@@ -12,8 +12,8 @@ import torch
 
 from leanlift.errors import UserError, first_line
 from leanlift.export import ONTO, MergeReport, merge_adapter
-from leanlift.memory import MemoryMeter, MemoryReport, save_report, static_categories
-from leanlift.model import get_lift_model, lift_state, load_adapter
+from leanlift.memory import MemoryMeter, MemoryReport, human, save_report, static_categories
+from leanlift.model import RefreshReport, get_lift_model, lift_state, load_adapter
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import calibration_batches, check_rows, load_rows
@@ -111,6 +111,7 @@ def run(
         finally:
             memory.close()
     peak.tensors = peak.tensors or memory.peak
+    _say_refreshes(trainer.refreshes, meter)
     trainer.save_model()
     trainer.save_state()
     save_report(meter.report, output)
@@ -156,6 +157,20 @@ def _base_bytes(model: Any) -> int:
     """Bytes of the base alone, without what attaching has added."""
     categories = static_categories(model)
     return sum(categories[n] for n in ("base weights", "embeddings and head", "norms and other"))
+
+
+def _say_refreshes(refreshes: list[RefreshReport], meter: MemoryMeter) -> None:
+    """Churn and settled entries of each refresh of this process, for the report."""
+    if not refreshes:
+        return
+    last = refreshes[-1]
+    churn = ", ".join(f"{report.churn:.3f}" for report in refreshes[-10:])
+    shown = "" if len(refreshes) <= 10 else f" (the last 10 of {len(refreshes)})"
+    meter.report.notes.append(
+        f"refresh: {len(refreshes)} in {sum(r.seconds for r in refreshes):.1f} s; churn{shown} "
+        f"{churn}; {last.settled:,} entries settled in {human(last.settled_nbytes)}, "
+        f"{sum(r.held_back for r in refreshes):,} newcomers held back."
+    )
 
 
 def _say_selection(model: Any, meter: MemoryMeter) -> None:
