@@ -240,3 +240,14 @@ def requantize(weight: Tensor, fmt: WeightFormat, device: torch.device) -> RowTi
         return Weight8bit(_bnb.quantize_8bit(weight, device))
     source = weight.to(fmt.torch_dtype)
     return Weight4bit(_bnb.quantize_4bit(source, fmt.kind, fmt.blocksize, fmt.double, device))
+
+
+def empty_weight(
+    shape: tuple[int, int], fmt: WeightFormat, bias: Tensor | None = None
+) -> Weight4bit | Weight8bit:
+    """A quantized weight of this shape and format with uninitialized storage, for planning."""
+    if fmt.kind == "int8":
+        return Weight8bit(_bnb.empty_8bit(shape, bias))
+    return Weight4bit(
+        _bnb.empty_4bit(shape, fmt.kind, fmt.blocksize, fmt.double, fmt.torch_dtype, bias)
+    )

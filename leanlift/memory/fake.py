@@ -1,0 +1,132 @@
+"""A training step that allocates nothing: the real model and layers under fake tensors.
+
+Fake tensors have shapes, dtypes and storages of a size, but no memory behind them. The model is
+built by transformers from its configuration, its Linears are replaced by our layers over storage
+without contents, and forward and backward run as they would in training, while `LiveBytes` keeps
+the peak. So a plan does not guess activations. What is not run here is the optimizer's step,
+whose temporaries have a rule of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leanlift.config import LiftConfig
+from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.memory.live import LiveBytes
+from leanlift.model.targets import find_targets
+from leanlift.quantized import WeightDense, WeightFormat, empty_weight
+from leanlift.sparse import SEGMENT, SegmentedIndex
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Loss of a model on input ids [B, S] and labels [B, S]."""
+
+
+@dataclass(frozen=True)
+class EvenIndex(SegmentedIndex):
+    """An index whose entries are spread evenly over the rows: sizes are known without reading."""
+
+    def _before(self, row: int) -> int:
+        return self.count * min(row, self.shape[0]) // self.shape[0]
+
+
+def even_index(shape: tuple[int, int], count: int) -> EvenIndex:
+    """Storage for `count` positions of an m x n matrix, without contents."""
+    m, n = shape
+    return EvenIndex(
+        shape=shape,
+        columns=torch.empty(count, dtype=torch.uint8),
+        counts=torch.empty(m, -(-n // SEGMENT), dtype=torch.uint8),
+        anchors=torch.empty(0, dtype=torch.int64),
+    )
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Everything made inside is fake, on the "CPU", whatever the machine has."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        yield
+
+
+def attach_fake(
+    model: Any, config: LiftConfig, fmt: WeightFormat | None
+) -> dict[str, tuple[int, int]]:
+    """Replace the Linears of a fake 16/32-bit model as loading and attaching would.
+
+    Args:
+        model: built under `fake_tensors`.
+        config: what is trained.
+        fmt: how Linears other than the output head are quantized; None: they are not.
+
+    Returns:
+        The shape of every target.
+    """
+    targets = find_targets(model, config.target_modules)
+    head = model.get_output_embeddings()
+    model.requires_grad_(False)
+    scratch, values_dtype = Scratch(), getattr(torch, config.values_dtype)
+    shapes = {}
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or module is head:
+            continue
+        m, n = module.weight.shape
+        weight: Any = WeightDense(module) if fmt is None else empty_weight((m, n), fmt, module.bias)
+        base = weight.module
+        if name in targets:
+            shapes[name] = (m, n)
+            index = even_index((m, n), config.count((m, n), name))
+            model.set_submodule(name, LiftLinear(base, weight, index, scratch, values_dtype))
+        elif fmt is not None:
+            model.set_submodule(name, FrozenLinear(base, weight, scratch))
+    return shapes
+
+
+def step_peak(
+    model: Any, loss: Loss, batch: int, length: int, in_backward: bool, accumulate: bool
+) -> int:
+    """Peak bytes beyond weights, values and scratch of one forward and backward pass.
+
+    Args:
+        model: from `attach_fake`, in training mode.
+        loss: what is trained on.
+        batch, length: of a micro-batch, in rows and tokens.
+        in_backward: whether each gradient is freed as soon as it exists.
+        accumulate: whether gradients of an earlier micro-batch are there already.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
+    widest = max((m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)),
+                 key=lambda shape: shape[0] * shape[1])  # fmt: skip
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    layers[0].scratch.take(*widest, dtype, torch.device("cpu"))
+    handles = [
+        layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
+        for layer in layers
+    ]
+    try:
+        with LiveBytes() as live:
+            for _ in range(2 if accumulate else 1):
+                loss(model, ids, ids.clone()).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            layer.values.grad = None
+    return live.peak
+
+
+def _look(values: Any) -> None:
+    """What training does with every gradient."""
+    torch.isfinite(values.grad).all()
+
+
+def _free(values: Any) -> None:
+    _look(values)
+    values.grad = None

@@ -1,0 +1,279 @@
+"""What a run will need, before any weight is loaded.
+
+What stays is added up from the rules of the rooms that own it; what a training step needs on top
+is read from the step itself, run under fake tensors. Phases that are not training (load, select,
+refresh, export) have rules too. Everything is in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from leanlift.config import LiftConfig
+from leanlift.errors import UserError
+from leanlift.memory.fake import Loss, attach_fake, fake_tensors, step_peak
+from leanlift.memory.measure import CATEGORIES
+from leanlift.optim import TABLES_NBYTES, adamw_nbytes
+from leanlift.quantized import WeightFormat, dtype_of
+from leanlift.selection import selection_nbytes
+from leanlift.sparse import index_nbytes, settled_nbytes
+
+CARDS_GIB = (6, 8, 12, 16, 24, 48)
+CONTEXT = int(0.55 * 2**30)
+"""What a CUDA process takes before its first tensor, and what the allocator loses to
+fragmentation: an allowance, from reports of 0.5 to 0.6 GiB."""
+
+TABLES_4BIT, TABLES_DOUBLE = 64, 1088
+EXPORT_SLICE = 256 * 2**20
+REFRESH_PER_ENTRY = 64
+"""Bytes per entry of the largest matrix while its mask is exchanged: sorted int64 positions of
+both masks and the store, where each entry was, and both moments before and after."""
+
+CHUNK_TEMPORARIES = 9 * 4 * 2**18
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What decides the memory of a training step, besides model and LiftConfig.
+
+    Attributes:
+        batch, length: rows and tokens of a micro-batch.
+        dtype: name of the dtype of what is not quantized.
+        checkpointing: whether activations are recomputed.
+        accumulate: micro-batches per step.
+        optim: a name that the Trainer knows, or one of ours.
+        in_backward: whether each gradient is freed as soon as it exists.
+        clip: whether the gradient norm is clipped.
+        cuda: whether the run is on a GPU; torch's AdamW works on all vectors at once there.
+    """
+
+    batch: int = 1
+    length: int = 2048
+    dtype: str = "bfloat16"
+    checkpointing: bool = True
+    accumulate: int = 1
+    optim: str = "adamw_8bit"
+    in_backward: bool = False
+    cuda: bool = True
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by category (of the training step) and by phase.
+
+    Attributes:
+        model: what was planned for.
+        categories: the training step's bytes by category; together its peak.
+        phases: peak of each phase. "export" runs on the CPU and is not on the card.
+        entries: trained entries.
+        context: allowance for the CUDA context, in no other figure.
+        notes: what the plan takes for granted.
+    """
+
+    model: str
+    categories: dict[str, int]
+    phases: dict[str, int]
+    entries: int
+    context: int = CONTEXT
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak_phase(self) -> str:
+        return max((name for name in self.phases if name != "export"), key=self.phases.__getitem__)
+
+    @property
+    def peak(self) -> int:
+        """Tensors at the worst moment on the card."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def needed(self) -> int:
+        """Peak and context together: what a card must have."""
+        return self.peak + self.context
+
+    def fits(self, gib: float) -> bool:
+        """Whether a card of this size will do."""
+        return self.needed <= gib * 2**30
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "peak": self.peak,
+            "peak_phase": self.peak_phase,
+            "needed": self.needed,
+            "fits_gib": {str(card): self.fits(card) for card in CARDS_GIB},
+        }
+
+
+def plan_step(
+    build: Callable[[], Any],
+    name: str,
+    config: LiftConfig,
+    fmt: WeightFormat | None,
+    settings: StepSettings,
+    loss: Loss,
+) -> MemoryPlan:
+    """Plan a run without loading a weight.
+
+    Args:
+        build: makes the 16/32-bit model; called under fake tensors.
+        name: of the model, for the report.
+        config: what is trained.
+        fmt: how the Linears are quantized; None: not at all.
+        settings: the training step.
+        loss: what the step computes.
+
+    Raises:
+        UserError: an optimizer whose state has no rule, or a model without targets.
+    """
+    with fake_tensors():
+        model = build()
+        ends, other, largest = _unquantized(model)
+        shapes = attach_fake(model, config, fmt)
+        linears = _linear_shapes(model)
+        if settings.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        moving = step_peak(
+            model,
+            loss,
+            settings.batch,
+            settings.length,
+            settings.in_backward,
+            settings.accumulate > 1,
+        )
+    item = dtype_of(settings.dtype).itemsize
+    counts = {target: config.count(shape, target) for target, shape in shapes.items()}
+    entries, value = sum(counts.values()), 2 if config.values_dtype == "bfloat16" else 4
+    held = {
+        "base weights": sum(_weight_nbytes(shape, fmt, item) for shape in linears),
+        "embeddings and head": ends,
+        "norms and other": other,
+        "index": sum(index_nbytes(shapes[t], count) for t, count in counts.items()),
+        "values": value * entries,
+        "settled entries": _settled(config, shapes, counts, value),
+        "optimizer state": optimizer_nbytes(settings.optim, list(counts.values()), value),
+        "scratch": item * max(m * n for m, n in linears),
+    }
+    gradients = 0 if settings.in_backward else value * entries
+    static = sum(held.values())
+    updating = gradients + update_nbytes(settings, list(counts.values()), value)
+    train = static + max(moving, updating)
+    if settings.in_backward:
+        train += update_nbytes(settings, list(counts.values()), value)
+    categories = {**held, "gradients": gradients}
+    categories["activations and workspace"] = train - sum(categories.values())
+    base = held["base weights"] + held["embeddings and head"] + held["norms and other"]
+    phases = {
+        "load": base + 4 * largest,
+        "select": base + held["index"] + held["values"] + _selecting(config, shapes, counts, item),
+        "train": train,
+        "export": 4 * largest + EXPORT_SLICE,
+    }
+    if config.refresh_interval:
+        exchange = REFRESH_PER_ENTRY * max(counts.values())
+        phases["refresh"] = static + max(_selecting(config, shapes, counts, 4), exchange)
+    return MemoryPlan(
+        model=name,
+        categories={category: categories[category] for category in CATEGORIES},
+        phases=phases,
+        entries=entries,
+        context=CONTEXT if settings.cuda else 0,
+    )
+
+
+def optimizer_nbytes(optim: str, counts: list[int], value: int) -> int:
+    """State of an optimizer over vectors of these lengths, from its name alone.
+
+    Raises:
+        UserError: there is no rule for it.
+    """
+    if optim in ("adamw_torch", "adamw_torch_fused"):
+        return sum(4 + 2 * value * count for count in counts)
+    if optim == "sparse_adamw":
+        return sum(adamw_nbytes(count) for count in counts)
+    if optim == "sparse_adamw_8bit":
+        return sum(adamw_nbytes(count, "8bit") for count in counts) + TABLES_NBYTES
+    if optim in ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"):
+        # bitsandbytes keeps fp32 state where a vector has fewer than 4096 entries
+        state = [8 * c if c < 4096 else 2 * (c + 4 * -(-c // 256)) for c in counts]
+        return sum(state) + (TABLES_NBYTES if max(counts) >= 4096 else 0)
+    if optim == "paged_adamw_32bit":
+        return sum(8 * count for count in counts)
+    raise UserError(
+        f"the memory of optim={optim} cannot be planned: expected adamw_torch, adamw_8bit, "
+        "paged_adamw_8bit, sparse_adamw or sparse_adamw_8bit."
+    )
+
+
+def update_nbytes(settings: StepSettings, counts: list[int], value: int) -> int:
+    """Temporaries of the optimizer's step."""
+    if settings.optim.startswith("sparse_adamw"):
+        return min(CHUNK_TEMPORARIES, 9 * 4 * max(counts))
+    if settings.optim == "adamw_torch":
+        return value * sum(counts) if settings.cuda else 2 * value * max(counts)
+    return 0
+
+
+def _weight_nbytes(shape: tuple[int, int], fmt: WeightFormat | None, item: int) -> int:
+    if fmt is None:
+        return item * shape[0] * shape[1]
+    tables = 0 if fmt.kind == "int8" else TABLES_DOUBLE if fmt.double else TABLES_4BIT
+    return fmt.nbytes(shape) + tables
+
+
+def _unquantized(model: Any) -> tuple[int, int, int]:
+    """Of a 16/32-bit model: bytes of the embeddings and head, bytes of everything that is no
+    weight of a Linear, and entries of the largest parameter."""
+    ends = {
+        id(module.weight): module.weight
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
+    weights = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
+    rest = [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if id(tensor) not in ends and id(tensor) not in weights
+    ]
+    return (
+        sum(tensor.nbytes for tensor in ends.values()),
+        sum({id(tensor): tensor.nbytes for tensor in rest}.values()),
+        max(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _linear_shapes(model: Any) -> list[tuple[int, int]]:
+    from leanlift.layer import FrozenLinear
+
+    return [m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)]
+
+
+def _settled(
+    config: LiftConfig, shapes: dict[str, tuple[int, int]], counts: dict[str, int], value: int
+) -> int:
+    """The settled stores when they are full; without a bound, as large as the mask itself."""
+    if not config.refresh_interval:
+        return 0
+    bounds = {name: config.settled_bound(count) for name, count in counts.items()}
+    return sum(
+        settled_nbytes(shapes[name], counts[name] if bound is None else bound, value)
+        for name, bound in bounds.items()
+    )
+
+
+def _selecting(
+    config: LiftConfig, shapes: dict[str, tuple[int, int]], counts: dict[str, int], item: int
+) -> int:
+    """Peak of the largest selection; a gradient mask's calibration is not planned."""
+    if config.selector == "gradient":
+        return 0
+    scorer = config.scorer()
+    return max(
+        selection_nbytes(scorer, shape, counts[name], config.selection_tile_bytes, item)
+        for name, shape in shapes.items()
+    )
