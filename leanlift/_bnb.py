@@ -144,6 +144,16 @@ def dequantize_8bit_rows(module: nn.Module, start: int, stop: int) -> Tensor:
     return F.int8_vectorwise_dequant(codes[start:stop], scales[start:stop])
 
 
+def gather_8bit_rows(module: nn.Module, ids: Tensor) -> Tensor:
+    """Rows `ids` [...] of a `Linear8bitLt` weight in fp32: [..., n]."""
+    state = state_8bit(module)
+    assert state is not None
+    codes, scales = state
+    flat = ids.reshape(-1)
+    rows = F.int8_vectorwise_dequant(codes[flat], scales[flat])
+    return rows.view(*ids.shape, codes.shape[1])
+
+
 def quantize_8bit(weight: Tensor, device: torch.device) -> nn.Module:
     """A bias-free `Linear8bitLt` that holds `weight` [m, n], quantized on `device`."""
     m, n = weight.shape

@@ -61,6 +61,8 @@ class LiftConfig:
             precedence over density and rank_budget.
         values_dtype: of the trained offsets and their gradients: "float32", or "bfloat16" for two
             bytes less each; that needs an optimizer that rounds stochastically (`SparseAdamW`).
+        quantize_ends: whether the frozen embedding and output head are held in INT8, one scale
+            per row. They are not trained; an export onto the original has them in 16 bits.
         selection_seed: start of the principal selection's iteration, and the random mask.
         selection_tile_mib: how much of a matrix the selection reads at once, in MiB. Changes
             memory, never the mask.
@@ -77,6 +79,7 @@ class LiftConfig:
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     density_pattern: Mapping[str, float] = field(default_factory=dict)
     values_dtype: str = "float32"
+    quantize_ends: bool = False
     selection_seed: int = 0
     selection_tile_mib: int = 32
 

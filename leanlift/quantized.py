@@ -242,6 +242,15 @@ def requantize(weight: Tensor, fmt: WeightFormat, device: torch.device) -> RowTi
     return Weight4bit(_bnb.quantize_4bit(source, fmt.kind, fmt.blocksize, fmt.double, device))
 
 
+def embedding_rows(module: nn.Module, ids: Tensor) -> Tensor:
+    """Rows `ids` of a module's weight [V, d], dequantized: [..., d]."""
+    if _bnb.is_linear8bit(module):
+        return _bnb.gather_8bit_rows(module, ids)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return nn.functional.embedding(ids, weight)
+
+
 def empty_weight(
     shape: tuple[int, int], fmt: WeightFormat, bias: Tensor | None = None
 ) -> Weight4bit | Weight8bit:

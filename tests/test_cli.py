@@ -38,6 +38,8 @@ OWN_OPTIONS = {
     "refresh_margin",
     "settled_limit",
     "values_dtype",
+    "quantize_ends",
+    "embedding_on_cpu",
     "selector",
     "calibration_rows",
     "block",

@@ -199,7 +199,7 @@ def test_bf16_with_stochastic_rounding_learns_and_rounding_to_nearest_stalls(
 
     exact = drop(LiftTrainer, "float32")
     stochastic, nearest = drop(LiftTrainer, "bfloat16"), drop(Nearest, "bfloat16")
-    assert exact > 0.1
+    assert exact > 0.05
     assert stochastic >= 0.9 * exact
     assert nearest <= 0.5 * exact
 

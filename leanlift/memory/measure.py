@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leanlift.ends import FrozenEmbedding, FrozenHead
 from leanlift.layer import FrozenLinear, LiftLinear
 from leanlift.memory.live import LiveBytes
 from leanlift.optim import state_nbytes
@@ -96,7 +97,11 @@ def static_categories(model: nn.Module) -> dict[str, int]:
     ends: list[Tensor] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module = getattr(model, getter, lambda: None)()
-        if module is not None:
+        if isinstance(module, FrozenEmbedding):
+            ends.extend(weight_tensors(module.storage))
+        elif isinstance(module, FrozenHead):
+            ends.extend(weight_tensors(module.base))
+        elif module is not None:
             ends.extend(parameter.data for parameter in module.parameters())
     values = [layer.values.data for layer in layers]
     settled = [layer.settled_values for layer in layers if layer.settled_values is not None]

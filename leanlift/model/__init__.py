@@ -2,15 +2,18 @@
 
 from leanlift.model.adapters import load_adapter, save_adapter
 from leanlift.model.attach import LiftState, get_lift_model, lift_layers, lift_state
+from leanlift.model.ends import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
 
 __all__ = [
     "LiftState",
     "RefreshReport",
+    "embedding_to_cpu",
     "get_lift_model",
     "lift_layers",
     "lift_state",
     "load_adapter",
+    "output_head",
     "refresh_mask",
     "save_adapter",
 ]

@@ -20,6 +20,7 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, fingerprint
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.model.ends import check_ends, quantize_ends
 from leanlift.model.gradient import gradient_masks
 from leanlift.model.targets import find_targets
 from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized
@@ -124,6 +125,8 @@ def attach(
     accept(base)
     for target in targets:  # before the first change, so that a refusal changes nothing
         config.count(base.shapes[target], target)
+    if config.quantize_ends:
+        check_ends(model)
     choices: dict[str, Choice] = {}
     with tqdm(targets, desc=what, unit="matrix", disable=not progress) as bar:
         for target in bar:
@@ -140,6 +143,8 @@ def attach(
             model.set_submodule(name, LiftLinear(module, weight, index, scratch, values_dtype))
         elif name in base.formats:  # quantized, but not trained
             model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
+    if config.quantize_ends:
+        quantize_ends(model)
     _own_base(model)
     holder: Any = model
     unconverged = [name for name, choice in choices.items() if not choice.converged]

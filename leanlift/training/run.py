@@ -13,7 +13,7 @@ import torch
 from leanlift.errors import UserError, first_line
 from leanlift.export import ONTO, MergeReport, merge_adapter
 from leanlift.memory import MemoryMeter, MemoryReport, human, save_report, static_categories
-from leanlift.model import RefreshReport, get_lift_model, lift_state, load_adapter
+from leanlift.model import RefreshReport, embedding_to_cpu, get_lift_model, lift_state, load_adapter
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import calibration_batches, check_rows, load_rows
@@ -79,6 +79,8 @@ def run(
             get_lift_model(model, config, calibration=batches)
         else:
             get_lift_model(model, config)
+    if args.embedding_on_cpu:
+        embedding_to_cpu(model)
     if not meter.cuda:
         held = _base_bytes(model)
         meter.report.phases["load"].tensors = held

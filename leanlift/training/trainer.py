@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from leanlift.adapter import open_adapter
 from leanlift.checkpoint import open_tensors, read_json, sync_tree, write_json, write_tensors
+from leanlift.ends import FrozenHead
 from leanlift.errors import UserError
 from leanlift.model import (
     RefreshReport,
@@ -48,6 +49,7 @@ from leanlift.optim import (
 )
 from leanlift.training.arguments import SPARSE_OPTIMIZERS, LiftSFTConfig
 from leanlift.training.data import LengthReport, drop_untrained, to_examples
+from leanlift.training.loss import tiled_loss
 from leanlift.training.steps import GradientHooks, StepGuard
 
 logger = logging.getLogger("leanlift")
@@ -117,6 +119,7 @@ class LiftTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._loss = tiled_loss(self.model, self.args, self.compute_loss_func)
         self.add_callback(_Guard(self))
         self.add_callback(_Refresh(self, self._lift.config.refresh_interval))
 
@@ -160,12 +163,41 @@ class LiftTrainer(SFTTrainer):
             )
         return optimizer
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Our own loss where it can be, so that no tile of logits is larger than it must be."""
+        if self._loss is None or return_outputs or "shift_labels" in inputs:
+            if isinstance(model.get_output_embeddings(), FrozenHead):
+                raise UserError(
+                    "quantize_ends keeps no whole logits: train and evaluate with loss_type=nll or "
+                    "chunked_nll, no label smoothing and no compute_metrics."
+                )
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        else:
+            with self.accelerator.autocast():
+                result = self._loss(model, inputs, num_items_in_batch)
+            self._log_parts("train" if model.training else "eval", inputs)
         if model.training:
             loss = result[0] if isinstance(result, tuple) else result
             self.guard.see_loss(loss.detach())
         return result
+
+    def _log_parts(self, mode: str, inputs: Any) -> None:
+        """What TRL logs beside the loss: entropy, accuracy, tokens."""
+        assert self._loss is not None
+        parts = self._loss.last
+        self._metrics[mode]["entropy"].append(parts.mean_entropy)
+        self._metrics[mode]["mean_token_accuracy"].append(parts.accuracy)
+        if mode == "train":
+            mask = inputs.get("attention_mask")
+            seen = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self._total_train_tokens += seen
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """None where gradients are gone by now: it would be logged as 0."""

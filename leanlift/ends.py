@@ -1,0 +1,252 @@
+"""The two ends of a language model, frozen: the embedding and the output head with its loss.
+
+Both may be held in INT8, and the whole logits are never there: with a vocabulary of 128k they
+would be the largest tensor of all. The loss goes over the vocabulary in tiles, twice: once for
+the log-sum-exp, kept running, and once for the gradient of the hidden states, which is formed in
+the forward pass already, since the head itself has none.
+
+Shapes: T tokens, d width, V vocabulary, v columns of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from leanlift.tiles import RowTiles, row_ranges
+
+TILE_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = scale * (x W^T + bias), then capped.
+
+    Attributes:
+        weight: W [V, d] by rows, dequantized as they are read.
+        bias: [V] or None.
+        softcap: c of c * tanh(logits / c), as Gemma 2 has it; None: no cap.
+    """
+
+    weight: RowTiles
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """W[start:stop] in the dtype of the computation."""
+        return self.weight.rows(start, stop).to(dtype)
+
+    def logits(self, x: Tensor, rows: Tensor, start: int) -> Tensor:
+        """Logits of x [T, d] for the vocabulary entries of `rows`, in fp32 (fp64 where x is).
+
+        The product is rounded to the dtype of x, as in the stock model; what follows is not.
+        """
+        product = x @ rows.T
+        logits = product if product.dtype == torch.float64 else product.float()
+        if self.bias is not None:
+            logits = logits + self.bias[start : start + rows.shape[0]].to(logits.dtype)
+        if self.softcap is not None:
+            logits = logits.div(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """loss: a scalar. entropy: summed over the tokens. correct: tokens whose label is the most
+    likely one. The latter two carry no gradient."""
+
+    loss: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+def head_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    divisor: Tensor | float,
+    tile_bytes: int = TILE_BYTES,
+) -> HeadLoss:
+    """Summed cross-entropy over `divisor`, without the logits.
+
+    Args:
+        hidden: [T, d]; the computation has its dtype, sums are in fp32.
+        labels: int64 [T], each in 0..V-1: drop ignored positions before.
+        head: where the logits come from.
+        divisor: tokens that the loss is divided by: of the whole accumulated batch, in training.
+        tile_bytes: about how large a tile of logits, and one of the weight, may be.
+    """
+    divisor = torch.as_tensor(divisor, device=hidden.device)
+    loss, entropy, correct = _HeadLoss.apply(hidden, labels, head, divisor, tile_bytes)
+    return HeadLoss(loss, entropy, correct)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, labels: Tensor, head: Head, divisor: Tensor, tile_bytes: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, width = hidden.shape
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        step = max(64, tile_bytes // (wide.itemsize * max(tokens, width, 1)))
+        most = torch.full((tokens,), -torch.inf, dtype=wide, device=hidden.device)
+        total, weighted, own = (torch.zeros_like(most) for _ in range(3))
+        for start, stop in row_ranges(head.weight.shape[0], step):
+            logits = head.logits(hidden, head.rows(start, stop, hidden.dtype), start)
+            own = torch.where(_within(labels, start, stop), _pick(logits, labels, start), own)
+            larger = torch.maximum(most, logits.amax(1))
+            shrink = (most - larger).exp()
+            share = (logits - larger.unsqueeze(1)).exp_()
+            total = total * shrink + share.sum(1)
+            weighted = weighted * shrink + share.mul_(logits).sum(1)
+            most = larger
+            del logits, share  # before the next tile is made
+        normalizer = most + total.log()
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(_gradient(hidden, labels, head, normalizer, divisor, step, wide))
+        loss = (normalizer - own).sum() / divisor
+        entropy, correct = (normalizer - weighted / total).sum(), (own >= most).sum()
+        ctx.mark_non_differentiable(entropy, correct)
+        return loss, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss.to(gradient.dtype), None, None, None, None
+
+
+def _gradient(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    normalizer: Tensor,
+    divisor: Tensor,
+    step: int,
+    wide: torch.dtype,
+) -> Tensor:
+    """d loss / d hidden [T, d] in the dtype of `hidden`, summed over tiles in fp32."""
+    gradient = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    for start, stop in row_ranges(head.weight.shape[0], step):
+        rows = head.rows(start, stop, hidden.dtype)
+        logits = head.logits(hidden, rows, start)
+        slope = (logits - normalizer.unsqueeze(1)).exp_()  # the probabilities, then minus one-hot
+        place = (labels - start).clamp(0, stop - start - 1).unsqueeze(1)
+        slope.scatter_add_(1, place, -_within(labels, start, stop).to(wide).unsqueeze(1))
+        if head.softcap is not None:
+            slope.mul_(logits.div_(head.softcap).square_().neg_().add_(1))
+        del logits
+        gradient += slope.div_(divisor).to(hidden.dtype) @ rows
+        del slope
+    return gradient.to(hidden.dtype)
+
+
+def _within(labels: Tensor, start: int, stop: int) -> Tensor:
+    return (labels >= start) & (labels < stop)
+
+
+def _pick(logits: Tensor, labels: Tensor, start: int) -> Tensor:
+    place = (labels - start).clamp(0, logits.shape[1] - 1)
+    return logits.gather(1, place.unsqueeze(1)).squeeze(1)
+
+
+class FrozenHead(nn.Module):
+    """An output head whose weight is dequantized a tile at a time, also for whole logits.
+
+    Args:
+        base: the module that holds weight and bias; its own forward is never called.
+        weight: the same weight as RowTiles.
+    """
+
+    def __init__(self, base: nn.Module, weight: RowTiles, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.weight_tiles = weight
+        self.register_buffer("bias", bias, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the base holds it."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_tiles.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_tiles.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [..., V] in the dtype of the computation."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        return _TiledLinear.apply(x, self.weight_tiles, bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+class _TiledLinear(torch.autograd.Function):
+    """y = x W^T + bias, W read by row tiles, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: RowTiles, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.dtype = weight, x.dtype
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for start, stop, rows in _tiles(weight, x.dtype):
+            out[..., start:stop] = x @ rows.T
+        return out if bias is None else out.add_(bias.to(out.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+        grad_x = torch.zeros(
+            *grad_y.shape[:-1], ctx.weight.shape[1], dtype=torch.float32, device=grad_y.device
+        )
+        for start, stop, rows in _tiles(ctx.weight, ctx.dtype):
+            grad_x += grad_y[..., start:stop].to(ctx.dtype) @ rows
+        return grad_x.to(ctx.dtype), None, None
+
+
+def _tiles(weight: RowTiles, dtype: torch.dtype) -> Any:
+    m, n = weight.shape
+    for start, stop in row_ranges(m, max(64, TILE_BYTES // (4 * n))):
+        yield start, stop, weight.rows(start, stop).to(dtype)
+
+
+class FrozenEmbedding(nn.Module):
+    """An embedding in 16 or 32 bits or in INT8, on the model's device or on the CPU.
+
+    Args:
+        storage: looks rows up; see `quantized.embedding_rows`.
+        dtype: of what comes out.
+        stays: True leaves the storage where it is, whatever the model is moved to.
+    """
+
+    def __init__(self, storage: nn.Module, rows: Any, dtype: torch.dtype, stays: bool) -> None:
+        super().__init__()
+        self._rows = rows
+        self.dtype = dtype
+        if stays:
+            self.__dict__["storage"] = storage  # unknown to nn.Module, so that .to() passes it by
+        else:
+            self.storage = storage
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the storage holds it."""
+        weight: Tensor = self.storage.weight  # type: ignore[assignment]
+        return weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[..., d] for ids [...], on the device of `ids`."""
+        held = self.weight.device
+        rows: Tensor = self._rows(self.storage, ids.to(held))
+        return rows.to(self.dtype).to(ids.device)

@@ -1,0 +1,91 @@
+"""Replacing a model's embedding and output head by frozen ones of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanlift.ends import FrozenEmbedding, FrozenHead, Head
+from leanlift.errors import UserError
+from leanlift.quantized import Weight8bit, WeightFormat, embedding_rows, frozen_weight, requantize
+
+INT8 = WeightFormat("int8", "float32")
+
+
+def quantize_ends(model: Any) -> None:
+    """Hold the embedding and the output head in INT8, one scale per row; tied ones once.
+
+    Raises:
+        UserError: the model has no stock embedding and head. It is unchanged then.
+    """
+    embedding, head = check_ends(model)
+    dtype = embedding.weight.dtype
+    names = {module: name for name, module in model.named_modules()}
+    tied = head.weight is embedding.weight
+    held = _int8(embedding.weight)
+    base = held if tied else _int8(head.weight)
+    bias = None if head.bias is None else head.bias.data
+    model.set_submodule(names[embedding], FrozenEmbedding(held, embedding_rows, dtype, False))
+    model.set_submodule(names[head], FrozenHead(base, Weight8bit(base), bias))
+
+
+def embedding_to_cpu(model: Any) -> None:
+    """Keep the embedding in the CPU's memory; rows are looked up there and moved.
+
+    Raises:
+        UserError: it is tied to the head, which the GPU needs.
+    """
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    shared = head is not None and embedding.weight.data_ptr() == head.weight.data_ptr()
+    if shared:
+        raise UserError(
+            "the embedding is tied to the output head, which the GPU needs: leave out "
+            "embedding_on_cpu for this model."
+        )
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    held: nn.Module = embedding.storage if isinstance(embedding, FrozenEmbedding) else embedding
+    dtype = embedding.dtype if isinstance(embedding, FrozenEmbedding) else embedding.weight.dtype
+    held.cpu()
+    model.set_submodule(name, FrozenEmbedding(held, embedding_rows, dtype, True))
+
+
+def output_head(model: Any) -> Head | None:
+    """What `head_loss` needs of a model's output head; None where its logits are made in a way
+    that is not known here (scaled, or by another module than a Linear)."""
+    module = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in scales):
+        return None
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if isinstance(module, FrozenHead):
+        bias: Any = module.bias
+        return Head(module.weight_tiles, bias, softcap)
+    if type(module) is nn.Linear:
+        return Head(frozen_weight(module, "the output head"), module.bias, softcap)
+    return None
+
+
+def check_ends(model: Any) -> tuple[nn.Embedding, nn.Linear]:
+    """The embedding and the output head, if they are of the kind that can be quantized.
+
+    Raises:
+        UserError: they are not.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    scaled = getattr(embedding, "embed_scale", None) is not None
+    if not isinstance(embedding, nn.Embedding) or scaled or type(head) is not nn.Linear:
+        raise UserError(
+            f"the ends of this {type(model).__name__} are a {type(embedding).__name__} and a "
+            f"{type(head).__name__}; quantize_ends expects a plain Embedding and a Linear."
+        )
+    return embedding, head
+
+
+def _int8(weight: torch.Tensor) -> nn.Module:
+    tiles = requantize(weight.detach(), INT8, weight.device)
+    assert isinstance(tiles, Weight8bit)
+    return tiles.module

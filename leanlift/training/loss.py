@@ -1,0 +1,76 @@
+"""The training loss, through the tiled output head.
+
+TRL's own fused head wants a dense weight and works in buffers of 32,768 vocabulary entries per
+token. This loss takes a head in any storage format, and only the tokens that are trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanlift.ends import head_loss
+from leanlift.model import output_head
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Averages over the trained tokens of a batch."""
+
+    mean_entropy: float
+    accuracy: float
+
+
+class TiledLoss:
+    """Cross-entropy of next tokens over the trained ones, from a model's hidden states.
+
+    Attributes:
+        last: entropy and accuracy of the last batch.
+    """
+
+    def __init__(self) -> None:
+        self.last = LossParts(0.0, 0.0)
+
+    def __call__(self, model: Any, inputs: dict[str, Any], items: Any = None) -> Tensor:
+        """Loss over `items` tokens, or over those of this batch.
+
+        Args:
+            model: an attached causal LM.
+            inputs: a batch with `input_ids` and `labels` [B, S]; -100 is not trained.
+            items: trained tokens of the whole accumulated batch.
+        """
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        hidden = model.base_model(**{**rest, "use_cache": False}).last_hidden_state[:, :-1]
+        labels = inputs["labels"][:, 1:]
+        kept = labels != -100
+        count = kept.sum()
+        head = output_head(model)
+        assert head is not None
+        parts = head_loss(
+            hidden[kept], labels[kept], head, count.clamp(min=1) if items is None else items
+        )
+        trained = max(1, int(count))
+        self.last = LossParts(float(parts.entropy) / trained, int(parts.correct) / trained)
+        return parts.loss
+
+
+def tiled_loss(model: Any, args: Any, custom: Any) -> TiledLoss | None:
+    """A `TiledLoss`, or None where another loss was asked for or the head is not a plain one."""
+    plain = getattr(args, "loss_type", "nll") in ("nll", "chunked_nll")
+    router = getattr(model.config, "output_router_logits", False)
+    smoothing = getattr(args, "label_smoothing_factor", 0.0)
+    if not plain or custom is not None or router or smoothing or output_head(model) is None:
+        return None
+    return TiledLoss()
+
+
+def loss_of_all_tokens(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
+    """The same loss with every token trained, for planning: nothing depends on what labels are."""
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    head = output_head(model)
+    assert head is not None
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return head_loss(flat, labels[:, 1:].reshape(-1), head, torch.tensor(1.0)).loss

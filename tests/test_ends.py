@@ -1,0 +1,131 @@
+"""The embedding, the output head and its loss, against dense ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import make_base, relative_error
+from torch import Tensor, nn
+
+from leanlift.ends import FrozenEmbedding, FrozenHead, Head, head_loss
+from leanlift.memory import LiveBytes
+from leanlift.quantized import WeightFormat, embedding_rows, frozen_weight, requantize
+from leanlift.tiles import DenseTiles
+
+T, D, V = 33, 48, 1007
+
+
+def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(T, D).to(dtype)
+    weight = (torch.randn(V, D) / 3).to(dtype)
+    return hidden, weight, torch.randn(V).to(dtype), torch.randint(V, (T,))
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cap: float | None
+) -> tuple[Tensor, Tensor]:
+    hidden = hidden.detach().clone().requires_grad_()
+    logits = F.linear(hidden, weight, bias)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    loss = F.cross_entropy(logits, labels, reduction="sum") / 7
+    loss.backward()
+    assert hidden.grad is not None
+    return loss.detach(), hidden.grad
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile_bytes", [1, 50_000, 2**25])
+def test_loss_and_gradient_are_those_of_whole_logits(
+    cap: float | None, with_bias: bool, dtype: torch.dtype, tile_bytes: int
+) -> None:
+    hidden, weight, bias, labels = problem(dtype)
+    used = bias if with_bias else None
+    wide_bias = bias.double() if with_bias else None
+    exact, exact_grad = plain(hidden.double(), weight.double(), wide_bias, labels, cap)
+    stock, stock_grad = plain(hidden, weight, used, labels, cap)
+    ours = hidden.clone().requires_grad_()
+    got = head_loss(ours, labels, Head(DenseTiles(weight), used, cap), 7, tile_bytes)
+    (4 * got.loss).backward()
+    assert ours.grad is not None
+    assert ours.grad.dtype == dtype
+    # bf16: one rounding more, of each tile's product
+    limit = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-9}[dtype]
+    for one, truth, reference in (
+        (got.loss, exact, stock),
+        (ours.grad / 4, exact_grad, stock_grad),
+    ):
+        assert relative_error(one, truth) <= limit + relative_error(reference, truth)
+
+
+def test_entropy_and_correct_tokens() -> None:
+    hidden, weight, bias, labels = problem()
+    logits = F.linear(hidden, weight, bias).double()
+    labels[::2] = logits.argmax(1)[::2]
+    chance = logits.softmax(1)
+    got = head_loss(hidden, labels, Head(DenseTiles(weight), bias), 1, 40_000)
+    torch.testing.assert_close(got.entropy.double(), -(chance * chance.log()).sum())
+    assert got.correct == (logits.argmax(1) == labels).sum()
+
+
+def test_no_token_gives_zero() -> None:
+    hidden = torch.randn(0, D, requires_grad=True)
+    empty = torch.empty(0, dtype=torch.int64)
+    got = head_loss(hidden, empty, Head(DenseTiles(torch.randn(V, D))), 1)
+    got.loss.backward()
+    assert got.loss == 0
+    assert hidden.grad is not None
+    assert hidden.grad.shape == (0, D)
+
+
+def test_whole_logits_are_never_there() -> None:
+    tokens, width, vocabulary = 512, 64, 32000
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    head = Head(frozen_weight(make_base("int8", vocabulary, width)))
+    with LiveBytes() as live:
+        head_loss(hidden, torch.randint(vocabulary, (tokens,)), head, 1, 2**21).loss.backward()
+    assert live.peak <= 4 * 2**21 + 5 * hidden.nbytes
+    assert live.peak < tokens * vocabulary * 4 / 6
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_frozen_head_is_its_dequantized_weight(kind: str, bias: bool) -> None:
+    base = make_base(kind, 700, 128, bias=bias)
+    weight = frozen_weight(base)
+    dense = weight.rows(0, 700)
+    head = FrozenHead(base, weight, base.bias.data if bias else None)
+    x = torch.randn(3, 5, 128, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    out, wanted = head(x), F.linear(y, dense, base.bias if bias else None)
+    torch.testing.assert_close(out, wanted)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    wanted.backward(grad)
+    torch.testing.assert_close(x.grad, y.grad)
+    assert (head.in_features, head.out_features) == (128, 700)
+
+
+def test_an_int8_embedding_looks_up_dequantized_rows() -> None:
+    weight = torch.randn(100, 32).bfloat16()
+    tiles: Any = requantize(weight, WeightFormat("int8", "float32"), torch.device("cpu"))
+    ids = torch.randint(100, (2, 7))
+    for stays in (False, True):
+        embedding = FrozenEmbedding(tiles.module, embedding_rows, torch.bfloat16, stays)
+        got = embedding(ids)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, tiles.rows(0, 100)[ids].bfloat16())
+        assert relative_error(got.float(), weight[ids].double()) < 0.01
+        assert ("storage" in dict(embedding.named_modules())) != stays
+    dense = FrozenEmbedding(
+        nn.Embedding.from_pretrained(weight), embedding_rows, weight.dtype, True
+    )
+    assert torch.equal(dense(ids), weight[ids])
