@@ -270,6 +270,10 @@ class _Storage:
     CB: Tensor | None = None
     SCB: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
 
 def empty_4bit(
     shape: tuple[int, int],

@@ -244,11 +244,10 @@ def requantize(weight: Tensor, fmt: WeightFormat, device: torch.device) -> RowTi
 
 def embedding_rows(module: nn.Module, ids: Tensor) -> Tensor:
     """Rows `ids` of a module's weight [V, d], dequantized: [..., d]."""
-    if _bnb.is_linear8bit(module):
-        return _bnb.gather_8bit_rows(module, ids)
     weight = module.weight
-    assert isinstance(weight, Tensor)
-    return nn.functional.embedding(ids, weight)
+    if isinstance(weight, Tensor) and weight.dtype.is_floating_point:
+        return nn.functional.embedding(ids, weight)
+    return _bnb.gather_8bit_rows(module, ids)
 
 
 def empty_weight(

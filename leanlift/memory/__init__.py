@@ -9,9 +9,14 @@ from leanlift.memory.measure import (
     static_categories,
     tensor_bytes,
 )
+from leanlift.memory.plan import CARDS_GIB, MemoryPlan, StepSettings, plan_step
 from leanlift.memory.report import REPORT_NAME, format_report, human, load_report, save_report
 
 __all__ = [
+    "CARDS_GIB",
+    "MemoryPlan",
+    "StepSettings",
+    "plan_step",
     "CATEGORIES",
     "REPORT_NAME",
     "LiveBytes",

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanlift.config import LiftConfig
+from leanlift.ends import FrozenEmbedding, FrozenHead
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.memory.live import LiveBytes
+from leanlift.model.ends import INT8, check_ends
 from leanlift.model.targets import find_targets
-from leanlift.quantized import WeightDense, WeightFormat, empty_weight
+from leanlift.quantized import WeightDense, WeightFormat, embedding_rows, empty_weight
 from leanlift.sparse import SEGMENT, SegmentedIndex
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -56,7 +58,7 @@ def fake_tensors() -> Iterator[None]:
 
 
 def attach_fake(
-    model: Any, config: LiftConfig, fmt: WeightFormat | None
+    model: Any, config: LiftConfig, fmt: WeightFormat | None, embedding_on_cpu: bool = False
 ) -> dict[str, tuple[int, int]]:
     """Replace the Linears of a fake 16/32-bit model as loading and attaching would.
 
@@ -64,6 +66,7 @@ def attach_fake(
         model: built under `fake_tensors`.
         config: what is trained.
         fmt: how Linears other than the output head are quantized; None: they are not.
+        embedding_on_cpu: whether looking rows up moves them.
 
     Returns:
         The shape of every target.
@@ -85,7 +88,22 @@ def attach_fake(
             model.set_submodule(name, LiftLinear(base, weight, index, scratch, values_dtype))
         elif fmt is not None:
             model.set_submodule(name, FrozenLinear(base, weight, scratch))
+    if config.quantize_ends:
+        _quantize_ends(model, embedding_on_cpu)
     return shapes
+
+
+def _quantize_ends(model: Any, stays: bool) -> None:
+    embedding, head = check_ends(model)
+    names = {module: name for name, module in model.named_modules()}
+    dtype = embedding.weight.dtype
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    held = empty_weight(shape, INT8)
+    tied = head.weight is embedding.weight
+    base = held if tied else empty_weight(shape, INT8)
+    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, stays)
+    model.set_submodule(names[embedding], lookup)
+    model.set_submodule(names[head], FrozenHead(base.module, base, head.bias))
 
 
 def step_peak(

@@ -15,8 +15,10 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
+from leanlift.layer import FrozenLinear
 from leanlift.memory.fake import Loss, attach_fake, fake_tensors, step_peak
 from leanlift.memory.measure import CATEGORIES
+from leanlift.model.ends import INT8
 from leanlift.optim import TABLES_NBYTES, adamw_nbytes
 from leanlift.quantized import WeightFormat, dtype_of
 from leanlift.selection import selection_nbytes
@@ -47,7 +49,7 @@ class StepSettings:
         accumulate: micro-batches per step.
         optim: a name that the Trainer knows, or one of ours.
         in_backward: whether each gradient is freed as soon as it exists.
-        clip: whether the gradient norm is clipped.
+        embedding_on_cpu: whether the embedding is not on the card.
         cuda: whether the run is on a GPU; torch's AdamW works on all vectors at once there.
     """
 
@@ -58,6 +60,7 @@ class StepSettings:
     accumulate: int = 1
     optim: str = "adamw_8bit"
     in_backward: bool = False
+    embedding_on_cpu: bool = False
     cuda: bool = True
 
 
@@ -132,8 +135,8 @@ def plan_step(
     """
     with fake_tensors():
         model = build()
-        ends, other, largest = _unquantized(model)
-        shapes = attach_fake(model, config, fmt)
+        ends, other, largest = _unquantized(model, config.quantize_ends, settings)
+        shapes = attach_fake(model, config, fmt, settings.embedding_on_cpu)
         linears = _linear_shapes(model)
         if settings.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -226,30 +229,35 @@ def _weight_nbytes(shape: tuple[int, int], fmt: WeightFormat | None, item: int) 
     return fmt.nbytes(shape) + tables
 
 
-def _unquantized(model: Any) -> tuple[int, int, int]:
-    """Of a 16/32-bit model: bytes of the embeddings and head, bytes of everything that is no
-    weight of a Linear, and entries of the largest parameter."""
-    ends = {
-        id(module.weight): module.weight
-        for module in (model.get_input_embeddings(), model.get_output_embeddings())
-        if module is not None
-    }
-    weights = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
-    rest = [
-        tensor
+def _unquantized(model: Any, quantize_ends: bool, settings: StepSettings) -> tuple[int, int, int]:
+    """Of a 16/32-bit model: bytes of the embedding and head as they will be held, bytes of
+    everything that is no weight of a Linear, and entries of the largest parameter.
+
+    Raises:
+        UserError: an embedding on the CPU that is tied to the head.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or embedding.weight is head.weight
+    if tied and settings.embedding_on_cpu:
+        raise UserError(
+            "the embedding is tied to the output head, which the GPU needs: leave out "
+            "embedding_on_cpu for this model."
+        )
+    held = [] if settings.embedding_on_cpu else [embedding.weight]
+    held += [] if tied else [head.weight]
+    bias = 0 if head is None or head.bias is None else head.bias.nbytes
+    ends = sum(INT8.nbytes(tuple(w.shape)) if quantize_ends else w.nbytes for w in held) + bias
+    counted = {id(embedding.weight), *({id(p) for p in head.parameters()} if head else ())}
+    counted |= {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
+    rest = {
+        id(tensor): tensor.nbytes
         for tensor in (*model.parameters(), *model.buffers())
-        if id(tensor) not in ends and id(tensor) not in weights
-    ]
-    return (
-        sum(tensor.nbytes for tensor in ends.values()),
-        sum({id(tensor): tensor.nbytes for tensor in rest}.values()),
-        max(parameter.numel() for parameter in model.parameters()),
-    )
+        if id(tensor) not in counted
+    }
+    return ends, sum(rest.values()), max(parameter.numel() for parameter in model.parameters())
 
 
 def _linear_shapes(model: Any) -> list[tuple[int, int]]:
-    from leanlift.layer import FrozenLinear
-
     return [m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)]
 
 

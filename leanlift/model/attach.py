@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -144,7 +144,7 @@ def attach(
         elif name in base.formats:  # quantized, but not trained
             model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
     if config.quantize_ends:
-        quantize_ends(model)
+        base = replace(base, formats={**base.formats, **quantize_ends(model)})
     _own_base(model)
     holder: Any = model
     unconverged = [name for name, choice in choices.items() if not choice.converged]

@@ -14,8 +14,11 @@ from leanlift.quantized import Weight8bit, WeightFormat, embedding_rows, frozen_
 INT8 = WeightFormat("int8", "float32")
 
 
-def quantize_ends(model: Any) -> None:
+def quantize_ends(model: Any) -> dict[str, WeightFormat]:
     """Hold the embedding and the output head in INT8, one scale per row; tied ones once.
+
+    Returns:
+        The formats of both by module name, for the fingerprint.
 
     Raises:
         UserError: the model has no stock embedding and head. It is unchanged then.
@@ -29,6 +32,7 @@ def quantize_ends(model: Any) -> None:
     bias = None if head.bias is None else head.bias.data
     model.set_submodule(names[embedding], FrozenEmbedding(held, embedding_rows, dtype, False))
     model.set_submodule(names[head], FrozenHead(base, Weight8bit(base), bias))
+    return {names[embedding]: INT8, names[head]: INT8}
 
 
 def embedding_to_cpu(model: Any) -> None:

@@ -3,6 +3,7 @@
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import load_rows, to_examples
 from leanlift.training.memory import MemoryCallback
+from leanlift.training.plan import plan_memory, plan_of
 from leanlift.training.run import RunResult, run
 from leanlift.training.trainer import LiftTrainer, last_whole_checkpoint
 
@@ -14,6 +15,8 @@ __all__ = [
     "RunResult",
     "last_whole_checkpoint",
     "load_rows",
+    "plan_memory",
+    "plan_of",
     "run",
     "to_examples",
 ]

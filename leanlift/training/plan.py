@@ -1,0 +1,90 @@
+"""Planning a run from a model's configuration, with the training loss that it will have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from leanlift.config import LiftConfig
+from leanlift.errors import UserError, first_line
+from leanlift.memory import MemoryPlan, StepSettings, plan_step
+from leanlift.quantized import WeightFormat, dtype_of
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.loss import loss_of_all_tokens
+
+NF4 = WeightFormat("nf4", "bfloat16", 64, double=True)
+
+
+def plan_memory(
+    model: str | Path,
+    config: LiftConfig | None = None,
+    settings: StepSettings | None = None,
+    quantization: WeightFormat | None = NF4,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> MemoryPlan:
+    """What fine-tuning a model will need, without its weights.
+
+    Args:
+        model: hub name, checkpoint directory, or a bare config.json.
+        config: what is trained; `LiftConfig()` if not given.
+        settings: the training step.
+        quantization: how the Linears are held; None: in `settings.dtype`.
+        attn_implementation: as in `from_pretrained`.
+        trust_remote_code: as in `from_pretrained`.
+
+    Raises:
+        UserError: no such model, one without targets, or settings that cannot be planned.
+    """
+    config, settings = config or LiftConfig(), settings or StepSettings()
+    try:
+        shape: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the model {model} cannot be planned for: {first_line(error)}") from error
+    if getattr(shape, "quantization_config", None) is not None:
+        del shape.quantization_config
+
+    def build() -> Any:
+        return AutoModelForCausalLM.from_config(
+            shape,
+            dtype=dtype_of(settings.dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+
+    return plan_step(build, str(model), config, quantization, settings, loss_of_all_tokens)
+
+
+def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> MemoryPlan:
+    """The plan of a run that `leanlift train` would make with these arguments."""
+    dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    settings = StepSettings(
+        batch=sft.per_device_train_batch_size,
+        length=sft.max_length or 2048,
+        dtype=dtype,
+        checkpointing=bool(sft.gradient_checkpointing),
+        accumulate=sft.gradient_accumulation_steps,
+        optim=str(getattr(sft.optim, "value", sft.optim)),
+        in_backward=sft.optim_in_backward,
+        embedding_on_cpu=args.embedding_on_cpu,
+        cuda=cuda,
+    )
+    return plan_memory(
+        args.model_name_or_path,
+        args.lift_config(),
+        settings,
+        format_of(args, dtype),
+        args.attn_implementation,
+        bool(sft.trust_remote_code),
+    )
+
+
+def format_of(args: RunArguments, dtype: str) -> WeightFormat | None:
+    """How the arguments have the Linears quantized."""
+    if args.load_in_8bit:
+        return WeightFormat("int8", "float32")
+    if not args.load_in_4bit:
+        return None
+    return WeightFormat(args.bnb_4bit_quant_type, dtype, 64, args.bnb_4bit_use_double_quant)
