@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from leanlift.errors import UserError
     from leanlift.export import merge_adapter
     from leanlift.model import get_lift_model, load_adapter, refresh_mask, save_adapter
-    from leanlift.training import LiftTrainer
+    from leanlift.training import LiftTrainer, plan_memory
 
 __all__ = [
     "LiftConfig",
@@ -31,6 +31,7 @@ __all__ = [
     "get_lift_model",
     "load_adapter",
     "merge_adapter",
+    "plan_memory",
     "refresh_mask",
     "save_adapter",
 ]
@@ -42,6 +43,7 @@ _HOMES = {
     "get_lift_model": "leanlift.model",
     "load_adapter": "leanlift.model",
     "merge_adapter": "leanlift.export",
+    "plan_memory": "leanlift.training",
     "refresh_mask": "leanlift.model",
     "save_adapter": "leanlift.model",
 }

@@ -228,12 +228,21 @@ class FrozenEmbedding(nn.Module):
         storage: looks rows up; see `quantized.embedding_rows`.
         dtype: of what comes out.
         stays: True leaves the storage where it is, whatever the model is moved to.
+        scale: scalar that rows are multiplied by, as Gemma does.
     """
 
-    def __init__(self, storage: nn.Module, rows: Any, dtype: torch.dtype, stays: bool) -> None:
+    def __init__(
+        self,
+        storage: nn.Module,
+        rows: Any,
+        dtype: torch.dtype,
+        stays: bool,
+        scale: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self._rows = rows
         self.dtype = dtype
+        self.register_buffer("embed_scale", scale, persistent=False)
         if stays:
             self.__dict__["storage"] = storage  # unknown to nn.Module, so that .to() passes it by
         else:
@@ -249,4 +258,6 @@ class FrozenEmbedding(nn.Module):
         """[..., d] for ids [...], on the device of `ids`."""
         held = self.weight.device
         rows: Tensor = self._rows(self.storage, ids.to(held))
-        return rows.to(self.dtype).to(ids.device)
+        rows = rows.to(self.dtype).to(ids.device)
+        scale: Tensor | None = self.embed_scale  # type: ignore[assignment]
+        return rows if scale is None else rows * scale.to(self.dtype)

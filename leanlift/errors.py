@@ -16,3 +16,7 @@ def first_line(error: BaseException) -> str:
 
 class UserError(ValueError):
     """An input that cannot be used; the message says what to do about it."""
+
+
+class OutOfMemoryError(UserError):
+    """A run that did not fit its device; the last checkpoint is kept."""

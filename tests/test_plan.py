@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,20 @@ from transformers import (
     Qwen2Config,
 )
 
-from leanlift import LiftConfig, LiftTrainer, get_lift_model
+from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
+from leanlift.cli import main
 from leanlift.memory import MemoryMeter, StepSettings, static_categories
 from leanlift.model import embedding_to_cpu
 from leanlift.optim import state_nbytes
 from leanlift.quantized import WeightFormat
-from leanlift.training import LiftSFTConfig, MemoryCallback, plan_memory
+from leanlift.training import (
+    LiftSFTConfig,
+    MemoryCallback,
+    RunArguments,
+    plan_memory,
+    plan_of,
+)
+from leanlift.training.fit import changes, fit, parse_card
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -168,5 +179,139 @@ def test_the_planned_peak_is_the_measured_one_within_5_percent(
         assert planned["embeddings and head"] == measured["embeddings and head"]
     assert planned["optimizer state"] == state_nbytes(trainer.optimizer)
     assert planned["scratch"] == measured["scratch"]
-    print(case, plan.phases["train"], memory.peak, plan.phases["train"] / memory.peak)
     assert abs(plan.phases["train"] / memory.peak - 1) <= 0.05, (planned, measured)
+
+
+# --- Fitting a card, and running out of it -------------------------------------------------
+
+
+def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
+    loop = {f.name for f in dataclasses.fields(LiftSFTConfig)}
+    sft = {key: value for key, value in changes.items() if key in loop}
+    run_args = {key: value for key, value in changes.items() if key not in loop}
+    return (
+        RunArguments(model_name_or_path=str(path), dataset_name="rows.json", **run_args),
+        LiftSFTConfig(
+            output_dir="x", use_cpu=True, bf16=False, max_length=64,
+            **{"per_device_train_batch_size": 4, **sft},
+        ),
+    )  # fmt: skip
+
+
+def test_fit_takes_changes_in_order_until_it_fits(checkpoints: dict[str, Path]) -> None:
+    args, sft = arguments(checkpoints["llama"], approx_rank=8, gradient_checkpointing=False)
+    plan = plan_of(args, sft, cuda=False)
+    assert fit(args, sft, plan.needed / 2**30, cuda=False).steps == ()
+    said: list[str] = []
+    found = fit(args, sft, 0.9 * plan.needed / 2**30, cuda=False, say=said.append)
+    assert found.plan.fits(0.9 * plan.needed / 2**30)
+    assert found.steps[0].startswith("gradient_checkpointing=true")
+    assert said[1:] == list(found.steps)
+    again = plan_of(found.args, found.sft, cuda=False)
+    assert again.needed == found.plan.needed
+    with pytest.raises(
+        UserError, match=r"does not fit 0.0001 GiB: the least setting needs .* more"
+    ):
+        fit(args, sft, 1e-4, cuda=False)
+
+
+def test_every_change_makes_a_run_smaller_or_says_so(checkpoints: dict[str, Path]) -> None:
+    args, sft = arguments(checkpoints["llama"], approx_rank=8, gradient_checkpointing=False)
+    names = [what.partition("=")[0] for what, _ in changes(args, sft)]
+    assert names == [
+        "gradient_checkpointing", "optim", "values_dtype", "optim_in_backward", "quantize_ends",
+        "activation_offloading", "embedding_on_cpu", "per_device_train_batch_size",
+        "per_device_train_batch_size", "density", "density", "density",
+    ]  # fmt: skip
+    for _, change in changes(args, sft):
+        args, sft = change((args, sft))
+    assert (args.density, sft.per_device_train_batch_size) == (0.01, 1)
+    assert sft.gradient_accumulation_steps == 4
+    tied, _ = arguments(checkpoints["qwen2, tied"])
+    assert "embedding_on_cpu" not in {what.partition("=")[0] for what, _ in changes(tied, sft)}
+
+
+@pytest.mark.parametrize("text", ["8GB", "8 GiB", "8", "8g", "8.0gb"])
+def test_sizes_of_cards(text: str) -> None:
+    assert parse_card(text) == 8
+
+
+@pytest.mark.parametrize("text", ["", "big", "-1", "8TB", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="size of a card such as 8GB"):
+        parse_card(text)
+
+
+def test_the_command_prints_table_json_and_picture(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.json"
+    shutil.copy(checkpoints["llama"] / "config.json", config)
+    argv = ["plan", "--model_name_or_path", str(config), "--max_length", "32", "--cpu"]
+    assert main(argv) == 0
+    table = capsys.readouterr().out
+    assert "peak of training" in table
+    assert "8 GB yes" in table
+    picture = tmp_path / "plan.png"
+    assert main([*argv, "--json", "--fit", "1GB", "--plot", str(picture)]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert sum(data["categories"].values()) == data["phases"]["train"]
+    assert data["changed"] == []
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert main(["plan", "--model_name_or_path", str(tmp_path / "nothing")]) == 2
+    assert "cannot be planned for" in capsys.readouterr().err
+    assert main([*argv, "--optim", "sgd"]) == 2
+    assert "optim=sgd cannot be planned" in capsys.readouterr().err
+
+
+def test_running_out_of_memory_says_where_and_what_helps(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1+1=", "completion": "2"}\n' * 8)
+    stock = LiftTrainer.training_step
+
+    def full(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. More.")
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(LiftTrainer, "training_step", full)
+    argv = [
+        "train", "--model_name_or_path", str(checkpoints["llama"]), "--dataset_name", str(rows),
+        "--output_dir", str(tmp_path / "run"), "--approx_rank", "8", "--max_steps", "4",
+        "--per_device_train_batch_size", "2", "--max_length", "32", "--save_steps", "1",
+        "--gradient_checkpointing", "false",
+    ]  # fmt: skip
+    assert main(argv) == 3
+    message = capsys.readouterr().err
+    assert "out of memory in phase train: CUDA out of memory" in message
+    assert "the plan had said" in message
+    assert "The cheapest change that helps: gradient_checkpointing=true" in message
+    assert "checkpoint-2" in message
+
+
+def test_a_run_reports_plan_against_measured(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "%s"}\n' % ("0123456789" * 10) * 8)
+    argv = [
+        "train", "--model_name_or_path", str(checkpoints["llama"]), "--dataset_name", str(rows),
+        "--output_dir", str(tmp_path / "run"), "--approx_rank", "8", "--max_steps", "3",
+        "--per_device_train_batch_size", "2", "--max_length", "64", "--fit", "1GB",
+    ]  # fmt: skip
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "Planned peak:" in printed
+    assert main(["report", str(tmp_path / "run")]) == 0
+    report = capsys.readouterr().out
+    assert "plan against measured" in report
+    lines = {line[:28].strip(): line.split()[-1] for line in report.splitlines() if "%" in line}
+    assert lines["values"] == lines["index"] == lines["embeddings and head"] == "+0.0%"
+    assert abs(float(lines["phase train"].rstrip("%"))) <= 5
+    assert "plan against measured" in (tmp_path / "run" / "memory.md").read_text()
+    assert (tmp_path / "run" / "memory.png").read_bytes()[:4] == b"\x89PNG"

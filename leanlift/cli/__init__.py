@@ -1,7 +1,8 @@
-"""The command line: `leanlift demo | train | export | report`.
+"""The command line: `leanlift demo | plan | train | export | report`.
 
-An error that a user can cause ends in one sentence on stderr and exit code 2; `--debug` shows
-the traceback. Everything heavy is imported by the command that needs it.
+An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
+too small in exit code 3; `--debug` shows the traceback. Everything heavy is imported by the
+command that needs it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import warnings
 from collections.abc import Sequence
 
 from leanlift._version import __version__
-from leanlift.errors import UserError
+from leanlift.errors import OutOfMemoryError, UserError
 
 EXIT_USER_ERROR = 2
+EXIT_OUT_OF_MEMORY = 3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,13 +32,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             from leanlift.cli.train import train_command
 
             return train_command(arguments[1:])
+        if arguments[:1] == ["plan"]:
+            from leanlift.cli.plan import plan_command
+
+            return plan_command(arguments[1:])
         options = build_parser().parse_args(arguments)
         return int(options.run(options))
     except UserError as error:
         if debug:
             raise
         print(f"leanlift: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return EXIT_OUT_OF_MEMORY if isinstance(error, OutOfMemoryError) else EXIT_USER_ERROR
     except OSError as error:  # a full disk, a directory that may not be written
         if debug:
             raise
@@ -48,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command but `train`, whose options come from dataclasses."""
+    """The parser of every command but `plan` and `train`, whose options come from dataclasses."""
     parser = argparse.ArgumentParser(
         prog="leanlift",
         description="Fine-tune a 7B language model on one consumer GPU: a frozen 4-bit base, 5 % "
@@ -62,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output_dir", default="leanlift-demo", help="where the results go")
     demo.set_defaults(run=_demo)
 
+    commands.add_parser("plan", help="what a run will need, before it is made", add_help=False)
     commands.add_parser("train", help="fine-tune a model", add_help=False)
 
     export = commands.add_parser(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,11 @@ import yaml
 from transformers import HfArgumentParser
 
 from leanlift.errors import UserError, first_line
-from leanlift.memory import format_report
-from leanlift.training import LiftSFTConfig, RunArguments, run
+from leanlift.memory import MemoryPlan, format_report, human
+from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
+from leanlift.training.fit import fit, parse_card
+
+logger = logging.getLogger("leanlift")
 
 SHOWN = (
     "output_dir",
@@ -55,8 +60,18 @@ SHOWN = (
 
 def train_command(argv: Sequence[str]) -> int:
     """Parse, run, and print what came out."""
-    args, sft = parse_train(list(argv))
-    result = run(args, sft)
+    card, argv = take_option(list(argv), "--fit")
+    args, sft = parse_train(argv)
+    cuda = torch.cuda.is_available() and not sft.use_cpu
+    if card is None:
+        plan = _plan(args, sft, cuda)
+    else:
+        found = fit(args, sft, parse_card(card), cuda, lambda line: print(line, file=sys.stderr))
+        args, sft, plan = found.args, found.sft, found.plan
+    if plan is not None:
+        say = f"Planned peak: {human(plan.peak)} of tensors, in phase {plan.peak_phase}"
+        print(say + (f"; {human(plan.needed)} with the CUDA context." if cuda else "."))
+    result = run(args, sft, plan=plan)
     print(format_report(result.memory.to_dict()))
     print(f"\nAdapter: {sft.output_dir}")
     if result.merged is not None:
@@ -64,6 +79,34 @@ def train_command(argv: Sequence[str]) -> int:
     else:
         print(f"Merge it with: leanlift export {sft.output_dir} MERGED_DIR")
     return 0
+
+
+def _plan(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> MemoryPlan | None:
+    """The plan of a run, or None where it cannot be planned: that alone stops no run."""
+    try:
+        return plan_of(args, sft, cuda)
+    except Exception as error:  # whatever a model's own code does under fake tensors
+        logger.warning("This run could not be planned: %s", first_line(error))
+        return None
+
+
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of an option that is not a training argument, and the other arguments.
+
+    Raises:
+        UserError: it has no value.
+    """
+    value, rest = None, []
+    pending = iter(argv)
+    for argument in pending:
+        key, equals, given = argument.partition("=")
+        if key == name:
+            value = given if equals else next(pending, "")
+            if not value:
+                raise UserError(f"{name} needs a value.")
+        else:
+            rest.append(argument)
+    return value, rest
 
 
 def parse_train(argv: list[str]) -> tuple[RunArguments, LiftSFTConfig]:
@@ -106,6 +149,7 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
         formatter_class=_OneName,
         add_help=False,
     )
+    parser.add_argument("--fit", help="choose settings for a card of this size, e.g. 8GB")
     parser.add_argument("--config", help="a YAML file with any of these keys")
     parser.add_argument(
         "--help", "-h", action="store_true", help="show the options that matter most"
@@ -113,7 +157,7 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
     parser.add_argument("--help_all", action="store_true", help="show every option there is")
     if not show_all:
         own = {field.name for field in dataclasses.fields(RunArguments)}
-        shown = {*own, *SHOWN, "config", "help", "help_all"}
+        shown = {*own, *SHOWN, "fit", "config", "help", "help_all"}
         for action in parser._actions:
             negative = action.option_strings and action.option_strings[0].startswith("--no")
             if action.dest not in shown or negative:

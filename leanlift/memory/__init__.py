@@ -10,22 +10,30 @@ from leanlift.memory.measure import (
     tensor_bytes,
 )
 from leanlift.memory.plan import CARDS_GIB, MemoryPlan, StepSettings, plan_step
-from leanlift.memory.report import REPORT_NAME, format_report, human, load_report, save_report
+from leanlift.memory.report import (
+    REPORT_NAME,
+    format_plan,
+    format_report,
+    human,
+    load_report,
+    save_report,
+)
 
 __all__ = [
     "CARDS_GIB",
-    "MemoryPlan",
-    "StepSettings",
-    "plan_step",
     "CATEGORIES",
     "REPORT_NAME",
     "LiveBytes",
     "MemoryMeter",
+    "MemoryPlan",
     "MemoryReport",
     "PhasePeak",
+    "StepSettings",
+    "format_plan",
     "format_report",
     "human",
     "load_report",
+    "plan_step",
     "save_report",
     "static_categories",
     "tensor_bytes",

@@ -10,7 +10,7 @@ whose temporaries have a rule of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from leanlift.config import LiftConfig
 from leanlift.ends import FrozenEmbedding, FrozenHead
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.memory.live import LiveBytes
-from leanlift.model.ends import INT8, check_ends
+from leanlift.model.ends import INT8, check_ends, embed_scale
 from leanlift.model.targets import find_targets
 from leanlift.quantized import WeightDense, WeightFormat, embedding_rows, empty_weight
 from leanlift.sparse import SEGMENT, SegmentedIndex
@@ -101,13 +101,20 @@ def _quantize_ends(model: Any, stays: bool) -> None:
     held = empty_weight(shape, INT8)
     tied = head.weight is embedding.weight
     base = held if tied else empty_weight(shape, INT8)
-    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, stays)
+    scale = embed_scale(embedding)
+    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, stays, scale)
     model.set_submodule(names[embedding], lookup)
     model.set_submodule(names[head], FrozenHead(base.module, base, head.bias))
 
 
 def step_peak(
-    model: Any, loss: Loss, batch: int, length: int, in_backward: bool, accumulate: bool
+    model: Any,
+    loss: Loss,
+    batch: int,
+    length: int,
+    in_backward: bool,
+    accumulate: bool,
+    offload: bool = False,
 ) -> int:
     """Peak bytes beyond weights, values and scratch of one forward and backward pass.
 
@@ -117,6 +124,7 @@ def step_peak(
         batch, length: of a micro-batch, in rows and tokens.
         in_backward: whether each gradient is freed as soon as it exists.
         accumulate: whether gradients of an earlier micro-batch are there already.
+        offload: whether what autograd saves is moved to the CPU.
     """
     layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
     widest = max((m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)),
@@ -129,7 +137,7 @@ def step_peak(
         for layer in layers
     ]
     try:
-        with LiveBytes() as live:
+        with _fused_attention(), _offloading(offload), LiveBytes() as live:
             for _ in range(2 if accumulate else 1):
                 loss(model, ids, ids.clone()).backward()
     finally:
@@ -138,6 +146,54 @@ def step_peak(
         for layer in layers:
             layer.values.grad = None
     return live.peak
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Fake tensors have no device whose fused kernels could be asked for: torch would fall back to
+    whole attention matrices, which neither a CPU nor a GPU makes."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    functional: Any = torch.nn.functional
+    stock = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = stock
+
+
+OFFLOADED_FROM = 1024
+"""Bytes from which TRL's offloading moves a saved tensor."""
+
+
+def _offloading(wanted: bool) -> Any:
+    """Saved tensors cost nothing here and are made again when they are needed."""
+    if not wanted:
+        return nullcontext()
+
+    def pack(tensor: Tensor) -> Any:
+        stays = isinstance(tensor, nn.Parameter) or tensor.nbytes < OFFLOADED_FROM
+        return tensor if stays else (tensor.shape, tensor.dtype)
+
+    def unpack(held: Any) -> Tensor:
+        return held if isinstance(held, Tensor) else torch.empty(held[0], dtype=held[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _look(values: Any) -> None:

@@ -53,6 +53,7 @@ class MemoryReport:
         phases: name -> PhasePeak.
         categories: bytes of the training step by category.
         notes: how a figure was obtained, where that is not obvious.
+        plan: what had been planned, as `MemoryPlan.to_dict` has it; None: nothing.
     """
 
     device: str
@@ -60,6 +61,7 @@ class MemoryReport:
     categories: dict[str, int] = field(default_factory=dict)
     entries: int = 0
     notes: list[str] = field(default_factory=list)
+    plan: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -49,6 +49,7 @@ class StepSettings:
         accumulate: micro-batches per step.
         optim: a name that the Trainer knows, or one of ours.
         in_backward: whether each gradient is freed as soon as it exists.
+        offload: whether saved activations are moved to the CPU.
         embedding_on_cpu: whether the embedding is not on the card.
         cuda: whether the run is on a GPU; torch's AdamW works on all vectors at once there.
     """
@@ -60,6 +61,7 @@ class StepSettings:
     accumulate: int = 1
     optim: str = "adamw_8bit"
     in_backward: bool = False
+    offload: bool = False
     embedding_on_cpu: bool = False
     cuda: bool = True
 
@@ -148,6 +150,7 @@ def plan_step(
             settings.length,
             settings.in_backward,
             settings.accumulate > 1,
+            settings.offload,
         )
     item = dtype_of(settings.dtype).itemsize
     counts = {target: config.count(shape, target) for target, shape in shapes.items()}
@@ -166,8 +169,6 @@ def plan_step(
     static = sum(held.values())
     updating = gradients + update_nbytes(settings, list(counts.values()), value)
     train = static + max(moving, updating)
-    if settings.in_backward:
-        train += update_nbytes(settings, list(counts.values()), value)
     categories = {**held, "gradients": gradients}
     categories["activations and workspace"] = train - sum(categories.values())
     base = held["base weights"] + held["embeddings and head"] + held["norms and other"]

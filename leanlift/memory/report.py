@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from leanlift.checkpoint import read_json, write_json
+from leanlift.checkpoint import read_json, replacing, write_json
 from leanlift.errors import UserError
 from leanlift.memory.measure import MemoryReport
+from leanlift.memory.picture import draw
 
 REPORT_NAME = "memory.json"
 
 
 def save_report(report: MemoryReport, directory: str | Path) -> Path:
-    """Write `memory.json` into `directory`."""
+    """Write `memory.json` and `memory.md` into `directory`, and `memory.png` where matplotlib is
+    installed."""
     path = Path(directory) / REPORT_NAME
-    write_json(path, report.to_dict())
+    data = report.to_dict()
+    write_json(path, data)
+    with replacing(path.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown_report(data), encoding="utf-8")
+    if data["categories"] and find_spec("matplotlib") is not None:
+        bars = {"planned": data["plan"]["categories"]} if data["plan"] else {}
+        draw({**bars, "measured": data["categories"]}, path.with_suffix(".png"))
     return path
+
+
+def markdown_report(report: dict[str, Any]) -> str:
+    """The report for a reader: its tables as fixed-width text under a heading."""
+    return f"# Memory of this run\n\n```\n{format_report(report)}\n```\n"
+
+
+def compare(report: dict[str, Any]) -> list[str]:
+    """Plan against measurement: bytes by category and by phase, and the difference."""
+    plan = report.get("plan")
+    if not plan:
+        return []
+    heading = f"{'plan against measured':<28}{'planned':>14}{'measured':>14}{'difference':>14}"
+    lines = ["", heading]
+    for name, measured in report["categories"].items():
+        lines.append(_difference(name, plan["categories"].get(name, 0), measured))
+    for name, peak in report["phases"].items():
+        if name in plan["phases"] and peak["tensors"] is not None:
+            lines.append(_difference(f"phase {name}", plan["phases"][name], peak["tensors"]))
+    return lines
+
+
+def _difference(name: str, planned: int, measured: int) -> str:
+    share = f"{planned / measured - 1:+.1%}" if measured else "-"
+    return f"{name:<28}{human(planned):>14}{human(measured):>14}{share:>14}"
 
 
 def load_report(run: str | Path) -> dict[str, Any]:
@@ -62,8 +96,34 @@ def format_report(report: dict[str, Any]) -> str:
             f"{name:<12}{peak['seconds']:>10.1f}"
             + "".join(f"{human(peak[key]):>14}" for key in ("tensors", "reserved", "resident"))
         )
+    lines += compare(report)
     lines += ["", f"device: {report['device']}", *report.get("notes", [])]
     return "\n".join(lines)
+
+
+def format_plan(plan: dict[str, Any]) -> str:
+    """The plan as text: the training step by category, the peak of each phase, which cards."""
+    categories: dict[str, int] = plan["categories"]
+    total = sum(categories.values())
+    lines = [f"{plan['model']}: {plan['entries']:,} trained entries", ""]
+    lines += [f"{'training step, planned':<28}{'bytes':>16}{'':>12}{'share':>8}"]
+    lines += [
+        f"{name:<28}{nbytes:>16,}{human(nbytes):>12}{nbytes / total:>8.1%}"
+        for name, nbytes in categories.items()
+        if nbytes
+    ]
+    lines += [f"{'peak of training':<28}{total:>16,}{human(total):>12}", ""]
+    for name, nbytes in plan["phases"].items():
+        where = " (on the CPU)" if name == "export" else ""
+        lines.append(f"{'phase ' + name:<28}{nbytes:>16,}{human(nbytes):>12}{where}")
+    lines += [
+        "",
+        f"peak: {plan['peak_phase']}, {human(plan['peak'])}; with {human(plan['context'])} for the "
+        f"CUDA context: {human(plan['needed'])}",
+        "fits: "
+        + ", ".join(f"{c} GB {'yes' if fits else 'no'}" for c, fits in plan["fits_gib"].items()),
+    ]
+    return "\n".join([*lines, *plan["notes"]])
 
 
 def human(nbytes: int | None) -> str:

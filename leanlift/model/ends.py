@@ -24,13 +24,15 @@ def quantize_ends(model: Any) -> dict[str, WeightFormat]:
         UserError: the model has no stock embedding and head. It is unchanged then.
     """
     embedding, head = check_ends(model)
-    dtype = embedding.weight.dtype
+    dtype, scale = embedding.weight.dtype, embed_scale(embedding)
     names = {module: name for name, module in model.named_modules()}
     tied = head.weight is embedding.weight
     held = _int8(embedding.weight)
     base = held if tied else _int8(head.weight)
     bias = None if head.bias is None else head.bias.data
-    model.set_submodule(names[embedding], FrozenEmbedding(held, embedding_rows, dtype, False))
+    model.set_submodule(
+        names[embedding], FrozenEmbedding(held, embedding_rows, dtype, False, scale)
+    )
     model.set_submodule(names[head], FrozenHead(base, Weight8bit(base), bias))
     return {names[embedding]: INT8, names[head]: INT8}
 
@@ -52,8 +54,9 @@ def embedding_to_cpu(model: Any) -> None:
     name = next(name for name, module in model.named_modules() if module is embedding)
     held: nn.Module = embedding.storage if isinstance(embedding, FrozenEmbedding) else embedding
     dtype = embedding.dtype if isinstance(embedding, FrozenEmbedding) else embedding.weight.dtype
+    scale = embed_scale(embedding)
     held.cpu()
-    model.set_submodule(name, FrozenEmbedding(held, embedding_rows, dtype, True))
+    model.set_submodule(name, FrozenEmbedding(held, embedding_rows, dtype, True, scale))
 
 
 def output_head(model: Any) -> Head | None:
@@ -80,13 +83,29 @@ def check_ends(model: Any) -> tuple[nn.Embedding, nn.Linear]:
         UserError: they are not.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    scaled = getattr(embedding, "embed_scale", None) is not None
-    if not isinstance(embedding, nn.Embedding) or scaled or type(head) is not nn.Linear:
+    if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         raise UserError(
             f"the ends of this {type(model).__name__} are a {type(embedding).__name__} and a "
             f"{type(head).__name__}; quantize_ends expects a plain Embedding and a Linear."
         )
+    embed_scale(embedding)
     return embedding, head
+
+
+def embed_scale(embedding: nn.Module) -> torch.Tensor | None:
+    """The scalar that Gemma's embeddings multiply their rows by, or None.
+
+    Raises:
+        UserError: an embedding that does more than a stock one in a way that is not known here.
+    """
+    scale = getattr(embedding, "embed_scale", None)
+    known = type(embedding) is nn.Embedding or isinstance(embedding, FrozenEmbedding)
+    if not known and not isinstance(scale, torch.Tensor):
+        raise UserError(
+            f"the embedding is a {type(embedding).__name__}, which leanlift cannot replace: leave "
+            "out quantize_ends and embedding_on_cpu for this model."
+        )
+    return scale
 
 
 def _int8(weight: torch.Tensor) -> nn.Module:

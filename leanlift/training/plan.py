@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
@@ -54,7 +56,23 @@ def plan_memory(
             trust_remote_code=trust_remote_code,
         )
 
-    return plan_step(build, str(model), config, quantization, settings, loss_of_all_tokens)
+    with _no_packing_search():
+        return plan_step(build, str(model), config, quantization, settings, loss_of_all_tokens)
+
+
+@contextmanager
+def _no_packing_search() -> Iterator[None]:
+    """Without an attention mask transformers looks into the positions for packed sequences, and
+    makes a whole mask where it cannot look, as under fake tensors; a real run makes none."""
+    if not hasattr(masking_utils, "find_packed_sequence_indices"):
+        yield
+        return
+    stock = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = stock
 
 
 def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> MemoryPlan:
@@ -68,6 +86,7 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         accumulate=sft.gradient_accumulation_steps,
         optim=str(getattr(sft.optim, "value", sft.optim)),
         in_backward=sft.optim_in_backward,
+        offload=bool(sft.activation_offloading),
         embedding_on_cpu=args.embedding_on_cpu,
         cuda=cuda,
     )

@@ -10,13 +10,21 @@ from typing import Any
 
 import torch
 
-from leanlift.errors import UserError, first_line
+from leanlift.errors import OutOfMemoryError, UserError, first_line
 from leanlift.export import ONTO, MergeReport, merge_adapter
-from leanlift.memory import MemoryMeter, MemoryReport, human, save_report, static_categories
+from leanlift.memory import (
+    MemoryMeter,
+    MemoryPlan,
+    MemoryReport,
+    human,
+    save_report,
+    static_categories,
+)
 from leanlift.model import RefreshReport, embedding_to_cpu, get_lift_model, lift_state, load_adapter
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import calibration_batches, check_rows, load_rows
+from leanlift.training.fit import changes
 from leanlift.training.load import load_base
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.trainer import STAGING, LiftTrainer, last_whole_checkpoint
@@ -38,6 +46,7 @@ def run(
     args: RunArguments,
     sft: LiftSFTConfig,
     before_training: Callable[[Any, Any], None] | None = None,
+    plan: MemoryPlan | None = None,
 ) -> RunResult:
     """Train as `leanlift train` does; the adapter ends up in `sft.output_dir`.
 
@@ -45,10 +54,27 @@ def run(
         args: the base, the data and the mask.
         sft: the training loop.
         before_training: called with the attached model and its tokenizer.
+        plan: what was planned, for the report and for what is said when memory runs out.
 
     Raises:
         UserError: anything wrong with base, data, settings or output directory.
+        OutOfMemoryError: the device was too small.
     """
+    reached = ["load"]
+    try:
+        return _run(args, sft, before_training, plan, reached)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(_out_of_memory(reached[-1], error, args, sft, plan)) from error
+
+
+def _run(
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    before_training: Callable[[Any, Any], None] | None,
+    plan: MemoryPlan | None,
+    reached: list[str],
+) -> RunResult:
+    """`run`, noting in `reached` which phase it has come to."""
     output = Path(sft.output_dir or "leanlift-output")
     resume = _checkpoint_to_resume(sft, output)
     config = args.lift_config()
@@ -69,8 +95,10 @@ def run(
         else torch.device("cpu")
     )
     meter = MemoryMeter(device)
+    meter.report.plan = None if plan is None else plan.to_dict()
     with meter.phase("load"):
         model, tokenizer = load_base(args, device, sft.trust_remote_code)
+    reached.append("select")
     with meter.phase("select", follow=True) as peak:
         if resume:
             load_adapter(model, resume, progress=True)
@@ -107,6 +135,7 @@ def run(
         raise
     except ValueError as error:  # settings that TRL or HF Trainer refuse
         raise UserError(f"these settings do not work: {first_line(error)}") from error
+    reached.append("train")
     with meter.phase("train") as peak:
         try:
             trainer.train(resume_from_checkpoint=resume)
@@ -120,6 +149,7 @@ def run(
 
     merged = None
     if args.merged_dir:
+        reached.append("export")
         static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
         with meter.phase("export", follow=True, static=static):
             merged = merge_adapter(
@@ -127,6 +157,29 @@ def run(
             )
         save_report(meter.report, output)
     return RunResult(model, tokenizer, meter.report, merged)
+
+
+def _out_of_memory(
+    phase: str,
+    error: BaseException,
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    plan: MemoryPlan | None,
+) -> str:
+    """Phase, what was asked for, what the plan had said, what would help, what is kept."""
+    planned = (
+        f"the plan had said {human(plan.phases.get(phase, plan.peak))} for this phase and "
+        f"{human(plan.needed)} in all"
+        if plan is not None
+        else "there was no plan"
+    )
+    cheapest = next((what for what, _ in changes(args, sft)), "a shorter max_length")
+    last = last_whole_checkpoint(sft.output_dir or "leanlift-output")
+    kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    return (
+        f"out of memory in phase {phase}: {first_line(error).rstrip('.')}; {planned}. The cheapest "
+        f"change that helps: {cheapest}; or let --fit choose. {kept[0].upper()}{kept[1:]}."
+    )
 
 
 def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> str | None:

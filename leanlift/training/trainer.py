@@ -203,6 +203,13 @@ class LiftTrainer(SFTTrainer):
         """None where gradients are gone by now: it would be logged as 0."""
         return None if self._in_backward else super()._get_grad_norm(model, grad_norm=grad_norm)
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, with the bytes allocated now and at most so far, in GiB, on CUDA."""
+        if self.args.device.type == "cuda":
+            logs["memory_allocated_gib"] = torch.cuda.memory_allocated() / 2**30
+            logs["memory_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        super().log(logs, *args, **kwargs)
+
     # --- checkpoints -----------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:

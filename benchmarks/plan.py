@@ -1,0 +1,123 @@
+"""What `plan_memory` says of eight models at 1 × 2048 tokens, in three settings.
+
+    python -m benchmarks.plan [--models Llama-2-7B ...]
+
+Nothing is downloaded: the shapes are facts of the models' public config.json files. NF4 with
+double quantization, 5 % of every Linear, activation checkpointing, `sparse_adamw_8bit`, bf16
+values, the tiled loss. comfortable: that. lean: also INT8 embedding and head, and updates in the
+backward pass. least: also activation offloading, and the embedding on the CPU where it is not tied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from benchmarks.common import write_rows
+from leanlift import LiftConfig, UserError, plan_memory
+from leanlift.memory import StepSettings
+
+GIB = 2**30
+
+
+def shape(
+    vocabulary: int, width: int, mlp: int, layers: int, heads: int, kv: int, **more: Any
+) -> dict[str, Any]:
+    """The facts of a config.json that decide memory."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+MODELS: dict[str, Any] = {
+    "Llama-2-7B": LlamaConfig(**shape(32000, 4096, 11008, 32, 32, 32)),
+    "Llama-2-13B": LlamaConfig(**shape(32000, 5120, 13824, 40, 40, 40)),
+    "Llama-3-8B": LlamaConfig(**shape(128256, 4096, 14336, 32, 32, 8)),
+    "Qwen2.5-7B": Qwen2Config(**shape(152064, 3584, 18944, 28, 28, 4)),
+    "Qwen3-8B": Qwen3Config(**shape(151936, 4096, 12288, 36, 32, 8, head_dim=128)),
+    "Mistral-7B": MistralConfig(**shape(32000, 4096, 14336, 32, 32, 8)),
+    "Gemma-2-9B": Gemma2Config(
+        **{**shape(256000, 3584, 14336, 42, 16, 8, head_dim=256), "tie_word_embeddings": True}
+    ),
+    "Phi-3-mini": Phi3Config(**shape(32064, 3072, 8192, 32, 32, 32)),
+}
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "comfortable": ({}, {}),
+    "lean": ({"quantize_ends": True}, {"in_backward": True}),
+    "least": (
+        {"quantize_ends": True},
+        {"in_backward": True, "offload": True, "embedding_on_cpu": True},
+    ),
+}
+
+
+def row(name: str, setting: str, directory: Path) -> dict[str, Any]:
+    """One model in one setting."""
+    path = directory / name / "config.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(MODELS[name].to_dict()), encoding="utf-8")
+    AutoConfig.from_pretrained(path)
+    lift, step = SETTINGS[setting]
+    config = LiftConfig(density=0.05, values_dtype="bfloat16", **lift)
+    started = time.perf_counter()
+    try:
+        plan = plan_memory(path, config, StepSettings(optim="sparse_adamw_8bit", **step))
+    except UserError:  # a tied embedding cannot be on the CPU
+        plan = plan_memory(
+            path,
+            config,
+            StepSettings(optim="sparse_adamw_8bit", **{**step, "embedding_on_cpu": False}),
+        )
+    return {
+        "model": name,
+        "setting": setting,
+        "entries": plan.entries,
+        "peak GiB": round(plan.peak / GIB, 3),
+        "peak phase": plan.peak_phase,
+        **{f"{key} GiB": round(nbytes / GIB, 3) for key, nbytes in plan.categories.items()},
+        **{f"phase {key} GiB": round(nbytes / GIB, 3) for key, nbytes in plan.phases.items()},
+        "smallest card GB": next((c for c in (6, 8, 12, 16, 24, 48) if plan.fits(c)), ""),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for name in arguments.models:
+            for setting in SETTINGS:
+                rows.append(row(name, setting, Path(directory)))
+                print(rows[-1], flush=True)
+    if list(arguments.models) == list(MODELS):
+        print(f"Wrote {write_rows('plan', rows)}")
+
+
+if __name__ == "__main__":
+    main()
