@@ -23,6 +23,7 @@ from leanlift.ends import FrozenEmbedding, FrozenHead
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.memory.live import LiveBytes
 from leanlift.model.ends import INT8, check_ends, embed_scale
+from leanlift.model.gated import use_gated_product
 from leanlift.model.targets import find_targets
 from leanlift.quantized import WeightDense, WeightFormat, embedding_rows, empty_weight
 from leanlift.sparse import SEGMENT, SegmentedIndex
@@ -88,6 +89,7 @@ def attach_fake(
             model.set_submodule(name, LiftLinear(base, weight, index, scratch, values_dtype))
         elif fmt is not None:
             model.set_submodule(name, FrozenLinear(base, weight, scratch))
+    use_gated_product(model)
     if config.quantize_ends:
         _quantize_ends(model, embedding_on_cpu)
     return shapes

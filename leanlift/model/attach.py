@@ -21,6 +21,7 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, fingerprint
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.model.ends import check_ends, quantize_ends
+from leanlift.model.gated import use_gated_product
 from leanlift.model.gradient import gradient_masks
 from leanlift.model.targets import find_targets
 from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized
@@ -143,6 +144,7 @@ def attach(
             model.set_submodule(name, LiftLinear(module, weight, index, scratch, values_dtype))
         elif name in base.formats:  # quantized, but not trained
             model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
+    use_gated_product(model)
     if config.quantize_ends:
         base = replace(base, formats={**base.formats, **quantize_ends(model)})
     _own_base(model)

@@ -134,6 +134,10 @@ class RunArguments:
         default=LiftConfig.selection_tile_mib,
         metadata={"help": "MiB of a matrix that the selection reads at once"},
     )
+    snapshot: bool = field(
+        default=False,
+        metadata={"help": "on CUDA, keep torch's own memory timeline as memory_snapshot.pickle"},
+    )
     merged_dir: str | None = field(
         default=None,
         metadata={"help": "after training, also write the merged fp16 checkpoint there"},

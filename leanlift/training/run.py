@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from leanlift.checkpoint import replacing
 from leanlift.errors import OutOfMemoryError, UserError, first_line
 from leanlift.export import ONTO, MergeReport, merge_adapter
 from leanlift.memory import (
@@ -62,9 +64,27 @@ def run(
     """
     reached = ["load"]
     try:
-        return _run(args, sft, before_training, plan, reached)
+        with _timeline(args.snapshot, Path(sft.output_dir or "leanlift-output")):
+            return _run(args, sft, before_training, plan, reached)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(_out_of_memory(reached[-1], error, args, sft, plan)) from error
+
+
+@contextmanager
+def _timeline(wanted: bool, output: Path) -> Iterator[None]:
+    """Record torch's memory history and write it beside the report, also after an error; open it
+    at https://pytorch.org/memory_viz. Only on CUDA."""
+    if not (wanted and torch.cuda.is_available()):
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    try:
+        yield
+    finally:
+        output.mkdir(parents=True, exist_ok=True)
+        with replacing(output / "memory_snapshot.pickle") as temporary:
+            torch.cuda.memory._dump_snapshot(str(temporary))
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _run(

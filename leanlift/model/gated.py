@@ -1,0 +1,81 @@
+"""The gated MLP of most models, act(gate) * up, with less kept for the backward pass.
+
+Written as two operations, autograd keeps the activation's input and output and the other factor,
+and its backward pass needs six tensors of the widest size at once: the peak of a lean training
+step. As one operation it keeps the two factors, and goes over the tokens in pieces; the results
+are the same to the bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from leanlift.tiles import row_ranges
+
+STOCK = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
+"""What a forward must consist of to be replaced, without spaces."""
+
+TOKENS = 256
+
+
+def use_gated_product(model: nn.Module) -> list[str]:
+    """Let every MLP whose forward is the well-known one use `gated_product`, in place.
+
+    Returns:
+        The names of the modules that do.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if _is_stock(type(module)):
+            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
+            found.append(name)
+    return found
+
+
+def gated_product(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """act(gate) * up, both of one shape [..., d]; `act` works entry by entry."""
+    product: Tensor = _GatedProduct.apply(gate, up, act)
+    return product
+
+
+def _forward(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.act_fn))
+    return y
+
+
+def _is_stock(kind: type[nn.Module]) -> bool:
+    try:
+        lines = inspect.getsource(kind.forward).splitlines()
+    except (OSError, TypeError):
+        return False
+    body = "".join("".join(lines[1:]).split())
+    return body in (f"down_proj={STOCK}returndown_proj", f"return{STOCK}")
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = (saved.reshape(-1, saved.shape[-1]) for saved in ctx.saved_tensors)
+        flat = grad.reshape(gate.shape)
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        for a, b in row_ranges(gate.shape[0], TOKENS):
+            with torch.enable_grad():
+                piece = gate[a:b].detach().requires_grad_()
+                activated = ctx.act(piece)
+            torch.mul(flat[a:b], activated.detach(), out=grad_up[a:b])
+            (grad_gate[a:b],) = torch.autograd.grad(activated, piece, flat[a:b] * up[a:b])
+        return grad_gate.view(grad.shape), grad_up.view(grad.shape), None

@@ -1,0 +1,61 @@
+"""The gated product is the stock MLP's, bit for bit, and keeps less."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import saved_nbytes
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+)
+
+from leanlift.memory import LiveBytes
+from leanlift.model.gated import use_gated_product
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def build(kind: Any, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(kind(**SIZES), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Gemma2Config])
+def test_outputs_and_gradients_are_the_stock_ones(kind: Any, dtype: torch.dtype) -> None:
+    stock, ours = build(kind, dtype), build(kind, dtype)
+    assert len(use_gated_product(ours)) == 2
+    ids = torch.randint(64, (3, 150))
+    for model in (stock, ours):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for (name, one), other in zip(stock.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+
+
+def test_another_mlp_is_left_alone() -> None:
+    assert use_gated_product(build(Phi3Config, torch.float32)) == []
+
+
+def test_two_tensors_less_are_alive() -> None:
+    stock = build(LlamaConfig, torch.float32).model.layers[0].mlp
+    ours = build(LlamaConfig, torch.float32).model.layers[0]
+    use_gated_product(ours)
+    x = torch.randn(4000, 32, requires_grad=True)
+    wide = 4000 * 96 * 4
+    assert saved_nbytes(stock, x) - saved_nbytes(ours.mlp, x) >= wide
+    peaks = []
+    for mlp in (stock.requires_grad_(False), ours.mlp.requires_grad_(False)):
+        with LiveBytes() as live:
+            mlp(x).sum().backward()
+        peaks.append(live.peak)
+    assert peaks[0] - peaks[1] >= 0.8 * wide
