@@ -23,10 +23,10 @@ from transformers import (
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.cli import main
-from leanlift.memory import MemoryMeter, StepSettings, static_categories
+from leanlift.memory import MemoryMeter, StepSettings, plan_step, static_categories
 from leanlift.model import embedding_to_cpu
 from leanlift.optim import state_nbytes
-from leanlift.quantized import WeightFormat
+from leanlift.quantized import Weight4bit, Weight8bit, WeightFormat, requantize
 from leanlift.training import (
     LiftSFTConfig,
     MemoryCallback,
@@ -35,6 +35,7 @@ from leanlift.training import (
     plan_of,
 )
 from leanlift.training.fit import changes, fit, parse_card
+from leanlift.training.loss import loss_of_all_tokens
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -315,3 +316,33 @@ def test_a_run_reports_plan_against_measured(
     assert abs(float(lines["phase train"].rstrip("%"))) <= 5
     assert "plan against measured" in (tmp_path / "run" / "memory.md").read_text()
     assert (tmp_path / "run" / "memory.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("kind", ["nf4+double", "int8"])
+def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
+    """4096 x 11008 and its kin, without a checkpoint: our layers over quantized random weights."""
+    sizes = {**SIZES, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1}
+    fmt = FORMATS[kind]
+    assert fmt is not None
+    config = LiftConfig(density=0.05, selector="magnitude", quantize_ends=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
+    model.to_empty(device="cpu")
+    for name, module in list(model.named_modules()):
+        if name.endswith("_proj"):
+            tiles = requantize(torch.randn(module.weight.shape), fmt, torch.device("cpu"))
+            assert isinstance(tiles, (Weight4bit, Weight8bit))
+            model.set_submodule(name, tiles.module)
+    for parameter in model.parameters():
+        if parameter.dtype.is_floating_point:
+            parameter.data.normal_()
+    get_lift_model(model, config, progress=False)
+
+    def build() -> Any:
+        return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
+
+    settings = StepSettings(length=16, dtype="float32", cuda=False)
+    planned = plan_step(build, "wide", config, fmt, settings, loss_of_all_tokens).categories
+    real = static_categories(model)
+    for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
+        assert planned[category] == real[category], category

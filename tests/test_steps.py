@@ -11,11 +11,20 @@ import torch
 from datasets import Dataset
 from test_training import ROWS, assert_same_layers, settings
 from tiny import load, make_checkpoint, make_tokenizer
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model, load_adapter
+from leanlift import (
+    LiftConfig,
+    LiftTrainer,
+    UserError,
+    get_lift_model,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 from leanlift.memory import static_categories
-from leanlift.model import lift_layers
+from leanlift.model import embedding_to_cpu, lift_layers
 from leanlift.optim import SparseAdamW, adamw_nbytes, unwrap
 from leanlift.sparse import index_nbytes
 from leanlift.training import LiftSFTConfig, last_whole_checkpoint
@@ -366,3 +375,75 @@ def test_a_good_step_in_between_starts_the_count_again() -> None:
         guard.end_step(6, lambda: "there is no checkpoint yet")
     with pytest.raises(UserError, match="max_nonfinite_steps of at least 1"):
         LiftSFTConfig(output_dir="x", max_nonfinite_steps=0, use_cpu=True, bf16=False)
+
+
+# --- Quantized ends, and the tiled loss ----------------------------------------------------
+
+ENDS = LiftConfig(density=0.1, approx_rank=8, quantize_ends=True)
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_quantized_ends_train_save_load_and_merge(tmp_path: Path, tied: bool) -> None:
+    path = make_checkpoint(tmp_path / "base", tied=tied)
+    trainer = trainer_for(path, tmp_path / "run", ENDS, max_steps=20, learning_rate=1e-2)
+    losses = trainer.train()
+    assert losses.training_loss < 4.5
+    model = trainer.model
+    embedding = model.get_input_embeddings().weight
+    assert embedding.dtype == torch.int8
+    assert (embedding.data_ptr() == model.get_output_embeddings().weight.data_ptr()) == tied
+    save_adapter(model, tmp_path / "adapter")
+    live = logits_of(model)
+    assert torch.equal(logits_of(load_adapter(load(path), tmp_path / "adapter")), live)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", dtype="float32", onto="quantized")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(merged), live, rtol=1e-4, atol=1e-4)
+    assert merged.config.tie_word_embeddings == tied
+    merge_adapter(tmp_path / "adapter", tmp_path / "plain", dtype="float32", onto="original")
+    original = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert torch.equal(original.get_input_embeddings().weight, stock.get_input_embeddings().weight)
+
+
+def test_an_embedding_on_the_cpu_changes_nothing_but_its_place(tmp_path: Path) -> None:
+    untied = make_checkpoint(tmp_path / "untied", tied=False)
+    usual = trainer_for(untied, tmp_path / "a", LIFT)
+    apart = trainer_for(untied, tmp_path / "b", LIFT)
+    embedding_to_cpu(apart.model)
+    assert "storage" not in dict(apart.model.get_input_embeddings().named_children())
+    usual.train()
+    apart.train()
+    assert_same_layers(usual.model, apart.model)
+    tied = make_checkpoint(tmp_path / "tied", tied=True)
+    with pytest.raises(UserError, match="tied to the output head"):
+        embedding_to_cpu(get_lift_model(load(tied), LIFT, progress=False))
+
+
+def test_the_tiled_loss_is_trl_s(base: Path, tmp_path: Path) -> None:
+    ours, theirs = (trainer_for(base, tmp_path / name) for name in "ab")
+    theirs._loss = None
+    ours.train()
+    theirs.train()
+    for one, other in zip(ours.state.log_history, theirs.state.log_history, strict=True):
+        for key in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
+            assert (key in one) == (key in other)
+            if key in one:
+                assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6), key
+    assert (learned(ours) - learned(theirs)).norm() <= 1e-4 * learned(theirs).norm()
+
+
+def test_what_needs_whole_logits_is_refused_with_quantized_ends(base: Path, tmp_path: Path) -> None:
+    trainer = trainer_for(base, tmp_path, ENDS, loss_type="dft")
+    with pytest.raises(UserError, match="quantize_ends keeps no whole logits"):
+        trainer.train()
+
+
+def test_offloading_without_a_gpu_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="activation_offloading moves activations from a GPU"):
+        trainer_for(base, tmp_path, activation_offloading=True)

@@ -63,7 +63,7 @@ def fit(
     say(f"as configured: {human(plan.needed)}")
     steps: list[str] = []
     least = plan
-    for what, changed in changes(args, sft):
+    for what, changed in changes(args, sft, cuda):
         if plan.fits(gib):
             break
         args, sft = changed((args, sft))
@@ -82,9 +82,10 @@ def fit(
 
 
 def changes(
-    args: RunArguments, sft: LiftSFTConfig
+    args: RunArguments, sft: LiftSFTConfig, cuda: bool = True
 ) -> Iterator[tuple[str, Callable[[Settings], Settings]]]:
-    """What to try against a peak, cheapest first: (what and at what cost, how)."""
+    """What to try against a peak, cheapest first: (what and at what cost, how). On a CPU (`cuda`
+    False) nothing can be moved to one."""
     optim = str(getattr(sft.optim, "value", sft.optim))
     if not sft.gradient_checkpointing:
         yield (
@@ -111,12 +112,12 @@ def changes(
             "quantize_ends=true, embedding and head in INT8",
             _run(quantize_ends=True),
         )
-    if not sft.activation_offloading:
+    if cuda and not sft.activation_offloading:
         yield (
             "activation_offloading=true, costs transfers to the CPU",
             _loop(activation_offloading=True),
         )
-    if not args.embedding_on_cpu and not _tied(args):
+    if cuda and not args.embedding_on_cpu and not _tied(args):
         yield (
             "embedding_on_cpu=true, rows are looked up on the CPU",
             _run(embedding_on_cpu=True),

@@ -98,6 +98,11 @@ class LiftTrainer(SFTTrainer):
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
         args = args or SFTConfig(output_dir="leanlift-output")
+        if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
+            raise UserError(
+                "activation_offloading moves activations from a GPU to the CPU, and this run is on "
+                "the CPU: leave it out."
+            )
         self.length_reports: dict[str, LengthReport] = {}
         self.refreshes: list[RefreshReport] = []
         self.guard = StepGuard(
