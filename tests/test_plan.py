@@ -252,12 +252,18 @@ def test_the_command_prints_table_json_and_picture(
     assert main(argv) == 0
     table = capsys.readouterr().out
     assert "peak of training" in table
+    assert "kept for the backward pass" in table
     assert "8 GB yes" in table
     picture = tmp_path / "plan.png"
     assert main([*argv, "--json", "--fit", "1GB", "--plot", str(picture)]) == 0
     data = json.loads(capsys.readouterr().out)
     assert sum(data["categories"].values()) == data["phases"]["train"]
     assert data["changed"] == []
+    parts = data["step"]
+    assert 0 < parts["kept for the backward pass"] <= parts["loss"]
+    assert max(parts["loss"], parts["backward pass"], parts["optimizer's step"]) == (
+        data["categories"]["gradients"] + data["categories"]["activations and workspace"]
+    )
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert main(["plan", "--model_name_or_path", str(tmp_path / "nothing")]) == 2
     assert "cannot be planned for" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from leanlift.demo.skills import SOURCE_SKILLS, TARGET_SKILL, Row, make_rows
 from leanlift.errors import UserError
 from leanlift.memory import format_report, human
 from leanlift.model import lift_layers
-from leanlift.training import LiftSFTConfig, RunArguments, run
+from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
 
 BASE = Path(__file__).parent / "base"
 TRAIN_ROWS = 2000
@@ -77,7 +77,7 @@ def demo(output_dir: str | Path) -> None:
         save_strategy="no",
         gradient_checkpointing=False,
     )
-    result = run(args, sft, before_training=measure)
+    result = run(args, sft, before_training=measure, plan=plan_of(args, sft, cuda=False))
     after = _answers(result.model, result.tokenizer, held_out, "After training")
 
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float16)
@@ -87,8 +87,6 @@ def demo(output_dir: str | Path) -> None:
     _print_results(held_out, before, after, stock)
     print()
     print(format_report(result.memory.to_dict()))
-    print("Most of the workspace is the buffer of TRL's chunked loss, which is as wide as 32,768")
-    print("tokens whatever the vocabulary is: with a model this small it dwarfs everything else.")
     layers = lift_layers(result.model).values()
     entries = sum(layer.index.count for layer in layers)
     index = sum(layer.index.nbytes for layer in layers)

@@ -6,6 +6,7 @@ from leanlift.memory.measure import (
     MemoryMeter,
     MemoryReport,
     PhasePeak,
+    resident_peak,
     static_categories,
     tensor_bytes,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "human",
     "load_report",
     "plan_step",
+    "resident_peak",
     "save_report",
     "static_categories",
     "tensor_bytes",

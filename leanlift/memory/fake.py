@@ -33,6 +33,21 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class StepBytes:
+    """Bytes of a step beyond what stays: the peak in the forward pass up to the hidden states, the
+    peak in the loss, what is kept for the backward pass, and the peak in that."""
+
+    forward: int
+    loss: int
+    kept: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.loss, self.backward)
+
+
+@dataclass(frozen=True)
 class EvenIndex(SegmentedIndex):
     """An index whose entries are spread evenly over the rows: sizes are known without reading."""
 
@@ -117,8 +132,8 @@ def step_peak(
     in_backward: bool,
     accumulate: bool,
     offload: bool = False,
-) -> int:
-    """Peak bytes beyond weights, values and scratch of one forward and backward pass.
+) -> StepBytes:
+    """Bytes beyond weights, values and scratch of one forward and backward pass.
 
     Args:
         model: from `attach_fake`, in training mode.
@@ -138,16 +153,29 @@ def step_peak(
         layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
         for layer in layers
     ]
+    marks: list[int] = []
     try:
         with _fused_attention(), _offloading(offload), LiveBytes() as live:
+            handles.append(
+                model.base_model.register_forward_hook(lambda *_: marks.append(_lap(live)))
+            )
             for _ in range(2 if accumulate else 1):
-                loss(model, ids, ids.clone()).backward()
+                marks.clear()
+                computed = loss(model, ids, ids.clone())
+                kept, over = live.current, _lap(live)
+                computed.backward()
     finally:
         for handle in handles:
             handle.remove()
         for layer in layers:
             layer.values.grad = None
-    return live.peak
+    return StepBytes(forward=marks[0], loss=over, kept=kept, backward=live.peak)
+
+
+def _lap(live: LiveBytes) -> int:
+    """The peak since the last lap; the next one starts from what is alive."""
+    peak, live.peak = live.peak, live.current
+    return peak
 
 
 @contextmanager

@@ -74,6 +74,8 @@ class MemoryPlan:
         model: what was planned for.
         categories: the training step's bytes by category; together its peak.
         phases: peak of each phase. "export" runs on the CPU and is not on the card.
+        step: what the parts of a step, and a selection, have on top of what stays. The backward
+            pass and the optimizer's step include gradients.
         entries: trained entries.
         context: allowance for the CUDA context, in no other figure.
         notes: what the plan takes for granted.
@@ -82,6 +84,7 @@ class MemoryPlan:
     model: str
     categories: dict[str, int]
     phases: dict[str, int]
+    step: dict[str, int]
     entries: int
     context: int = CONTEXT
     notes: list[str] = field(default_factory=list)
@@ -168,7 +171,7 @@ def plan_step(
     gradients = 0 if settings.in_backward else value * entries
     static = sum(held.values())
     updating = gradients + update_nbytes(settings, list(counts.values()), value)
-    train = static + max(moving, updating)
+    train = static + max(moving.peak, updating)
     categories = {**held, "gradients": gradients}
     categories["activations and workspace"] = train - sum(categories.values())
     base = held["base weights"] + held["embeddings and head"] + held["norms and other"]
@@ -185,6 +188,14 @@ def plan_step(
         model=name,
         categories={category: categories[category] for category in CATEGORIES},
         phases=phases,
+        step={
+            "forward pass": moving.forward,
+            "kept for the backward pass": moving.kept,
+            "loss": moving.loss,
+            "backward pass": moving.backward,
+            "optimizer's step": updating,
+            "one selection": _selecting(config, shapes, counts, item),
+        },
         entries=entries,
         context=CONTEXT if settings.cuda else 0,
     )

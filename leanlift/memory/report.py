@@ -48,6 +48,13 @@ def compare(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _fragmentation(peak: dict[str, Any]) -> str:
+    """What CUDA's allocator reserved beyond the tensors' peak."""
+    if not peak["reserved"] or not peak["tensors"]:
+        return ""
+    return f"  {peak['reserved'] / peak['tensors'] - 1:.1%} reserved beyond the peak"
+
+
 def _difference(name: str, planned: int, measured: int) -> str:
     share = f"{planned / measured - 1:+.1%}" if measured else "-"
     return f"{name:<28}{human(planned):>14}{human(measured):>14}{share:>14}"
@@ -95,6 +102,7 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(
             f"{name:<12}{peak['seconds']:>10.1f}"
             + "".join(f"{human(peak[key]):>14}" for key in ("tensors", "reserved", "resident"))
+            + _fragmentation(peak)
         )
     lines += compare(report)
     lines += ["", f"device: {report['device']}", *report.get("notes", [])]
@@ -113,6 +121,11 @@ def format_plan(plan: dict[str, Any]) -> str:
         if nbytes
     ]
     lines += [f"{'peak of training':<28}{total:>16,}{human(total):>12}", ""]
+    lines += [f"{'on top of what stays':<28}{'bytes':>16}"]
+    lines += [
+        f"{name:<28}{nbytes:>16,}{human(nbytes):>12}" for name, nbytes in plan["step"].items()
+    ]
+    lines += [""]
     for name, nbytes in plan["phases"].items():
         where = " (on the CPU)" if name == "export" else ""
         lines.append(f"{'phase ' + name:<28}{nbytes:>16,}{human(nbytes):>12}{where}")

@@ -31,6 +31,7 @@ from leanlift.adapter import open_adapter
 from leanlift.checkpoint import open_tensors, read_json, sync_tree, write_json, write_tensors
 from leanlift.ends import FrozenHead
 from leanlift.errors import UserError
+from leanlift.memory import resident_peak
 from leanlift.model import (
     RefreshReport,
     lift_layers,
@@ -209,10 +210,13 @@ class LiftTrainer(SFTTrainer):
         return None if self._in_backward else super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, with the bytes allocated now and at most so far, in GiB, on CUDA."""
+        """As Trainer's, with the memory in GiB: allocated now and at most so far on CUDA, resident
+        at most so far on a CPU."""
         if self.args.device.type == "cuda":
-            logs["memory_allocated_gib"] = torch.cuda.memory_allocated() / 2**30
-            logs["memory_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            logs["memory_allocated_gib"] = round(torch.cuda.memory_allocated() / 2**30, 4)
+            logs["memory_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 4)
+        else:
+            logs["memory_resident_gib"] = round(resident_peak() / 2**30, 4)
         super().log(logs, *args, **kwargs)
 
     # --- checkpoints -----------------------------------------------------------------------
