@@ -168,7 +168,7 @@ def test_the_options_are_a_reviewed_set() -> None:
     commands = build_parser()._subparsers
     assert commands is not None
     (choices,) = [action.choices for action in commands._group_actions]
-    assert set(choices or ()) == {"demo", "plan", "train", "export", "report"}
+    assert set(choices or ()) == {"demo", "plan", "train", "export", "info", "report"}
 
 
 def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,3 +284,30 @@ def test_nan_weights_end_a_run_with_one_sentence(
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     argv = ["train", "--config", str(config), "--model_name_or_path", str(broken)]
     assert "NaN or infinite weights" in complaint(capsys, *argv, "--load_in_4bit", "false")
+
+
+def test_info_says_what_an_adapter_holds(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tiny import load
+
+    from leanlift import LiftConfig, get_lift_model, save_adapter
+    from leanlift.model import lift_layers
+
+    model = get_lift_model(load(base), LiftConfig(density=0.1, approx_rank=4), progress=False)
+    layers = lift_layers(model)
+    name = list(layers)[5]
+    layers[name].values.data[3] = -2.5
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["info", str(tmp_path / "adapter"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["entries"] == sum(layer.index.count for layer in layers.values())
+    found = {module["module"]: module for module in data["modules"]}
+    assert set(found) == set(layers)
+    assert found[name]["largest"] == found[name]["norm"] == 2.5
+    assert abs(data["density"] - 0.1) < 0.01
+    assert main(["info", str(tmp_path / "adapter")]) == 0
+    text = capsys.readouterr().out
+    assert str(base) in text
+    assert text.splitlines()[5].startswith(name)
+    assert "no leanlift adapter" in complaint(capsys, "info", str(base))

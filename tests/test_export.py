@@ -213,3 +213,17 @@ def test_a_value_that_overflows_fp16_is_named(tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter")
     refused(tmp_path, r"model\.layers\.1\.mlp\.up_proj\.weight holds .*bfloat16")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", dtype="bfloat16", progress=False)
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    base = make_checkpoint(tmp_path / "base")
+    trained(base, tmp_path / "adapter")
+    usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr("leanlift.export.merge.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"needs 0.0 GiB, but only 0.0 GiB are free at"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "deep" / "merged")
+    assert not (tmp_path / "deep").exists()

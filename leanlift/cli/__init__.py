@@ -1,4 +1,4 @@
-"""The command line: `leanlift demo | plan | train | export | report`.
+"""The command line: `leanlift demo | plan | train | export | info | report`.
 
 An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
 too small in exit code 3; `--debug` shows the traceback. Everything heavy is imported by the
@@ -90,6 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--max_shard_size", default="5GB", help='e.g. "2GB"')
     export.set_defaults(run=_export)
 
+    info = commands.add_parser("info", help="what an adapter holds")
+    info.add_argument("adapter", help="directory of an adapter: a run's output_dir or a checkpoint")
+    info.add_argument("--json", action="store_true", help="print JSON, every module included")
+    info.set_defaults(run=_info)
+
     report = commands.add_parser("report", help="print where the memory of a run went")
     report.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")
     report.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
@@ -128,6 +133,12 @@ def _export(options: argparse.Namespace) -> int:
         f"peak {human(peak.tensors)} of tensors, {peak.seconds:.1f} s."
     )
     return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from leanlift.cli.info import info_command
+
+    return info_command(options.adapter, options.json)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -111,6 +111,7 @@ def merge_adapter(
                 TensorSpec(name, t.shape, target if t.dtype.is_floating_point else t.dtype)
                 for name, t in tensors.items()
             ]
+            _check_space(out, sum(spec.nbytes for spec in specs))
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
                     for name, tensor in tqdm(
@@ -150,6 +151,17 @@ def resolve_base(base: str | Path) -> Path:
             f"the base {base} is neither a directory nor a model that can be had from the hub "
             f"({first_line(error).rstrip('.')}): name the base checkpoint with --base."
         ) from None
+
+
+def _check_space(output: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold."""
+    place = next(path for path in (output, *output.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"the merged checkpoint needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB "
+            f"are free at {place}: make room, or name another output directory."
+        )
 
 
 class _Merge:
