@@ -130,6 +130,7 @@ def by_hand(
     best = sorted(came, key=lambda u: (-float(score[u]), u))
     weakest = sorted(went, key=lambda u: (float(score[u]), -u))
     pairs, size = 0, len(settled)
+    bound = max(bound, size)
     for number, (one, other) in enumerate(zip(best, weakest, strict=True), start=1):
         size += sum(old[entry] != 0 for entry in went[other])
         size -= sum(entry in settled for entry in came[one])

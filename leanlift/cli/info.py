@@ -9,6 +9,7 @@ from typing import Any
 from leanlift.adapter import CONFIG_NAME, WEIGHTS_NAME, Store, open_adapter
 from leanlift.memory import human
 
+FILES = (WEIGHTS_NAME, CONFIG_NAME)
 SHOWN = 10
 
 

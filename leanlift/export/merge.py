@@ -159,8 +159,9 @@ def _check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"the merged checkpoint needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB "
-            f"are free at {place}: make room, or name another output directory."
+            f"the merged checkpoint needs {needed / 2**30:.1f} GiB, but only "
+            f"{free / 2**30:.1f} GiB are free at {place}: make room, or name another output "
+            "directory."
         )
 
 

@@ -44,8 +44,8 @@ def bounded_mask(
         old_flat, old_values: the active entries and their offsets, [k].
         new_flat: the entries that were selected, [k]; like all positions sorted, distinct int64.
         settled_flat: positions of the settled store.
-        bound: entries that may be settled afterwards. A store that is over it already stays as it
-            is, unless newcomers return from it.
+        bound: entries that may be settled afterwards. A store that is over it already (an older
+            run's, without a bound) may not grow.
         columns: n.
         block: b, the side of a unit; both masks are made of whole units.
         unit_scores: the scores that the selection went by, fp32 [u], of sorted units [u]. Asked
@@ -56,6 +56,7 @@ def bounded_mask(
     leaving, settling = old_flat[left], old_values[left] != 0
     returning = find_positions(settled_flat, entering) >= 0
     settled = settled_flat.numel()
+    bound = max(bound, settled)
     if settled + int(settling.sum()) - int(returning.sum()) <= bound:
         return BoundedMask(new_flat, 0)
     came = _Units(entering, returning, columns, block)
