@@ -31,6 +31,9 @@ fragmentation: an allowance, from reports of 0.5 to 0.6 GiB."""
 
 TABLES_4BIT, TABLES_DOUBLE = 64, 1088
 EXPORT_SLICE = 256 * 2**20
+LOADED_AT_ONCE = 4
+"""Unquantized matrices that transformers' loader holds beside what it has quantized already."""
+
 REFRESH_PER_ENTRY = 64
 """Bytes per entry of the largest matrix while its mask is exchanged: sorted int64 positions of
 both masks and the store, where each entry was, and both moments before and after."""
@@ -140,7 +143,7 @@ def plan_step(
     """
     with fake_tensors():
         model = build()
-        ends, other, largest = _unquantized(model, config.quantize_ends, settings)
+        ends, loaded, other = _unquantized(model, config.quantize_ends, settings)
         shapes = attach_fake(model, config, fmt, settings.embedding_on_cpu)
         linears = _linear_shapes(model)
         if settings.checkpointing:
@@ -174,12 +177,12 @@ def plan_step(
     train = static + max(moving.peak, updating)
     categories = {**held, "gradients": gradients}
     categories["activations and workspace"] = train - sum(categories.values())
-    base = held["base weights"] + held["embeddings and head"] + held["norms and other"]
+    base, largest = held["base weights"] + loaded + other, max(m * n for m, n in linears)
     phases = {
-        "load": base + 4 * largest,
+        "load": base + LOADED_AT_ONCE * item * largest,
         "select": base + held["index"] + held["values"] + _selecting(config, shapes, counts, item),
         "train": train,
-        "export": 4 * largest + EXPORT_SLICE,
+        "export": 4 * max(largest, loaded // (2 * item)) + EXPORT_SLICE,
     }
     if config.refresh_interval:
         exchange = REFRESH_PER_ENTRY * max(counts.values())
@@ -242,8 +245,8 @@ def _weight_nbytes(shape: tuple[int, int], fmt: WeightFormat | None, item: int) 
 
 
 def _unquantized(model: Any, quantize_ends: bool, settings: StepSettings) -> tuple[int, int, int]:
-    """Of a 16/32-bit model: bytes of the embedding and head as they will be held, bytes of
-    everything that is no weight of a Linear, and entries of the largest parameter.
+    """Of a 16/32-bit model: bytes of the embedding and head as they will be held in training, as
+    they are loaded, and bytes of everything else that is no weight of a Linear.
 
     Raises:
         UserError: an embedding on the CPU that is tied to the head.
@@ -266,7 +269,8 @@ def _unquantized(model: Any, quantize_ends: bool, settings: StepSettings) -> tup
         for tensor in (*model.parameters(), *model.buffers())
         if id(tensor) not in counted
     }
-    return ends, sum(rest.values()), max(parameter.numel() for parameter in model.parameters())
+    loaded = embedding.weight.nbytes + (0 if tied else head.weight.nbytes) + bias
+    return ends, loaded, sum(rest.values())
 
 
 def _linear_shapes(model: Any) -> list[tuple[int, int]]:
