@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import load, make_checkpoint
 
 from leanlift import LiftConfig, UserError, get_lift_model
@@ -39,6 +41,16 @@ def test_live_bytes_follow_a_known_sequence() -> None:
         del c
         assert live.current == 0
     assert live.peak == 12000
+
+
+def test_live_bytes_leave_mapped_files_out(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(100, 100)}, tmp_path / "a.safetensors")
+    with LiveBytes() as live, safe_open(tmp_path / "a.safetensors", "pt") as opened:
+        rows = opened.get_slice("a")[10:90]
+        rows = rows.view(-1)[:4000].view(40, 100)
+        assert live.current == 0
+        copied = rows + 1
+        assert live.current == live.peak == copied.nbytes
 
 
 def test_live_bytes_see_the_backward_pass() -> None:

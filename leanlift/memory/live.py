@@ -8,6 +8,7 @@ operation costs some microseconds more meanwhile.
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+MAPS = Path("/proc/self/maps")
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts bytes of storages created while active: `current` and `peak`.
 
-    Storages that existed before are not counted, nor is growth of theirs.
+    Storages that existed before are not counted, nor is growth of theirs; nor are storages that
+    are a mapped file (a checkpoint being read): those bytes are on disk, and the kernel takes their
+    pages back when it needs them.
     """
 
     def __init__(self) -> None:
@@ -41,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
+        if storage in self._known or _is_mapped_file(storage):
             return
         nbytes = storage.nbytes()
         self._known[storage] = nbytes
@@ -51,3 +57,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, nbytes: int) -> None:
         self.current -= nbytes
+
+
+def _is_mapped_file(storage: torch.UntypedStorage) -> bool:
+    """Whether a storage is a mapping of a file, as those of an open safetensors file are."""
+    if storage.device.type != "cpu" or storage.resizable() or not MAPS.is_file():
+        return False  # memory from an allocator can be resized, a mapping cannot
+    address = storage.data_ptr()
+    for line in MAPS.read_text().splitlines():
+        span, _, _, _, inode, *_ = line.split()
+        start, _, stop = span.partition("-")
+        if int(start, 16) <= address < int(stop, 16):
+            return inode != "0"
+    return False
