@@ -43,6 +43,14 @@ def test_live_bytes_follow_a_known_sequence() -> None:
     assert live.peak == 12000
 
 
+def test_live_bytes_leave_meta_tensors_out() -> None:
+    with LiveBytes() as live:
+        skeleton = torch.empty(1000, 1000, device="meta").half()
+        assert live.peak == 0
+        torch.empty_like(skeleton, device="cpu")
+        assert live.peak == skeleton.nbytes
+
+
 def test_live_bytes_leave_mapped_files_out(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(100, 100)}, tmp_path / "a.safetensors")
     with LiveBytes() as live, safe_open(tmp_path / "a.safetensors", "pt") as opened:

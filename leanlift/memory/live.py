@@ -41,7 +41,9 @@ class LiveBytes(TorchDispatchMode):
         }
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in before:
+            if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
+                continue  # a skeleton without memory; fake tensors name the device they stand for
+            if leaf.untyped_storage()._cdata not in before:
                 self._follow(leaf.untyped_storage())
         return out
 
