@@ -9,6 +9,7 @@ library like any other.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -65,8 +66,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists and is not empty: choose another output directory.")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_what_was_left(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
@@ -74,6 +75,24 @@ def new_directory(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_what_was_left(path: Path) -> None:
+    """Delete the temporary directories that killed processes have left beside `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        owner = left.name.split(".")[-2]
+        if owner.isdigit() and (int(owner) == os.getpid() or not _is_running(int(owner))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's, or a system that cannot tell
+        return True
+    return True
 
 
 def sync_tree(directory: Path) -> None:
@@ -98,7 +117,10 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is the directory the right one?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # cut off, no UTF-8, numbers or nesting without end
         raise UserError(f"{path} is not valid JSON ({error}): it may be truncated.") from None
 
 
@@ -130,6 +152,39 @@ def open_tensors(path: Path) -> Iterator[Any]:
         ) from None
     with handle as opened:
         yield opened
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open safetensors file that anyone may have written; every failure is a sentence."""
+
+    path: Path
+    names: frozenset[str]
+    _handle: Any
+
+    def get(self, name: str) -> Tensor:
+        """One tensor, on the CPU.
+
+        Raises:
+            UserError: it is not there, or cannot be read.
+        """
+        if name not in self.names:
+            raise UserError(f"{self.path} lacks {name}: it is not whole.")
+        try:
+            return self._handle.get_tensor(name)
+        except Exception as error:  # the library has no one kind for what a file can be
+            raise UserError(f"{name} in {self.path} cannot be read ({error!r}).") from None
+
+
+@contextmanager
+def open_tensor_file(path: Path) -> Iterator[TensorFile]:
+    """Open a safetensors file for reading tensor by tensor.
+
+    Raises:
+        UserError: missing, truncated or not a safetensors file.
+    """
+    with open_tensors(path) as handle:
+        yield TensorFile(path, frozenset(handle.keys()), handle)
 
 
 @dataclass(frozen=True)
@@ -165,16 +220,29 @@ class ShardedWriter:
     """Writes tensors of known shape, piece by piece, as `save_pretrained` would name the files.
 
     Use as a context manager; write every tensor of the plan, in its order.
+
+    Args:
+        directory: where; it exists.
+        specs: the tensors.
+        max_shard_bytes: of one file; a larger tensor gets a file of its own.
+        stem: what the files are called before the number of a shard.
     """
 
-    def __init__(self, directory: Path, specs: list[TensorSpec], max_shard_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        specs: list[TensorSpec],
+        max_shard_bytes: int,
+        stem: str = "model",
+    ) -> None:
         self.directory = directory
+        self.stem = stem
         self.shards = plan_shards(specs, max_shard_bytes)
         total = len(self.shards)
         self.names = (
-            ["model.safetensors"]
+            [f"{stem}.safetensors"]
             if total == 1
-            else [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+            else [f"{stem}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
         )
         self._pending = [
             (spec, name)
@@ -218,7 +286,7 @@ class ShardedWriter:
             }
             total = sum(spec.nbytes for shard in self.shards for spec in shard)
             write_json(
-                self.directory / "model.safetensors.index.json",
+                self.directory / f"{self.stem}.safetensors.index.json",
                 {"metadata": {"total_size": total}, "weight_map": weight_map},
             )
 

@@ -7,7 +7,7 @@ below take plain arguments.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -86,13 +86,14 @@ class LiftConfig:
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, list):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        self._check_types()
         for density in (self.density, *self.density_pattern.values()):
             if not 0 < density <= 1:
                 raise UserError(f"expected a density in (0, 1], got {density}: try 0.05.")
         for pattern in self.density_pattern:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise UserError(
                     f"the density_pattern {pattern!r} is no regular expression: {error}."
                 ) from None
@@ -133,6 +134,13 @@ class LiftConfig:
             )
         if self.selector not in SELECTORS:
             raise UserError(f"expected a selector among {SELECTORS}, got {self.selector!r}.")
+
+    def _check_types(self) -> None:
+        """A config may come from a file that anyone has written."""
+        for name, (kind, is_kind) in _FIELDS.items():
+            value = getattr(self, name)
+            if not is_kind(value):
+                raise UserError(f"expected {name} to be {kind}, got {value!r:.80}.")
 
     def scorer(self) -> Scorer:
         """The selection object that `selector` names, for one that needs the weights alone.
@@ -190,12 +198,14 @@ class LiftConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> LiftConfig:
+    def from_dict(cls, data: Any) -> LiftConfig:
         """Back from `to_dict`.
 
         Raises:
-            UserError: a key that this version does not know.
+            UserError: a key that this version does not know, or a value that no config can have.
         """
+        if not isinstance(data, dict):
+            raise UserError(f"expected the keys of a LiftConfig, got {data!r:.80}.")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -204,3 +214,42 @@ class LiftConfig:
                 "the adapter may come from a newer leanlift."
             )
         return cls(**data)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "density": ("a number", _is_number),
+    "rank_budget": ("a whole number or none", lambda v: v is None or _is_int(v)),
+    "approx_rank": ("a whole number", _is_int),
+    "refresh_interval": ("a whole number", _is_int),
+    "refresh_margin": ("a number", _is_number),
+    "settled_limit": ("a number or none", lambda v: v is None or _is_number(v)),
+    "selector": ("a name", _is_text),
+    "block": ("a whole number", _is_int),
+    "target_modules": (
+        "a name or a list of names",
+        lambda v: _is_text(v) or (isinstance(v, tuple) and all(map(_is_text, v))),
+    ),
+    "density_pattern": (
+        "a mapping from patterns to numbers",
+        lambda v: (
+            isinstance(v, Mapping) and all(_is_text(k) and _is_number(d) for k, d in v.items())
+        ),
+    ),
+    "values_dtype": ("a name", _is_text),
+    "quantize_ends": ("true or false", lambda v: isinstance(v, bool)),
+    "selection_seed": ("a whole number", _is_int),
+    "selection_tile_mib": ("a whole number", _is_int),
+}
+"""What each field may hold, in words and as a test."""

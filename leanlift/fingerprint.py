@@ -12,6 +12,7 @@ carries a fingerprint of the base it was trained over, and loading and merging c
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,15 +50,85 @@ class BaseFingerprint:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> BaseFingerprint:
+    def from_dict(cls, data: Any) -> BaseFingerprint:
+        """Back from `to_dict`; `data` may come from a file that anyone has written.
+
+        Raises:
+            UserError: a value that no fingerprint has; says which.
+        """
+        _expect(isinstance(data, dict) and set(data) == _KEYS, f"the keys {sorted(_KEYS)}", data)
+        name, dtype, shapes, formats = (data[k] for k in ("name", "dtype", "shapes", "formats"))
+        sampled, digest = data["sampled"], data["digest"]
+        _expect(isinstance(name, str), "the name of the base", name)
+        _expect(isinstance(shapes, dict) and len(shapes) > 0, "shapes of trained matrices", shapes)
+        for module, shape in shapes.items():
+            _expect(_is_module_name(module), "the name of a module", module)
+            _expect(_is_shape(shape), f"two sizes for {module}", shape)
+        _expect(isinstance(formats, dict), "formats of matrices", formats)
+        _expect(set(shapes) <= set(formats), "a format for every trained matrix", list(formats))
+        for module in formats:
+            _expect(_is_module_name(module), "the name of a module", module)
+        is_names = isinstance(sampled, list) and all(map(_is_module_name, sampled))
+        _expect(is_names, "names of sampled tensors", sampled)
+        _expect(isinstance(digest, str), "a digest", digest)
         return cls(
-            name=data["name"],
-            dtype=data["dtype"],
-            shapes={name: (m, n) for name, (m, n) in data["shapes"].items()},
-            formats={name: WeightFormat(**fmt) for name, fmt in data["formats"].items()},
-            sampled=tuple(data["sampled"]),
-            digest=data["digest"],
+            name=name,
+            dtype=dtype_name(dtype_of(dtype)),
+            shapes={module: (m, n) for module, (m, n) in shapes.items()},
+            formats={module: _format(module, fmt) for module, fmt in formats.items()},
+            sampled=tuple(sampled),
+            digest=digest,
         )
+
+
+_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest"}
+_LARGEST_SIDE = 2**31 - 1
+
+
+def _expect(holds: bool, what: str, found: Any) -> None:
+    if not holds:
+        raise UserError(
+            f"expected {what} in the fingerprint of the base, got {found!r:.80}: the adapter's "
+            "configuration is damaged; fetch it again."
+        )
+
+
+def _is_module_name(name: Any) -> bool:
+    """`a.b.0.c`: nothing that could climb out of a model, or of a directory."""
+    return isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) is not None
+
+
+def _is_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(side) is int and 1 <= side <= _LARGEST_SIDE for side in shape)
+    )
+
+
+def _format(module: str, data: Any) -> WeightFormat:
+    _expect(
+        isinstance(data, dict)
+        and set(data) == {"kind", "dtype", "blocksize", "double"}
+        and data["kind"] in ("nf4", "fp4", "int8", "dense")
+        and type(data["blocksize"]) is int
+        and data["blocksize"] in _BLOCKSIZES[data["kind"]]
+        and type(data["double"]) is bool,
+        f"a format of weights for {module}",
+        data,
+    )
+    return WeightFormat(
+        data["kind"], dtype_name(dtype_of(data["dtype"])), data["blocksize"], data["double"]
+    )
+
+
+_BLOCKSIZES = {
+    "nf4": (32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "fp4": (32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "int8": (0,),
+    "dense": (0,),
+}
+"""What bitsandbytes quantizes with."""
 
 
 def fingerprint(

@@ -136,7 +136,7 @@ class FrozenLinear(nn.Module):
         """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place: none here."""
 
     @property
-    def version(self) -> tuple[int, ...]:
+    def version(self) -> tuple[float, ...]:
         """Changes whenever the effective weight does."""
         return ()
 
@@ -165,6 +165,7 @@ class LiftLinear(FrozenLinear):
             gradient has its dtype.
         settled_index, settled_values: offsets that a mask change took out of training; they stay
             part of the effective weight. None while there are none.
+        scale: what all offsets are multiplied by: 1.0 unless someone turns an adapter up or down.
     """
 
     settled_values: Tensor | None
@@ -186,6 +187,7 @@ class LiftLinear(FrozenLinear):
         )
         self.settled_index: SegmentedIndex | None = None
         self.register_buffer("settled_values", None)
+        self.scale = 1.0
 
     @property
     def effective(self) -> EffectiveTiles:
@@ -198,15 +200,15 @@ class LiftLinear(FrozenLinear):
         return _KeepInput.apply(x, self.values, self, self.values_gradient)
 
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
-        """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place."""
-        add_offsets_(rows, self.index, self.values.detach(), start, stop)
+        """Add all offsets of rows `start:stop`, scaled, to `rows` [stop - start, n], in place."""
+        add_offsets_(rows, self.index, self.values.detach(), start, stop, self.scale)
         if self.settled_index is not None and self.settled_values is not None:
-            add_offsets_(rows, self.settled_index, self.settled_values, start, stop)
+            add_offsets_(rows, self.settled_index, self.settled_values, start, stop, self.scale)
 
     @property
-    def version(self) -> tuple[int, ...]:
+    def version(self) -> tuple[float, ...]:
         """Changes whenever the effective weight does."""
-        return self.values._version, id(self.index), id(self.settled_values)
+        return self.values._version, id(self.index), id(self.settled_values), self.scale
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
@@ -219,7 +221,7 @@ class LiftLinear(FrozenLinear):
             dense = self.scratch.take(stop - start, n, x.dtype, x.device)
             torch.mm(grad_y[:, start:stop].T, x, out=dense)
             gather_entries(dense, self.index.decode(start, stop), gradient[first:last])
-        return gradient
+        return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
     @torch.no_grad()
     def change_mask(self, flat: Tensor) -> MaskChange:
@@ -334,7 +336,7 @@ class _Multiply(torch.autograd.Function):
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
 
 
-def _check_unchanged(layer: FrozenLinear, version: tuple[int, ...]) -> None:
+def _check_unchanged(layer: FrozenLinear, version: tuple[float, ...]) -> None:
     """Nothing of the weight is saved for backward, so nobody else would notice a change."""
     if layer.version != version:
         raise RuntimeError(

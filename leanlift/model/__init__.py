@@ -1,6 +1,12 @@
-"""A whole model: attach, refresh, save, load."""
+"""A whole model: attach, refresh; save, load, switch and scale adapters."""
 
-from leanlift.model.adapters import load_adapter, save_adapter
+from leanlift.model.adapters import (
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+    scale_adapter,
+    unload_adapter,
+)
 from leanlift.model.attach import LiftState, get_lift_model, lift_layers, lift_state
 from leanlift.model.ends import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
@@ -15,5 +21,8 @@ __all__ = [
     "load_adapter",
     "output_head",
     "refresh_mask",
+    "restore_adapter",
     "save_adapter",
+    "scale_adapter",
+    "unload_adapter",
 ]

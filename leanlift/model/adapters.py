@@ -1,86 +1,236 @@
-"""Saving what a live model has learned, and putting it back."""
+"""Adapters on a live model: save, load, switch, scale, unload, without touching the base."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from leanlift.adapter import Adapter, LayerOffsets, open_adapter, write_adapter
+from leanlift.adapter import Adapter, LayerOffsets, Store, open_adapter, write_adapter
 from leanlift.errors import UserError
-from leanlift.fingerprint import check_same_base
-from leanlift.layer import LiftLinear
-from leanlift.model.attach import Choice, attach, lift_layers, lift_state
-from leanlift.quantized import FrozenWeight
+from leanlift.fingerprint import BaseFingerprint, check_same_base, fingerprint
+from leanlift.layer import FrozenLinear, LiftLinear
+from leanlift.model.attach import (
+    Choice,
+    LiftState,
+    attach,
+    base_dtype,
+    base_name,
+    lift_layers,
+    lift_state,
+)
+from leanlift.model.ends import quantize_ends
+from leanlift.model.targets import find_targets
+from leanlift.quantized import FrozenWeight, frozen_weight
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Write the adapter of `model`: positions, offsets, settled entries, config, fingerprint.
 
     Raises:
-        UserError: nothing is attached to the model.
+        UserError: nothing is attached to the model, or its offsets are scaled.
     """
     state = lift_state(model)
-    write_adapter(Path(directory), lift_layers(model), state.config, state.base, state.refreshes)
+    layers = _loaded_layers(model)
+    scale = next(iter(layers.values())).scale
+    if scale != 1:
+        raise UserError(
+            f"the adapter is scaled by {scale:g}, which a saved one cannot be: call "
+            "scale_adapter(model, 1.0) first, and multiply the saved one with "
+            f"leanlift combine --weights {scale:g}."
+        )
+    offsets = {name: _offsets(layer) for name, layer in layers.items()}
+    write_adapter(Path(directory), offsets, state.config, state.base, state.refreshes)
 
 
-def load_adapter(model: nn.Module, directory: str | Path, progress: bool = False) -> nn.Module:
+def _offsets(layer: LiftLinear) -> LayerOffsets:
+    settled = None
+    if layer.settled_index is not None and layer.settled_values is not None:
+        settled = Store(layer.settled_index, layer.settled_values)
+    return LayerOffsets(Store(layer.index, layer.values.detach()), settled)
+
+
+def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:
     """Load an adapter into `model`, in place; returns the same object.
 
-    A stock model gets its layers patched at the adapter's positions, without a new selection. A
-    model that is patched already has its offsets and positions replaced; Parameter objects stay,
-    so an optimizer built before goes on working.
+    A stock model gets its layers patched at the adapter's positions, without a new selection. On a
+    model that leanlift has attached to already, the adapter takes the place of the present one,
+    whatever modules and budgets either has: that is how to switch. Where a matrix trains as many
+    entries as before, its Parameter object stays, so an optimizer that knows it goes on working.
+
+    Args:
+        model: the adapter's base, in the format that it was trained over.
+        source: a directory or hub name; leanlift's own form or PEFT's SHiRA.
+        progress: whether to show a bar over the matrices.
 
     Raises:
         UserError: a damaged adapter, or one of another base. The model is unchanged then.
     """
-    with open_adapter(directory) as adapter:
-        offsets = {name: adapter.layer(name) for name in adapter.base.shapes}
-        if not lift_layers(model):
-            _attach_empty(model, adapter, offsets, progress)
-        state = lift_state(model)
-        layers = lift_layers(model)
-        check_same_base(adapter.base, state.base)
-        if adapter.config.values_dtype != state.config.values_dtype:
-            raise UserError(
-                f"{directory} has {adapter.config.values_dtype} offsets, but the model trains "
-                f"{state.config.values_dtype} ones: load it into the base instead."
-            )
-        _check_counts(layers, offsets, directory)
-        for name, layer in layers.items():
+    with open_adapter(source, lambda names: _live_base(model, names)) as adapter:
+        offsets = adapter.layers()
+        base = _live_base(model, list(adapter.base.shapes))
+        check_same_base(adapter.base, base)
+        if hasattr(model, "leanlift"):
+            _replace(model, adapter, offsets, base)
+        else:
+            _attach(model, adapter, offsets, progress)
+        for name, layer in lift_layers(model).items():
             _put(layer, offsets[name])
+        state = lift_state(model)
         state.config, state.refreshes = adapter.config, adapter.refreshes
     return model
 
 
-def _attach_empty(
+def restore_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Put a saved adapter back into the layers that are there, for a run that goes on.
+
+    Every Parameter object stays.
+
+    Raises:
+        UserError: a damaged adapter, one of another base, or one with other modules, counts or
+            dtype than the model trains. The model is unchanged then.
+    """
+    state, layers = lift_state(model), lift_layers(model)
+    with open_adapter(directory) as adapter:
+        check_same_base(adapter.base, state.base)
+        if adapter.config.values_dtype != state.config.values_dtype:
+            raise UserError(
+                f"{directory} has {adapter.config.values_dtype} offsets, but the model trains "
+                f"{state.config.values_dtype} ones: use the values_dtype that it was made with."
+            )
+        offsets = adapter.layers()
+        for name, layer in layers.items():
+            if name not in offsets or offsets[name].active.index.count != layer.index.count:
+                found = offsets[name].active.index.count if name in offsets else "no"
+                raise UserError(
+                    f"{directory} has {found} entries for {name}, but the model trains "
+                    f"{layer.index.count}: use the budget and targets that the adapter was made "
+                    "with."
+                )
+        for name, layer in layers.items():
+            _put(layer, offsets[name])
+        state.config, state.refreshes = adapter.config, adapter.refreshes
+
+
+def unload_adapter(model: nn.Module) -> nn.Module:
+    """Take the adapter off: `model` computes as its base again, and its offsets are freed.
+
+    The base stays in place, still read by leanlift: `load_adapter` puts an adapter on again.
+
+    Raises:
+        UserError: there is none on it.
+    """
+    for name, layer in _loaded_layers(model).items():
+        model.set_submodule(name, FrozenLinear(layer.base, layer.weight_tiles, layer.scratch))
+    return model
+
+
+def scale_adapter(model: nn.Module, factor: float) -> nn.Module:
+    """Multiply all offsets of the live model by `factor`; it is set, not accumulated.
+
+    1 is the adapter as trained, 0 the base. The stored offsets are not changed.
+
+    Raises:
+        UserError: no adapter is on the model, or the factor is no finite number.
+    """
+    layers = _loaded_layers(model)
+    if not math.isfinite(factor):
+        raise UserError(f"expected a finite factor such as 0.5, got {factor}.")
+    for layer in layers.values():
+        layer.scale = float(factor)
+    return model
+
+
+def _loaded_layers(model: nn.Module) -> dict[str, LiftLinear]:
+    lift_state(model)
+    layers = lift_layers(model)
+    if not layers:
+        raise UserError(
+            "the adapter of this model has been unloaded: load one with load_adapter first."
+        )
+    return layers
+
+
+def _live_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
+    """The fingerprint of a model, stock or attached, for these targets; those it lacks are left
+    out."""
+    modules = dict(model.named_modules())
+    state = getattr(model, "leanlift", None)
+    if not isinstance(state, LiftState):
+        inside = set(find_targets(model, tuple(targets)))
+        found = [name for name in targets if name in inside]
+        return fingerprint(model, base_name(model), base_dtype(model), found)
+    read = {name: _weight(modules[name], name) for name in targets if name in modules}
+    return replace(
+        state.base,
+        shapes={name: weight.shape for name, weight in read.items()},
+        formats={**state.base.formats, **{name: w.format for name, w in read.items()}},
+    )
+
+
+def _weight(module: nn.Module, name: str) -> FrozenWeight:
+    """The frozen weight under any layer of an attached model."""
+    return frozen_weight(module.base if isinstance(module, FrozenLinear) else module, name)  # type: ignore[arg-type]
+
+
+def _attach(
     model: nn.Module, adapter: Adapter, offsets: dict[str, LayerOffsets], progress: bool
 ) -> None:
     def choose(name: str, weight: FrozenWeight) -> Choice:
         index = offsets[name].active.index.map(lambda tensor: tensor.to(weight.device))
         return Choice(index, converged=True)
 
+    order = [name for name, _ in model.named_modules() if name in adapter.base.shapes]
     attach(
         model,
         adapter.config,
+        order,
         choose,
         "Attaching",
         progress,
-        accept=lambda base: check_same_base(adapter.base, base),
+        lambda base: check_same_base(adapter.base, base),
     )
 
 
-def _check_counts(
-    layers: dict[str, LiftLinear], offsets: dict[str, LayerOffsets], directory: str | Path
+def _replace(
+    model: nn.Module, adapter: Adapter, offsets: dict[str, LayerOffsets], base: BaseFingerprint
 ) -> None:
-    for name, layer in layers.items():
-        if name not in offsets or offsets[name].active.index.count != layer.index.count:
-            found = offsets[name].active.index.count if name in offsets else "no"
-            raise UserError(
-                f"{directory} has {found} entries for {name}, but the model trains "
-                f"{layer.index.count}: use the budget and targets that the adapter was made with."
+    """Bring an attached model's layers to the modules and counts of `adapter`."""
+    state, modules = lift_state(model), dict(model.named_modules())
+    if state.ends_quantized and not adapter.config.quantize_ends:
+        raise UserError(
+            f"{adapter.directory} was trained over an embedding and head in 16 bits, but the model "
+            "holds them in INT8: load the base again."
+        )
+    if adapter.config.quantize_ends and not state.ends_quantized:
+        base = replace(base, formats={**base.formats, **quantize_ends(model)})
+        state.ends_quantized = True
+    dtype = getattr(torch, adapter.config.values_dtype)
+    for name in lift_layers(model):
+        if name not in offsets:
+            weight = _weight(modules[name], name)
+            model.set_submodule(
+                name, FrozenLinear(_base_module(modules[name]), weight, state.scratch)
             )
+    for name, learned in offsets.items():
+        module, count = modules[name], learned.active.index.count
+        fits = isinstance(module, LiftLinear) and module.index.count == count
+        if fits and module.values.dtype == dtype:  # type: ignore[union-attr]
+            continue
+        weight = _weight(module, name)
+        index = learned.active.index.map(partial(torch.Tensor.to, device=weight.device))
+        layer = LiftLinear(_base_module(module), weight, index, state.scratch, dtype)
+        layer.train(module.training)
+        model.set_submodule(name, layer)
+    state.base = base
+
+
+def _base_module(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, FrozenLinear) else module
 
 
 @torch.no_grad()
@@ -88,6 +238,7 @@ def _put(layer: LiftLinear, offsets: LayerOffsets) -> None:
     device = layer.values.device
     layer.index = offsets.active.index.map(lambda tensor: tensor.to(device))
     layer.values.copy_(offsets.active.values)
+    layer.scale = 1.0
     settled = offsets.settled
     if settled is None:
         layer.set_settled(torch.empty(0, dtype=torch.int64), torch.empty(0))

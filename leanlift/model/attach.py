@@ -38,6 +38,7 @@ class LiftState:
         base: the fingerprint of the base.
         scratch: the buffer that all layers share.
         refreshes: mask refreshes so far.
+        ends_quantized: whether the embedding and the head are held in INT8.
         unconverged: targets whose selection had not settled when it was last made.
         selection_seconds: how long the first selection took.
     """
@@ -46,6 +47,7 @@ class LiftState:
     base: BaseFingerprint
     scratch: Scratch
     refreshes: int = 0
+    ends_quantized: bool = False
     unconverged: list[str] = field(default_factory=list)
     selection_seconds: float = 0.0
 
@@ -84,6 +86,7 @@ def get_lift_model(
     """
     config = config or LiftConfig()
     started = time.perf_counter()
+    _refuse_attached(model)
     if config.selector == "gradient":
         masks = _masks_by_gradient(model, config, calibration or (), progress)
 
@@ -98,7 +101,12 @@ def get_lift_model(
             chosen = selection(weight, scorer, count, name, config.selection_tile_bytes)
             return Choice(SegmentedIndex.from_flat(chosen.flat, weight.shape), chosen.converged)
 
-    attach(model, config, choose, "Selecting", progress)
+    def budget_is_possible(base: BaseFingerprint) -> None:
+        for target, shape in base.shapes.items():
+            config.count(shape, target)
+
+    targets = find_targets(model, config.target_modules)
+    attach(model, config, targets, choose, "Selecting", progress, budget_is_possible)
     lift_state(model).selection_seconds = time.perf_counter() - started
     return model
 
@@ -106,26 +114,19 @@ def get_lift_model(
 def attach(
     model: nn.Module,
     config: LiftConfig,
+    targets: list[str],
     choose: Callable[[str, FrozenWeight], Choice],
     what: str,
     progress: bool,
-    accept: Callable[[BaseFingerprint], None] = lambda base: None,
+    accept: Callable[[BaseFingerprint], None],
 ) -> None:
-    """Replace the targets of `model` by LiftLinears at the positions that `choose` gives.
+    """Replace the targets of a stock model by LiftLinears at the positions that `choose` gives.
 
     `accept` may refuse the base by raising, before anything is changed.
     """
-    if lift_layers(model):
-        raise UserError(
-            "this model has leanlift layers already: load the base again to start over."
-        )
-    targets = find_targets(model, config.target_modules)
     modules = dict(model.named_modules())
-    source = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    base = fingerprint(model, source, _dtype(model), targets)
+    base = fingerprint(model, base_name(model), base_dtype(model), targets)
     accept(base)
-    for target in targets:  # before the first change, so that a refusal changes nothing
-        config.count(base.shapes[target], target)
     if config.quantize_ends:
         check_ends(model)
     choices: dict[str, Choice] = {}
@@ -150,7 +151,9 @@ def attach(
     _own_base(model)
     holder: Any = model
     unconverged = [name for name, choice in choices.items() if not choice.converged]
-    holder.leanlift = LiftState(config, base, scratch, unconverged=unconverged)
+    holder.leanlift = LiftState(
+        config, base, scratch, ends_quantized=config.quantize_ends, unconverged=unconverged
+    )
     holder.print_trainable_parameters = types.MethodType(print_trainable_parameters, model)
 
 
@@ -184,6 +187,13 @@ def _masks_by_gradient(
             model.set_submodule(name, modules[name])
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def _refuse_attached(model: nn.Module) -> None:
+    if hasattr(model, "leanlift"):
+        raise UserError(
+            "this model has leanlift layers already: load the base again to start over."
+        )
 
 
 def lift_layers(model: nn.Module) -> dict[str, LiftLinear]:
@@ -220,7 +230,12 @@ def print_trainable_parameters(model: nn.Module) -> None:
     )
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def base_name(model: nn.Module) -> str:
+    """Where a model was loaded from."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
     """The dtype the model was loaded in."""
     dtype = getattr(model, "dtype", None)
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:

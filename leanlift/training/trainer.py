@@ -36,8 +36,8 @@ from leanlift.model import (
     RefreshReport,
     lift_layers,
     lift_state,
-    load_adapter,
     refresh_mask,
+    restore_adapter,
     save_adapter,
 )
 from leanlift.optim import (
@@ -297,10 +297,10 @@ class LiftTrainer(SFTTrainer):
         self.lr_scheduler.load_state_dict(schedule)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_adapter(model if model is not None else self.model, resume_from_checkpoint)
+        restore_adapter(model if model is not None else self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_adapter(self.model, self.state.best_model_checkpoint)
+        restore_adapter(self.model, self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None per checkpoint: a card describes a finished model."""

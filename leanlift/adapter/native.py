@@ -1,0 +1,148 @@
+"""leanlift's own form: `adapter_model.safetensors` and `adapter_config.json`.
+
+Per trained module: `<path>.values` (float [k]), `<path>.index.columns` and `<path>.index.counts`
+(the compact index), and the same three under `<path>.settled` where a refresh has let entries
+go. The config file holds the format version, the LiftConfig and the fingerprint of the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanlift._version import __version__
+from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
+from leanlift.checkpoint import TensorFile, write_json, write_tensors
+from leanlift.config import LiftConfig
+from leanlift.errors import UserError
+from leanlift.fingerprint import BaseFingerprint
+from leanlift.sparse import SegmentedIndex
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = 1
+PARTS = ("values", "index.columns", "index.counts")
+SETTLED = ".settled"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an adapter says about itself beside its tensors."""
+
+    config: LiftConfig
+    base: BaseFingerprint
+    refreshes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "leanlift_version": __version__,
+            "base_model_name_or_path": self.base.name,
+            "refreshes": self.refreshes,
+            "lift": self.config.to_dict(),
+            "base": self.base.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], path: Path) -> Facts:
+        """Back from `to_dict`, read from the file `path`, which anyone may have written.
+
+        Raises:
+            UserError: another format version, or values that no adapter has.
+        """
+        if data.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has adapter format {data.get('format_version')!r:.80}; this leanlift "
+                f"reads format {FORMAT_VERSION}: upgrade leanlift."
+            )
+        refreshes = data.get("refreshes", 0)
+        if type(refreshes) is not int or refreshes < 0:
+            raise UserError(f"{path} is damaged: expected a count of refreshes, got {refreshes!r}.")
+        try:
+            config = LiftConfig.from_dict(data["lift"])
+            return cls(config, BaseFingerprint.from_dict(data["base"]), refreshes)
+        except KeyError as error:
+            raise UserError(f"{path} is damaged: it lacks {error}.") from None
+        except UserError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+
+
+def write_adapter(
+    directory: Path,
+    layers: Mapping[str, LayerOffsets],
+    config: LiftConfig,
+    base: BaseFingerprint,
+    refreshes: int,
+) -> None:
+    """Write both files, each whole or not at all; the same content gives the same bytes."""
+    tensors: dict[str, Tensor] = {}
+    for name, offsets in layers.items():
+        tensors |= _tensors(name, offsets.active)
+        if offsets.settled is not None:
+            tensors |= _tensors(name + SETTLED, offsets.settled)
+    facts = Facts(config, base, refreshes).to_dict()
+    write_tensors(directory / WEIGHTS_NAME, tensors)
+    write_json(directory / CONFIG_NAME, {"peft_type": "LEANLIFT", **facts})
+
+
+def _tensors(prefix: str, store: Store) -> dict[str, Tensor]:
+    parts = (store.values, store.index.columns, store.index.counts)
+    return {f"{prefix}.{part}": tensor for part, tensor in zip(PARTS, parts, strict=True)}
+
+
+def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> Adapter:
+    """An adapter in leanlift's own form.
+
+    Raises:
+        UserError: a damaged config, or tensors that it does not name.
+    """
+    facts = Facts.from_dict(data, directory / CONFIG_NAME)
+    prefixes = {p for name in facts.base.shapes for p in (name, name + SETTLED)}
+    for key in tensors.names:
+        if not any(key.endswith(f".{p}") and key[: -len(p) - 1] in prefixes for p in PARTS):
+            raise UserError(
+                f"{tensors.path} holds {key!r:.120}, which {CONFIG_NAME} does not speak of: the "
+                "two files do not belong together."
+            )
+
+    def read(name: str) -> LayerOffsets:
+        shape = facts.base.shapes[name]
+        active = _read_store(tensors, name, shape)
+        if not any(f"{name}{SETTLED}.{part}" in tensors.names for part in PARTS):
+            return LayerOffsets(active, None)
+        return LayerOffsets(active, _read_store(tensors, name + SETTLED, shape))
+
+    return Adapter(directory, "leanlift", facts.config, facts.base, facts.refreshes, read)
+
+
+def _read_store(tensors: TensorFile, name: str, shape: tuple[int, int]) -> Store:
+    values, columns, counts = (tensors.get(f"{name}.{part}") for part in PARTS)
+    check_values(values, f"{name}.values in {tensors.path}")
+    try:
+        index = SegmentedIndex.from_parts(shape, columns, counts)
+    except ValueError as error:
+        raise UserError(f"the index of {name} in {tensors.path} is broken: {error}.") from None
+    if values.numel() != index.count:
+        raise UserError(
+            f"{name} in {tensors.path} has {values.numel()} values for {index.count} positions."
+        )
+    return Store(index, values)
+
+
+def check_values(values: Tensor, what: str) -> None:
+    """Refuse offsets that are not finite numbers in a row.
+
+    Raises:
+        UserError: another dtype or shape, NaN or infinite.
+    """
+    if values.dtype not in (torch.float32, torch.bfloat16, torch.float16) or values.dim() != 1:
+        raise UserError(
+            f"{what} is {values.dtype} {tuple(values.shape)}; expected a 1-D floating tensor."
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(f"{what} holds NaN or infinite offsets.")

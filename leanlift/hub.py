@@ -1,0 +1,81 @@
+"""Names on the Hugging Face hub as sources, and as places to push to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from leanlift.errors import UserError, first_line
+
+_FAILURES = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError)
+
+
+def local_copy(source: str | Path, files: Sequence[str], what: str, advice: str) -> Path:
+    """A local directory, or the local snapshot of a hub name.
+
+    Args:
+        source: a directory, or a name such as "user/model".
+        files: patterns of the files that are wanted of a hub name; nothing else is fetched.
+        what: "the base" or "the adapter", for messages.
+        advice: what to do where it is neither.
+
+    Raises:
+        UserError: neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(files)))
+    except _FAILURES as error:
+        raise UserError(
+            f"{what} {source} is neither a directory nor a name that can be had from the hub "
+            f"({first_line(error).rstrip('.')}): {advice}."
+        ) from None
+
+
+def push_to_hub(
+    directory: str | Path,
+    repo_id: str,
+    private: bool = False,
+    message: str = "Upload with leanlift",
+) -> str:
+    """Upload an adapter or a merged checkpoint; returns the address of the commit.
+
+    What only a resume needs (training checkpoints, optimizer state, memory timelines) stays here.
+
+    Args:
+        directory: from `save_adapter`, a training run, `combine_adapters` or an export.
+        repo_id: "user/name"; made if it does not exist.
+        private: whether it is made as a private one.
+        message: of the commit.
+
+    Raises:
+        UserError: no such directory, or nothing of leanlift's in it, or the hub refuses.
+    """
+    path = Path(directory)
+    if not path.is_dir() or not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"{directory} is neither an adapter nor a checkpoint: expected a directory with "
+            ".safetensors files in it."
+        )
+    api = HfApi()
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=path,
+            commit_message=message,
+            allow_patterns=list(PUSHED),
+            ignore_patterns=list(NOT_PUSHED),
+        )
+    except _FAILURES as error:
+        raise UserError(f"the hub does not take {directory}: {first_line(error)}") from None
+    return str(done.commit_url)
+
+
+PUSHED = ("*.safetensors", "*.json", "*.md", "*.model", "*.txt", "*.jinja", "*.png")
+NOT_PUSHED = ("*/*", "optimizer*", "trainer_state.json", "run.json", ".*")
