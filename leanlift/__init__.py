@@ -17,10 +17,19 @@ from typing import TYPE_CHECKING, Any
 from leanlift._version import __version__
 
 if TYPE_CHECKING:
+    from leanlift.adapter import combine_adapters
     from leanlift.config import LiftConfig
     from leanlift.errors import UserError
-    from leanlift.export import merge_adapter
-    from leanlift.model import get_lift_model, load_adapter, refresh_mask, save_adapter
+    from leanlift.export import export_peft, merge_adapter
+    from leanlift.hub import push_to_hub
+    from leanlift.model import (
+        get_lift_model,
+        load_adapter,
+        refresh_mask,
+        save_adapter,
+        scale_adapter,
+        unload_adapter,
+    )
     from leanlift.training import LiftTrainer, plan_memory
 
 __all__ = [
@@ -28,24 +37,34 @@ __all__ = [
     "LiftTrainer",
     "UserError",
     "__version__",
+    "combine_adapters",
+    "export_peft",
     "get_lift_model",
     "load_adapter",
     "merge_adapter",
     "plan_memory",
+    "push_to_hub",
     "refresh_mask",
     "save_adapter",
+    "scale_adapter",
+    "unload_adapter",
 ]
 
 _HOMES = {
     "LiftConfig": "leanlift.config",
     "LiftTrainer": "leanlift.training",
     "UserError": "leanlift.errors",
+    "combine_adapters": "leanlift.adapter",
+    "export_peft": "leanlift.export",
     "get_lift_model": "leanlift.model",
     "load_adapter": "leanlift.model",
     "merge_adapter": "leanlift.export",
     "plan_memory": "leanlift.training",
+    "push_to_hub": "leanlift.hub",
     "refresh_mask": "leanlift.model",
     "save_adapter": "leanlift.model",
+    "scale_adapter": "leanlift.model",
+    "unload_adapter": "leanlift.model",
 }
 
 

@@ -18,6 +18,7 @@ range is widened to block boundaries, dequantized alone, and trimmed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -25,6 +26,12 @@ import bitsandbytes.functional as F
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
+
+Rows = Callable[[int, int], Tensor]
+"""rows(start, stop) of a matrix [m, n]: a tensor [stop - start, n]."""
+
+QUANTIZED_AT_ONCE = 2**22
+"""Values of a tile that is quantized: 8 MiB in fp16, and some such temporaries."""
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -83,21 +90,57 @@ def dequantize_4bit_range(module: nn.Module, start: int, stop: int) -> Tensor:
 
 
 def quantize_4bit(
-    weight: Tensor, kind: str, blocksize: int, double: bool, device: torch.device
+    rows: Rows,
+    shape: tuple[int, int],
+    kind: str,
+    blocksize: int,
+    double: bool,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
-    """A bias-free `Linear4bit` that holds `weight` [m, n], quantized on `device`."""
-    m, n = weight.shape
+    """A bias-free `Linear4bit` of `shape`, quantized from `dtype` on `device`, tile by tile.
+
+    Bit-equal to quantizing the whole at once: a scale belongs to one block, and tiles start at
+    blocks. Only the scales are quantized as a whole, as bitsandbytes does it.
+    """
+    m, n = shape
+    packed = torch.empty(-(-m * n // 2), 1, dtype=torch.uint8, device=device)
+    absmax = torch.empty(-(-m * n // blocksize), device=device)
+    code = None
+    step = max(blocksize, QUANTIZED_AT_ONCE // n // blocksize * blocksize)
+    for start in range(0, m, step):
+        tile = rows(start, min(start + step, m)).to(device, dtype).contiguous()
+        codes, state = F.quantize_4bit(tile, blocksize=blocksize, quant_type=kind)
+        first = start * n
+        packed[first // 2 : first // 2 + codes.numel()] = codes.view(-1, 1)
+        absmax[first // blocksize : first // blocksize + state.absmax.numel()] = state.absmax
+        code = state.code
+    offset = nested = None
+    if double:
+        offset = absmax.mean()
+        absmax, nested = F.quantize_blockwise(absmax - offset, blocksize=256)
     module = Linear4bit(
         n, m, bias=False, quant_type=kind, compress_statistics=double, device="meta"
     )
     module.weight = bnb.nn.Params4bit(
-        weight,
+        packed,
         requires_grad=False,
+        quant_state=F.QuantState(
+            absmax=absmax,
+            shape=torch.Size(shape),
+            dtype=dtype,
+            blocksize=blocksize,
+            code=code,
+            quant_type=kind,
+            offset=offset,
+            state2=nested,
+        ),
         quant_type=kind,
         compress_statistics=double,
         blocksize=blocksize,
+        bnb_quantized=True,
         module=module,
-    ).to(device)
+    )
     return module
 
 
@@ -154,12 +197,23 @@ def gather_8bit_rows(module: nn.Module, ids: Tensor) -> Tensor:
     return rows.view(*ids.shape, codes.shape[1])
 
 
-def quantize_8bit(weight: Tensor, device: torch.device) -> nn.Module:
-    """A bias-free `Linear8bitLt` that holds `weight` [m, n], quantized on `device`."""
-    m, n = weight.shape
+def quantize_8bit(rows: Rows, shape: tuple[int, int], device: torch.device) -> nn.Module:
+    """A bias-free `Linear8bitLt` of `shape`, quantized on `device`, tile by tile.
+
+    Bit-equal to quantizing the whole at once, for which bitsandbytes' CPU path needs six times
+    the bytes of the weight: a scale belongs to one row.
+    """
+    m, n = shape
+    codes = torch.empty(m, n, dtype=torch.int8, device=device)
+    scales = torch.empty(m, device=device)
+    step = max(1, QUANTIZED_AT_ONCE // n)
+    for start in range(0, m, step):
+        stop = min(start + step, m)
+        tile = rows(start, stop).to(device, torch.float16).contiguous()
+        codes[start:stop], scales[start:stop], _ = F.int8_vectorwise_quant(tile)
     module = Linear8bitLt(n, m, bias=False, has_fp16_weights=False, device="meta")
-    module.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(
-        device
+    module.weight = bnb.nn.Int8Params(
+        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
     )
     return module
 

@@ -28,6 +28,8 @@ def local_copy(source: str | Path, files: Sequence[str], what: str, advice: str)
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise UserError(f"{what} {source} does not exist: {advice}.")
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except _FAILURES as error:

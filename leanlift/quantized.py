@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from leanlift import _bnb
 from leanlift.errors import UserError
-from leanlift.tiles import DenseTiles, RowTiles
+from leanlift.tiles import CastTiles, RowTiles, as_tiles
 
 NESTED_BLOCK = 256
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -229,17 +229,24 @@ def weight_tensors(module: nn.Module) -> list[Tensor]:
     return [weight.data]
 
 
-def requantize(weight: Tensor, fmt: WeightFormat, device: torch.device) -> RowTiles:
+def requantize(weight: RowTiles | Tensor, fmt: WeightFormat, device: torch.device) -> RowTiles:
     """Quantize a 16/32-bit weight [m, n] as stock transformers would have when loading it.
+
+    The weight is read by row tiles; what is held is its quantized form. INT8 is quantized from
+    fp16, whatever `weight` comes in.
 
     Returns its dequantized rows: bit-equal to the loaded model's on the same kind of device.
     """
+    tiles = as_tiles(weight)
     if fmt.kind == "dense":
-        return DenseTiles(weight.to(fmt.torch_dtype))
+        return CastTiles(tiles, fmt.torch_dtype)
     if fmt.kind == "int8":
-        return Weight8bit(_bnb.quantize_8bit(weight, device))
-    source = weight.to(fmt.torch_dtype)
-    return Weight4bit(_bnb.quantize_4bit(source, fmt.kind, fmt.blocksize, fmt.double, device))
+        return Weight8bit(_bnb.quantize_8bit(tiles.rows, tiles.shape, device))
+    return Weight4bit(
+        _bnb.quantize_4bit(
+            tiles.rows, tiles.shape, fmt.kind, fmt.blocksize, fmt.double, fmt.torch_dtype, device
+        )
+    )
 
 
 def embedding_rows(module: nn.Module, ids: Tensor) -> Tensor:

@@ -70,6 +70,25 @@ class DenseTiles:
         return self.tensor[start:stop]
 
 
+@dataclass(frozen=True)
+class CastTiles:
+    """A matrix read in another dtype."""
+
+    source: RowTiles
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.source.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.source.rows(start, stop).to(self.dtype)
+
+
 def as_tiles(matrix: RowTiles | Tensor) -> RowTiles:
     """`matrix` itself, or a 2-D tensor wrapped as `DenseTiles`."""
     return DenseTiles(matrix) if isinstance(matrix, Tensor) else matrix

@@ -264,8 +264,12 @@ def test_output_mistakes(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_export_and_report_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is no leanlift adapter" in complaint(
+    assert "does not exist: expected what save_adapter" in complaint(
         capsys, "export", str(tmp_path / "none"), str(tmp_path / "out")
+    )
+    (tmp_path / "empty").mkdir()
+    assert "is no leanlift adapter" in complaint(
+        capsys, "export", str(tmp_path / "empty"), str(tmp_path / "out")
     )
     assert "holds no memory.json" in complaint(capsys, "report", str(tmp_path))
     with pytest.raises(leanlift.UserError):

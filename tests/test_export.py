@@ -168,7 +168,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
 
     save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
     refused(tmp_path, "has other weights", base=twin)
-    refused(tmp_path, "neither a directory nor a model", base=tmp_path / "nowhere")
+    refused(tmp_path, "does not exist: name the base checkpoint", base=tmp_path / "nowhere")
 
 
 def test_broken_checkpoints_and_bad_requests_are_refused(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_merge(
     base = make_checkpoint(tmp_path / "base")
     trained(base, tmp_path / "adapter")
     usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 1000, 1000)
-    monkeypatch.setattr("leanlift.export.merge.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("leanlift.export.directory.shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0.0 GiB, but only 0.0 GiB are free at"):
         merge_adapter(tmp_path / "adapter", tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()

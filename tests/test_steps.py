@@ -24,7 +24,7 @@ from leanlift import (
     save_adapter,
 )
 from leanlift.memory import static_categories
-from leanlift.model import embedding_to_cpu, lift_layers
+from leanlift.model import embedding_to_cpu, lift_layers, restore_adapter
 from leanlift.optim import SparseAdamW, adamw_nbytes, unwrap
 from leanlift.sparse import index_nbytes
 from leanlift.training import LiftSFTConfig, last_whole_checkpoint
@@ -171,7 +171,7 @@ def test_bf16_values_train_refresh_save_and_resume(base: Path, tmp_path: Path) -
     fresh = load_adapter(load(base), tmp_path / "whole")
     assert_same_layers(whole.model, fresh)
     with pytest.raises(UserError, match="bfloat16 offsets, but the model trains float32 ones"):
-        load_adapter(trainer_for(base, tmp_path / "x").model, tmp_path / "whole")
+        restore_adapter(trainer_for(base, tmp_path / "x").model, tmp_path / "whole")
 
 
 def test_bf16_with_stochastic_rounding_learns_and_rounding_to_nearest_stalls(

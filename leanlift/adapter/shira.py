@@ -16,6 +16,7 @@ Shapes: m rows, n columns, e entries of a module.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from leanlift.checkpoint import ShardedWriter, TensorFile, TensorSpec, read_json
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
+from leanlift.quantized import dtype_of
 from leanlift.sparse import SegmentedIndex
 
 FACTS_NAME = "leanlift.json"
@@ -53,27 +55,69 @@ def shira_rank(shapes: dict[str, tuple[int, int]], entries: dict[str, int]) -> i
     return max(1, r)
 
 
-def write_shira(directory: Path, adapter: Adapter, progress: Callable[[Any], Any]) -> int:
-    """Write `adapter` as a stock PEFT SHiRA adapter, module by module; returns r.
+@dataclass(frozen=True)
+class ShiraPlan:
+    """What a SHiRA form of an adapter will be like, before it is written.
+
+    Attributes:
+        rank: r, of all modules.
+        entries: per module, how many are active and how many settled.
+        specs: the tensors, in the order of the file.
+    """
+
+    rank: int
+    entries: dict[str, list[int]]
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def count(self) -> int:
+        """The adapter's own entries."""
+        return sum(sum(counts) for counts in self.entries.values())
+
+    @property
+    def padding(self) -> int:
+        """Zeros at (0, 0) beside them."""
+        room = sum(spec.shape[0] for spec in self.specs if spec.name.endswith(WEIGHT))
+        return room - self.count
+
+
+def plan_shira(adapter: Adapter) -> ShiraPlan:
+    """Find the rank and the tensors of an adapter's SHiRA form.
+
+    Raises:
+        UserError: a damaged adapter, or entries that have no room in PEFT's form.
+    """
+    shapes = adapter.base.shapes
+    entries = {name: _counts(adapter.layer(name)) for name in shapes}
+    rank = shira_rank(shapes, {name: sum(counts) for name, counts in entries.items()})
+    dtype, specs = dtype_of(adapter.config.values_dtype), []
+    for name, (m, n) in shapes.items():
+        room = rank * (m + n)
+        specs.append(TensorSpec(f"{PREFIX}{name}{INDICES}", (2, room), torch.int32))
+        specs.append(TensorSpec(f"{PREFIX}{name}{WEIGHT}", (room,), dtype))
+    return ShiraPlan(rank, entries, tuple(specs))
+
+
+def write_shira(
+    directory: Path, adapter: Adapter, plan: ShiraPlan, progress: Callable[[Any], Any]
+) -> None:
+    """Write `adapter` as a stock PEFT SHiRA adapter, module by module.
 
     Args:
         directory: where; it exists.
         adapter: an opened adapter.
+        plan: of `plan_shira(adapter)`.
         progress: wraps the modules that are iterated over.
     """
     shapes = adapter.base.shapes
-    split = {name: _counts(adapter.layer(name)) for name in shapes}
-    r = shira_rank(shapes, {name: sum(counts) for name, counts in split.items()})
-    dtype = getattr(torch, adapter.config.values_dtype)
-    specs = []
-    for name, (m, n) in shapes.items():
-        room = r * (m + n)
-        specs.append(TensorSpec(f"{PREFIX}{name}{INDICES}", (2, room), torch.int32))
-        specs.append(TensorSpec(f"{PREFIX}{name}{WEIGHT}", (room,), dtype))
-    whole = sum(spec.nbytes for spec in specs)
-    with ShardedWriter(directory, specs, whole, stem="adapter_model") as writer:
+    dtype = dtype_of(adapter.config.values_dtype)
+    with ShardedWriter(directory, list(plan.specs), plan.nbytes, stem="adapter_model") as writer:
         for name in progress(shapes):
-            indices, weight = _to_shira(adapter.layer(name), shapes[name], r, dtype)
+            indices, weight = _to_shira(adapter.layer(name), shapes[name], plan.rank, dtype)
             writer.write(f"{PREFIX}{name}{INDICES}", [indices])
             writer.write(f"{PREFIX}{name}{WEIGHT}", [weight])
     write_json(
@@ -82,15 +126,14 @@ def write_shira(directory: Path, adapter: Adapter, progress: Callable[[Any], Any
             "peft_type": "SHIRA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": adapter.base.name,
-            "r": r,
+            "r": plan.rank,
             "mask_type": "leanlift",
             "target_modules": list(shapes),
             "inference_mode": True,
         },
     )
     facts = Facts(adapter.config, adapter.base, adapter.refreshes).to_dict()
-    write_json(directory / FACTS_NAME, {**facts, "entries": split})
-    return r
+    write_json(directory / FACTS_NAME, {**facts, "entries": plan.entries})
 
 
 def _counts(offsets: LayerOffsets) -> list[int]:

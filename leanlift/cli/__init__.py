@@ -1,4 +1,4 @@
-"""The command line: `leanlift demo | plan | train | export | info | report`.
+"""The command line: `leanlift demo | plan | train | export | combine | push | info | report`.
 
 An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
 too small in exit code 3; `--debug` shows the traceback. Everything heavy is imported by the
@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from leanlift._version import __version__
+from leanlift.cli.adapters import add_export
 from leanlift.errors import OutOfMemoryError, UserError
 
 EXIT_USER_ERROR = 2
@@ -71,27 +72,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("plan", help="what a run will need, before it is made", add_help=False)
     commands.add_parser("train", help="fine-tune a model", add_help=False)
 
-    export = commands.add_parser(
-        "export",
-        help="merge an adapter into a plain checkpoint",
-        description="Add an adapter's offsets to its base and write an ordinary checkpoint. "
-        "--onto original adds them to the 16-bit weights of the base; --onto quantized writes "
-        "exactly the model that was trained, D(Q) + offsets, quantization error included.",
-    )
-    export.add_argument(
-        "adapter", help="directory of an adapter: a run's output_dir or a checkpoint"
-    )
-    export.add_argument("output", help="new directory for the merged checkpoint")
-    export.add_argument("--base", help="the base checkpoint; default: the one trained on")
-    export.add_argument("--dtype", default="float16", help="float16 (default), bfloat16 or float32")
-    export.add_argument(
-        "--onto", default="original", help="original (default) or quantized, see above"
-    )
-    export.add_argument("--max_shard_size", default="5GB", help='e.g. "2GB"')
-    export.set_defaults(run=_export)
+    add_export(commands)
 
     info = commands.add_parser("info", help="what an adapter holds")
-    info.add_argument("adapter", help="directory of an adapter: a run's output_dir or a checkpoint")
+    info.add_argument("adapter", help="an adapter: a run's output_dir, a checkpoint, or a hub name")
     info.add_argument("--json", action="store_true", help="print JSON, every module included")
     info.set_defaults(run=_info)
 
@@ -106,32 +90,6 @@ def _demo(options: argparse.Namespace) -> int:
     from leanlift.demo import demo
 
     demo(options.output_dir)
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    import torch
-
-    from leanlift.export import merge_adapter
-    from leanlift.memory import MemoryMeter, human
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    meter = MemoryMeter(device)
-    with meter.phase("export", follow=True) as peak:
-        merged = merge_adapter(
-            options.adapter,
-            options.output,
-            base=options.base,
-            dtype=options.dtype,
-            onto=options.onto,
-            max_shard_size=options.max_shard_size,
-        )
-    choice = "the 16-bit weights of" if merged.onto == "original" else "the dequantized weights of"
-    print(
-        f"Wrote {merged.output}: {merged.merged} matrices merged onto {choice} {merged.base}, "
-        f"{merged.tensors} tensors, {human(merged.nbytes)} in {merged.dtype}; "
-        f"peak {human(peak.tensors)} of tensors, {peak.seconds:.1f} s."
-    )
     return 0
 
 

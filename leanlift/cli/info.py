@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from leanlift.adapter import CONFIG_NAME, WEIGHTS_NAME, Store, open_adapter
+from leanlift.adapter import CONFIG_NAME, FACTS_NAME, WEIGHTS_NAME, Store, open_adapter
 from leanlift.memory import human
 
-FILES = (WEIGHTS_NAME, CONFIG_NAME)
+FILES = (WEIGHTS_NAME, CONFIG_NAME, FACTS_NAME)
 SHOWN = 10
 
 
@@ -21,17 +21,16 @@ def info_command(adapter: str, as_json: bool) -> int:
 
 
 def describe(adapter: str | Path) -> dict[str, Any]:
-    """What an adapter directory holds, JSON-ready.
+    """What an adapter, of a directory or a hub name, holds; JSON-ready.
 
     Raises:
         UserError: no adapter, or a damaged one.
     """
-    directory = Path(adapter)
-    with open_adapter(directory) as opened:
+    with open_adapter(adapter) as opened:
         modules = []
         for name, shape in opened.base.shapes.items():
             offsets = opened.layer(name)
-            stores = [store for store in (offsets.active, offsets.settled) if store is not None]
+            stores = offsets.stores
             modules.append(
                 {
                     "module": name,
@@ -41,13 +40,14 @@ def describe(adapter: str | Path) -> dict[str, Any]:
                     "density": offsets.active.index.count / (shape[0] * shape[1]),
                     "largest": max(_largest(store) for store in stores),
                     "norm": sum(float(s.values.double().square().sum()) for s in stores) ** 0.5,
-                    "bytes": sum(s.index.nbytes + s.values.nbytes for s in stores),
+                    "bytes": sum(store.nbytes for store in stores),
                 }
             )
         entries = sum(module["entries"] for module in modules)
         weights = sum(m * n for m, n in opened.base.shapes.values())
         return {
-            "adapter": str(directory),
+            "adapter": str(adapter),
+            "form": opened.form,
             "base": opened.base.name,
             "base_formats": sorted({str(fmt) for fmt in opened.base.formats.values()}),
             "values_dtype": opened.config.values_dtype,
@@ -57,7 +57,9 @@ def describe(adapter: str | Path) -> dict[str, Any]:
             "settled": sum(module["settled"] for module in modules),
             "density": entries / weights,
             "bytes_on_disk": sum(
-                (directory / f).stat().st_size for f in (WEIGHTS_NAME, CONFIG_NAME)
+                (opened.directory / file).stat().st_size
+                for file in FILES
+                if (opened.directory / file).is_file()
             ),
             "modules": modules,
         }

@@ -1,5 +1,15 @@
-"""From an adapter and a base checkpoint to a plain one."""
+"""From an adapter to what other tools load: a plain checkpoint, or a PEFT adapter."""
 
+from leanlift.export.card import CARD_NAME, TRAINING_KEYS
 from leanlift.export.merge import ONTO, MergeReport, merge_adapter
+from leanlift.export.peft import PeftReport, export_peft
 
-__all__ = ["ONTO", "MergeReport", "merge_adapter"]
+__all__ = [
+    "CARD_NAME",
+    "ONTO",
+    "TRAINING_KEYS",
+    "MergeReport",
+    "PeftReport",
+    "export_peft",
+    "merge_adapter",
+]

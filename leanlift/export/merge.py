@@ -14,50 +14,28 @@ its name when it is whole.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from leanlift.adapter import Adapter, LayerOffsets, open_adapter
-from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_json, write_json
-from leanlift.errors import UserError, first_line
+from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_json
+from leanlift.errors import UserError
+from leanlift.export.card import CARD_NAME, merged_card
+from leanlift.export.directory import carry_over, check_space
 from leanlift.export.source import SourceTensor, open_checkpoint
 from leanlift.fingerprint import digest_of
-from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
-from leanlift.tiles import RowTiles, row_ranges, tile_rows
+from leanlift.hub import local_copy
+from leanlift.quantized import WeightFormat, dtype_of, requantize
+from leanlift.tiles import CastTiles, RowTiles, row_ranges, tile_rows
 
 ONTO = ("original", "quantized")
-WEIGHT_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".ckpt",
-}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+BASE_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -85,7 +63,7 @@ def merge_adapter(
     """Write base + adapter as a plain checkpoint.
 
     Args:
-        adapter: a directory from `save_adapter` or a training run.
+        adapter: a directory from `save_adapter` or a training run, or a hub name.
         output: a new directory.
         base: the base checkpoint, a directory or a hub name; by default the one the adapter
             was trained on.
@@ -111,7 +89,7 @@ def merge_adapter(
                 TensorSpec(name, t.shape, target if t.dtype.is_floating_point else t.dtype)
                 for name, t in tensors.items()
             ]
-            _check_space(out, sum(spec.nbytes for spec in specs))
+            check_space(out, sum(spec.nbytes for spec in specs))
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
                     for name, tensor in tqdm(
@@ -119,7 +97,9 @@ def merge_adapter(
                     ):
                         merge = _Merge(opened, plan.get(name), onto, target)
                         writer.write(name, merge.pieces(tensor))
-                _carry_over(source_dir, Path(adapter), partial, config, dtype)
+                carry_over(source_dir, opened.directory, partial, config, dtype)
+                card = merged_card(opened, str(base or opened.base.name), dtype, onto, out.name)
+                (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return MergeReport(
         output=str(out),
         base=str(source_dir),
@@ -137,32 +117,7 @@ def resolve_base(base: str | Path) -> Path:
     Raises:
         UserError: neither.
     """
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        return Path(
-            snapshot_download(
-                str(base), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-            )
-        )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"the base {base} is neither a directory nor a model that can be had from the hub "
-            f"({first_line(error).rstrip('.')}): name the base checkpoint with --base."
-        ) from None
-
-
-def _check_space(output: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold."""
-    place = next(path for path in (output, *output.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise UserError(
-            f"the merged checkpoint needs {needed / 2**30:.1f} GiB, but only "
-            f"{free / 2**30:.1f} GiB are free at {place}: make room, or name another output "
-            "directory."
-        )
+    return local_copy(base, BASE_FILES, "the base", "name the base checkpoint with --base")
 
 
 class _Merge:
@@ -223,8 +178,10 @@ class _Merge:
 
 
 def _requantized(tensor: SourceTensor, fmt: WeightFormat, loaded: str) -> RowTiles:
+    """D(Q) of a matrix of the checkpoint, quantized as it was at loading."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return requantize(tensor.whole().to(dtype_of(loaded)), fmt, device)
+    matrix: RowTiles = tensor  # type: ignore[assignment]
+    return requantize(CastTiles(matrix, dtype_of(loaded)), fmt, device)
 
 
 def _plan(adapter: Adapter, tensors: dict[str, SourceTensor]) -> dict[str, str]:
@@ -285,31 +242,6 @@ def _check_base(
         + (f"has no tensor {missing[0]}" if missing else "has other weights")
         + ": name the adapter's own base with --base."
     )
-
-
-def _carry_over(
-    source: Path, adapter: Path, output: Path, config: dict[str, Any], dtype: str
-) -> None:
-    """config.json with the new dtype, and every small file of the base; the adapter's tokenizer
-    and chat template win, being what was trained with."""
-    for file in sorted(source.iterdir()):
-        skip = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not skip and not file.name.startswith((".", "README")):
-            shutil.copyfile(file, output / file.name)
-    for name in TOKENIZER_FILES:
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, output / name)
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
-    _set_dtype(config, dtype)
-    write_json(output / "config.json", config)
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    config.pop("torch_dtype", None)
-    config["dtype"] = dtype_name(dtype_of(dtype))
-    for value in config.values():
-        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
-            _set_dtype(value, dtype)
 
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

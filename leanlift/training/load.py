@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from leanlift.adapter import Adapter
 from leanlift.errors import UserError, first_line
 from leanlift.export.source import open_checkpoint
 from leanlift.quantized import dtype_of
@@ -78,3 +79,34 @@ def quantization(args: RunArguments, dtype: torch.dtype) -> BitsAndBytesConfig |
         bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.device) -> Any:
+    """The base of an adapter in the dtype and quantization that it was trained over.
+
+    Args:
+        adapter: an opened adapter.
+        base: directory or hub name; by default the one the adapter names.
+        device: where it goes.
+
+    Raises:
+        UserError: as for `load_base`, or matrices in several formats, which transformers cannot be
+            asked for.
+    """
+    formats = {adapter.base.formats[name] for name in adapter.base.shapes}
+    if len(formats) > 1:
+        raise UserError(
+            f"{adapter.directory} was trained over {', '.join(sorted(map(str, formats)))} at once: "
+            "load such a base yourself, then use load_adapter."
+        )
+    fmt = formats.pop()
+    args = RunArguments(
+        model_name_or_path=str(base or adapter.base.name),
+        dataset_name="",
+        load_in_4bit=fmt.kind in ("nf4", "fp4"),
+        load_in_8bit=fmt.kind == "int8",
+        bnb_4bit_quant_type=fmt.kind if fmt.kind in ("nf4", "fp4") else "nf4",
+        bnb_4bit_use_double_quant=fmt.double,
+        dtype=adapter.base.dtype,
+    )
+    return load_base(args, device)[0]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from leanlift.checkpoint import replacing
+from leanlift._version import __version__
+from leanlift.adapter import RUN_NAME
+from leanlift.checkpoint import replacing, write_json
 from leanlift.errors import OutOfMemoryError, UserError, first_line
-from leanlift.export import ONTO, MergeReport, merge_adapter
+from leanlift.export import ONTO, TRAINING_KEYS, MergeReport, merge_adapter
 from leanlift.memory import (
     MemoryMeter,
     MemoryPlan,
@@ -166,6 +168,7 @@ def _run(
     trainer.save_model()
     trainer.save_state()
     save_report(meter.report, output)
+    write_json(output / RUN_NAME, _settings(args, sft))
 
     merged = None
     if args.merged_dir:
@@ -177,6 +180,15 @@ def _run(
             )
         save_report(meter.report, output)
     return RunResult(model, tokenizer, meter.report, merged)
+
+
+def _settings(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
+    """What a reader of the adapter may want to know of the run, JSON-ready."""
+    own = asdict(args)
+    given = own["dataset_name"]
+    own["dataset_name"] = str(Path(given).absolute()) if Path(given).is_file() else given
+    loop = sft.to_dict()
+    return {"leanlift_version": __version__, **own, **{key: loop[key] for key in TRAINING_KEYS}}
 
 
 def _out_of_memory(

@@ -1,0 +1,60 @@
+"""Opening an adapter directory, whichever form it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from leanlift.adapter.native import CONFIG_NAME, WEIGHTS_NAME, read_native
+from leanlift.adapter.offsets import Adapter
+from leanlift.adapter.shira import FACTS_NAME, read_shira
+from leanlift.checkpoint import open_tensor_file, read_json
+from leanlift.errors import UserError
+from leanlift.fingerprint import BaseFingerprint
+from leanlift.hub import local_copy
+
+RUN_NAME = "run.json"
+"""What a training run writes beside its adapter: data and settings."""
+
+FILES = (CONFIG_NAME, WEIGHTS_NAME, FACTS_NAME, RUN_NAME, "memory.json", "tokenizer*", "*.jinja")
+"""What is wanted of an adapter on the hub."""
+
+
+@contextmanager
+def open_adapter(
+    source: str | Path, live_base: Callable[[list[str]], BaseFingerprint] | None = None
+) -> Iterator[Adapter]:
+    """Open an adapter in either form.
+
+    Args:
+        source: a directory, or a hub name.
+        live_base: the fingerprint of a live model for the named modules; only with it can an
+            adapter that PEFT itself has trained be read.
+
+    Raises:
+        UserError: not an adapter, one of a newer format, or damaged.
+    """
+    directory = local_copy(
+        source,
+        FILES,
+        "the adapter",
+        "expected what save_adapter, a training run or leanlift export --format peft has written",
+    )
+    if not (directory / CONFIG_NAME).is_file():
+        raise UserError(
+            f"{directory} is no leanlift adapter: it has no {CONFIG_NAME}. Expected a directory "
+            "written by save_adapter or a training run."
+        )
+    data = read_json(directory / CONFIG_NAME)
+    kind = data.get("peft_type") if isinstance(data, dict) else None
+    if kind not in ("LEANLIFT", "SHIRA"):
+        raise UserError(
+            f"{directory / CONFIG_NAME} was not written by leanlift (peft_type {kind!r:.80}), and "
+            "leanlift reads no other adapters than its own and PEFT's SHiRA."
+        )
+    with open_tensor_file(directory / WEIGHTS_NAME) as tensors:
+        if kind == "SHIRA":
+            yield read_shira(directory, data, tensors, live_base)
+        else:
+            yield read_native(directory, data, tensors)

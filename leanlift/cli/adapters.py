@@ -1,0 +1,158 @@
+"""`leanlift export`, `combine` and `push`: what becomes of an adapter."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from leanlift.errors import UserError
+
+EXPORT_TEXT = """Write what an adapter has learned in a form that other tools load.
+
+--format merged (the default) adds the adapter's offsets to its base and writes an ordinary
+checkpoint. There are two things to add them to, and both are honest:
+
+  --onto original   the 16-bit weights of the base. What was learned, without the quantization
+                    error that training had; not bit for bit the model that was trained.
+  --onto quantized  the weights as they were quantized for training. Exactly the model that was
+                    trained and measured, quantization error included.
+
+--format peft writes a SHiRA adapter, which stock PEFT loads without leanlift."""
+
+MERGED_ONLY = ("base", "dtype", "onto", "max_shard_size", "verify", "data")
+
+
+def add_export(commands: Any) -> None:
+    """The parsers of the three commands."""
+    export = commands.add_parser(
+        "export",
+        help="merge an adapter into a plain checkpoint, or write it for PEFT",
+        description=EXPORT_TEXT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument(
+        "adapter", help="an adapter: a run's output_dir, a checkpoint, or a hub name"
+    )
+    export.add_argument("output", help="new directory for what is written")
+    export.add_argument("--format", default="merged", help="merged (default) or peft")
+    export.add_argument("--base", help="the base checkpoint; default: the one trained on")
+    export.add_argument("--dtype", help="float16 (default), bfloat16 or float32")
+    export.add_argument("--onto", help="original (default) or quantized, see above")
+    export.add_argument("--max_shard_size", help='e.g. "2GB"; default 5GB')
+    export.add_argument(
+        "--verify",
+        action="store_true",
+        default=None,
+        help="load the result with stock transformers and compare its logits with base + adapter",
+    )
+    export.add_argument("--data", help="rows to verify with; default: those that were trained on")
+    export.set_defaults(run=export_command)
+
+    combine = commands.add_parser(
+        "combine",
+        help="add or average adapters of one base",
+        description="Write the weighted sum of adapters of one base as a new adapter. An entry "
+        "that several adapters have gets the weighted sum of its offsets; to one that an adapter "
+        "does not have, that adapter adds nothing.",
+    )
+    combine.add_argument("adapters", nargs="+", metavar="ADAPTER", help="directories or hub names")
+    combine.add_argument("--output", required=True, help="new directory for the result")
+    combine.add_argument(
+        "--weights", nargs="+", type=float, help="one number per adapter; default: 1 each, the sum"
+    )
+    combine.add_argument(
+        "--average", action="store_true", help="weights of one over the number of adapters"
+    )
+    combine.set_defaults(run=combine_command)
+
+    push = commands.add_parser(
+        "push",
+        help="upload an adapter or a merged checkpoint to the Hugging Face hub",
+        description="Upload an adapter or a merged checkpoint. What only a resume needs "
+        "(checkpoints, optimizer state) and the run's settings stay here.",
+    )
+    push.add_argument("directory", help="an adapter or a merged checkpoint")
+    push.add_argument("repo_id", help="user/name; made where it does not exist")
+    push.add_argument("--private", action="store_true", help="make it a private one")
+    push.set_defaults(run=push_command)
+
+
+def export_command(options: argparse.Namespace) -> int:
+    """Merge, verify where asked for, or write PEFT's form."""
+    if options.format not in ("merged", "peft"):
+        raise UserError(f"expected --format merged or peft, got {options.format!r}.")
+    if options.format == "merged":
+        return _merge(options)
+    given = [f"--{name}" for name in MERGED_ONLY if getattr(options, name) is not None]
+    if given:
+        raise UserError(
+            f"{', '.join(given)} cannot go with --format peft, which holds no weights of the base."
+        )
+    from leanlift.export import export_peft
+    from leanlift.memory import human
+
+    done = export_peft(options.adapter, options.output)
+    print(
+        f"Wrote {done.output}: a SHiRA adapter with r={done.rank}, {done.entries:,} entries, "
+        f"{human(done.nbytes)} (leanlift's own form: {human(done.source_nbytes)})."
+    )
+    if done.padding:
+        share = done.padding / (done.entries + done.padding)
+        print(
+            f"PEFT has one r for all modules, so {done.padding:,} zeros were added ({share:.1%} of "
+            "the file)."
+        )
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    import torch
+
+    from leanlift.export import merge_adapter
+    from leanlift.memory import MemoryMeter, human
+
+    if options.data is not None and not options.verify:
+        raise UserError("--data names rows to verify with: give --verify too.")
+    meter = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with meter.phase("export", follow=True) as peak:
+        merged = merge_adapter(
+            options.adapter,
+            options.output,
+            base=options.base,
+            dtype=options.dtype or "float16",
+            onto=options.onto or "original",
+            max_shard_size=options.max_shard_size or "5GB",
+        )
+    choice = "the 16-bit weights of" if merged.onto == "original" else "the dequantized weights of"
+    print(
+        f"Wrote {merged.output}: {merged.merged} matrices merged onto {choice} {merged.base}, "
+        f"{merged.tensors} tensors, {human(merged.nbytes)} in {merged.dtype}; "
+        f"peak {human(peak.tensors)} of tensors, {peak.seconds:.1f} s."
+    )
+    if options.verify:
+        from leanlift.training.verify import verify_merged
+
+        print(f"Verified: {verify_merged(options.adapter, merged, options.data)}.")
+    return 0
+
+
+def combine_command(options: argparse.Namespace) -> int:
+    """Add or average."""
+    from leanlift.adapter import combine_adapters
+
+    weights = options.weights
+    if options.average:
+        if weights is not None:
+            raise UserError("--average sets the weights: give it or --weights, not both.")
+        weights = [1 / len(options.adapters)] * len(options.adapters)
+    combine_adapters(options.adapters, options.output, weights)
+    print(f"Wrote {options.output}: the weighted sum of {len(options.adapters)} adapters.")
+    return 0
+
+
+def push_command(options: argparse.Namespace) -> int:
+    """Upload."""
+    from leanlift.hub import push_to_hub
+
+    print(push_to_hub(options.directory, options.repo_id, options.private))
+    return 0

@@ -1,0 +1,175 @@
+"""The model card of what an export writes: what it is, how it was made, how to use it.
+
+Facts come from the adapter and from what a training run left beside it (`run.json`,
+`memory.json`). Those are files that anyone may have written, so nothing but short plain values
+goes into the card.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from leanlift.adapter import RUN_NAME, Adapter
+from leanlift.checkpoint import read_json
+from leanlift.errors import UserError
+
+CARD_NAME = "README.md"
+
+ONTO_WORDS = {
+    "original": "the base's own 16-bit weights plus what was learned: no quantization error, and "
+    "so not bit for bit the model that was trained",
+    "quantized": "exactly the model that was trained: the base's weights as they were quantized "
+    "for training, plus what was learned",
+}
+
+TRAINING_KEYS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "optim",
+    "seed",
+)
+"""What of a run's settings a reader of the card wants to know."""
+
+SERVE = """## Use
+
+With transformers:
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="{name}")
+print(generate({prompt}, max_new_tokens=256)[0]["generated_text"])
+```
+
+With vLLM: `vllm serve ./{name} --dtype {dtype}`
+
+With llama.cpp: `python convert_hf_to_gguf.py {name} --outfile {name}.gguf`
+"""
+
+LOAD = """## Use
+
+Stock PEFT loads it, without leanlift:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "{name}")
+```
+
+`leanlift export {name} MERGED` merges it, as it does leanlift's own adapters.
+"""
+
+
+def merged_card(adapter: Adapter, base: str, dtype: str, onto: str, name: str) -> str:
+    """The card of a merged checkpoint.
+
+    Args:
+        adapter: what was merged.
+        base: directory or hub name of the base checkpoint.
+        dtype, onto: how it was merged.
+        name: of the output directory.
+    """
+    chat = (adapter.directory / "chat_template.jinja").is_file()
+    prompt = '[{"role": "user", "content": "Hello"}]' if chat else '"Hello"'
+    facts = {"weights": dtype, "merged onto": f"{onto}: {ONTO_WORDS[onto]}"}
+    lines = [
+        *_front_matter(base, "transformers"),
+        f"# {name}",
+        "",
+        f"{_plain(base)}, fine-tuned with leanlift: a few per cent of each weight matrix, its "
+        "principal weights (LIFT, arXiv 2506.00772), were trained over a frozen base.",
+        "",
+        *_about(adapter, base, facts),
+        SERVE.format(name=name, prompt=prompt, dtype=dtype),
+    ]
+    return "\n".join(lines)
+
+
+def peft_card(adapter: Adapter, name: str) -> str:
+    """The card of an adapter in PEFT's form."""
+    base = adapter.base.name
+    lines = [
+        *_front_matter(base, "peft"),
+        f"# {name}",
+        "",
+        f"A sparse adapter (PEFT's SHiRA form) for {_plain(base)}, trained with leanlift.",
+        "",
+        *_about(adapter, base, {}),
+        LOAD.format(name=name, base=_plain(base)),
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(base: str, library: str) -> list[str]:
+    """What the hub reads; a base that is a local directory means nothing there."""
+    named = "/" in base and base.count("/") == 1 and not base.startswith((".", "~", "/"))
+    return [
+        "---",
+        *([f"base_model: {_plain(base)}"] if named else []),
+        f"library_name: {library}",
+        "pipeline_tag: text-generation",
+        "tags: [leanlift, sparse-fine-tuning]",
+        "---",
+    ]
+
+
+def _about(adapter: Adapter, base: str, facts: dict[str, str]) -> list[str]:
+    """Tables: how it was made, the run's settings, its memory."""
+    config, shapes = adapter.config, adapter.base.shapes
+    run = _read(adapter.directory / RUN_NAME)
+    budget = f"density {config.density:g}"
+    if config.rank_budget is not None:
+        budget = f"r = {config.rank_budget}, that is r · (m + n) entries per matrix"
+    formats = sorted({str(adapter.base.formats[name]) for name in shapes})
+    table = {
+        "base": base,
+        "trained over": f"{', '.join(formats)}, computed in {adapter.base.dtype}",
+        "trained": f"{budget} of {len(shapes)} matrices, chosen by {config.selector} "
+        f"(R = {config.approx_rank}), {adapter.refreshes} mask refreshes",
+        **facts,
+    }
+    data = run.get("dataset_name")
+    if isinstance(data, str):
+        table["data"] = Path(data).name if Path(data).suffix else data
+    lines = ["| | |", "|---|---|", *(f"| {key} | {_plain(v)} |" for key, v in table.items()), ""]
+    settings = [f"`{k}: {_plain(str(run[k]))}`" for k in TRAINING_KEYS if k in run]
+    if settings:
+        lines += ["## Training", "", ", ".join(settings), ""]
+    return lines + _memory(adapter.directory)
+
+
+def _memory(directory: Path) -> list[str]:
+    """The training step's bytes by category, where a run has measured them."""
+    categories = _read(directory / "memory.json").get("categories")
+    if not isinstance(categories, dict):
+        return []
+    measured = {_plain(str(k)): v for k, v in categories.items() if type(v) is int and v >= 0}
+    if not measured:
+        return []
+    rows = [f"| {name} | {nbytes / 2**20:,.1f} |" for name, nbytes in measured.items()]
+    total = sum(measured.values()) / 2**20
+    return ["## Memory of the training step", "", "| | MiB |", "|---|---|", *rows,
+            f"| **peak** | {total:,.1f} |", ""]  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none that can be read: a card can do without."""
+    with suppress(UserError, OSError):
+        data = read_json(path)
+        if isinstance(data, dict):
+            return data
+    return {}
+
+
+def _plain(text: str) -> str:
+    """One short line without Markdown or YAML in it."""
+    return "".join(c for c in text if c.isprintable() and c not in "|`<>[]{}#*\"'")[:200]
