@@ -25,7 +25,7 @@ from leanlift.model.attach import (
 )
 from leanlift.model.ends import quantize_ends
 from leanlift.model.targets import find_targets
-from leanlift.quantized import FrozenWeight, frozen_weight
+from leanlift.quantized import FrozenWeight, WeightFormat, frozen_weight
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -168,8 +168,20 @@ def _live_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
     return replace(
         state.base,
         shapes={name: weight.shape for name, weight in read.items()},
-        formats={**state.base.formats, **{name: w.format for name, w in read.items()}},
+        formats=_formats({name: weight.format for name, weight in read.items()}, state, modules),
     )
+
+
+def _formats(
+    targets: dict[str, WeightFormat], state: LiftState, modules: dict[str, nn.Module]
+) -> dict[str, WeightFormat]:
+    """The formats of these targets and of all that is quantized, in the order in which they are
+    found on a stock model: targets, the other Linears, the two ends."""
+    quantized = {name: fmt for name, fmt in state.base.formats.items() if fmt.kind != "dense"}
+    linears = [name for name, module in modules.items() if isinstance(module, FrozenLinear)]
+    order = [*targets, *linears, *quantized]
+    return {name: targets.get(name) or quantized[name] for name in order
+            if name in targets or name in quantized}  # fmt: skip
 
 
 def _weight(module: nn.Module, name: str) -> FrozenWeight:
