@@ -115,8 +115,11 @@ def test_train_report_export(
     assert "optimizer state" in capsys.readouterr().out
     again = tmp_path / "again"
     argv = ["export", str(run), str(again), "--onto", "quantized", "--dtype", "bfloat16"]
-    assert main(argv) == 0
-    assert "14 matrices merged onto the dequantized weights" in capsys.readouterr().out
+    assert main([*argv, "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "14 matrices merged onto the dequantized weights" in out
+    assert "Verified: logits differ by" in out  # on the rows that run.json names
+    assert "| data | rows.jsonl |" in (again / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(again).dtype == torch.bfloat16
 
 

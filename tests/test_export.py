@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanlift import LiftConfig, UserError, get_lift_model, merge_adapter, save_adapter
 from leanlift.memory import LiveBytes
 from leanlift.model import lift_layers, refresh_mask
+from leanlift.training.verify import verify_merged
 
 KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
 
@@ -72,6 +73,27 @@ def test_onto_quantized_is_the_trained_model(tmp_path: Path, kind: str, biased: 
 def effective(model: Any, name: str, original: torch.Tensor) -> torch.Tensor:
     layer = lift_layers(model).get(name.removesuffix(".weight"))
     return layer.effective.rows(0, layer.out_features) if layer is not None else original
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("biased", [False, True], ids=["llama-tied", "qwen2-untied-biases"])
+def test_onto_original_is_the_base_with_the_offsets(
+    tmp_path: Path, kind: str, biased: bool
+) -> None:
+    base = make_checkpoint(
+        tmp_path / "base", tied=not biased, biased=biased, hidden=80, intermediate=200
+    )
+    layers = lift_layers(trained(base, tmp_path / "adapter", kind))
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", dtype="float32", progress=False)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    expected = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    before = logits(expected)
+    for name, layer in layers.items():
+        weight = expected.get_submodule(name).weight.data
+        for store in (layer.index, layer.values), (layer.settled_index, layer.settled_values):
+            weight.view(-1)[store[0].to_flat()] += store[1].detach()
+    assert torch.equal(logits(stock), logits(expected))
+    assert (logits(stock) - before).abs().max() > 0.1 * before.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["nf4+double", "int8"])
@@ -164,8 +186,6 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     twin = make_checkpoint(tmp_path / "twin")
     tensors = checkpoint(twin)
     tensors["model.norm.weight"] += 0.01
-    from safetensors.torch import save_file
-
     save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
     refused(tmp_path, "has other weights", base=twin)
     refused(tmp_path, "does not exist: name the base checkpoint", base=tmp_path / "nowhere")
@@ -227,3 +247,61 @@ def test_a_disk_that_is_too_small_is_found_before_the_merge(
     with pytest.raises(UserError, match=r"needs 0.0 GiB, but only 0.0 GiB are free at"):
         merge_adapter(tmp_path / "adapter", tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
+
+
+def test_the_card_says_what_it_is(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    trained(base, tmp_path / "adapter")
+    run = {"dataset_name": "/home/me/rows.json", "learning_rate": 2e-4, "seed": 7}
+    memory = {"categories": {"values": 2**20, "index": 2**19, "<script>": "many"}}
+    (tmp_path / "adapter" / "run.json").write_text(json.dumps(run))
+    (tmp_path / "adapter" / "memory.json").write_text(json.dumps(memory))
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", onto="quantized", progress=False)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    for said in (
+        "library_name: transformers",
+        "quantized: exactly the model that was trained",
+        "| data | rows.json |",
+        "`learning_rate: 0.0002`, `seed: 7`",
+        "| values | 1.0 |",
+        "| **peak** | 1.5 |",
+        'pipeline("text-generation", model="merged")',
+        "nf4+double, computed in float32",
+    ):
+        assert said in card, said
+    assert "script" not in card
+    assert "/home/me" not in card
+    assert not card.startswith("---\nbase_model")  # a directory means nothing to a reader
+
+
+ROWS = [{"prompt": f"say {i}: ", "completion": str(i)} for i in range(6)]
+
+
+@pytest.mark.parametrize("onto", ["original", "quantized"])
+@pytest.mark.parametrize("kind", ["nf4+double", "int8", "dense"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_verify_passes_what_is_right_and_nothing_else(
+    tmp_path: Path, onto: str, kind: str, dtype: str
+) -> None:
+    base = make_checkpoint(tmp_path / "base", biased=True, tied=False)
+    trained(base, tmp_path / "adapter", kind)
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(ROWS))
+    report = merge_adapter(
+        tmp_path / "adapter", tmp_path / "merged", dtype=dtype, onto=onto, progress=False
+    )
+    with pytest.raises(UserError, match="does not say which data"):
+        verify_merged(tmp_path / "adapter", report)
+    found = verify_merged(tmp_path / "adapter", report, str(rows))
+    assert found.prompts == 4
+    assert 0 <= found.difference <= found.bound < 0.2 * found.effect
+    weights = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"].neg_()
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"is not what .* and its base compute: logits"):
+        verify_merged(tmp_path / "adapter", report, str(rows))
+    tensors["model.layers.1.mlp.down_proj.weight"].fill_(float("nan"))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="logits differ by nan"):
+        verify_merged(tmp_path / "adapter", report, str(rows))

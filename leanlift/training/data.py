@@ -8,7 +8,7 @@ tokenizing, the labels and the packing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,15 +185,20 @@ def calibration_batches(
 
     Labels are -100 on prompts; examples without a trained token are left out.
     """
-    chat = getattr(tokenizer, "chat_template", None) is not None
     batches = []
-    for row in to_examples(rows.select(range(min(count, len(rows)))), chat, "calibration"):
-        prompt, whole = _prompt_and_whole(row, tokenizer)
+    for prompt, whole in tokenized(rows, tokenizer, count):
         labels = [-100] * len(prompt) + whole[len(prompt) :]
         whole, labels = whole[:max_length], labels[:max_length]
         if any(label != -100 for label in labels[1:]):
             batches.append({"input_ids": torch.tensor([whole]), "labels": torch.tensor([labels])})
     return batches
+
+
+def tokenized(rows: Dataset, tokenizer: Any, count: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids of the first `count` rows' examples: of the prompt, and of the whole."""
+    chat = getattr(tokenizer, "chat_template", None) is not None
+    for row in to_examples(rows.select(range(min(count, len(rows)))), chat, "first"):
+        yield _prompt_and_whole(row, tokenizer)
 
 
 def _prompt_and_whole(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:

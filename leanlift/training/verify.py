@@ -25,7 +25,7 @@ from leanlift.export import MergeReport
 from leanlift.model import load_adapter, scale_adapter
 from leanlift.quantized import dtype_of
 from leanlift.tiles import row_ranges, tile_rows
-from leanlift.training.data import calibration_batches, load_rows
+from leanlift.training.data import load_rows, tokenized
 from leanlift.training.load import load_as_trained
 
 BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -99,7 +99,7 @@ def verify_merged(
 
 
 def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
-    """Token ids [1, T] of the first examples that the adapter was trained on."""
+    """Token ids [1, T] of the first examples that the adapter was trained on, cut to `TOKENS`."""
     if data is None:
         run = adapter.directory / RUN_NAME
         facts = read_json(run) if run.is_file() else {}
@@ -110,10 +110,8 @@ def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
             "with, --data rows.json."
         )
     tokenizer = AutoTokenizer.from_pretrained(merged)
-    batches = calibration_batches(load_rows(data), tokenizer, TOKENS, PROMPTS)
-    if not batches:
-        raise UserError(f"{data} has no row with a completion among its first {PROMPTS}.")
-    return [batch["input_ids"] for batch in batches]
+    examples = tokenized(load_rows(data), tokenizer, PROMPTS)
+    return [torch.tensor([whole[:TOKENS]]) for _, whole in examples][:PROMPTS]
 
 
 def _onto_original(
