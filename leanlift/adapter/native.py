@@ -115,7 +115,9 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
         active = _read_store(tensors, name, shape)
         if not any(f"{name}{SETTLED}.{part}" in tensors.names for part in PARTS):
             return LayerOffsets(active, None)
-        return LayerOffsets(active, _read_store(tensors, name + SETTLED, shape))
+        offsets = LayerOffsets(active, _read_store(tensors, name + SETTLED, shape))
+        offsets.check_disjoint(f"{name} in {tensors.path}")
+        return offsets
 
     return Adapter(directory, "leanlift", facts.config, facts.base, facts.refreshes, read)
 

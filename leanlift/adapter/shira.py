@@ -242,6 +242,8 @@ def _split_up(
         rest = SegmentedIndex.from_flat(flat[active:count], shape)
     except ValueError as error:
         raise UserError(f"the positions of {what} are broken: {error}.") from None
-    return LayerOffsets(
+    offsets = LayerOffsets(
         Store(index, weight[:active]), Store(rest, weight[active:count]) if settled else None
     )
+    offsets.check_disjoint(what)
+    return offsets
