@@ -28,6 +28,7 @@ from leanlift.checkpoint import ShardedWriter, TensorFile, TensorSpec, read_json
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
+from leanlift.quantized import dtype_of
 from leanlift.sparse import SegmentedIndex
 
 FACTS_NAME = "leanlift.json"
@@ -160,11 +161,13 @@ def read_shira(
         config = LiftConfig(rank_budget=rank, selector="random", target_modules=tuple(names))
         facts, split = Facts(config, live_base(names), 0), None
 
+    dtype = dtype_of(facts.config.values_dtype)
+
     def read(name: str) -> LayerOffsets:
         shape = facts.base.shapes[name]
-        flat, weight = _read_entries(tensors, name, shape)
+        flat, weight = _read_entries(tensors, name, shape, dtype)
         if split is None:
-            return LayerOffsets(_added_up(flat, weight, shape), None)
+            return LayerOffsets(_added_up(flat, weight, shape, f"{name} in {tensors.path}"), None)
         active, settled = split[name]
         return _split_up(flat, weight, shape, active, settled, f"{name} in {tensors.path}")
 
@@ -200,12 +203,14 @@ def _is_split(split: Any, names: set[str]) -> bool:
     )
 
 
-def _read_entries(tensors: TensorFile, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _read_entries(
+    tensors: TensorFile, name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Flat positions int64 [e] and offsets [e] of a module in file order, padding included."""
     m, n = shape
     weight = tensors.get(f"{PREFIX}{name}{WEIGHT}")
     indices = tensors.get(f"{PREFIX}{name}{INDICES}")
-    check_values(weight, f"{name}{WEIGHT} in {tensors.path}")
+    check_values(weight, dtype, f"{name}{WEIGHT} in {tensors.path}")
     if indices.dtype not in (torch.int32, torch.int64) or indices.shape != (2, weight.numel()):
         raise UserError(
             f"{name}{INDICES} in {tensors.path} is {indices.dtype} {tuple(indices.shape)}; "
@@ -218,12 +223,13 @@ def _read_entries(tensors: TensorFile, name: str, shape: tuple[int, int]) -> tup
     return rows * n + columns, weight
 
 
-def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int]) -> Store:
+def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int], what: str) -> Store:
     """Entries in any order; positions that occur twice are added up, as PEFT does."""
     real = ((flat != 0) | (weight != 0)).nonzero()  # what stands behind the last one is padding
     kept = int(real[-1]) + 1 if len(real) else 1
     distinct, where = flat[:kept].unique(sorted=True, return_inverse=True)
     total = torch.zeros(distinct.numel()).index_add_(0, where, weight[:kept].float())
+    check_values(total, torch.float32, what)  # finite numbers can have an infinite sum
     return Store(SegmentedIndex.from_flat(distinct, shape), total)
 
 
