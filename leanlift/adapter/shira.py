@@ -29,11 +29,14 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.quantized import dtype_of
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import SegmentedIndex, index_nbytes
 
 FACTS_NAME = "leanlift.json"
 PREFIX = "base_model.model."
 INDICES, WEIGHT = ".shira_indices", ".shira_weight"
+LARGEST_INDEX = 128
+"""Bytes of a module's index per entry. 16384 x 53248 has 50 at r = 1; a claim of 2^31 rows that
+nothing stands behind has far more, and must not be allocated."""
 
 
 def shira_rank(shapes: dict[str, tuple[int, int]], entries: dict[str, int]) -> int:
@@ -209,6 +212,11 @@ def _read_entries(
     """Flat positions int64 [e] and offsets [e] of a module in file order, padding included."""
     m, n = shape
     weight = tensors.get(f"{PREFIX}{name}{WEIGHT}")
+    if index_nbytes(shape, 0) > LARGEST_INDEX * max(1, weight.numel()):
+        raise UserError(
+            f"{name} in {tensors.path} has {weight.numel()} entries, too few for the SHiRA of the "
+            f"{m}x{n} matrix that it is said to be."
+        )
     indices = tensors.get(f"{PREFIX}{name}{INDICES}")
     check_values(weight, dtype, f"{name}{WEIGHT} in {tensors.path}")
     if indices.dtype not in (torch.int32, torch.int64) or indices.shape != (2, weight.numel()):

@@ -71,9 +71,9 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         UserError: a damaged adapter, or one of another base. The model is unchanged then.
     """
     with open_adapter(source, lambda names: _live_base(model, names)) as adapter:
-        offsets = adapter.layers()
         base = _live_base(model, list(adapter.base.shapes))
-        check_same_base(adapter.base, base)
+        check_same_base(adapter.base, base)  # before anything of the claimed shapes is made
+        offsets = adapter.layers()
         if hasattr(model, "leanlift"):
             _replace(model, adapter, offsets, base)
         else:
