@@ -111,12 +111,14 @@ def read_json(path: Path) -> Any:
     """Parsed JSON.
 
     Raises:
-        UserError: missing, or cut off in the middle.
+        UserError: missing, unreadable, or cut off in the middle.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is the directory the right one?") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     except (
         ValueError,
         RecursionError,

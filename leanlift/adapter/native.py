@@ -63,7 +63,9 @@ class Facts:
             )
         refreshes = data.get("refreshes", 0)
         if type(refreshes) is not int or refreshes < 0:
-            raise UserError(f"{path} is damaged: expected a count of refreshes, got {refreshes!r}.")
+            raise UserError(
+                f"{path} is damaged: expected a count of refreshes, got {refreshes!r:.80}."
+            )
         try:
             config = LiftConfig.from_dict(data["lift"])
             return cls(config, BaseFingerprint.from_dict(data["base"]), refreshes)
