@@ -132,8 +132,8 @@ class LiftConfig:
             )
         if self.settled_limit is not None and not 0 <= self.settled_limit <= LARGEST_LIMIT:
             raise UserError(
-                f"expected a settled_limit of 0 to {LARGEST_LIMIT:g}, or none for no bound, got "
-                f"{self.settled_limit}: try 0.5."
+                "expected a settled_limit of 0 or more, or none, and no more than "
+                f"{LARGEST_LIMIT:g}; got {self.settled_limit}: try 0.5."
             )
         if self.selector not in SELECTORS:
             raise UserError(f"expected a selector among {SELECTORS}, got {self.selector!r}.")

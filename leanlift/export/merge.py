@@ -137,16 +137,22 @@ def resolve_base(base: str | Path) -> Path:
     Raises:
         UserError: neither.
     """
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return path
     try:
+        path = Path(base).expanduser()
+        if path.is_dir():
+            return path
         return Path(
             snapshot_download(
                 str(base), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
             )
         )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OSError,
+        RuntimeError,
+    ) as error:
         raise UserError(
             f"the base {base} is neither a directory nor a model that can be had from the hub "
             f"({first_line(error).rstrip('.')}): name the base checkpoint with --base."
