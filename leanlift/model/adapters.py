@@ -160,16 +160,21 @@ def _live_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
     out."""
     modules = dict(model.named_modules())
     state = getattr(model, "leanlift", None)
+    inside = set(find_targets(model, tuple(targets)))
+    found = [name for name in targets if name in inside and not _is_in_a_layer(name, modules)]
     if not isinstance(state, LiftState):
-        inside = set(find_targets(model, tuple(targets)))
-        found = [name for name in targets if name in inside]
         return fingerprint(model, base_name(model), base_dtype(model), found)
-    read = {name: _weight(modules[name], name) for name in targets if name in modules}
+    read = {name: _weight(modules[name], name) for name in found}
     return replace(
         state.base,
         shapes={name: weight.shape for name, weight in read.items()},
         formats={**state.base.formats, **{name: w.format for name, w in read.items()}},
     )
+
+
+def _is_in_a_layer(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a module is the base inside a layer of ours, which no stock model has."""
+    return isinstance(modules[name.rpartition(".")[0]], FrozenLinear)
 
 
 def _weight(module: nn.Module, name: str) -> FrozenWeight:
