@@ -24,7 +24,7 @@ from leanlift.model.attach import (
     lift_state,
 )
 from leanlift.model.ends import quantize_ends
-from leanlift.model.targets import find_targets
+from leanlift.model.targets import find_targets, inside_blocks
 from leanlift.quantized import FrozenWeight, frozen_weight
 
 
@@ -160,11 +160,12 @@ def _live_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
     out."""
     modules = dict(model.named_modules())
     state = getattr(model, "leanlift", None)
-    inside = set(find_targets(model, tuple(targets)))
-    found = [name for name in targets if name in inside and not _is_in_a_layer(name, modules)]
     if not isinstance(state, LiftState):
+        inside = set(find_targets(model, tuple(targets)))
+        found = [name for name in targets if name in inside]
         return fingerprint(model, base_name(model), base_dtype(model), found)
-    read = {name: _weight(modules[name], name) for name in found}
+    inside = {name for name in inside_blocks(modules) if not _is_in_a_layer(name, modules)}
+    read = {name: _weight(modules[name], name) for name in targets if name in inside}
     return replace(
         state.base,
         shapes={name: weight.shape for name, weight in read.items()},
