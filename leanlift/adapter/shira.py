@@ -162,7 +162,14 @@ def read_shira(
         if type(rank) is not int or rank < 1:
             raise UserError(f"{directory / CONFIG_NAME} has r={rank!r:.80}; expected 1 or more.")
         config = LiftConfig(rank_budget=rank, selector="random", target_modules=tuple(names))
-        facts, split = Facts(config, live_base(names), 0), None
+        base = live_base(names)
+        lacking = [name for name in names if name not in base.shapes]
+        if lacking:
+            raise UserError(
+                f"{directory} changes {lacking[0]!r:.120}, but the loaded model has no such Linear "
+                "in its blocks: load the adapter's own base."
+            )
+        facts, split = Facts(config, base, 0), None
 
     dtype = dtype_of(facts.config.values_dtype)
 
