@@ -191,6 +191,9 @@ def plain_reading(files: Files, shapes: dict[str, tuple[int, int]]) -> dict[str,
         return array.astype(np.float32)
 
     tensors = arrays(files[WEIGHTS])
+    strange = [key for key in tensors if not any(f"{name}." in key for name in shapes)]
+    if strange:
+        raise InvalidContentError(f"{strange[0]!r:.80} belongs to no module, and was left out")
     dense = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     for name, (_, n) in shapes.items():
         if f"base_model.model.{name}.shira_weight" in tensors:
