@@ -73,6 +73,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield temporary
         sync_tree(temporary)
         os.replace(temporary, path)
+        with suppress(OSError):  # a system without directory handles
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -111,12 +113,14 @@ def read_json(path: Path) -> Any:
     """Parsed JSON.
 
     Raises:
-        UserError: missing, or cut off in the middle.
+        UserError: missing, unreadable, or cut off in the middle.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is the directory the right one?") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     except (
         ValueError,
         RecursionError,
@@ -322,5 +326,8 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

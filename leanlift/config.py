@@ -24,6 +24,7 @@ from leanlift.selection import (
 SELECTORS = ("principal", "magnitude", "random", "gradient")
 ALL_LINEAR = "all-linear"
 TARGET_PRESETS = (ALL_LINEAR, "attention", "mlp")
+LARGEST_LIMIT = 1e6  # times the trained entries: far beyond what any density leaves to settle
 VALUES_DTYPES = ("float32", "bfloat16")
 
 
@@ -93,9 +94,11 @@ class LiftConfig:
         for pattern in self.density_pattern:
             try:
                 re.compile(pattern)
+                re.compile(_whole_name(pattern))  # in which it may not have flags of its own
             except (re.error, RecursionError, OverflowError) as error:
                 raise UserError(
-                    f"the density_pattern {pattern!r} is no regular expression: {error}."
+                    f"the density_pattern {pattern!r:.200} is no regular expression for the end "
+                    f"of a name: {error}."
                 ) from None
         if self.block < 1 or (self.block > 1 and self.selector != "principal"):
             raise UserError(
@@ -127,10 +130,10 @@ class LiftConfig:
             raise UserError(
                 f"expected a refresh_margin of 0 or more, got {self.refresh_margin}: try 0.1."
             )
-        if self.settled_limit is not None and not 0 <= self.settled_limit < float("inf"):
+        if self.settled_limit is not None and not 0 <= self.settled_limit <= LARGEST_LIMIT:
             raise UserError(
-                f"expected a settled_limit of 0 or more, or none, got {self.settled_limit}: try "
-                "0.5."
+                "expected a settled_limit of 0 or more, or none, and no more than "
+                f"{LARGEST_LIMIT:g}; got {self.settled_limit}: try 0.5."
             )
         if self.selector not in SELECTORS:
             raise UserError(f"expected a selector among {SELECTORS}, got {self.selector!r}.")
@@ -170,7 +173,7 @@ class LiftConfig:
             UserError: the budget selects nothing, or more than there is.
         """
         own = next(
-            (d for p, d in self.density_pattern.items() if re.match(rf"(.*\.)?({p})$", name)), None
+            (d for p, d in self.density_pattern.items() if re.match(_whole_name(p), name)), None
         )
         if own is not None:
             budget, count = f"density_pattern={own}", count_by_density(shape, own)
@@ -210,14 +213,20 @@ class LiftConfig:
         unknown = sorted(set(data) - known)
         if unknown:
             raise UserError(
-                f"unknown LiftConfig keys {unknown}: expected some of {sorted(known)}; "
+                f"unknown LiftConfig keys {unknown!s:.200}: expected some of {sorted(known)}; "
                 "the adapter may come from a newer leanlift."
             )
         return cls(**data)
 
 
+def _whole_name(pattern: str) -> str:
+    """A regular expression for whole names that end as `pattern` says, at a dot."""
+    return rf"(?:.*\.)?(?:{pattern})$"
+
+
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """One that torch can take as a seed, a size or a step: 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:

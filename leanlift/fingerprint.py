@@ -59,7 +59,8 @@ class BaseFingerprint:
         _expect(isinstance(data, dict) and set(data) == _KEYS, f"the keys {sorted(_KEYS)}", data)
         name, dtype, shapes, formats = (data[k] for k in ("name", "dtype", "shapes", "formats"))
         sampled, digest = data["sampled"], data["digest"]
-        _expect(isinstance(name, str), "the name of the base", name)
+        is_name = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable()
+        _expect(is_name, "the name of the base", name)
         _expect(isinstance(shapes, dict) and len(shapes) > 0, "shapes of trained matrices", shapes)
         for module, shape in shapes.items():
             _expect(_is_module_name(module), "the name of a module", module)
@@ -68,8 +69,8 @@ class BaseFingerprint:
         _expect(set(shapes) <= set(formats), "a format for every trained matrix", list(formats))
         for module in formats:
             _expect(_is_module_name(module), "the name of a module", module)
-        is_names = isinstance(sampled, list) and all(map(_is_module_name, sampled))
-        _expect(is_names, "names of sampled tensors", sampled)
+        is_names = isinstance(sampled, list) and sampled and all(map(_is_module_name, sampled))
+        _expect(bool(is_names), "names of sampled tensors", sampled)
         _expect(isinstance(digest, str), "a digest", digest)
         return cls(
             name=name,
@@ -83,6 +84,7 @@ class BaseFingerprint:
 
 _KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest"}
 _LARGEST_SIDE = 2**31 - 1
+_LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
 
 
 def _expect(holds: bool, what: str, found: Any) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from leanlift.errors import UserError, first_line
 
-_FAILURES = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError)
+_FAILURES = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError)
 
 
 def local_copy(source: str | Path, files: Sequence[str], what: str, advice: str) -> Path:
@@ -25,12 +25,13 @@ def local_copy(source: str | Path, files: Sequence[str], what: str, advice: str)
     Raises:
         UserError: neither.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise UserError(f"{what} {source} does not exist: {advice}.")
     try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        looks_like_a_path = path.is_absolute() or str(source).startswith(".")
+        if looks_like_a_path or str(source).count("/") > 1:
+            raise UserError(f"{what} {source} does not exist: {advice}.")
         return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except _FAILURES as error:
         raise UserError(

@@ -305,3 +305,28 @@ def test_verify_passes_what_is_right_and_nothing_else(
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match="logits differ by nan"):
         verify_merged(tmp_path / "adapter", report, str(rows))
+
+
+def test_links_and_indexes_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base", tied=False, max_shard_size="60KB")
+    trained(base, tmp_path / "adapter")
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    link = tmp_path / "adapter" / "tokenizer.json"
+    link.symlink_to(secret)
+    refused(tmp_path, "is a link to .*secret.json, outside of its directory")
+    link.unlink()
+    index = base / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    for weight_map in ({"model.norm.weight": "../x.safetensors"}, {"a": 3}, ["a"], None):
+        index.write_text(json.dumps({**data, "weight_map": weight_map}))
+        refused(tmp_path, "holds no map from tensors to files beside it")
+
+
+def test_what_overflows_bfloat16_is_refused_too(tmp_path: Path) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    tensors = checkpoint(base)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 3.4e38
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    trained(base, tmp_path / "adapter", "dense", target_modules=("q_proj",))
+    refused(tmp_path, r"up_proj\.weight holds 3\.4e\+38.*use dtype=float32", dtype="bfloat16")

@@ -21,6 +21,7 @@ from leanlift.checkpoint import TensorFile, write_json, write_tensors
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
+from leanlift.quantized import dtype_of
 from leanlift.sparse import SegmentedIndex
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -62,7 +63,9 @@ class Facts:
             )
         refreshes = data.get("refreshes", 0)
         if type(refreshes) is not int or refreshes < 0:
-            raise UserError(f"{path} is damaged: expected a count of refreshes, got {refreshes!r}.")
+            raise UserError(
+                f"{path} is damaged: expected a count of refreshes, got {refreshes!r:.80}."
+            )
         try:
             config = LiftConfig.from_dict(data["lift"])
             return cls(config, BaseFingerprint.from_dict(data["base"]), refreshes)
@@ -110,19 +113,25 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
                 "two files do not belong together."
             )
 
+    dtype = dtype_of(facts.config.values_dtype)
+
     def read(name: str) -> LayerOffsets:
         shape = facts.base.shapes[name]
-        active = _read_store(tensors, name, shape)
+        active = _read_store(tensors, name, shape, dtype)
         if not any(f"{name}{SETTLED}.{part}" in tensors.names for part in PARTS):
             return LayerOffsets(active, None)
-        return LayerOffsets(active, _read_store(tensors, name + SETTLED, shape))
+        offsets = LayerOffsets(active, _read_store(tensors, name + SETTLED, shape, dtype))
+        offsets.check_disjoint(f"{name} in {tensors.path}")
+        return offsets
 
     return Adapter(directory, "leanlift", facts.config, facts.base, facts.refreshes, read)
 
 
-def _read_store(tensors: TensorFile, name: str, shape: tuple[int, int]) -> Store:
+def _read_store(
+    tensors: TensorFile, name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> Store:
     values, columns, counts = (tensors.get(f"{name}.{part}") for part in PARTS)
-    check_values(values, f"{name}.values in {tensors.path}")
+    check_values(values, dtype, f"{name}.values in {tensors.path}")
     try:
         index = SegmentedIndex.from_parts(shape, columns, counts)
     except ValueError as error:
@@ -134,8 +143,13 @@ def _read_store(tensors: TensorFile, name: str, shape: tuple[int, int]) -> Store
     return Store(index, values)
 
 
-def check_values(values: Tensor, what: str) -> None:
+def check_values(values: Tensor, dtype: torch.dtype, what: str) -> None:
     """Refuse offsets that are not finite numbers in a row.
+
+    Args:
+        values: the offsets.
+        dtype: in which they are trained; the largest fp32 numbers are infinite in bf16.
+        what: what they are called in a message.
 
     Raises:
         UserError: another dtype or shape, NaN or infinite.
@@ -144,5 +158,5 @@ def check_values(values: Tensor, what: str) -> None:
         raise UserError(
             f"{what} is {values.dtype} {tuple(values.shape)}; expected a 1-D floating tensor."
         )
-    if not bool(torch.isfinite(values).all()):
+    if not bool(torch.isfinite(values.to(dtype)).all()):
         raise UserError(f"{what} holds NaN or infinite offsets.")

@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from leanlift.config import LiftConfig
+from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
-from leanlift.sparse import SegmentedIndex, add_offsets_
+from leanlift.sparse import SegmentedIndex, add_offsets_, find_positions
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,20 @@ class LayerOffsets:
     def count(self) -> int:
         """Entries in all."""
         return sum(store.index.count for store in self.stores)
+
+    def check_disjoint(self, what: str) -> None:
+        """Refuse entries that are active and settled at once: they would count twice, and a
+        refresh could not tell which of the two to keep.
+
+        Raises:
+            UserError: there are some; `what` says where.
+        """
+        if self.settled is None:
+            return
+        active, settled = self.active.index.to_flat(), self.settled.index.to_flat()
+        both = int((find_positions(active, settled) >= 0).sum())
+        if both:
+            raise UserError(f"{what} has {both} entries that are both active and settled.")
 
     def add_to_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop` to `rows`, in place."""

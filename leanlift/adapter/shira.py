@@ -30,11 +30,14 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.quantized import dtype_of
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import SegmentedIndex, index_nbytes
 
 FACTS_NAME = "leanlift.json"
 PREFIX = "base_model.model."
 INDICES, WEIGHT = ".shira_indices", ".shira_weight"
+LARGEST_INDEX = 128
+"""Bytes of a module's index per entry. 16384 x 53248 has 50 at r = 1; a claim of 2^31 rows that
+nothing stands behind has far more, and must not be allocated."""
 
 
 def shira_rank(shapes: dict[str, tuple[int, int]], entries: dict[str, int]) -> int:
@@ -201,13 +204,22 @@ def read_shira(
         if type(rank) is not int or rank < 1:
             raise UserError(f"{directory / CONFIG_NAME} has r={rank!r:.80}; expected 1 or more.")
         config = LiftConfig(rank_budget=rank, selector="random", target_modules=tuple(names))
-        facts, split = Facts(config, live_base(names), 0), None
+        base = live_base(names)
+        lacking = [name for name in names if name not in base.shapes]
+        if lacking:
+            raise UserError(
+                f"{directory} changes {lacking[0]!r:.120}, but the loaded model has no such Linear "
+                "in its blocks: load the adapter's own base."
+            )
+        facts, split = Facts(config, base, 0), None
+
+    dtype = dtype_of(facts.config.values_dtype)
 
     def read(name: str) -> LayerOffsets:
         shape = facts.base.shapes[name]
-        flat, weight = _read_entries(tensors, name, shape)
+        flat, weight = _read_entries(tensors, name, shape, dtype)
         if split is None:
-            return LayerOffsets(_added_up(flat, weight, shape), None)
+            return LayerOffsets(_added_up(flat, weight, shape, f"{name} in {tensors.path}"), None)
         active, settled = split[name]
         return _split_up(flat, weight, shape, active, settled, f"{name} in {tensors.path}")
 
@@ -243,12 +255,19 @@ def _is_split(split: Any, names: set[str]) -> bool:
     )
 
 
-def _read_entries(tensors: TensorFile, name: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _read_entries(
+    tensors: TensorFile, name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Flat positions int64 [e] and offsets [e] of a module in file order, padding included."""
     m, n = shape
     weight = tensors.get(f"{PREFIX}{name}{WEIGHT}")
+    if index_nbytes(shape, 0) > LARGEST_INDEX * max(1, weight.numel()):
+        raise UserError(
+            f"{name} in {tensors.path} has {weight.numel()} entries, too few for the SHiRA of the "
+            f"{m}x{n} matrix that it is said to be."
+        )
     indices = tensors.get(f"{PREFIX}{name}{INDICES}")
-    check_values(weight, f"{name}{WEIGHT} in {tensors.path}")
+    check_values(weight, dtype, f"{name}{WEIGHT} in {tensors.path}")
     if indices.dtype not in (torch.int32, torch.int64) or indices.shape != (2, weight.numel()):
         raise UserError(
             f"{name}{INDICES} in {tensors.path} is {indices.dtype} {tuple(indices.shape)}; "
@@ -261,12 +280,13 @@ def _read_entries(tensors: TensorFile, name: str, shape: tuple[int, int]) -> tup
     return rows * n + columns, weight
 
 
-def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int]) -> Store:
+def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int], what: str) -> Store:
     """Entries in any order; positions that occur twice are added up, as PEFT does."""
     real = ((flat != 0) | (weight != 0)).nonzero()  # what stands behind the last one is padding
     kept = int(real[-1]) + 1 if len(real) else 1
     distinct, where = flat[:kept].unique(sorted=True, return_inverse=True)
     total = torch.zeros(distinct.numel()).index_add_(0, where, weight[:kept].float())
+    check_values(total, torch.float32, what)  # finite numbers can have an infinite sum
     return Store(SegmentedIndex.from_flat(distinct, shape), total)
 
 
@@ -285,6 +305,8 @@ def _split_up(
         rest = SegmentedIndex.from_flat(flat[active:count], shape)
     except ValueError as error:
         raise UserError(f"the positions of {what} are broken: {error}.") from None
-    return LayerOffsets(
+    offsets = LayerOffsets(
         Store(index, weight[:active]), Store(rest, weight[active:count]) if settled else None
     )
+    offsets.check_disjoint(what)
+    return offsets

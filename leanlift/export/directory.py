@@ -75,10 +75,21 @@ def carry_over(
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:
-    """Copy what there is of a tokenizer and its chat template."""
+    """Copy what there is of a tokenizer and its chat template.
+
+    Raises:
+        UserError: a file of an adapter is a link to somewhere else on this machine.
+    """
+    inside = source.resolve()
+    cache = inside.parent.parent / "blobs"  # a snapshot of the hub is made of links to there
     for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+        file = source / name
+        if not file.is_file():
+            continue
+        target = file.resolve()
+        if not (target.is_relative_to(inside) or target.is_relative_to(cache)):
+            raise UserError(f"{file} is a link to {target}, outside of its directory: remove it.")
+        shutil.copyfile(file, output / name)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

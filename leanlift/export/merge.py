@@ -31,7 +31,7 @@ from leanlift.export.directory import carry_over, check_space
 from leanlift.export.source import SourceTensor, open_checkpoint
 from leanlift.fingerprint import digest_of
 from leanlift.hub import local_copy
-from leanlift.quantized import WeightFormat, dtype_of, requantize
+from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
 from leanlift.tiles import CastTiles, RowTiles, row_ranges, tile_rows
 
 ONTO = ("original", "quantized")
@@ -168,11 +168,13 @@ class _Merge:
         if not piece.is_floating_point() or piece.dtype == self.dtype:
             return piece
         cast = piece.to(self.dtype)
-        if self.dtype == torch.float16 and bool((cast.isinf() & piece.isfinite()).any()):
+        limit = torch.finfo(self.dtype).max
+        if limit < torch.finfo(piece.dtype).max and bool((cast.isinf() & piece.isfinite()).any()):
             largest = float(piece[piece.isfinite()].abs().max())
+            wider = "bfloat16" if self.dtype == torch.float16 else "float32"
             raise UserError(
-                f"{tensor.name} holds {largest:.6g}, more than float16 can (65504): "
-                "use dtype=bfloat16."
+                f"{tensor.name} holds {largest:.6g}, more than {dtype_name(self.dtype)} can "
+                f"({limit:.6g}): use dtype={wider}."
             )
         return cast
 

@@ -58,7 +58,7 @@ def open_checkpoint(directory: Path) -> Iterator[dict[str, SourceTensor]]:
         UserError: no checkpoint, only pickle files, or a shard missing or cut off.
     """
     if (directory / INDEX).is_file():
-        weight_map = read_json(directory / INDEX).get("weight_map", {})
+        weight_map = _weight_map(directory / INDEX)
         files = list(dict.fromkeys(weight_map.values()))
     elif (directory / WEIGHTS).is_file():
         weight_map, files = None, [WEIGHTS]
@@ -84,6 +84,24 @@ def open_checkpoint(directory: Path) -> Iterator[dict[str, SourceTensor]]:
                 "only half there; fetch it again."
             )
         yield tensors
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Which tensor is in which file beside the index.
+
+    Raises:
+        UserError: the index says something else.
+    """
+    data = read_json(path)
+    found = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(found, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in found.values()
+    ):
+        raise UserError(
+            f"{path} holds no map from tensors to files beside it: the checkpoint is damaged; "
+            "fetch it again."
+        )
+    return found
 
 
 def _source(handle: Any, name: str, path: Path) -> SourceTensor:

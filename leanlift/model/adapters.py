@@ -24,7 +24,7 @@ from leanlift.model.attach import (
     lift_state,
 )
 from leanlift.model.ends import quantize_ends
-from leanlift.model.targets import find_targets
+from leanlift.model.targets import find_targets, inside_blocks
 from leanlift.quantized import FrozenWeight, WeightFormat, frozen_weight
 
 
@@ -71,9 +71,9 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         UserError: a damaged adapter, or one of another base. The model is unchanged then.
     """
     with open_adapter(source, lambda names: _live_base(model, names)) as adapter:
-        offsets = adapter.layers()
         base = _live_base(model, list(adapter.base.shapes))
-        check_same_base(adapter.base, base)
+        check_same_base(adapter.base, base)  # before anything of the claimed shapes is made
+        offsets = adapter.layers()
         if hasattr(model, "leanlift"):
             _replace(model, adapter, offsets, base)
         else:
@@ -164,7 +164,8 @@ def _live_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
         inside = set(find_targets(model, tuple(targets)))
         found = [name for name in targets if name in inside]
         return fingerprint(model, base_name(model), base_dtype(model), found)
-    read = {name: _weight(modules[name], name) for name in targets if name in modules}
+    inside = {name for name in inside_blocks(modules) if not _is_in_a_layer(name, modules)}
+    read = {name: _weight(modules[name], name) for name in targets if name in inside}
     return replace(
         state.base,
         shapes={name: weight.shape for name, weight in read.items()},
@@ -182,6 +183,11 @@ def _formats(
     order = [*targets, *linears, *quantized]
     return {name: targets.get(name) or quantized[name] for name in order
             if name in targets or name in quantized}  # fmt: skip
+
+
+def _is_in_a_layer(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a module is the base inside a layer of ours, which no stock model has."""
+    return isinstance(modules[name.rpartition(".")[0]], FrozenLinear)
 
 
 def _weight(module: nn.Module, name: str) -> FrozenWeight:

@@ -24,8 +24,7 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
         UserError: nothing matches, or the blocks hold weights that leanlift cannot train.
     """
     names = dict(model.named_modules())
-    blocks = _block_prefixes(names)
-    inside = [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
+    inside = inside_blocks(names)
     if wanted in TARGET_PRESETS:
         _refuse_untrainable(names, inside)
         found = [name for name in inside if _is_linear(names[name]) and _in_preset(name, wanted)]
@@ -47,6 +46,12 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
             f"{type(model).__name__}: its Linears there are called {linears}."
         )
     return found
+
+
+def inside_blocks(names: dict[str, nn.Module]) -> list[str]:
+    """The modules inside the blocks of a model, given all of its modules by name."""
+    blocks = _block_prefixes(names)
+    return [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
 
 
 PRESET_PARTS = {
