@@ -32,9 +32,13 @@ from leanlift.export.source import SourceTensor, open_checkpoint
 from leanlift.fingerprint import digest_of
 from leanlift.hub import local_copy
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
-from leanlift.tiles import CastTiles, RowTiles, row_ranges, tile_rows
+from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
 
 ONTO = ("original", "quantized")
+MERGE_NBYTES = 4 * DEFAULT_TILE_BYTES
+"""What a merge onto the original takes: a row tile in fp32, its cast, and what looking for overflow
+makes of them. Files are mapped. Onto the quantized weights, one matrix's quantized form and some
+tiles of dequantizing it come on top."""
 BASE_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
+from leanlift.export import MERGE_NBYTES
 from leanlift.layer import FrozenLinear
 from leanlift.memory.fake import Loss, attach_fake, fake_tensors, step_peak
 from leanlift.memory.measure import CATEGORIES
@@ -30,7 +31,6 @@ CONTEXT = int(0.55 * 2**30)
 fragmentation: an allowance, from reports of 0.5 to 0.6 GiB."""
 
 TABLES_4BIT, TABLES_DOUBLE = 64, 1088
-EXPORT_SLICE = 256 * 2**20
 LOADED_AT_ONCE = 4
 """Unquantized matrices that transformers' loader holds beside what it has quantized already."""
 
@@ -182,7 +182,7 @@ def plan_step(
         "load": base + LOADED_AT_ONCE * item * largest,
         "select": base + held["index"] + held["values"] + _selecting(config, shapes, counts, item),
         "train": train,
-        "export": 4 * max(largest, loaded // (2 * item)) + EXPORT_SLICE,
+        "export": MERGE_NBYTES,
     }
     if config.refresh_interval:
         exchange = REFRESH_PER_ENTRY * max(counts.values())
