@@ -271,7 +271,16 @@ def test_the_command_prints_table_json_and_picture(
     assert "optim=sgd cannot be planned" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. More."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+    ],
+    ids=["cuda", "cpu"],
+)
 def test_running_out_of_memory_says_where_and_what_helps(
+    error: RuntimeError,
     checkpoints: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -283,7 +292,7 @@ def test_running_out_of_memory_says_where_and_what_helps(
 
     def full(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. More.")
+            raise error
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(LiftTrainer, "training_step", full)
@@ -295,7 +304,7 @@ def test_running_out_of_memory_says_where_and_what_helps(
     ]  # fmt: skip
     assert main(argv) == 3
     message = capsys.readouterr().err
-    assert "out of memory in phase train: CUDA out of memory" in message
+    assert f"out of memory in phase train: {str(error).split('. ')[0]}" in message
     assert "the plan had said" in message
     assert "The cheapest change that helps: gradient_checkpointing=true" in message
     assert "checkpoint-2" in message

@@ -199,6 +199,12 @@ class MemoryMeter:
             peak.resident = resident_peak()
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device has no room: torch has a class for it on a GPU alone."""
+    on_the_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return on_the_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
 def resident_peak() -> int:
     """Peak resident bytes of this process since the last reset (or its start)."""
     with suppress(OSError):

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from leanlift.adapter import Adapter
 from leanlift.errors import UserError, first_line
 from leanlift.export.source import open_checkpoint
+from leanlift.memory import is_out_of_memory
 from leanlift.quantized import dtype_of
 from leanlift.training.arguments import RunArguments
 
@@ -52,7 +53,7 @@ def load_base(
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
     if getattr(tokenizer, "eos_token", None) is None:

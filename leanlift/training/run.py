@@ -21,6 +21,7 @@ from leanlift.memory import (
     MemoryPlan,
     MemoryReport,
     human,
+    is_out_of_memory,
     save_report,
     static_categories,
 )
@@ -68,7 +69,9 @@ def run(
     try:
         with _timeline(args.snapshot, Path(sft.output_dir or "leanlift-output")):
             return _run(args, sft, before_training, plan, reached)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemoryError(_out_of_memory(reached[-1], error, args, sft, plan)) from error
 
 
