@@ -304,7 +304,7 @@ def test_running_out_of_memory_says_where_and_what_helps(
     ]  # fmt: skip
     assert main(argv) == 3
     message = capsys.readouterr().err
-    assert f"out of memory in phase train: {str(error).split('. ')[0]}" in message
+    assert f"out of memory in phase train: {str(error).split('. ')[0].rstrip('.')}" in message
     assert "the plan had said" in message
     assert "The cheapest change that helps: gradient_checkpointing=true" in message
     assert "checkpoint-2" in message
