@@ -2,8 +2,8 @@
 
 from leanlift.sparse.bound import BoundedMask, bounded_mask, settled_nbytes
 from leanlift.sparse.index import SEGMENT, SegmentedIndex, index_nbytes
-from leanlift.sparse.patch import add_offsets_
-from leanlift.sparse.update import MaskChange, change_mask
+from leanlift.sparse.patch import add_offsets_, offsets_of
+from leanlift.sparse.update import MaskChange, change_mask, find_positions
 
 __all__ = [
     "SEGMENT",
@@ -13,6 +13,8 @@ __all__ = [
     "add_offsets_",
     "bounded_mask",
     "change_mask",
+    "find_positions",
     "index_nbytes",
+    "offsets_of",
     "settled_nbytes",
 ]
