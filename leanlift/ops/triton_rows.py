@@ -123,7 +123,7 @@ def effective_rows_kernel(
     local = tl.program_id(0)
     row = start + local
     target = out + local.to(tl.int64) * n
-    if KIND == FOUR or KIND == NESTED:
+    if KIND >= FOUR:
         begin = row.to(tl.int64) * n
         if ALIGNED:
             first = row.to(tl.int64) * (n // BLOCK)
