@@ -125,6 +125,7 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 def entries(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in trained(model))
 
+
 def stock_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """What the stock model computes, over all logits."""
     loss: torch.Tensor = model(input_ids=ids, labels=ids).loss

@@ -10,6 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from leanlift.ops import triton_adamw as adamw
 from leanlift.ops import triton_rows as rows
 
 POINTERS = {
@@ -50,6 +51,15 @@ def main() -> None:
     compile_kernel(
         rows.gather_kernel, {**POINTERS, "dense": "*bf16", "out": "*fp32"}, index, target
     )
+    for eight, dtype in product((True, False), ("bf16", "fp32")):
+        types = dict.fromkeys(("first_absmax", "second_absmax"), "*fp32")
+        types |= dict.fromkeys(("first_table", "second_table"), "*fp32")
+        types |= dict.fromkeys(("first", "second"), "*u8" if eight else "*fp32")
+        types |= dict.fromkeys(("value", "grad"), f"*{dtype}")
+        types |= dict.fromkeys(("count", "seed"), "i32")
+        types |= dict.fromkeys(("lerp", "beta2", "eps", "keep", "rate", "bound"), "fp32")
+        constants = {"EIGHT": eight, "CLAMP": True, "STOCHASTIC": dtype == "bf16", "ROWS": 4}
+        compile_kernel(adamw.adamw_kernel, types, constants, target)
 
 
 if __name__ == "__main__":

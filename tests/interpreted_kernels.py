@@ -24,6 +24,7 @@ from torch import nn
 from leanlift import UserError
 from leanlift.layer import LiftLinear, Scratch
 from leanlift.ops import tile_ops
+from leanlift.optim import SparseAdamW
 from leanlift.quantized import frozen_weight
 from leanlift.sparse import SegmentedIndex
 
@@ -133,3 +134,82 @@ def test_names_are_checked() -> None:
     with pytest.raises(UserError, match="expected ops among auto, torch, triton, got 'cuda'"):
         tile_ops("cuda", CPU)
     assert tile_ops("auto", CPU).name == "torch"
+
+
+def optimizer_pair(
+    count: int, moments: str, dtype: torch.dtype = torch.float32, **options: object
+) -> list[tuple[nn.Parameter, SparseAdamW]]:
+    """The same vector under both implementations."""
+    start = torch.randn(count)
+    pair = []
+    for ops in ("triton", "torch"):
+        parameter = nn.Parameter(start.to(dtype))
+        pair.append(
+            (parameter, SparseAdamW([parameter], lr=1e-2, moments=moments, ops=ops, **options))
+        )
+    return pair
+
+
+def steps(pair: list[tuple[nn.Parameter, SparseAdamW]], count: int) -> nn.Parameter:
+    """Step both, and torch's own AdamW in fp64, whose parameter is returned."""
+    truth = nn.Parameter(pair[0][0].detach().double())
+    group = pair[0][1].param_groups[0]
+    names = ("lr", "betas", "eps", "weight_decay")
+    exact = torch.optim.AdamW([truth], **{name: group[name] for name in names})
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(count):
+        grad = torch.randn(truth.numel(), generator=generator)
+        grad[::50] = 0  # moments that stay exact zeros
+        truth.grad = grad.double()
+        exact.step()
+        for parameter, optimizer in pair:
+            parameter.grad = grad.to(parameter.dtype)
+            optimizer.step()
+    return truth
+
+
+@pytest.mark.parametrize("count", [1, 256, 3000])
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_an_optimizer_step_is_as_exact_as_the_references(count: int, moments: str) -> None:
+    pair = optimizer_pair(count, moments, weight_decay=0.1)
+    truth = steps(pair, 4)
+    ours, reference = (relative_error(parameter, truth.detach()) for parameter, _ in pair)
+    assert ours <= 1.05 * reference + 1e-7
+    state, other = (optimizer.state[parameter] for parameter, optimizer in pair)
+    for name, held in state.items():
+        if held.dtype == torch.uint8:  # a code apart where rounding met a midpoint
+            apart = (held.int() - other[name].int()).abs()
+            assert int(apart.max()) <= 1
+            assert float(apart.float().mean()) < 0.02
+            assert torch.equal(held == 0, other[name] == 0)
+        else:
+            torch.testing.assert_close(held, other[name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_newcomers_are_clamped(moments: str) -> None:
+    pair = optimizer_pair(600, moments)
+    steps(pair, 3)
+    for parameter, optimizer in pair:
+        before = parameter.detach().clone()
+        parameter.grad = torch.full((600,), 50.0)  # entries 0, 50, ... have had no gradient yet
+        optimizer.step()
+        assert float((parameter - before).abs()[::50].max()) <= 1e-2 * 1.001
+
+
+def test_bfloat16_values_are_rounded_to_a_neighbour_without_bias() -> None:
+    pair = optimizer_pair(4096, "float32", torch.bfloat16, betas=(0.0, 0.0), eps=0.0)
+    for parameter, optimizer in pair:
+        parameter.data.fill_(1.0)
+        parameter.grad = torch.full_like(parameter, -1.0)
+        optimizer.param_groups[0]["lr"] = 2**-9  # a quarter of the way to 1 + 2^-7
+        optimizer.step()
+        assert set(parameter.detach().float().unique().tolist()) == {1.0, 1 + 2**-7}
+        share = float((parameter > 1).float().mean())
+        assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4096) ** 0.5
+    again = optimizer_pair(4096, "float32", torch.bfloat16, betas=(0.0, 0.0), eps=0.0)[0]
+    again[0].data.fill_(1.0)
+    again[0].grad = torch.full_like(again[0], -1.0)
+    again[1].param_groups[0]["lr"] = 2**-9
+    again[1].step()
+    assert torch.equal(again[0], pair[0][0])

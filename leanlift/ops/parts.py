@@ -87,6 +87,19 @@ class EightBit:
     scales: Tensor
 
 
+@dataclass(frozen=True)
+class MomentParts:
+    """Both moments of Adam as they are kept: fp32 [k], or uint8 codes [k] with fp32 scales
+    [ceil(k / 256)] and ascending tables fp32 [256]."""
+
+    first: Tensor
+    second: Tensor
+    first_absmax: Tensor | None = None
+    second_absmax: Tensor | None = None
+    first_table: Tensor | None = None
+    second_table: Tensor | None = None
+
+
 class Source(Protocol):
     """A matrix that can be read by rows; `tiles.RowTiles` are."""
 
