@@ -2,7 +2,7 @@
 
     python -m benchmarks.cpu_step [--hidden 2048] [--layers 10] [--tokens 128] [--repeats 5]
 
-A Llama of about 600 M parameters in fp32 and NF4, no checkpointing, one thread: forward, backward
+A Llama of about 600 M parameters in bf16 and NF4, no checkpointing, one thread: forward, backward
 and torch's AdamW, r (m + n) entries of every Linear with r = 68. The three step in turn in one
 process, so that a slow moment of the machine meets them all; times are medians. The peak is of
 live tensor bytes in one more step, on top of weights, trained entries and optimizer state, which
@@ -58,7 +58,7 @@ class Peer:
 
 
 def build(name: str, hidden: int, layers: int, tokens: int) -> Peer:
-    dtype = torch.float32
+    dtype = torch.bfloat16
     model = nf4_llama(llama(hidden, layers), torch.device("cpu"), dtype)
     ids = torch.randint(0, 32000, (1, tokens), generator=torch.Generator().manual_seed(0))
     loss = stock_loss

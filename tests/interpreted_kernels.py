@@ -22,6 +22,7 @@ from helpers import (
 from torch import nn
 
 from leanlift import UserError
+from leanlift._bnb import moment_table
 from leanlift.layer import LiftLinear, Scratch
 from leanlift.ops import tile_ops
 from leanlift.optim import SparseAdamW
@@ -177,13 +178,29 @@ def test_an_optimizer_step_is_as_exact_as_the_references(count: int, moments: st
     assert ours <= 1.05 * reference + 1e-7
     state, other = (optimizer.state[parameter] for parameter, optimizer in pair)
     for name, held in state.items():
-        if held.dtype == torch.uint8:  # a code apart where rounding met a midpoint
-            apart = (held.int() - other[name].int()).abs()
-            assert int(apart.max()) <= 1
-            assert float(apart.float().mean()) < 0.02
+        if held.dtype == torch.uint8:  # bitsandbytes' CPU quantizer is not exact near zero
+            assert float((held != other[name]).float().mean()) < 0.02
             assert torch.equal(held == 0, other[name] == 0)
         else:
             torch.testing.assert_close(held, other[name], rtol=1e-4, atol=1e-9)
+
+
+def test_8bit_moments_take_the_nearest_code() -> None:
+    parameter, optimizer = optimizer_pair(2000, "8bit")[0]
+    parameter.grad = torch.randn(2000)
+    parameter.grad[::50] = 0
+    optimizer.step()
+    state, beta = optimizer.state[parameter], optimizer.param_groups[0]["betas"]
+    exact = {"exp_avg": (1 - beta[0]) * parameter.grad, "exp_avg_sq": parameter.grad**2}
+    exact["exp_avg_sq"] *= 1 - beta[1]
+    for name, moment in exact.items():
+        table = moment_table(CPU, signed=name == "exp_avg")
+        scale = state[f"{name}_absmax"].repeat_interleave(256)[:2000]
+        got = (table[state[f"{name}_codes"].long()] * scale - moment).abs()
+        best = (table[:, None] * scale - moment).abs().min(0).values
+        tiny = (moment != 0) & (moment / scale < table[1] / 2) & (name == "exp_avg_sq")
+        assert bool((got <= best * (1 + 1e-4) + 1e-9)[~tiny].all())
+        assert bool((state[f"{name}_codes"][tiny] == 1).all())  # never stored as zero
 
 
 @pytest.mark.parametrize("moments", ["float32", "8bit"])
@@ -194,7 +211,7 @@ def test_newcomers_are_clamped(moments: str) -> None:
         before = parameter.detach().clone()
         parameter.grad = torch.full((600,), 50.0)  # entries 0, 50, ... have had no gradient yet
         optimizer.step()
-        assert float((parameter - before).abs()[::50].max()) <= 1e-2 * 1.001
+        assert float((parameter.detach() - before).abs()[::50].max()) <= 1e-2 * 1.001
 
 
 def test_bfloat16_values_are_rounded_to_a_neighbour_without_bias() -> None:

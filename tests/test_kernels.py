@@ -14,12 +14,14 @@ from leanlift import UserError
 from leanlift.ops import tile_ops
 
 HERE = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE.parent)}
 TRITON = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 
 def test_kernels_do_what_the_reference_does_in_the_interpreter() -> None:
+    """In a process of its own, since the interpreter is chosen when Triton is imported."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "interpreted_kernels.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False
     )
@@ -28,7 +30,6 @@ def test_kernels_do_what_the_reference_does_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 120])
 def test_kernels_compile_ahead_of_time(capability: int) -> None:
-    """In a fresh process, since torch's own import of Triton leaves nothing to choose."""
     done = subprocess.run(
         [sys.executable, str(HERE / "compile_kernels.py"), str(capability)],
         cwd=HERE.parent, capture_output=True, text=True, check=False,
@@ -50,4 +51,4 @@ def test_without_triton_auto_is_torch_and_an_explicit_choice_an_error() -> None:
         "except UserError as error:\n    assert 'install leanlift[triton]' in str(error)\n"
         "else:\n    raise AssertionError\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
