@@ -89,6 +89,20 @@ def dequantize_4bit_range(module: nn.Module, start: int, stop: int) -> Tensor:
     return values[start - lo : stop - lo]
 
 
+def parts_4bit(
+    module: nn.Module,
+) -> tuple[Tensor, Tensor, Tensor, int, tuple[Tensor, Tensor, Tensor, int] | None]:
+    """(packed uint8 bytes, absmax, table, blocksize, nested) of a `Linear4bit` weight, nothing
+    copied; nested: (absmax, table, offset, blocksize) of quantized scales, or None."""
+    state = state_4bit(module)
+    packed = cast(Any, module).weight.data.reshape(-1).view(torch.uint8)
+    nested = None
+    if state.nested:
+        inner = state.state2
+        nested = (inner.absmax, inner.code, state.offset, inner.blocksize)
+    return packed, state.absmax, state.code, state.blocksize, nested
+
+
 def quantize_4bit(
     rows: Rows,
     shape: tuple[int, int],

@@ -28,18 +28,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leanlift.ops import gather_entries
-from leanlift.sparse import MaskChange, SegmentedIndex, add_offsets_, change_mask
+from leanlift.ops import Offsets, TileOps, add_offsets_, tile_ops
+from leanlift.sparse import MaskChange, SegmentedIndex, change_mask, find_positions, offsets_of
 from leanlift.tiles import RowTiles, row_ranges, tile_rows
+
+LARGE_DEVICE = 32 * 2**30
+"""Bytes of memory from which a GPU is one with many fast cores."""
 
 
 class Scratch:
     """One growing buffer per dtype and device, lent to whoever computes right now.
 
     A view is valid until the next `take`. One per model: models do not disturb each other.
+
+    Attributes:
+        implementation: "auto", "torch" or "triton": which operations work in it; see `tile_ops`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, implementation: str = "auto") -> None:
+        self.implementation = implementation
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -52,12 +59,16 @@ class Scratch:
                 buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return buffer[:numel].view(rows, columns)
 
+    def ops(self, device: torch.device) -> TileOps:
+        """What the implementation means on `device`."""
+        return tile_ops(self.implementation, device)
+
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
-        return memo.setdefault(id(self), Scratch())
+        return memo.setdefault(id(self), Scratch(self.implementation))
 
 
 class FrozenLinear(nn.Module):
@@ -119,21 +130,16 @@ class FrozenLinear(nn.Module):
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """The effective weight [m, n] in the shared scratch: valid until its next use."""
         m, n = self.weight_tiles.shape
+        ops = self.scratch.ops(self.weight_tiles.device)
         weight = self.scratch.take(m, n, dtype, self.weight_tiles.device)
-        direct = dtype in (self.weight_tiles.dtype, torch.float32, torch.float64)
-        for start, stop in row_ranges(m, tile_rows(n, 4)):
-            rows = self.weight_tiles.rows(start, stop)
-            if direct:
-                weight[start:stop] = rows
-                self.add_offsets_(weight[start:stop], start, stop)
-            else:  # INT8 rows come in fp32: add before rounding, so that an entry is rounded once
-                wide = rows.to(torch.float32, copy=True)
-                self.add_offsets_(wide, start, stop)
-                weight[start:stop] = wide
+        for start, stop in row_ranges(m, m if ops.whole else tile_rows(n, 4)):
+            offsets = self.offsets(start, stop)
+            ops.effective_rows(self.weight_tiles, offsets, start, stop, weight[start:stop])
         return weight
 
-    def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
-        """Add all offsets of rows `start:stop` to `rows` [stop - start, n], in place: none here."""
+    def offsets(self, start: int, stop: int) -> list[Offsets]:
+        """The stores whose offsets lie in rows `start:stop`: none here."""
+        return []
 
     @property
     def version(self) -> tuple[float, ...]:
@@ -199,11 +205,18 @@ class LiftLinear(FrozenLinear):
             return super()._carrier(x)
         return _KeepInput.apply(x, self.values, self, self.values_gradient)
 
+    def offsets(self, start: int, stop: int) -> list[Offsets]:
+        """The active and the settled offsets of rows `start:stop`."""
+        stores = [offsets_of(self.index, self.values.detach(), start, stop, self.scale)]
+        if self.settled_index is not None and self.settled_values is not None:
+            settled = self.settled_index, self.settled_values
+            stores.append(offsets_of(*settled, start, stop, self.scale))
+        return stores
+
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop`, scaled, to `rows` [stop - start, n], in place."""
-        add_offsets_(rows, self.index, self.values.detach(), start, stop, self.scale)
-        if self.settled_index is not None and self.settled_values is not None:
-            add_offsets_(rows, self.settled_index, self.settled_values, start, stop, self.scale)
+        for store in self.offsets(start, stop):
+            add_offsets_(rows, store)
 
     @property
     def version(self) -> tuple[float, ...]:
@@ -214,13 +227,14 @@ class LiftLinear(FrozenLinear):
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
         m, n = self.weight_tiles.shape
         gradient = torch.empty_like(self.values)
-        for start, stop in row_ranges(m, tile_rows(n, x.element_size())):
+        ops = self.scratch.ops(x.device)
+        for start, stop in row_ranges(m, _gradient_rows(n, x)):
             first, last = self.index.span(start, stop)
             if first == last:
                 continue
             dense = self.scratch.take(stop - start, n, x.dtype, x.device)
             torch.mm(grad_y[:, start:stop].T, x, out=dense)
-            gather_entries(dense, self.index.decode(start, stop), gradient[first:last])
+            ops.gather(dense, self.index.part(start, stop), gradient[first:last])
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
     @torch.no_grad()
@@ -239,8 +253,14 @@ class LiftLinear(FrozenLinear):
         return change
 
     def set_settled(self, flat: Tensor, values: Tensor) -> None:
-        """Replace the settled store by `values` at sorted, distinct positions `flat`."""
+        """Replace the settled store by `values` at sorted, distinct positions `flat`.
+
+        Raises:
+            ValueError: a position that is trained: an entry has one offset.
+        """
         empty = flat.numel() == 0
+        if not empty and bool((find_positions(self.index.to_flat(), flat) >= 0).any()):
+            raise ValueError("expected settled positions outside the mask, got one that is trained")
         self.settled_index = None if empty else SegmentedIndex.from_flat(flat, self.index.shape)
         self.settled_values = None if empty else values.to(self.values.device, self.values.dtype)
 
@@ -334,6 +354,18 @@ class _Multiply(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_y.to(ctx.dtype) @ ctx.layer.effective_weight(ctx.dtype)
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
+
+
+def _gradient_rows(n: int, x: Tensor) -> int:
+    """Rows of the values' gradient that are formed at once.
+
+    On a CPU, a tile of bounded size. On CUDA the scratch has room for all rows of any layer, so the
+    tile is as small as keeps the device busy: that leaves it in the cache for the gather.
+    """
+    if x.device.type != "cuda":
+        return tile_rows(n, x.element_size())
+    large = torch.cuda.get_device_properties(x.device).total_memory >= LARGE_DEVICE
+    return 4096 if large else 1024
 
 
 def _check_unchanged(layer: FrozenLinear, version: tuple[float, ...]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from leanlift import _bnb
 from leanlift.errors import UserError
+from leanlift.ops import EightBit, FourBit, Scales
 from leanlift.tiles import CastTiles, RowTiles, as_tiles
 
 NESTED_BLOCK = 256
@@ -118,6 +119,11 @@ class Weight4bit:
         n = self.shape[1]
         return _bnb.dequantize_4bit_range(self.module, start * n, stop * n).view(stop - start, n)
 
+    def stored(self) -> FourBit:
+        """The packed weight and its scales, for kernels that dequantize themselves."""
+        packed, absmax, table, blocksize, nested = _bnb.parts_4bit(self.module)
+        return FourBit(packed, absmax, table, blocksize, Scales(*nested) if nested else None)
+
 
 @dataclass(frozen=True)
 class Weight8bit:
@@ -143,6 +149,12 @@ class Weight8bit:
 
     def rows(self, start: int, stop: int) -> Tensor:
         return _bnb.dequantize_8bit_rows(self.module, start, stop)
+
+    def stored(self) -> EightBit:
+        """Codes and scales, for kernels that dequantize themselves."""
+        state = _bnb.state_8bit(self.module)
+        assert state is not None
+        return EightBit(*state)
 
 
 @dataclass(frozen=True)

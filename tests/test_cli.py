@@ -40,6 +40,7 @@ OWN_OPTIONS = {
     "values_dtype",
     "quantize_ends",
     "embedding_on_cpu",
+    "ops",
     "snapshot",
     "selector",
     "calibration_rows",

@@ -61,6 +61,15 @@ def test_live_bytes_leave_mapped_files_out(tmp_path: Path) -> None:
         assert live.current == live.peak == copied.nbytes
 
 
+def test_live_bytes_count_both_parts_of_a_sparse_tensor() -> None:
+    places, values = torch.zeros(2, 100, dtype=torch.int64), torch.ones(100)
+    with LiveBytes() as live:
+        sparse = torch.sparse_coo_tensor(places, values, (9, 9), check_invariants=True)
+        assert live.current == 0, "it holds what was there"
+        doubled = sparse * 2
+        assert live.current == doubled._indices().nbytes + doubled._values().nbytes
+
+
 def test_live_bytes_see_the_backward_pass() -> None:
     w = torch.ones(100, 100, requires_grad=True)
     with LiveBytes() as live:

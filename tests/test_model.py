@@ -23,7 +23,7 @@ from transformers import (
 
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, refresh_mask, save_adapter
 from leanlift.layer import FrozenLinear
-from leanlift.model import lift_layers, lift_state
+from leanlift.model import lift_layers, lift_state, use_ops
 from leanlift.model.gradient import gradient_masks
 from leanlift.selection import Magnitude, Principal, select
 
@@ -356,3 +356,14 @@ def test_damaged_adapters_are_refused_in_one_sentence(base: Path, adapter: Path)
     weights.unlink()
     config.write_text(text)
     refused("does not exist")
+
+
+def test_ops_are_chosen_by_name_and_not_saved(base: Path, tmp_path: Path) -> None:
+    model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
+    assert lift_state(model).scratch.implementation == "auto"
+    use_ops(model, "torch")
+    assert lift_state(model).scratch.implementation == "torch"
+    with pytest.raises(UserError, match="ops=triton needs"):
+        use_ops(model, "triton")
+    save_adapter(model, tmp_path / "a")
+    assert '"ops"' not in (tmp_path / "a" / "adapter_config.json").read_text()

@@ -35,16 +35,18 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {
-            leaf.untyped_storage()._cdata
+            storage._cdata
             for leaf in tree_leaves((args, kwargs or {}))
             if isinstance(leaf, Tensor)
+            for storage in _storages(leaf)
         }
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
                 continue  # a skeleton without memory; fake tensors name the device they stand for
-            if leaf.untyped_storage()._cdata not in before:
-                self._follow(leaf.untyped_storage())
+            for storage in _storages(leaf):
+                if storage._cdata not in before:
+                    self._follow(storage)
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
@@ -58,6 +60,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, nbytes: int) -> None:
         self.current -= nbytes
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """What holds a tensor's bytes: two storages where it is sparse."""
+    if tensor.layout == torch.sparse_coo:
+        return [part.untyped_storage() for part in (tensor._indices(), tensor._values())]
+    return [tensor.untyped_storage()]
 
 
 def _is_mapped_file(storage: torch.UntypedStorage) -> bool:

@@ -7,7 +7,7 @@ from leanlift.model.adapters import (
     scale_adapter,
     unload_adapter,
 )
-from leanlift.model.attach import LiftState, get_lift_model, lift_layers, lift_state
+from leanlift.model.attach import LiftState, get_lift_model, lift_layers, lift_state, use_ops
 from leanlift.model.ends import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
 
@@ -25,4 +25,5 @@ __all__ = [
     "save_adapter",
     "scale_adapter",
     "unload_adapter",
+    "use_ops",
 ]

@@ -24,6 +24,7 @@ from leanlift.model.ends import check_ends, quantize_ends
 from leanlift.model.gated import use_gated_product
 from leanlift.model.gradient import gradient_masks
 from leanlift.model.targets import find_targets
+from leanlift.ops import resolve
 from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized
 from leanlift.selection import selection
 from leanlift.sparse import SegmentedIndex
@@ -214,6 +215,24 @@ def lift_state(model: nn.Module) -> LiftState:
             "get_lift_model(model, LiftConfig(...)) first."
         )
     return state
+
+
+def use_ops(model: nn.Module, name: str) -> None:
+    """Choose what computes in the layers of an attached model.
+
+    It belongs to the machine, not to the adapter: nothing of it is saved.
+
+    Args:
+        model: an attached model, on its device.
+        name: "auto" (Triton on CUDA where it can be imported, else torch; what a model starts
+            with), "torch" or "triton".
+
+    Raises:
+        UserError: nothing is attached, an unknown name, or "triton" where it cannot run.
+    """
+    scratch = lift_state(model).scratch
+    resolve(name, next(iter(lift_layers(model).values())).values.device)
+    scratch.implementation = name
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

@@ -1,12 +1,30 @@
-"""The two operations that join a sparse store to dense rows, in plain torch.
+"""The operations that join a sparse store to dense rows, in plain torch: the specification.
 
-Both take positions relative to the tile they act on, so a tile never needs the whole matrix.
+All take positions relative to the tile they act on, so a tile never needs the whole matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from leanlift.ops.parts import IndexPart, Offsets, Source
+
+
+def decode(part: IndexPart) -> Tensor:
+    """Flat positions (row * n + column) of the entries, relative to the tile: int64 [k].
+
+    Temporary memory is O(entries + rows * segments); nothing is asked of the device.
+    """
+    (rows, segments), device = part.counts.shape, part.columns.device
+    base = torch.arange(rows, device=device).mul_(part.width).unsqueeze(1) + (
+        torch.arange(segments, device=device) * part.segment
+    )
+    counts = part.counts.reshape(-1).long()
+    flat = torch.repeat_interleave(base.view(-1), counts, output_size=part.columns.numel())
+    return flat.add_(part.columns)
 
 
 def patch_rows_(rows: Tensor, flat: Tensor, values: Tensor) -> None:
@@ -25,6 +43,40 @@ def patch_rows_(rows: Tensor, flat: Tensor, values: Tensor) -> None:
     entries[flat] = (entries[flat].to(wide) + values.to(wide)).to(rows.dtype)
 
 
+def add_offsets_(rows: Tensor, offsets: Offsets) -> None:
+    """Add the offsets to contiguous `rows` [r, n], in place; the product with their scale is
+    formed in fp32 or wider."""
+    if offsets.part.columns.numel():
+        values = offsets.values
+        if offsets.scale != 1:
+            values = values.to(torch.promote_types(values.dtype, torch.float32)) * offsets.scale
+        patch_rows_(rows, decode(offsets.part), values)
+
+
 def gather_entries(rows: Tensor, flat: Tensor, out: Tensor) -> None:
     """Write the entries `flat` of contiguous `rows` [r, n] to `out` [k], in out's dtype."""
     out.copy_(rows.view(-1)[flat])
+
+
+class TorchOps:
+    """The reference as an implementation; see `TileOps`."""
+
+    name = "torch"
+    whole = False
+
+    def effective_rows(
+        self, weight: Source, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
+    ) -> None:
+        rows = weight.rows(start, stop)
+        if out.dtype in (weight.dtype, torch.float32, torch.float64):
+            out.copy_(rows)
+            for store in offsets:
+                add_offsets_(out, store)
+        else:  # add before rounding, so that an entry is rounded once
+            wide = rows.to(torch.float32, copy=True)
+            for store in offsets:
+                add_offsets_(wide, store)
+            out.copy_(wide)
+
+    def gather(self, dense: Tensor, part: IndexPart, out: Tensor) -> None:
+        gather_entries(dense, decode(part), out)

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from leanlift.errors import UserError
+from leanlift.ops import adamw_kernel
 from leanlift.optim.moments import BLOCK, own_moments
 
 ROUNDINGS = ("stochastic", "nearest")
@@ -93,11 +94,16 @@ def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
 
 def uniform_noise(count: int, device: torch.device, *key: int) -> Tensor:
     """int32 [count], uniform on 0..65535, the same for the same key and kind of device."""
-    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = torch.Generator(device).manual_seed(_seed_of(*key) >> 1)
     words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
     return words.view(torch.int16)[:count].to(torch.int32).add_(32768)
+
+
+def _seed_of(*key: int) -> int:
+    """64 bits that depend on the key alone."""
+    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _zeros_of(first: Tensor) -> Tensor | None:
@@ -140,6 +146,9 @@ class SparseAdamW(Optimizer):
         seed: of the stochastic rounding.
         chunk: entries per piece of work, a multiple of 256. With fp32 values it does not change
             the result; with stochastic rounding it changes the noise.
+        ops: "auto", "torch" or "triton": how a step is computed; see `ops.tile_ops`. Belongs to the
+            machine: it is no option of a group and is not saved. Triton's kernel takes a vector
+            whole, and draws other noise.
 
     Raises:
         UserError: an option out of its range, or a parameter of another dtype or layout.
@@ -157,7 +166,9 @@ class SparseAdamW(Optimizer):
         rounding: str = "stochastic",
         seed: int = 0,
         chunk: int = 2**18,
+        ops: str = "auto",
     ) -> None:
+        self._ops = ops
         self._places: dict[int, tuple[dict[str, Any], int]] = {}
         defaults = {
             "lr": lr,
@@ -246,6 +257,7 @@ class SparseAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_ops", "auto")  # what is pickled has groups and state alone
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -278,6 +290,12 @@ class SparseAdamW(Optimizer):
             group["weight_decay"],
         )
         values, grads = parameter.detach().view(-1), grad.detach().reshape(-1)
+        kernel = adamw_kernel(self._ops, parameter.device)
+        if kernel is not None:
+            stochastic = group["rounding"] == "stochastic"
+            seed = _seed_of(group["seed"], step, place) >> 33 if stochastic else None
+            kernel(values, grads.contiguous(), moments.parts(state), *options, seed)
+            return
         for start in range(0, values.numel(), chunk):
             stop = min(start + chunk, values.numel())
             held = values[start:stop]

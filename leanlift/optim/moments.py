@@ -20,6 +20,7 @@ from torch import Tensor
 
 from leanlift import _bnb
 from leanlift.errors import UserError
+from leanlift.ops import MomentParts
 
 BLOCK = _bnb.MOMENT_BLOCK
 TABLES_NBYTES = 2 * 4 * 256
@@ -53,6 +54,10 @@ class OwnMoments(Moments, Protocol):
         """Views of entries `start:stop`, a state of the same layout."""
         ...
 
+    def parts(self, state: State) -> MomentParts:
+        """The state's own tensors, for a kernel that reads and writes them itself."""
+        ...
+
     def nbytes(self, count: int) -> int:
         """Bytes of both moments, from the number of entries alone."""
         ...
@@ -75,6 +80,9 @@ class Float32Moments:
     def write(self, state: State, first: Tensor, second: Tensor) -> None:
         state["exp_avg"].copy_(first)  # nothing to do where they were changed in place
         state["exp_avg_sq"].copy_(second)
+
+    def parts(self, state: State) -> MomentParts:
+        return MomentParts(state["exp_avg"], state["exp_avg_sq"])
 
     def nbytes(self, count: int) -> int:
         return 2 * 4 * count
@@ -111,6 +119,17 @@ class EightBitMoments:
             signed = name == "exp_avg"
             table = _bnb.moment_table(codes.device, signed)
             _bnb.quantize_moment(moment, table, codes, absmax, signed)
+
+    def parts(self, state: State) -> MomentParts:
+        device = state["exp_avg_codes"].device
+        return MomentParts(
+            state["exp_avg_codes"],
+            state["exp_avg_sq_codes"],
+            state["exp_avg_absmax"],
+            state["exp_avg_sq_absmax"],
+            _bnb.moment_table(device, signed=True),
+            _bnb.moment_table(device, signed=False),
+        )
 
     def nbytes(self, count: int) -> int:
         return 2 * (count + 4 * -(-count // BLOCK))

@@ -2,7 +2,7 @@
 
 from leanlift.sparse.bound import BoundedMask, bounded_mask, settled_nbytes
 from leanlift.sparse.index import SEGMENT, SegmentedIndex, index_nbytes
-from leanlift.sparse.patch import add_offsets_
+from leanlift.sparse.patch import add_offsets_, offsets_of
 from leanlift.sparse.update import MaskChange, change_mask, find_positions
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "change_mask",
     "find_positions",
     "index_nbytes",
+    "offsets_of",
     "settled_nbytes",
 ]

@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from leanlift.ops import IndexPart, decode
+
 SEGMENT = 255
 ANCHOR_ROWS = 64
 DECODE_ROWS = 1024
@@ -128,16 +130,12 @@ class SegmentedIndex:
 
         Temporary memory is O(entries of the range + rows * segments).
         """
-        n = self.shape[1]
+        return decode(self.part(start, stop))
+
+    def part(self, start: int, stop: int) -> IndexPart:
+        """The entries of rows `start:stop` as they are stored; nothing is copied."""
         first, last = self.span(start, stop)
-        rows, segments = stop - start, self.counts.shape[1]
-        device = self.columns.device
-        base = torch.arange(rows, device=device).mul_(n).unsqueeze(1) + (
-            torch.arange(segments, device=device) * SEGMENT
-        )
-        counts = self.counts[start:stop].reshape(-1).long()
-        flat = torch.repeat_interleave(base.view(-1), counts, output_size=last - first)
-        return flat.add_(self.columns[first:last])
+        return IndexPart(self.columns[first:last], self.counts[start:stop], SEGMENT, self.shape[1])
 
     def to_flat(self) -> Tensor:
         """All positions, flat: int64 [k]."""

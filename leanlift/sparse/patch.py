@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from leanlift.ops import patch_rows_
+from leanlift import ops
 from leanlift.sparse.index import SegmentedIndex
 
 
@@ -19,9 +18,12 @@ def add_offsets_(
 ) -> None:
     """Add `scale` times the offsets that lie in rows `start:stop` to `rows` [stop - start, n], in
     place; the product is formed in fp32 or wider."""
+    ops.add_offsets_(rows, offsets_of(index, values, start, stop, scale))
+
+
+def offsets_of(
+    index: SegmentedIndex, values: Tensor, start: int, stop: int, scale: float = 1.0
+) -> ops.Offsets:
+    """The offsets of rows `start:stop` as they are stored, out of all `values` [k]."""
     first, last = index.span(start, stop)
-    if first < last:
-        offsets = values[first:last]
-        if scale != 1:
-            offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32)) * scale
-        patch_rows_(rows, index.decode(start, stop), offsets)
+    return ops.Offsets(index.part(start, stop), values[first:last], scale)

@@ -134,6 +134,13 @@ class RunArguments:
         default=LiftConfig.selection_tile_mib,
         metadata={"help": "MiB of a matrix that the selection reads at once"},
     )
+    ops: str = field(
+        default="auto",
+        metadata={
+            "help": "what computes in the layers: triton (kernels), torch, or auto: Triton on "
+            "CUDA where it can be imported"
+        },
+    )
     snapshot: bool = field(
         default=False,
         metadata={"help": "on CUDA, keep torch's own memory timeline as memory_snapshot.pickle"},

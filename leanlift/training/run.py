@@ -25,7 +25,15 @@ from leanlift.memory import (
     save_report,
     static_categories,
 )
-from leanlift.model import RefreshReport, embedding_to_cpu, get_lift_model, lift_state, load_adapter
+from leanlift.model import (
+    RefreshReport,
+    embedding_to_cpu,
+    get_lift_model,
+    lift_state,
+    load_adapter,
+    use_ops,
+)
+from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import calibration_batches, check_rows, load_rows
@@ -119,6 +127,7 @@ def _run(
         if torch.cuda.is_available() and not sft.use_cpu
         else torch.device("cpu")
     )
+    resolve(args.ops, device)
     meter = MemoryMeter(device)
     meter.report.plan = None if plan is None else plan.to_dict()
     with meter.phase("load"):
@@ -132,6 +141,7 @@ def _run(
             get_lift_model(model, config, calibration=batches)
         else:
             get_lift_model(model, config)
+    use_ops(model, args.ops)
     if args.embedding_on_cpu:
         embedding_to_cpu(model)
     if not meter.cuda:

@@ -112,7 +112,10 @@ class LiftTrainer(SFTTrainer):
         self._in_backward = bool(getattr(args, "optim_in_backward", False))
         self._staging: Path | None = None
         if args.optim in SPARSE_OPTIMIZERS and kwargs.get("optimizers", (None, None))[0] is None:
-            kwargs["optimizer_cls_and_kwargs"] = (SparseAdamW, _sparse_options(args))
+            kwargs["optimizer_cls_and_kwargs"] = (
+                SparseAdamW,
+                {**_sparse_options(args), "ops": self._lift.scratch.implementation},
+            )
         _make_checkpointing_safe(model, args)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(self._lift.base.name)

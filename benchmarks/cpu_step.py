@@ -1,0 +1,126 @@
+"""A training step on a CPU beside PEFT's SHiRA and LoRA, over NF4, at equal trained entries.
+
+    python -m benchmarks.cpu_step [--hidden 2048] [--layers 10] [--tokens 128] [--repeats 5]
+
+A Llama of about 600 M parameters in bf16 and NF4, no checkpointing, one thread: forward, backward
+and torch's AdamW, r (m + n) entries of every Linear with r = 68. The three step in turn in one
+process, so that a slow moment of the machine meets them all; times are medians. The peak is of
+live tensor bytes in one more step, on top of weights, trained entries and optimizer state, which
+are as many bytes for all three; leanlift's scratch, which stays, is counted in its peak.
+
+bitsandbytes' own Linears stay in training mode: in eval mode their CPU forward repacks the weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.common import timed, write_rows
+from benchmarks.peers import (
+    entries,
+    lift,
+    llama,
+    lora,
+    nf4_llama,
+    shira,
+    stock_loss,
+    tiled_loss,
+    trained,
+)
+from leanlift import LiftConfig
+from leanlift.memory import LiveBytes
+from leanlift.model import lift_state
+
+RANK = 68
+MIB = 2**20
+
+
+@dataclass
+class Peer:
+    """One way to train, ready to step; `stays` is what its step keeps beside the weights."""
+
+    model: Any
+    loss: Callable[[Any, torch.Tensor], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    ids: torch.Tensor
+    stays: int = 0
+
+    def step(self) -> None:
+        self.loss(self.model, self.ids).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def build(name: str, hidden: int, layers: int, tokens: int) -> Peer:
+    dtype = torch.bfloat16
+    model = nf4_llama(llama(hidden, layers), torch.device("cpu"), dtype)
+    ids = torch.randint(0, 32000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    loss = stock_loss
+    if name == "leanlift":
+        # the mask does not change what a step costs; a random one is quickly made
+        model = lift(model, LiftConfig(rank_budget=RANK, selector="random"))
+        loss = tiled_loss
+    else:
+        model = lora(model, RANK) if name == "PEFT LoRA" else shira(model, RANK)
+    peer = Peer(model.train(), loss, torch.optim.AdamW(trained(model), lr=1e-4), ids)
+    peer.step()
+    if name == "leanlift":
+        peer.stays = lift_state(model).scratch.nbytes
+    return peer
+
+
+def measure(hidden: int, layers: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """A row per peer, leanlift first, with its ratio to each of the others."""
+    names = ("leanlift", "PEFT SHiRA", "PEFT LoRA")
+    peers = {name: build(name, hidden, layers, tokens) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name, peer in peers.items():
+            seconds[name].append(timed(peer.step)[1])
+    times = {name: median(seconds[name]) for name in names}
+    peaks = {}
+    for name, peer in peers.items():
+        with LiveBytes() as live:
+            peer.step()
+        peaks[name] = live.peak + peer.stays
+    return [
+        {
+            "way": name,
+            "entries": entries(peer.model),
+            "median s": round(times[name], 3),
+            "least s": round(min(seconds[name]), 3),
+            "peak MiB": round(peaks[name] / MIB, 1),
+            "leanlift / this, time": round(times["leanlift"] / times[name], 3),
+            "leanlift / this, peak": round(peaks["leanlift"] / peaks[name], 3),
+            "hidden": hidden,
+            "layers": layers,
+            "tokens": tokens,
+        }
+        for name, peer in peers.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = measure(arguments.hidden, arguments.layers, arguments.tokens, arguments.repeats)
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if (arguments.hidden, arguments.layers, arguments.tokens) == (2048, 10, 128):
+        print(f"Wrote {write_rows('cpu_step', rows)}")
+
+
+if __name__ == "__main__":
+    main()

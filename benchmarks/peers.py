@@ -1,0 +1,141 @@
+"""Models to measure beside each other: Llama shapes in NF4 with random weights, trained by
+leanlift, by PEFT's LoRA and by PEFT's SHiRA, over the same kind of bitsandbytes Linears.
+
+Nothing is read from disk: the model is made on the device and quantized one Linear at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from leanlift import LiftConfig
+from leanlift.ends import head_loss
+from leanlift.model import get_lift_model, output_head
+
+SPECTRUM = 16
+"""Rank of what stands out of the noise, so that there are principal weights to find."""
+
+
+def llama(hidden: int, layers: int, vocabulary: int = 32000) -> LlamaConfig:
+    """Llama-2's proportions at any width."""
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11008 // 4096,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 128),
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
+
+def nf4_llama(config: LlamaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A Llama whose Linears inside the blocks are `Linear4bit` with double quantization."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            m, n = module.weight.shape
+            model.set_submodule(name, _linear4bit(_matrix(m, n, generator, device), dtype, device))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.device.type == "meta":
+            fill = torch.ones if parameter.dim() == 1 else _noise
+            made = fill(*parameter.shape, device=device, dtype=dtype)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(made))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config).to(device)
+    return model.requires_grad_(False).train()
+
+
+def _noise(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return (0.02 * torch.randn(*shape, device=device)).to(dtype)
+
+
+def _matrix(m: int, n: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Noise and a falling spectrum above it, of a trained matrix's size."""
+    weight = torch.randn(m, n, generator=generator, device=device)
+    left = torch.randn(m, SPECTRUM, generator=generator, device=device)
+    left *= torch.arange(1, SPECTRUM + 1, device=device) ** -0.6
+    weight.addmm_(left, torch.randn(SPECTRUM, n, generator=generator, device=device))
+    return weight.mul_(0.02 / float(weight.std()))
+
+
+def _linear4bit(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    m, n = weight.shape
+    module = bnb.nn.Linear4bit(
+        n, m, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
+    )
+    module.weight = bnb.nn.Params4bit(
+        weight.to(dtype), requires_grad=False, quant_type="nf4", module=module
+    ).to(device)
+    return module
+
+
+def mark_quantized(model: Any) -> Any:
+    """What PEFT asks a model that stock transformers has loaded in 4 bits."""
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def lora(model: Any, rank: int) -> Any:
+    """PEFT LoRA of this rank on every Linear of the blocks, as QLoRA has it."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(mark_quantized(model), config)
+
+
+def lift(model: Any, config: LiftConfig) -> Any:
+    """leanlift on every Linear of the blocks."""
+    return get_lift_model(model, config, progress=False)
+
+
+def shira(model: Any, rank: int) -> Any:
+    """PEFT SHiRA with r (m + n) random entries of every Linear of the blocks."""
+    from peft import ShiraConfig, get_peft_model
+
+    config = ShiraConfig(
+        r=rank, target_modules=_linears(model), task_type="CAUSAL_LM", random_seed=0
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(mark_quantized(model), config)
+
+
+def _linears(model: Any) -> list[str]:
+    names = (name for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit))
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def entries(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in trained(model))
+
+
+def stock_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What the stock model computes, over all logits."""
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def tiled_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """leanlift's loss of every next token, as LiftTrainer has it."""
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    head, labels = output_head(model), ids[:, 1:].reshape(-1)
+    assert head is not None
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return head_loss(flat, labels, head, float(labels.numel())).loss

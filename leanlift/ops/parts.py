@@ -1,0 +1,146 @@
+"""What the operations work on: plain tensors with names.
+
+A kernel reads a weight as it is stored and positions as the compact index holds them, so neither
+is ever spread out in memory. Nothing here knows bitsandbytes or a module.
+
+Shapes: m x n the matrix, r rows of a tile, S segments a row, k entries of the tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """The entries of a range of rows, in a compact index's own storage.
+
+    Attributes:
+        columns: uint8 [k], column inside its segment, row-major.
+        counts: uint8 [r, S], entries per segment.
+        segment: columns of a segment.
+        width: n.
+    """
+
+    columns: Tensor
+    counts: Tensor
+    segment: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """`scale` times `values` [k] at the positions of `part`."""
+
+    part: IndexPart
+    values: Tensor
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales that are quantized themselves: table[code] * absmax[block] + offset.
+
+    Attributes:
+        absmax: fp32, one per `blocksize` codes.
+        table: fp32 [256].
+        offset: fp32 scalar.
+        blocksize: codes per absmax.
+    """
+
+    absmax: Tensor
+    table: Tensor
+    offset: Tensor
+    blocksize: int
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """A 4-bit matrix: table[code] * absmax[block], rounded to the weight's dtype.
+
+    Attributes:
+        packed: uint8 [ceil(m n / 2)], the row-major flattened matrix, the first of two codes in
+            the high half.
+        absmax: one scale per `blocksize` entries: fp32, or uint8 codes where `nested` is given.
+        table: fp32 [16].
+        blocksize: entries per scale, a power of two.
+        nested: how the scales are quantized.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    table: Tensor
+    blocksize: int
+    nested: Scales | None
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """An INT8 matrix: codes int8 [m, n] * scales fp32 [m] / 127."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+@dataclass(frozen=True)
+class MomentParts:
+    """Both moments of Adam as they are kept: fp32 [k], or uint8 codes [k] with fp32 scales
+    [ceil(k / 256)] and ascending tables fp32 [256]."""
+
+    first: Tensor
+    second: Tensor
+    first_absmax: Tensor | None = None
+    second_absmax: Tensor | None = None
+    first_table: Tensor | None = None
+    second_table: Tensor | None = None
+
+
+class Source(Protocol):
+    """A matrix that can be read by rows; `tiles.RowTiles` are."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def rows(self, start: int, stop: int) -> Tensor: ...
+
+
+@runtime_checkable
+class StoredSource(Protocol):
+    """A matrix that can also be had as it is stored, for kernels that dequantize themselves."""
+
+    def stored(self) -> FourBit | EightBit: ...
+
+
+class TileOps(Protocol):
+    """One implementation of what joins a sparse store to dense rows.
+
+    Attributes:
+        name: "torch" or "triton".
+        whole: whether `effective_rows` needs no memory that grows with the tile, so that a matrix
+            is written in one go.
+    """
+
+    name: str
+    whole: bool
+
+    def effective_rows(
+        self, weight: Source, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
+    ) -> None:
+        """Write rows `start:stop` of D(Q) + offsets to contiguous `out` [stop - start, n].
+
+        D(Q) is taken in the weight's dtype, the sum is formed in fp32 or wider and rounded once.
+        Positions of several stores are disjoint.
+        """
+        ...
+
+    def gather(self, dense: Tensor, part: IndexPart, out: Tensor) -> None:
+        """Write the entries `part` of contiguous `dense` [r, n] to `out` [k], in out's dtype."""
+        ...
