@@ -1,16 +1,16 @@
 """From an adapter to what other tools load: a plain checkpoint, or a PEFT adapter."""
 
 from leanlift.export.card import CARD_NAME, TRAINING_KEYS
-from leanlift.export.merge import MERGE_NBYTES, ONTO, MergeReport, merge_adapter
+from leanlift.export.merge import ONTO, MergeReport, merge_adapter, merge_nbytes
 from leanlift.export.peft import PeftReport, export_peft
 
 __all__ = [
     "CARD_NAME",
-    "MERGE_NBYTES",
     "ONTO",
     "TRAINING_KEYS",
     "MergeReport",
     "PeftReport",
     "export_peft",
     "merge_adapter",
+    "merge_nbytes",
 ]

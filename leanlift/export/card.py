@@ -18,10 +18,10 @@ from leanlift.errors import UserError
 CARD_NAME = "README.md"
 
 ONTO_WORDS = {
-    "original": "the base's own 16-bit weights plus what was learned: no quantization error, and "
+    "original": "the 16-bit weights of the base plus what was learned: no quantization error, and "
     "so not bit for bit the model that was trained",
-    "quantized": "exactly the model that was trained: the base's weights as they were quantized "
-    "for training, plus what was learned",
+    "quantized": "exactly the model that was trained: the weights of the base as they were "
+    "quantized for training, plus what was learned",
 }
 
 TRAINING_KEYS = (
@@ -85,7 +85,7 @@ def merged_card(adapter: Adapter, base: str, dtype: str, onto: str, name: str) -
         *_front_matter(base, "transformers"),
         f"# {name}",
         "",
-        f"{_plain(base)}, fine-tuned with leanlift: a few per cent of each weight matrix, its "
+        f"{_shown(base)}, fine-tuned with leanlift: a few per cent of each weight matrix, its "
         "principal weights (LIFT, arXiv 2506.00772), were trained over a frozen base.",
         "",
         *_about(adapter, base, facts),
@@ -101,20 +101,28 @@ def peft_card(adapter: Adapter, name: str) -> str:
         *_front_matter(base, "peft"),
         f"# {name}",
         "",
-        f"A sparse adapter (PEFT's SHiRA form) for {_plain(base)}, trained with leanlift.",
+        f"A sparse adapter (PEFT's SHiRA form) for {_shown(base)}, trained with leanlift.",
         "",
         *_about(adapter, base, {}),
-        LOAD.format(name=name, base=_plain(base)),
+        LOAD.format(name=name, base=_shown(base)),
     ]
     return "\n".join(lines)
 
 
+def _is_hub_name(base: str) -> bool:
+    return base.count("/") == 1 and not base.startswith((".", "~", "/"))
+
+
+def _shown(base: str) -> str:
+    """A hub name; of a local directory its last part: the rest means nothing to others."""
+    return _plain(base if _is_hub_name(base) else Path(base).name)
+
+
 def _front_matter(base: str, library: str) -> list[str]:
-    """What the hub reads; a base that is a local directory means nothing there."""
-    named = "/" in base and base.count("/") == 1 and not base.startswith((".", "~", "/"))
+    """What the hub reads."""
     return [
         "---",
-        *([f"base_model: {_plain(base)}"] if named else []),
+        *([f"base_model: {_plain(base)}"] if _is_hub_name(base) else []),
         f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags: [leanlift, sparse-fine-tuning]",
@@ -131,7 +139,7 @@ def _about(adapter: Adapter, base: str, facts: dict[str, str]) -> list[str]:
         budget = f"r = {config.rank_budget}, that is r · (m + n) entries per matrix"
     formats = sorted({str(adapter.base.formats[name]) for name in shapes})
     table = {
-        "base": base,
+        "base": _shown(base),
         "trained over": f"{', '.join(formats)}, computed in {adapter.base.dtype}",
         "trained": f"{budget} of {len(shapes)} matrices, chosen by {config.selector} "
         f"(R = {config.approx_rank}), {adapter.refreshes} mask refreshes",

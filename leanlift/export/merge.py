@@ -35,10 +35,6 @@ from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
 
 ONTO = ("original", "quantized")
-MERGE_NBYTES = 4 * DEFAULT_TILE_BYTES
-"""What a merge onto the original takes: a row tile in fp32, its cast, and what looking for overflow
-makes of them. Files are mapped. Onto the quantized weights, one matrix's quantized form and some
-tiles of dequantizing it come on top."""
 BASE_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -113,6 +109,16 @@ def merge_adapter(
         tensors=len(specs),
         nbytes=sum(spec.nbytes for spec in specs),
     )
+
+
+def merge_nbytes(largest: int) -> int:
+    """Bytes of tensors that a merge onto the original takes, from the entries of the largest one.
+
+    A row tile in fp32, its cast, and what looking for overflow makes of them; files are mapped.
+    Onto the quantized weights, one matrix's quantized form and some tiles of dequantizing it come
+    on top.
+    """
+    return 4 * min(DEFAULT_TILE_BYTES, 4 * largest)
 
 
 def resolve_base(base: str | Path) -> Path:

@@ -15,7 +15,7 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.export import MERGE_NBYTES
+from leanlift.export import merge_nbytes
 from leanlift.layer import FrozenLinear
 from leanlift.memory.fake import Loss, attach_fake, fake_tensors, step_peak
 from leanlift.memory.measure import CATEGORIES
@@ -76,7 +76,8 @@ class MemoryPlan:
     Attributes:
         model: what was planned for.
         categories: the training step's bytes by category; together its peak.
-        phases: peak of each phase. "export" runs on the CPU and is not on the card.
+        phases: peak of each phase. "export" runs on the CPU; beside a model that is there too it
+            counts that, and is no peak of a card.
         step: what the parts of a step, and a selection, have on top of what stays. The backward
             pass and the optimizer's step include gradients.
         entries: trained entries.
@@ -182,7 +183,7 @@ def plan_step(
         "load": base + LOADED_AT_ONCE * item * largest,
         "select": base + held["index"] + held["values"] + _selecting(config, shapes, counts, item),
         "train": train,
-        "export": MERGE_NBYTES,
+        "export": (0 if settings.cuda else static) + merge_nbytes(max(largest, loaded // item)),
     }
     if config.refresh_interval:
         exchange = REFRESH_PER_ENTRY * max(counts.values())
