@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,16 @@ def environment() -> dict[str, str]:
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "bitsandbytes": version("bitsandbytes"),
-        "transformers": version("transformers"),
+        "bitsandbytes": _version("bitsandbytes"),
+        "transformers": _version("transformers"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:

@@ -18,7 +18,7 @@ from leanlift import LiftConfig
 from leanlift.ends import head_loss
 from leanlift.model import get_lift_model, output_head
 
-SPECTRUM = 16
+SPECTRUM = 256
 """Rank of what stands out of the noise, so that there are principal weights to find."""
 
 
@@ -64,8 +64,8 @@ def _matrix(m: int, n: int, generator: torch.Generator, device: torch.device) ->
     """Noise and a falling spectrum above it, of a trained matrix's size."""
     weight = torch.randn(m, n, generator=generator, device=device)
     left = torch.randn(m, SPECTRUM, generator=generator, device=device)
-    left *= torch.arange(1, SPECTRUM + 1, device=device) ** -0.6
-    weight.addmm_(left, torch.randn(SPECTRUM, n, generator=generator, device=device))
+    left *= 0.5 * torch.arange(1, SPECTRUM + 1, device=device) ** -0.6
+    weight.mul_(0.5).addmm_(left, torch.randn(SPECTRUM, n, generator=generator, device=device))
     return weight.mul_(0.02 / float(weight.std()))
 
 

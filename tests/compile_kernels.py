@@ -35,16 +35,23 @@ def compile_kernel(
 def main() -> None:
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     index = {"SEGMENT": 255, "PADDED": 64, "ENTRIES": 64}
-    forms = {
-        rows.DENSE: {"codes": "*bf16", "absmax": "*fp32"},
-        rows.INT8: {"codes": "*i8", "absmax": "*fp32"},
-        rows.FOUR: {"absmax": "*fp32"},
-        rows.NESTED: {},
+    unused = dict.fromkeys(("table", "outer", "table256", "offset"))  # None, as at a launch
+    nested = dict.fromkeys(("outer", "table256", "offset"))
+    forms: dict[Any, tuple[dict[str, str], dict[str, None]]] = {
+        rows.DENSE: ({"codes": "*bf16"}, {"absmax": None, **unused}),
+        rows.INT8: ({"codes": "*i8", "absmax": "*fp32"}, unused),
+        rows.FOUR: ({"absmax": "*fp32"}, nested),
+        rows.NESTED: ({}, {}),
     }
-    for (kind, types), dtype in product(forms.items(), ("bf16", "fp16", "fp32")):
+    second = dict.fromkeys(("columns2", "counts2", "totals2", "values2"))
+    first = dict.fromkeys(("columns", "counts", "totals", "values"))
+    stores: dict[int, dict[str, None]] = {0: {**first, **second}, 1: second, 2: {}}
+    for (kind, (types, absent)), count in product(forms.items(), stores):
+        dtype = ("fp32", "fp16", "bf16")[count]
         constants = {
             "BLOCK": 64, "OUTER": 256, "WEIGHT": rows.tl.bfloat16, "KIND": kind.value,
-            "ALIGNED": dtype == "bf16", "STORES": 2, "BLOCKS": 32, "WIDE": 1024, **index,
+            "ALIGNED": dtype == "bf16", "STORES": count, "BLOCKS": 32, "WIDE": 1024,
+            **index, **absent, **stores[count],
         }  # fmt: skip
         types = {**POINTERS, **types, "out": f"*{dtype}"}
         compile_kernel(rows.effective_rows_kernel, types, constants, target)

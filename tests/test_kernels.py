@@ -32,7 +32,7 @@ def test_kernels_do_what_the_reference_does_in_the_interpreter() -> None:
 def test_kernels_compile_ahead_of_time(capability: int) -> None:
     done = subprocess.run(
         [sys.executable, str(HERE / "compile_kernels.py"), str(capability)],
-        cwd=HERE.parent, capture_output=True, text=True, check=False,
+        env=ENVIRONMENT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
 

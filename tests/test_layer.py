@@ -157,6 +157,8 @@ def test_wrong_shapes_are_refused() -> None:
         lift(torch.zeros(3, 65))
     with pytest.raises(ValueError, match="expected 156 positions, got 3"):
         lift.change_mask(torch.arange(3))
+    with pytest.raises(ValueError, match="expected settled positions outside the mask"):
+        lift.set_settled(lift.index.to_flat()[:1], torch.ones(1))
 
 
 # --- the mask changes -----------------------------------------------------------------------

@@ -1,0 +1,158 @@
+"""A model that can be stepped and measured, with leanlift in one of three settings.
+
+A part of `gpu_proof`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.common import timed
+
+GIB = 2**30
+RANK = 64
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the proof is."""
+
+    device: torch.device
+    small: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Width, layers, vocabulary."""
+        return (256, 2, 512) if self.small else (4096, 32, 32000)
+
+    @property
+    def tokens(self) -> int:
+        return 64 if self.small else 2048
+
+    @property
+    def steps(self) -> int:
+        return 3 if self.small else 30
+
+    @property
+    def ids(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, self.shape[2], (1, self.tokens), generator=generator).to(
+            self.device
+        )
+
+
+class Trainee:
+    """A model that can step; its peak is counted without whatever else is on the device."""
+
+    def __init__(self, scale: Scale, build: Callable[[], tuple[Any, Any, Any, Any]]) -> None:
+        self.scale = scale
+        before = allocated(scale)
+        self.model, self.loss, self.optimizer, self.around = build()
+        self.seconds: list[float] = []
+        self.peaks: list[int] = []
+        self.static = 0
+        self.step()
+        gc.collect()
+        self.static = allocated(scale) - before
+        self.seconds.clear()
+        self.peaks.clear()
+
+    def step(self) -> None:
+        cuda, start = self.scale.device.type == "cuda", allocated(self.scale)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        self.seconds.append(timed(self._step)[1])
+        if cuda:
+            self.peaks.append(self.static + torch.cuda.max_memory_allocated() - start)
+
+    def _step(self) -> None:
+        with self.around():
+            loss = self.loss(self.model, self.scale.ids)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def allocated(scale: Scale) -> int:
+    return torch.cuda.memory_allocated() if scale.device.type == "cuda" else 0
+
+
+def base(scale: Scale) -> Any:
+    from benchmarks.peers import llama, nf4_llama
+
+    width, layers, vocabulary = scale.shape
+    model = nf4_llama(llama(width, layers, vocabulary), scale.device, scale.dtype)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def lifted(
+    scale: Scale, setting: str, selector: str, peak: list[int] | None = None
+) -> tuple[Any, Any, Any, Any]:
+    """leanlift in one of three settings: model, loss, optimizer, what is around a forward pass.
+
+    What attaching had allocated at its peak, beyond the model, goes to `peak`.
+    """
+    from benchmarks.peers import lift, tiled_loss, trained
+    from leanlift import LiftConfig
+    from leanlift.model import embedding_to_cpu
+    from leanlift.optim import SparseAdamW
+
+    config = LiftConfig(
+        density=0.05,
+        approx_rank=8 if scale.small else RANK,
+        selector=selector,
+        values_dtype="bfloat16",
+        quantize_ends=setting != "comfortable",
+    )
+    model, start = base(scale), allocated(scale)
+    if scale.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model = lift(model, config).train()
+    if peak is not None and scale.device.type == "cuda":
+        peak.append(torch.cuda.max_memory_allocated() - start)
+    optimizer = SparseAdamW(trained(model), lr=1e-4, moments="8bit")
+    if setting != "comfortable":
+        for values in trained(model):
+            values.register_post_accumulate_grad_hook(_updating(optimizer))
+    around: Any = nullcontext
+    if setting == "least" and scale.device.type == "cuda":
+        embedding_to_cpu(model)
+
+        def around() -> Any:
+            return torch.autograd.graph.save_on_cpu(pin_memory=True)
+
+    return model, tiled_loss, optimizer, around
+
+
+def _updating(optimizer: Any) -> Callable[[torch.Tensor], None]:
+    def update(values: torch.Tensor) -> None:
+        optimizer.step_parameter(values)
+        values.grad = None
+
+    return update
+
+
+@contextmanager
+def capped(scale: Scale, gib: float | None) -> Iterator[None]:
+    """The allocator may take so much and no more, as on a smaller card."""
+    if gib is None or scale.device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
