@@ -168,7 +168,7 @@ def test_the_options_are_a_reviewed_set() -> None:
     commands = build_parser()._subparsers
     assert commands is not None
     (choices,) = [action.choices for action in commands._group_actions]
-    assert set(choices or ()) == {"demo", "plan", "train", "export", "info", "report"}
+    assert set(choices or ()) == {"demo", "plan", "train", "eval", "export", "info", "report"}
 
 
 def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,7 +188,7 @@ def calibration_batches(
     chat = getattr(tokenizer, "chat_template", None) is not None
     batches = []
     for row in to_examples(rows.select(range(min(count, len(rows)))), chat, "calibration"):
-        prompt, whole = _prompt_and_whole(row, tokenizer)
+        prompt, whole = prompt_and_whole(row, tokenizer)
         labels = [-100] * len(prompt) + whole[len(prompt) :]
         whole, labels = whole[:max_length], labels[:max_length]
         if any(label != -100 for label in labels[1:]):
@@ -196,7 +196,7 @@ def calibration_batches(
     return batches
 
 
-def _prompt_and_whole(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+def prompt_and_whole(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids of an example's prompt, and of the example with its end token."""
     if "text" in row:
         return [], tokenizer(row["text"] + tokenizer.eos_token)["input_ids"]
