@@ -8,6 +8,7 @@ operation costs some microseconds more meanwhile.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {
-            leaf.untyped_storage()._cdata
-            for leaf in tree_leaves((args, kwargs or {}))
-            if isinstance(leaf, Tensor)
+            leaf.untyped_storage()._cdata for leaf in _tensors_with_storage((args, kwargs or {}))
         }
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
+        for leaf in _tensors_with_storage(out):
+            if leaf.device.type == "meta":
                 continue  # a skeleton without memory; fake tensors name the device they stand for
             if leaf.untyped_storage()._cdata not in before:
                 self._follow(leaf.untyped_storage())
@@ -58,6 +57,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, nbytes: int) -> None:
         self.current -= nbytes
+
+
+def _tensors_with_storage(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a tree; a sparse one has none of its own, but two that do."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            if leaf.layout == torch.sparse_coo:
+                yield from (leaf._indices(), leaf._values())
+            else:
+                yield leaf
 
 
 def _is_mapped_file(storage: torch.UntypedStorage) -> bool:

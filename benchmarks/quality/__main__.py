@@ -1,0 +1,65 @@
+"""`python -m benchmarks.quality --preset cpu|gpu [--quick] [--tables]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks.common import RESULTS
+from benchmarks.quality.base import known, pretrained
+from benchmarks.quality.presets import CPU, GPU, Preset, methods, quick
+from benchmarks.quality.run import Results, Runner
+from benchmarks.quality.skills import skills
+from benchmarks.quality.table import update_readme
+
+PRESETS = {"cpu": CPU, "gpu": GPU}
+say = partial(print, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the runs that are missing, then the tables and plots."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="the headline, half the steps")
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th family of methods")
+    parser.add_argument("--cache", type=Path, default=Path("build/quality"), help="for the base")
+    parser.add_argument("--tables", action="store_true", help="only write tables and plots")
+    args = parser.parse_args(argv)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    name = f"quality_{args.preset}" + ("_quick" if args.quick else "")
+    results = Results(RESULTS / f"{name}.csv")
+    if not args.tables:
+        preset = quick(PRESETS[args.preset]) if args.quick else PRESETS[args.preset]
+        run(preset, args.quick, args.part, args.cache, results)
+    update_readme(name, results.rows())
+
+
+def run(preset: Preset, headline: bool, part: str, cache: Path, results: Results) -> None:
+    """Pretrain the base if need be, and go through the methods."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # matrices this small only lose by sharing the work
+    domain = skills(preset.train_rows, preset.test_rows, preset.pretraining_batch)
+    base = pretrained(domain, preset.size, cache, device)
+    say("the base knows " + ", ".join(f"{k} {v['exact']:.1%}" for k, v in known(base).items()))
+    runner = Runner(domain, base, preset.schedule, preset.seeds, results, device, say)
+    number, parts = map(int, part.split("/"))
+    families: list[str] = []
+    for method in methods(preset, headline):
+        family = method.lr_of or method.name
+        if family not in families:
+            families.append(family)
+        if families.index(family) % parts == number - 1:
+            runner.method(method)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""From the CSV's rows to the tables of the README, between its markers, and to the plots."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from benchmarks.quality.run import best_lr
+
+README = Path(__file__).parent / "README.md"
+Row = dict[str, Any]
+
+
+def update_readme(name: str, rows: list[Row], readme: Path = README, out: Path = RESULTS) -> None:
+    """Replace what stands between the markers of `name`, and draw its plots."""
+    if not rows:
+        return
+    text, parts = readme.read_text(encoding="utf-8"), []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        mine = [row for row in rows if row["domain"] == domain]
+        parts += [f"**{name}, {domain}**", *tables(mine), draw(name, domain, mine, out)]
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text:
+        text += f"\n{begin}\n{end}\n"
+    block = begin + "\n\n" + "\n\n".join(parts) + "\n\n" + end
+    text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: block, text, flags=re.S)
+    readme.write_text(text, encoding="utf-8")
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """All tables of one domain as markdown."""
+    by_method: dict[str, list[Row]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    finals = {name: _finals(of) for name, of in by_method.items()}
+    out = [_facts(rows), _results(finals), _skills(finals), _sweeps(by_method)]
+    refreshed = {n: of for n, of in finals.items() if int(of[0]["refreshes"])}
+    if refreshed:
+        out.append(_refreshes(refreshed))
+    merged = {n: of for n, of in finals.items() if of[0]["original_test_exact"] != ""}
+    if merged:
+        out.append(_merges(merged))
+    starts = {n: of for n, of in finals.items() if n.startswith("start") or of in merged.values()}
+    if any(name.startswith("start") for name in starts):
+        out.append(_starts(starts))
+    return out
+
+
+def _finals(rows: list[Row]) -> list[Row]:
+    """The rows of a method's best learning rate, one per seed."""
+    lr = best_lr(rows)
+    return [row for row in rows if float(row["lr"]) == lr]
+
+
+def _spread(rows: list[Row], column: str, digits: int = 3) -> str:
+    """Mean ± standard deviation over seeds."""
+    values = [float(row[column]) for row in rows if row[column] != ""]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _markdown(title: str, header: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    head = list(header)
+    rows = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    return "\n".join([title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows])
+
+
+def _facts(rows: list[Row]) -> str:
+    last = rows[-1]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    return (
+        f"{last['steps']} steps of {last['batch']} rows; {len(rows)} runs; {last['device']}; "
+        f"torch {last['torch']}, transformers {last['transformers']}, bitsandbytes "
+        f"{last['bitsandbytes']}; commit {commits}."
+    )
+
+
+def _results(finals: dict[str, list[Row]]) -> str:
+    answers = any(row["answers"] != "" for of in finals.values() for row in of)
+    columns: list[tuple[str, Callable[[list[Row]], object]]] = [
+        ("target exact", lambda of: _spread(of, "end_test_exact")),
+        ("target loss", lambda of: _spread(of, "end_test_loss")),
+        ("source exact", lambda of: _spread(of, "end_kept_exact")),
+        ("source loss", lambda of: _spread(of, "end_kept_loss", 2)),
+        ("lr", lambda of: f"{float(of[0]['lr']):.2g}" + (" (taken)" if of[0]["lr_of"] else "")),
+        ("seeds", len),
+        ("trained", lambda of: f"{int(of[0]['trained']):,}"),
+        ("peak MiB", lambda of: f"{float(of[0]['peak_mib']):.1f}"),
+        ("ms a step", lambda of: f"{statistics.mean(float(r['step_ms']) for r in of):.0f}"),
+    ]
+    if answers:
+        columns.insert(1, ("right answers", lambda of: _spread(of, "answers")))
+    return _markdown(
+        "At the best learning rate, test split, mean ± standard deviation over seeds:",
+        ["method", *(title for title, _ in columns)],
+        ([name, *(show(of) for _, show in columns)] for name, of in finals.items()),
+    )
+
+
+def _skills(finals: dict[str, list[Row]]) -> str:
+    def each(text: str) -> dict[str, float]:
+        return {k: float(v) for k, v in (pair.split("=") for pair in text.split(" "))}
+
+    names = list(each(next(iter(finals.values()))[0]["end_kept_each"]))
+    lines = []
+    for method, of in finals.items():
+        found = [each(row["end_kept_each"]) for row in of]
+        means = (statistics.mean(one[name] for one in found) for name in names)
+        lines.append([method, *(f"{mean:.3f}" for mean in means)])
+    start = each(next(iter(finals.values()))[0]["start_kept_each"])
+    first = ["(NF4 base, before)", *(f"{start[name]:.3f}" for name in names)]
+    return _markdown("Kept of each source skill:", ["method", *names], [first, *lines])
+
+
+def _sweeps(by_method: dict[str, list[Row]]) -> str:
+    swept = {n: of for n, of in by_method.items() if not of[0]["lr_of"]}
+    lrs = sorted({float(row["lr"]) for of in swept.values() for row in of})
+    lines = []
+    for name, of in swept.items():
+        at = {float(row["lr"]): row for row in of if row["seed"] == "0"}
+        cells = (
+            f"{float(at[lr]['end_test_exact']):.3f} / {float(at[lr]['end_kept_exact']):.3f}"
+            if lr in at
+            else ""
+            for lr in lrs
+        )
+        lines.append([name, *cells])
+    return _markdown(
+        "The sweep, first seed, target exact / source exact by learning rate:",
+        ["method", *(f"{lr:.2g}" for lr in lrs)],
+        lines,
+    )
+
+
+def _refreshes(finals: dict[str, list[Row]]) -> str:
+    return _markdown(
+        "Refresh:",
+        ["", "refreshes", "churn of each", "settled bytes", "target exact", "source exact"],
+        (
+            [
+                name,
+                of[0]["refreshes"],
+                _spread(of, "churn"),
+                f"{int(of[0]['settled_bytes']):,}",
+                _spread(of, "end_test_exact"),
+                _spread(of, "end_kept_exact"),
+            ]
+            for name, of in finals.items()
+        ),
+    )
+
+
+def _merges(finals: dict[str, list[Row]]) -> str:
+    lines = []
+    for name, of in finals.items():
+        cells = [name]
+        for prefix in ("end", "original", "quantized"):
+            pair = (_spread(of, f"{prefix}_test_exact"), _spread(of, f"{prefix}_kept_exact"))
+            cells.append(" / ".join(pair) if all(pair) else "as live")
+        lines.append(cells)
+    return _markdown(
+        "Merged, target exact / source exact:",
+        ["method", "live", 'onto="original"', 'onto="quantized"'],
+        lines,
+    )
+
+
+def _starts(finals: dict[str, list[Row]]) -> str:
+    return _markdown(
+        "Before the first step, and after the last:",
+        ["method", "source exact at step 0", "source loss at step 0", "target loss at step 0",
+         "target exact", "target loss", "source exact"],
+        (
+            [
+                name,
+                _spread(of, "start_kept_exact"),
+                _spread(of, "start_kept_loss", 4),
+                _spread(of, "start_test_loss"),
+                _spread(of, "end_test_exact"),
+                _spread(of, "end_test_loss"),
+                _spread(of, "end_kept_exact"),
+            ]
+            for name, of in finals.items()
+        ),
+    )  # fmt: skip
+
+
+def draw(name: str, domain: str, rows: list[Row], out: Path) -> str:
+    """Target against kept source: a line per method through its learning rates; a cross where the
+    best one ends up over seeds. Returns the picture's markdown."""
+    from matplotlib.figure import Figure
+
+    groups = {
+        "headline": ["headline"],
+        "variants": ["format", "refresh", "budget", "rank", "start"],
+    }
+    links = []
+    for title, members in groups.items():
+        mine: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["group"] in members:
+                mine.setdefault(row["method"], []).append(row)
+        if not mine:
+            continue
+        figure = Figure(figsize=(8, 5.5), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (method, of) in enumerate(mine.items()):
+            color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
+            line = sorted((r for r in of if r["seed"] == "0"), key=lambda row: float(row["lr"]))
+            x, y = ([float(r[f"end_{k}_exact"]) for r in line] for k in ("test", "kept"))
+            axes.plot(x, y, style, marker=".", color=color, linewidth=1, label=method)
+            best = _finals(of)
+            x, y = ([float(r[f"end_{k}_exact"]) for r in best] for k in ("test", "kept"))
+            axes.plot(x, y, "x", color=color, markersize=7)
+        axes.set_xlabel("target, exact match on the test split")
+        axes.set_ylabel("source, exact match kept")
+        axes.set_title(f"{name}, {domain}: by learning rate; x: seeds at the best one")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / f"{name}_{domain}_{title}.png"
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        links.append(f"![target against kept source, {title}](../results/{path.name})")
+    return "\n\n".join(links)
