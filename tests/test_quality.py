@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +19,11 @@ from benchmarks.quality.loop import held_bytes
 from benchmarks.quality.methods import Method, lift, lora
 from benchmarks.quality.presets import TINY, methods
 from benchmarks.quality.residual import onto_original
-from benchmarks.quality.run import Results, Runner
+from benchmarks.quality.run import Results, Runner, best_lr
 from benchmarks.quality.score import score
 from benchmarks.quality.skills import SOURCE, TARGET, make_rows, skills, split_of
 from benchmarks.quality.table import update_readme
+from benchmarks.quality.text import text
 from leanlift.model import lift_layers
 
 pytestmark = [
@@ -81,19 +84,19 @@ def test_one_pass_tells_what_generation_would(domain, base: Path) -> None:
 
 
 def test_the_whole_table_is_made_once_and_shown(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, domain, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = Results(tmp_path / "results.csv")
     preset = replace(TINY, seeds=1)
     monkeypatch.setattr("benchmarks.quality.run.EXTENSIONS", 0)
-    run(preset, False, "1/1", base.parent, results)
+    run(domain, preset, False, "1/1", base.parent, results)
     rows = results.rows()
     assert {row["method"] for row in rows} == {method.name for method in methods(preset)}
     for row in rows:
         assert float(row["end_test_loss"]) > 0
         assert int(row["trained"]) > 0
         assert float(row["peak_mib"]) > 0
-    run(preset, False, "1/1", base.parent, results)
+    run(domain, preset, False, "1/1", base.parent, results)
     assert len(results.rows()) == len(rows)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- tiny -->\nold\n<!-- /tiny -->\nafter\n")
@@ -159,3 +162,29 @@ def test_peft_over_nf4_computes_as_over_the_dequantized_base(domain, base: Path)
 def test_a_quantized_base_holds_fewer_bytes(domain, base: Path) -> None:
     dense, nf4 = (lora(kind, 2)(base, domain, 0, CPU).model for kind in ("dense", "nf4"))
     assert held_bytes(nf4) < held_bytes(dense)
+
+
+def test_real_text_is_judged_by_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    for name in ("questions", "sums"):
+        rows = []
+        for _ in range(60):
+            a, b = rng.randrange(100), rng.randrange(100)
+            rows.append({"instruction": f"{a} and {b}?", "input": "", "output": f"It is {a + b}."})
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    source, data = tmp_path / "questions.json", tmp_path / "sums.json"
+    domain = text(source, data, vocabulary=300, longest=64, batch=8, test=6, generated=3,
+                  new_tokens=2)  # fmt: skip
+    assert len(domain.train) == 48
+    base = pretrained(domain, TINY.size, tmp_path, CPU)
+    results = Results(tmp_path / "results.csv")
+    runner = Runner(domain, base, TINY.schedule, 1, results, CPU)
+    monkeypatch.setattr("benchmarks.quality.run.EXTENSIONS", 0)
+    runner.method(Method("any", "headline", lora("nf4", 1), lrs=(1e-3, 1e-2)))
+    (first, second) = results.rows()
+    assert all(0 <= float(row["answers"]) <= 1 for row in (first, second))
+    better = min(first, second, key=lambda row: float(row["end_valid_loss"]))
+    assert best_lr([first, second]) == float(better["lr"])
+    (tmp_path / "README.md").write_text("")
+    update_readme("tiny", results.rows(), tmp_path / "README.md", tmp_path)
+    assert "target loss / source loss" in (tmp_path / "README.md").read_text()

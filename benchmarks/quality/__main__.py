@@ -13,10 +13,12 @@ import transformers
 
 from benchmarks.common import RESULTS
 from benchmarks.quality.base import known, pretrained
+from benchmarks.quality.domain import Domain
 from benchmarks.quality.presets import CPU, GPU, Preset, methods, quick
 from benchmarks.quality.run import Results, Runner
 from benchmarks.quality.skills import skills
 from benchmarks.quality.table import update_readme
+from benchmarks.quality.text import text
 
 PRESETS = {"cpu": CPU, "gpu": GPU}
 say = partial(print, flush=True)
@@ -27,10 +29,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
     parser.add_argument("--quick", action="store_true", help="the headline, half the steps")
+    parser.add_argument("--source", type=Path, help="rows to pretrain on: the text domain")
+    parser.add_argument("--data", type=Path, help="rows to teach: the text domain")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th family of methods")
     parser.add_argument("--cache", type=Path, default=Path("build/quality"), help="for the base")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots")
     args = parser.parse_args(argv)
+    if (args.source is None) != (args.data is None):
+        parser.error("the text domain needs both --source and --data")
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -38,16 +44,35 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(RESULTS / f"{name}.csv")
     if not args.tables:
         preset = quick(PRESETS[args.preset]) if args.quick else PRESETS[args.preset]
-        run(preset, args.quick, args.part, args.cache, results)
+        domain = domain_of(preset, args.source, args.data)
+        headline = args.quick or args.source is not None
+        run(domain, preset, headline, args.part, args.cache, results)
     update_readme(name, results.rows())
 
 
-def run(preset: Preset, headline: bool, part: str, cache: Path, results: Results) -> None:
+def domain_of(preset: Preset, source: Path | None, data: Path | None) -> Domain:
+    """The text of two files, or else the generated skills."""
+    if source is None or data is None:
+        return skills(preset.train_rows, preset.test_rows, preset.pretraining_batch)
+    return text(
+        source,
+        data,
+        vocabulary=1024,
+        longest=128,
+        batch=preset.pretraining_batch // 4,
+        test=preset.test_rows,
+        generated=40,
+        new_tokens=80,
+    )
+
+
+def run(
+    domain: Domain, preset: Preset, headline: bool, part: str, cache: Path, results: Results
+) -> None:
     """Pretrain the base if need be, and go through the methods."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)  # matrices this small only lose by sharing the work
-    domain = skills(preset.train_rows, preset.test_rows, preset.pretraining_batch)
     base = pretrained(domain, preset.size, cache, device)
     say("the base knows " + ", ".join(f"{k} {v['exact']:.1%}" for k, v in known(base).items()))
     runner = Runner(domain, base, preset.schedule, preset.seeds, results, device, say)

@@ -64,14 +64,12 @@ def load(directory: Path, kind: str, device: torch.device) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
         ),
     }[kind]
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.float32,
         quantization_config=quantization,
         device_map={"": device.index or 0} if device.type == "cuda" else None,
     )
-    model.config.use_cache = False
-    return model
 
 
 def _build(domain: Domain, size: Size) -> LlamaForCausalLM:

@@ -194,10 +194,18 @@ class Runner:
 
 def best_lr(rows: list[Row]) -> float:
     """The learning rate that did best on the validation split with the first seed: by exact
-    match, then by loss."""
-    first = [row for row in rows if str(row["seed"]) == "0"]
-    best = max(first, key=lambda r: (float(r["end_valid_exact"]), -float(r["end_valid_loss"])))
-    return float(best["lr"])
+    match, then by loss; by loss alone where exact match is no measure."""
+
+    def merit(row: Row) -> tuple[float, float]:
+        exact = 0.0 if judged_by_loss(row) else float(row["end_valid_exact"])
+        return exact, -float(row["end_valid_loss"])
+
+    return float(max((row for row in rows if str(row["seed"]) == "0"), key=merit)["lr"])
+
+
+def judged_by_loss(row: Row) -> bool:
+    """Whether a row is of a domain whose answers are long texts."""
+    return row.get("answers", "") != ""
 
 
 def _columns(when: str, scores: dict[str, Score], kept: list[str]) -> Row:

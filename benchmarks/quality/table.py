@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
-from benchmarks.quality.run import best_lr
+from benchmarks.quality.run import best_lr, judged_by_loss
 
 README = Path(__file__).parent / "README.md"
 Row = dict[str, Any]
@@ -48,6 +48,10 @@ def tables(rows: list[Row]) -> list[str]:
     if any(name.startswith("start") for name in starts):
         out.append(_starts(starts))
     return out
+
+
+def _kind(rows: list[Row]) -> str:
+    return "loss" if judged_by_loss(rows[0]) else "exact"
 
 
 def _finals(rows: list[Row]) -> list[Row]:
@@ -121,18 +125,18 @@ def _skills(finals: dict[str, list[Row]]) -> str:
 def _sweeps(by_method: dict[str, list[Row]]) -> str:
     swept = {n: of for n, of in by_method.items() if not of[0]["lr_of"]}
     lrs = sorted({float(row["lr"]) for of in swept.values() for row in of})
-    lines = []
+    kind, lines = _kind(next(iter(swept.values()))), []
     for name, of in swept.items():
         at = {float(row["lr"]): row for row in of if row["seed"] == "0"}
         cells = (
-            f"{float(at[lr]['end_test_exact']):.3f} / {float(at[lr]['end_kept_exact']):.3f}"
+            f"{float(at[lr][f'end_test_{kind}']):.3f} / {float(at[lr][f'end_kept_{kind}']):.3f}"
             if lr in at
             else ""
             for lr in lrs
         )
         lines.append([name, *cells])
     return _markdown(
-        "The sweep, first seed, target exact / source exact by learning rate:",
+        f"The sweep, first seed, target {kind} / source {kind} by learning rate:",
         ["method", *(f"{lr:.2g}" for lr in lrs)],
         lines,
     )
@@ -208,18 +212,19 @@ def draw(name: str, domain: str, rows: list[Row], out: Path) -> str:
                 mine.setdefault(row["method"], []).append(row)
         if not mine:
             continue
+        kind = _kind(rows)
         figure = Figure(figsize=(8, 5.5), layout="constrained")
         axes = figure.add_subplot()
         for number, (method, of) in enumerate(mine.items()):
             color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
             line = sorted((r for r in of if r["seed"] == "0"), key=lambda row: float(row["lr"]))
-            x, y = ([float(r[f"end_{k}_exact"]) for r in line] for k in ("test", "kept"))
+            x, y = ([float(r[f"end_{k}_{kind}"]) for r in line] for k in ("test", "kept"))
             axes.plot(x, y, style, marker=".", color=color, linewidth=1, label=method)
             best = _finals(of)
-            x, y = ([float(r[f"end_{k}_exact"]) for r in best] for k in ("test", "kept"))
+            x, y = ([float(r[f"end_{k}_{kind}"]) for r in best] for k in ("test", "kept"))
             axes.plot(x, y, "x", color=color, markersize=7)
-        axes.set_xlabel("target, exact match on the test split")
-        axes.set_ylabel("source, exact match kept")
+        axes.set_xlabel(f"target, {kind} on the test split")
+        axes.set_ylabel(f"source, {kind} kept")
         axes.set_title(f"{name}, {domain}: by learning rate; x: seeds at the best one")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
