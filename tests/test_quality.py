@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_checkpoint
 
 pytest.importorskip("peft")
 
@@ -17,6 +18,7 @@ from benchmarks.quality.base import load, pretrained
 from benchmarks.quality.domain import IGNORED, Rows
 from benchmarks.quality.loop import held_bytes
 from benchmarks.quality.methods import Method, lift, lora
+from benchmarks.quality.paper import SUITES, Paths, paper
 from benchmarks.quality.presets import TINY, methods
 from benchmarks.quality.residual import onto_original
 from benchmarks.quality.run import Results, Runner, best_lr
@@ -24,6 +26,7 @@ from benchmarks.quality.score import score
 from benchmarks.quality.skills import SOURCE, TARGET, make_rows, skills, split_of
 from benchmarks.quality.table import update_readme
 from benchmarks.quality.text import text
+from leanlift import UserError
 from leanlift.model import lift_layers
 
 pytestmark = [
@@ -52,10 +55,10 @@ def test_the_skills_are_what_they_say() -> None:
         "bzdea",
     ]
     assert SOURCE["Next"][1]("abz") == "bca"
-    assert SOURCE["Add"][1]("129+384") == "403"
+    assert [SOURCE["Add"][1](text) for text in ("0129", "0999", "9999")] == ["0130", "1000", "0000"]
     assert SOURCE["Mirror"][1]("0129") == "9870"
     assert TARGET["Shift"][1]("abz") == "acb"
-    assert TARGET["Difference"][1]("123+384") == "849"
+    assert [TARGET["Difference"][1](text) for text in ("0101", "0001")] == ["0099", "9999"]
     assert TARGET["Wrap"][1]("abcde") == "badce"
     assert len({name[0] for name in (*SOURCE, *TARGET)}) == len(SOURCE) + len(TARGET)
     assert {split_of(str(i)) for i in range(100)} == {"train", "valid", "test"}
@@ -188,3 +191,29 @@ def test_real_text_is_judged_by_loss(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "README.md").write_text("")
     update_readme("tiny", results.rows(), tmp_path / "README.md", tmp_path)
     assert "target loss / source loss" in (tmp_path / "README.md").read_text()
+
+
+def test_the_papers_runs_on_a_tiny_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_checkpoint(tmp_path / "base")
+    rows = [
+        {"instruction": f"{i}+1?", "input": "", "output": f"{i + 1}", "answer": f"{i + 1}"}
+        for i in range(8)
+    ]
+    (tmp_path / "gsm8k.json").write_text(json.dumps(rows))
+    settings = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "disable_tqdm": True,
+        "bf16": False,
+    }
+    paths = Paths(str(base), tmp_path / "gsm8k.json", tmp_path, tmp_path / "out", settings)
+    suite = replace(SUITES["math"], rank=2, approx_rank=2, interval=1, max_new_tokens=2)
+    paper(suite, paths, ["principal-nf4", "qlora-nf4"], limit=4)
+    assert "| qlora-nf4 |" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "principal-nf4.json").read_text())
+    assert result["gsm8k"]["generated"] == 4
+    with pytest.raises(UserError, match="holds none of multiarith"):
+        paper(suite, replace(paths, tests=tmp_path / "out"), ["qlora-nf4"])

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.quality --preset cpu|gpu [--quick] [--tables]`."""
+"""`python -m benchmarks.quality --preset cpu|gpu|paper [--quick] [--tables]`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import transformers
 from benchmarks.common import RESULTS
 from benchmarks.quality.base import known, pretrained
 from benchmarks.quality.domain import Domain
+from benchmarks.quality.paper import METHODS, SUITES, Paths, paper
 from benchmarks.quality.presets import CPU, GPU, Preset, methods, quick
 from benchmarks.quality.run import Results, Runner
 from benchmarks.quality.skills import skills
@@ -27,14 +28,27 @@ say = partial(print, flush=True)
 def main(argv: list[str] | None = None) -> None:
     """Make the runs that are missing, then the tables and plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu")
+    parser.add_argument("--preset", choices=[*PRESETS, "paper"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="the headline, half the steps")
     parser.add_argument("--source", type=Path, help="rows to pretrain on: the text domain")
-    parser.add_argument("--data", type=Path, help="rows to teach: the text domain")
+    parser.add_argument("--data", type=Path, help="rows to teach: text, paper")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th family of methods")
     parser.add_argument("--cache", type=Path, default=Path("build/quality"), help="for the base")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots")
+    own = parser.add_argument_group("the paper preset")
+    own.add_argument("--suite", choices=sorted(SUITES), default="math")
+    own.add_argument("--model", help="directory or hub name of Llama-2-7B")
+    own.add_argument("--tests", type=Path, help="directory of the test sets")
+    own.add_argument("--output", type=Path, default=Path("runs/paper"), help="runs and results")
+    own.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    own.add_argument("--limit", type=int, help="rows of each test set, at most")
     args = parser.parse_args(argv)
+    if args.preset == "paper":
+        if not (args.model and args.data and args.tests):
+            parser.error("the paper preset needs --model, --data and --tests")
+        paths = Paths(args.model, args.data, args.tests, args.output)
+        paper(SUITES[args.suite], paths, args.methods, args.limit)
+        return
     if (args.source is None) != (args.data is None):
         parser.error("the text domain needs both --source and --data")
     transformers.utils.logging.disable_progress_bar()

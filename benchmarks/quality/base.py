@@ -31,7 +31,7 @@ class Size:
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    steps: int = 3000
+    steps: int = 1500
     lr: float = 2e-3
 
 

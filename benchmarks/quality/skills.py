@@ -2,8 +2,8 @@
 
 A row is a skill's letter, a text, "=" and the answer, one token per character: "Rhxqzb=bzqxh".
 The source has six skills on strings and digits. Of the three target skills, S (reverse, then the
-next letter) builds on R and N, D (subtract digit by digit) is kin to A, and W (swap neighbours)
-is new. The text alone decides which split it belongs to.
+next letter) builds on R and N, D (a number less two) is kin to A (plus one), and W (swap
+neighbours) is new. The text alone decides which split it belongs to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.quality.domain import Domain, Rows
 
 LETTERS, DIGITS = string.ascii_lowercase, string.digits
-CHARACTERS = LETTERS + DIGITS + string.ascii_uppercase + "+="
+CHARACTERS = LETTERS + DIGITS + string.ascii_uppercase + "="
 IDS = {character: number for number, character in enumerate(CHARACTERS, start=2)}
 END = 1
 FEWEST, MOST = 4, 6
@@ -34,20 +34,13 @@ def _digits(rng: random.Random) -> str:
     return "".join(rng.choices(DIGITS, k=rng.randint(FEWEST, MOST)))
 
 
-def _two_numbers(rng: random.Random) -> str:
-    return "".join(rng.choices(DIGITS, k=3)) + "+" + "".join(rng.choices(DIGITS, k=3))
-
-
 def _next(text: str) -> str:
     return "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in text)
 
 
-def _digitwise(sign: int) -> Callable[[str], str]:
-    def rule(text: str) -> str:
-        pairs = zip(*text.split("+"), strict=True)
-        return "".join(str((int(a) + sign * int(b)) % 10) for a, b in pairs)
-
-    return rule
+def _plus(step: int) -> Callable[[str], str]:
+    """Add `step` to a number, its length kept: 0999 -> 1000, 9999 -> 0000."""
+    return lambda text: str((int(text) + step) % 10 ** len(text)).zfill(len(text))
 
 
 def _swap(text: str) -> str:
@@ -61,12 +54,12 @@ SOURCE: dict[str, Skill] = {
     "Reverse": (_letters, lambda text: text[::-1]),
     "Turn": (_letters, lambda text: text[1:] + text[:1]),
     "Next": (_letters, _next),
-    "Add": (_two_numbers, _digitwise(1)),
+    "Add": (_digits, _plus(1)),
     "Mirror": (_digits, lambda text: "".join(str(9 - int(c)) for c in text)),
 }
 TARGET: dict[str, Skill] = {
     "Shift": (_letters, lambda text: _next(text[::-1])),
-    "Difference": (_two_numbers, _digitwise(-1)),
+    "Difference": (_digits, _plus(-2)),
     "Wrap": (_letters, _swap),
 }
 
