@@ -92,14 +92,14 @@ def test_the_whole_table_is_made_once_and_shown(
     results = Results(tmp_path / "results.csv")
     preset = replace(TINY, seeds=1)
     monkeypatch.setattr("benchmarks.quality.run.EXTENSIONS", 0)
-    run(domain, preset, False, "1/1", base.parent, results)
+    run(domain, preset, list(methods(preset)), "1/1", base.parent, results)
     rows = results.rows()
     assert {row["method"] for row in rows} == {method.name for method in methods(preset)}
     for row in rows:
         assert float(row["end_test_loss"]) > 0
         assert int(row["trained"]) > 0
         assert float(row["peak_mib"]) > 0
-    run(domain, preset, False, "1/1", base.parent, results)
+    run(domain, preset, list(methods(preset)), "1/1", base.parent, results)
     assert len(results.rows()) == len(rows)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- tiny -->\nold\n<!-- /tiny -->\nafter\n")

@@ -14,8 +14,9 @@ import transformers
 from benchmarks.common import RESULTS
 from benchmarks.quality.base import known, pretrained
 from benchmarks.quality.domain import Domain
+from benchmarks.quality.methods import Method
 from benchmarks.quality.paper import METHODS, SUITES, Paths, paper
-from benchmarks.quality.presets import CPU, GPU, Preset, methods, quick
+from benchmarks.quality.presets import CPU, GPU, QUICK, Preset, methods, quick
 from benchmarks.quality.run import Results, Runner
 from benchmarks.quality.skills import skills
 from benchmarks.quality.table import update_readme
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the runs that are missing, then the tables and plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("--preset", choices=[*PRESETS, "paper"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="the headline, half the steps")
+    parser.add_argument("--quick", action="store_true", help="four methods, half the steps")
     parser.add_argument("--source", type=Path, help="rows to pretrain on: the text domain")
     parser.add_argument("--data", type=Path, help="rows to teach: text, paper")
     parser.add_argument("--part", default="1/1", help="i/n: every n-th family of methods")
@@ -59,8 +60,12 @@ def main(argv: list[str] | None = None) -> None:
     if not args.tables:
         preset = quick(PRESETS[args.preset]) if args.quick else PRESETS[args.preset]
         domain = domain_of(preset, args.source, args.data)
-        headline = args.quick or args.source is not None
-        run(domain, preset, headline, args.part, args.cache, results)
+        chosen = list(methods(preset))
+        if args.quick:
+            chosen = chosen[:QUICK]
+        elif args.source is not None:
+            chosen = [method for method in chosen if method.group == "headline"]
+        run(domain, preset, chosen, args.part, args.cache, results)
     update_readme(name, results.rows())
 
 
@@ -81,7 +86,12 @@ def domain_of(preset: Preset, source: Path | None, data: Path | None) -> Domain:
 
 
 def run(
-    domain: Domain, preset: Preset, headline: bool, part: str, cache: Path, results: Results
+    domain: Domain,
+    preset: Preset,
+    chosen: list[Method],
+    part: str,
+    cache: Path,
+    results: Results,
 ) -> None:
     """Pretrain the base if need be, and go through the methods."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -92,7 +102,7 @@ def run(
     runner = Runner(domain, base, preset.schedule, preset.seeds, results, device, say)
     number, parts = map(int, part.split("/"))
     families: list[str] = []
-    for method in methods(preset, headline):
+    for method in chosen:
         family = method.lr_of or method.name
         if family not in families:
             families.append(family)
