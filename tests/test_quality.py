@@ -21,10 +21,10 @@ from benchmarks.quality.methods import Method, lift, lora
 from benchmarks.quality.paper import SUITES, Paths, paper
 from benchmarks.quality.presets import TINY, methods
 from benchmarks.quality.residual import onto_original
-from benchmarks.quality.run import Results, Runner, best_lr
+from benchmarks.quality.run import Results, Runner, best_lr, final_rows
 from benchmarks.quality.score import score
 from benchmarks.quality.skills import SOURCE, TARGET, make_rows, skills, split_of
-from benchmarks.quality.table import update_readme
+from benchmarks.quality.table import _kept_at, update_readme
 from benchmarks.quality.text import text
 from leanlift import UserError
 from leanlift.model import lift_layers
@@ -137,6 +137,28 @@ def test_a_sweep_goes_on_where_the_best_is_at_an_end(
         ("3.16e-05", "0"),
         ("1.00e-04", "1"),
     ]
+
+
+def test_what_is_kept_is_compared_where_as_much_is_learned() -> None:
+    points = [(1e-3, 0.2, 0.9), (1e-2, 0.8, 0.3), (1e-1, 0.7, 0.0)]
+    rows = [
+        {"lr": str(lr), "end_test_exact": str(exact), "end_kept_exact": str(kept)}
+        for lr, exact, kept in points
+    ]
+    assert _kept_at(rows, 0.5) == pytest.approx(0.6)
+    assert _kept_at(rows, 0.9) is None
+
+
+def test_the_reported_rate_is_the_best_in_the_mean_over_seeds() -> None:
+    found = {("1.00e-02", 0): 0.9, ("1.00e-02", 1): 0.3, ("5.62e-03", 0): 0.8, ("5.62e-03", 1): 0.7,
+             ("3.16e-02", 0): 1.0}  # fmt: skip
+    rows = [
+        {"lr": lr, "seed": str(seed), "end_valid_exact": exact, "end_valid_loss": 1.0}
+        for (lr, seed), exact in found.items()
+    ]
+    assert {row["lr"] for row in final_rows(rows)} == {"5.62e-03"}
+    assert best_lr(rows) == 3.16e-2
+    assert best_lr([row for row in rows if row["lr"] == "1.00e-02" or row["seed"] == "1"]) == 1e-2
 
 
 @pytest.mark.parametrize("start", ["residual", "taken out"])

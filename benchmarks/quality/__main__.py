@@ -101,12 +101,15 @@ def run(
     say("the base knows " + ", ".join(f"{k} {v['exact']:.1%}" for k, v in known(base).items()))
     runner = Runner(domain, base, preset.schedule, preset.seeds, results, device, say)
     number, parts = map(int, part.split("/"))
-    families: list[str] = []
-    for method in chosen:
-        family = method.lr_of or method.name
-        if family not in families:
-            families.append(family)
-        if families.index(family) % parts == number - 1:
+    families = list(dict.fromkeys(method.lr_of or method.name for method in chosen))
+    mine = [m for m in chosen if families.index(m.lr_of or m.name) % parts == number - 1]
+    headline = [method for method in mine if method.group == "headline"]
+    for method in headline:
+        runner.method(method)
+    for method in headline:
+        runner.frontier(method)
+    for method in mine:
+        if method not in headline:
             runner.method(method)
 
 

@@ -136,8 +136,9 @@ def methods(preset: Preset) -> Iterator[Method]:
         )
     for budget in preset.budgets:
         yield Method(f"leanlift r={budget}", "budget", principal(budget=budget), preset.lrs)
-        yield Method(f"QLoRA r={budget}", "budget", lora("nf4", budget), preset.lrs)
     for rank in preset.ranks:
         yield Method(f"R={rank}", "rank", principal(rank=rank), lr_of=HEADLINE)
     for start in ("residual", "taken out"):
         yield Method(f"start: {start}", "start", principal(start=start), lr_of=HEADLINE, merge=True)
+    for budget in preset.budgets:
+        yield Method(f"QLoRA r={budget}", "budget", lora("nf4", budget), preset.lrs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -101,6 +102,15 @@ class Runner:
         for seed in range(self.seeds):
             self._run(method, lr, seed)
 
+    def frontier(self, method: Method) -> None:
+        """All seeds a little below the best learning rate too, where less is learned and more is
+        kept: methods can only be compared in what they keep where they learn as much."""
+        done = self.results.of(self.domain.name, method.name)
+        if done:
+            for quarter in (1, 2):
+                for seed in range(self.seeds):
+                    self._run(method, best_lr(done) / FACTOR ** (quarter / 2), seed)
+
     def _sweep(self, method: Method) -> float:
         tried = sorted(method.lrs)
         for lr in tried:
@@ -193,14 +203,35 @@ class Runner:
 
 
 def best_lr(rows: list[Row]) -> float:
-    """The learning rate that did best on the validation split with the first seed: by exact
-    match, then by loss; by loss alone where exact match is no measure."""
+    """The learning rate of the sweep, that is in half decades, that did best on the validation
+    split with the first seed."""
+    swept = [r for r in rows if str(r["seed"]) == "0" and is_half_decade(float(r["lr"]))]
+    return float(max(swept, key=merit)["lr"])
 
-    def merit(row: Row) -> tuple[float, float]:
-        exact = 0.0 if judged_by_loss(row) else float(row["end_valid_exact"])
-        return exact, -float(row["end_valid_loss"])
 
-    return float(max((row for row in rows if str(row["seed"]) == "0"), key=merit)["lr"])
+def final_rows(rows: list[Row]) -> list[Row]:
+    """The rows of a method that are reported: of the learning rates that most seeds have run at,
+    the one that is best on the validation split in the mean over seeds."""
+    by_lr: dict[str, list[Row]] = {}
+    for row in rows:
+        by_lr.setdefault(row["lr"], []).append(row)
+    most = max(map(len, by_lr.values()))
+
+    def mean_merit(of: list[Row]) -> list[float]:
+        return [sum(values) / len(of) for values in zip(*map(merit, of), strict=True)]
+
+    return max((of for of in by_lr.values() if len(of) == most), key=mean_merit)
+
+
+def merit(row: Row) -> tuple[float, float]:
+    """On the validation split: exact match, then loss; loss alone where the former is no
+    measure."""
+    exact = 0.0 if judged_by_loss(row) else float(row["end_valid_exact"])
+    return exact, -float(row["end_valid_loss"])
+
+
+def is_half_decade(lr: float) -> bool:
+    return abs(2 * math.log10(lr) - round(2 * math.log10(lr))) < 0.01
 
 
 def judged_by_loss(row: Row) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
-from benchmarks.quality.run import best_lr, judged_by_loss
+from benchmarks.quality.run import final_rows, is_half_decade, judged_by_loss
 
 README = Path(__file__).parent / "README.md"
 Row = dict[str, Any]
@@ -36,8 +37,10 @@ def tables(rows: list[Row]) -> list[str]:
     by_method: dict[str, list[Row]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
-    finals = {name: _finals(of) for name, of in by_method.items()}
+    finals = {name: final_rows(of) for name, of in by_method.items()}
     out = [_facts(rows), _results(finals), _skills(finals), _sweeps(by_method)]
+    if _kind(rows) == "exact":
+        out.append(_frontier(by_method))
     refreshed = {n: of for n, of in finals.items() if int(of[0]["refreshes"])}
     if refreshed:
         out.append(_refreshes(refreshed))
@@ -52,12 +55,6 @@ def tables(rows: list[Row]) -> list[str]:
 
 def _kind(rows: list[Row]) -> str:
     return "loss" if judged_by_loss(rows[0]) else "exact"
-
-
-def _finals(rows: list[Row]) -> list[Row]:
-    """The rows of a method's best learning rate, one per seed."""
-    lr = best_lr(rows)
-    return [row for row in rows if float(row["lr"]) == lr]
 
 
 def _spread(rows: list[Row], column: str, digits: int = 3) -> str:
@@ -123,7 +120,12 @@ def _skills(finals: dict[str, list[Row]]) -> str:
 
 
 def _sweeps(by_method: dict[str, list[Row]]) -> str:
-    swept = {n: of for n, of in by_method.items() if not of[0]["lr_of"]}
+    swept = {
+        name: on_grid
+        for name, of in by_method.items()
+        if not of[0]["lr_of"]
+        and (on_grid := [row for row in of if is_half_decade(float(row["lr"]))])
+    }
     lrs = sorted({float(row["lr"]) for of in swept.values() for row in of})
     kind, lines = _kind(next(iter(swept.values()))), []
     for name, of in swept.items():
@@ -140,6 +142,41 @@ def _sweeps(by_method: dict[str, list[Row]]) -> str:
         ["method", *(f"{lr:.2g}" for lr in lrs)],
         lines,
     )
+
+
+LEVELS = (0.4, 0.6, 0.8)
+
+
+def _frontier(by_method: dict[str, list[Row]]) -> str:
+    """Kept source where target accuracy is the same: per seed, interpolated along the learning
+    rates between the first two neighbours of which one is below the level and one is not."""
+    lines = []
+    for name, of in by_method.items():
+        seeds: dict[str, list[Row]] = {}
+        for row in of:
+            seeds.setdefault(row["seed"], []).append(row)
+        cells = []
+        for level in LEVELS:
+            kept = [k for rows in seeds.values() if (k := _kept_at(rows, level)) is not None]
+            spread = f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else ""
+            cells.append(f"{statistics.mean(kept):.3f}{spread} ({len(kept)})" if kept else "")
+        if any(cells):
+            lines.append([name, *cells])
+    return _markdown(
+        "Source exact where target exact is the level, interpolated between learning rates "
+        "(seeds that have runs on both sides of it):",
+        ["method", *map(str, LEVELS)],
+        lines,
+    )
+
+
+def _kept_at(rows: list[Row], level: float) -> float | None:
+    points = sorted((float(r["lr"]), float(r["end_test_exact"]), float(r["end_kept_exact"]))
+                    for r in rows)  # fmt: skip
+    for (_, low, kept), (_, high, less) in itertools.pairwise(points):
+        if low < level <= high:
+            return kept + (level - low) / (high - low) * (less - kept)
+    return None
 
 
 def _refreshes(finals: dict[str, list[Row]]) -> str:
@@ -195,6 +232,14 @@ def _starts(finals: dict[str, list[Row]]) -> str:
     )  # fmt: skip
 
 
+def _means(rows: list[Row], column: str) -> list[float]:
+    """Over seeds, by learning rate."""
+    at: dict[float, list[float]] = {}
+    for row in rows:
+        at.setdefault(float(row["lr"]), []).append(float(row[column]))
+    return [statistics.mean(at[lr]) for lr in sorted(at)]
+
+
 def draw(name: str, domain: str, rows: list[Row], out: Path) -> str:
     """Target against kept source: a line per method through its learning rates; a cross where the
     best one ends up over seeds. Returns the picture's markdown."""
@@ -217,10 +262,9 @@ def draw(name: str, domain: str, rows: list[Row], out: Path) -> str:
         axes = figure.add_subplot()
         for number, (method, of) in enumerate(mine.items()):
             color, style = f"C{number % 10}", ("-", "--", ":")[number // 10 % 3]
-            line = sorted((r for r in of if r["seed"] == "0"), key=lambda row: float(row["lr"]))
-            x, y = ([float(r[f"end_{k}_{kind}"]) for r in line] for k in ("test", "kept"))
+            x, y = (_means(of, f"end_{k}_{kind}") for k in ("test", "kept"))
             axes.plot(x, y, style, marker=".", color=color, linewidth=1, label=method)
-            best = _finals(of)
+            best = final_rows(of)
             x, y = ([float(r[f"end_{k}_{kind}"]) for r in best] for k in ("test", "kept"))
             axes.plot(x, y, "x", color=color, markersize=7)
         axes.set_xlabel(f"target, {kind} on the test split")
