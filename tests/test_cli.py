@@ -176,6 +176,7 @@ def test_the_options_are_a_reviewed_set() -> None:
         "demo",
         "plan",
         "train",
+        "eval",
         "export",
         "combine",
         "push",

@@ -1,4 +1,4 @@
-"""The command line: `leanlift demo | plan | train | export | combine | push | info | report`.
+"""The command line: `leanlift demo | plan | train | eval | export | combine | push | info | report`.
 
 An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
 too small in exit code 3; `--debug` shows the traceback. Everything heavy is imported by the
@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("plan", help="what a run will need, before it is made", add_help=False)
     commands.add_parser("train", help="fine-tune a model", add_help=False)
 
+    _add_eval(commands)
     add_export(commands)
 
     info = commands.add_parser("info", help="what an adapter holds")
@@ -84,6 +85,46 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     report.set_defaults(run=_report)
     return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="loss and greedy exact match on a file of rows",
+        description="Measure a base, a base with an adapter, or a merged model on the rows that "
+        "training takes. With an 'answer' column, the last number (or letter, or label) of the "
+        "greedy text counts; otherwise the whole text.",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        help="the base or a merged model; default: the base that the adapter was trained on",
+    )
+    parser.add_argument("--adapter", help="directory of an adapter, or a hub name")
+    parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet, or a hub name")
+    parser.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="hold the base in NF4 with double quantization; default: as the adapter was trained, "
+        "else as stored",
+    )
+    parser.add_argument("--load_in_8bit", action="store_true", help="hold the base in INT8")
+    parser.add_argument(
+        "--dtype", help="of everything not quantized; default: the adapter's, else as in train"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time (8)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="of a greedy answer (256); 0: loss alone"
+    )
+    parser.add_argument("--limit", type=int, help="the first so many rows alone")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from leanlift.cli.eval import eval_command
+
+    return eval_command(options)
 
 
 def _demo(options: argparse.Namespace) -> int:

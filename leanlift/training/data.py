@@ -198,10 +198,10 @@ def tokenized(rows: Dataset, tokenizer: Any, count: int) -> Iterator[tuple[list[
     """Token ids of the first `count` rows' examples: of the prompt, and of the whole."""
     chat = getattr(tokenizer, "chat_template", None) is not None
     for row in to_examples(rows.select(range(min(count, len(rows)))), chat, "first"):
-        yield _prompt_and_whole(row, tokenizer)
+        yield prompt_and_whole(row, tokenizer)
 
 
-def _prompt_and_whole(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
+def prompt_and_whole(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids of an example's prompt, and of the example with its end token."""
     if "text" in row:
         return [], tokenizer(row["text"] + tokenizer.eos_token)["input_ids"]

@@ -1,0 +1,117 @@
+"""`python -m benchmarks.quality --preset cpu|gpu|paper [--quick] [--tables]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks.common import RESULTS
+from benchmarks.quality.base import known, pretrained
+from benchmarks.quality.domain import Domain
+from benchmarks.quality.methods import Method
+from benchmarks.quality.paper import METHODS, SUITES, Paths, paper
+from benchmarks.quality.presets import CPU, GPU, QUICK, Preset, methods, quick
+from benchmarks.quality.run import Results, Runner
+from benchmarks.quality.skills import skills
+from benchmarks.quality.table import update_readme
+from benchmarks.quality.text import text
+
+PRESETS = {"cpu": CPU, "gpu": GPU}
+say = partial(print, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the runs that are missing, then the tables and plots."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--preset", choices=[*PRESETS, "paper"], default="cpu")
+    parser.add_argument("--quick", action="store_true", help="four methods, half the steps")
+    parser.add_argument("--source", type=Path, help="rows to pretrain on: the text domain")
+    parser.add_argument("--data", type=Path, help="rows to teach: text, paper")
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th family of methods")
+    parser.add_argument("--cache", type=Path, default=Path("build/quality"), help="for the base")
+    parser.add_argument("--tables", action="store_true", help="only write tables and plots")
+    own = parser.add_argument_group("the paper preset")
+    own.add_argument("--suite", choices=sorted(SUITES), default="math")
+    own.add_argument("--model", help="directory or hub name of Llama-2-7B")
+    own.add_argument("--tests", type=Path, help="directory of the test sets")
+    own.add_argument("--output", type=Path, default=Path("runs/paper"), help="runs and results")
+    own.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    own.add_argument("--limit", type=int, help="rows of each test set, at most")
+    args = parser.parse_args(argv)
+    if args.preset == "paper":
+        if not (args.model and args.data and args.tests):
+            parser.error("the paper preset needs --model, --data and --tests")
+        paths = Paths(args.model, args.data, args.tests, args.output)
+        paper(SUITES[args.suite], paths, args.methods, args.limit)
+        return
+    if (args.source is None) != (args.data is None):
+        parser.error("the text domain needs both --source and --data")
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    name = f"quality_{args.preset}" + ("_quick" if args.quick else "")
+    results = Results(RESULTS / f"{name}.csv")
+    if not args.tables:
+        preset = quick(PRESETS[args.preset]) if args.quick else PRESETS[args.preset]
+        domain = domain_of(preset, args.source, args.data)
+        chosen = list(methods(preset))
+        if args.quick:
+            chosen = chosen[:QUICK]
+        elif args.source is not None:
+            chosen = [method for method in chosen if method.group == "headline"]
+        run(domain, preset, chosen, args.part, args.cache, results)
+    update_readme(name, results.rows())
+
+
+def domain_of(preset: Preset, source: Path | None, data: Path | None) -> Domain:
+    """The text of two files, or else the generated skills."""
+    if source is None or data is None:
+        return skills(preset.train_rows, preset.test_rows, preset.pretraining_batch)
+    return text(
+        source,
+        data,
+        vocabulary=1024,
+        longest=128,
+        batch=preset.pretraining_batch // 4,
+        test=preset.test_rows,
+        generated=40,
+        new_tokens=80,
+    )
+
+
+def run(
+    domain: Domain,
+    preset: Preset,
+    chosen: list[Method],
+    part: str,
+    cache: Path,
+    results: Results,
+) -> None:
+    """Pretrain the base if need be, and go through the methods."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # matrices this small only lose by sharing the work
+    base = pretrained(domain, preset.size, cache, device)
+    say("the base knows " + ", ".join(f"{k} {v['exact']:.1%}" for k, v in known(base).items()))
+    runner = Runner(domain, base, preset.schedule, preset.seeds, results, device, say)
+    number, parts = map(int, part.split("/"))
+    families = list(dict.fromkeys(method.lr_of or method.name for method in chosen))
+    mine = [m for m in chosen if families.index(m.lr_of or m.name) % parts == number - 1]
+    headline = [method for method in mine if method.group == "headline"]
+    for method in headline:
+        runner.method(method)
+    for method in headline:
+        runner.frontier(method)
+    for method in mine:
+        if method not in headline:
+            runner.method(method)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""`leanlift eval`: loss and greedy exact match of a base, a base with an adapter, or a merged
+model on a file of rows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from leanlift.adapter import open_adapter
+from leanlift.checkpoint import write_json
+from leanlift.errors import UserError
+from leanlift.layer import FrozenLinear, Scratch
+from leanlift.model import load_adapter
+from leanlift.quantized import dtype_of, frozen_weight, is_quantized
+from leanlift.training import RunArguments, load_rows
+from leanlift.training.data import check_rows
+from leanlift.training.evaluate import Evaluation, evaluate
+from leanlift.training.load import load_base
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the base is loaded, in the words of `RunArguments`."""
+
+    name: str
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    quant_type: str = "nf4"
+    double: bool = True
+    dtype: str | None = None
+
+
+def eval_command(options: argparse.Namespace) -> int:
+    """Evaluate, print the result, and write it where `--output` says."""
+    loading = loading_of(options)
+    rows = load_rows(options.data)
+    check_rows(rows, "eval")  # before a load that takes minutes
+    if options.limit is not None:
+        if options.limit < 1:
+            raise UserError(f"expected a limit of at least 1, got {options.limit}.")
+        rows = rows.select(range(min(options.limit, len(rows))))
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    model, tokenizer = load_base(_arguments(loading, options.data), device)
+    if options.adapter:
+        load_adapter(model, options.adapter)
+    else:
+        _own_forwards(model)
+    result = evaluate(
+        model,
+        tokenizer,
+        rows,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+    )
+    data = {
+        "model": loading.name,
+        "adapter": options.adapter,
+        "data": options.data,
+        "base_format": _format(loading),
+        **result.to_dict(),
+    }
+    if options.output:
+        write_json(Path(options.output), data)
+    print(json.dumps(data, indent=2) if options.json else _as_text(data, result))
+    return 0
+
+
+def loading_of(options: argparse.Namespace) -> Loading:
+    """What is loaded, and how: as asked for, else as the adapter was trained, else as stored.
+
+    Raises:
+        UserError: neither a model nor an adapter, contradictory flags, or a damaged adapter.
+    """
+    if options.load_in_4bit and options.load_in_8bit:
+        raise UserError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
+    if options.dtype is not None:
+        dtype_of(options.dtype)
+    asked = bool(options.load_in_4bit or options.load_in_8bit)
+    name, trained = options.model_name_or_path, None
+    if options.adapter:
+        with open_adapter(options.adapter) as adapter:
+            trained = _as_trained(adapter.base.name, adapter)
+        name = name or trained.name
+    if not name:
+        raise UserError(
+            "there is nothing to evaluate: give --model_name_or_path, --adapter, or both."
+        )
+    if trained is not None and not asked:
+        return Loading(
+            name,
+            trained.load_in_4bit,
+            trained.load_in_8bit,
+            trained.quant_type,
+            trained.double,
+            options.dtype or trained.dtype,
+        )
+    return Loading(
+        name,
+        bool(options.load_in_4bit),
+        bool(options.load_in_8bit),
+        dtype=options.dtype or (trained.dtype if trained else None),
+    )
+
+
+def _as_trained(name: str, adapter: Any) -> Loading:
+    """The storage format of the trained matrices; ends in INT8 are the adapter's own matter."""
+    fmt = adapter.base.formats[next(iter(adapter.base.shapes))]
+    four = fmt.kind in ("nf4", "fp4")
+    return Loading(
+        name,
+        load_in_4bit=four,
+        load_in_8bit=fmt.kind == "int8",
+        quant_type=fmt.kind if four else "nf4",
+        double=fmt.double or not four,
+        dtype=adapter.base.dtype,
+    )
+
+
+def _arguments(loading: Loading, data: str) -> RunArguments:
+    return RunArguments(
+        model_name_or_path=loading.name,
+        dataset_name=data,
+        load_in_4bit=loading.load_in_4bit,
+        load_in_8bit=loading.load_in_8bit,
+        bnb_4bit_quant_type=loading.quant_type,
+        bnb_4bit_use_double_quant=loading.double,
+        dtype=loading.dtype,
+    )
+
+
+def _own_forwards(model: nn.Module) -> None:
+    """Our forward in every quantized Linear, so that a base and the same base with an adapter
+    differ by the adapter alone."""
+    scratch = Scratch()
+    for name, module in list(model.named_modules()):
+        if is_quantized(module):
+            model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
+
+
+def _format(loading: Loading) -> str:
+    if loading.load_in_4bit:
+        return loading.quant_type + ("+double" if loading.double else "")
+    return "int8" if loading.load_in_8bit else "as stored"
+
+
+def _as_text(data: dict[str, Any], result: Evaluation) -> str:
+    adapter = f" with {data['adapter']}" if data["adapter"] else ""
+    lines = [f"{data['model']} ({data['base_format']}){adapter} on {data['data']}"]
+    if result.loss is not None:
+        lines.append(
+            f"loss {result.loss:.4f}, perplexity {result.perplexity:.4g} over {result.tokens:,} "
+            f"tokens of {result.rows:,} rows"
+        )
+    if result.exact_match is not None:
+        lines.append(
+            f"exact match {result.exact_match:.2%} of {result.generated:,}, judged by "
+            f"{result.judged_by}"
+        )
+    return "\n".join(lines)

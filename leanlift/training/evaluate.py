@@ -1,0 +1,279 @@
+"""How well a causal LM does on rows: loss per trained token, and greedy answers.
+
+The rows are those that training takes, converted and tokenized in the same way, so that what is
+measured is what was trained. A row with an `answer` column is judged by the answer that its
+greedy text ends with, any other by the whole text.
+
+Batches are padded on the left and masked by length, never by token id, so that a pad token which
+is also the end token changes nothing; positions are counted from each row's own first token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from leanlift.errors import UserError
+from leanlift.training.data import prompt_and_whole, to_examples
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+LETTER = re.compile(r"\b[A-E]\b")
+LABEL = re.compile(r"\b(?:true|false|[a-z]+\d)\b")
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized row.
+
+    Attributes:
+        prompt: token ids that are given.
+        whole: prompt and completion with its end token.
+        start: where the trained tokens begin in `whole`.
+        expected: the completion as text; None where there is no prompt to generate from.
+        answer: what the `answer` column holds, or None.
+    """
+
+    prompt: list[int]
+    whole: list[int]
+    start: int
+    expected: str | None
+    answer: str | None = None
+
+    @property
+    def trained(self) -> int:
+        """Tokens that count in the loss; the very first token of a text is never predicted."""
+        return len(self.whole) - max(1, self.start)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        rows: samples; a chat counts once per assistant turn.
+        tokens: trained tokens.
+        loss: mean over them; None: there was none.
+        perplexity: its exponential.
+        generated: samples with a greedy answer.
+        exact_match: share of them that are right; None: nothing was generated.
+        judged_by: "answer" (last number, letter or label) or "text".
+    """
+
+    rows: int
+    tokens: int
+    loss: float | None
+    perplexity: float | None
+    generated: int
+    exact_match: float | None
+    judged_by: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure a model on rows.
+
+    Args:
+        model: a causal LM, stock or attached; its mode is restored afterwards.
+        tokenizer: its tokenizer.
+        rows: in one of the shapes of `leanlift.training.data`, with or without `answer`.
+        batch_size: rows at a time.
+        max_new_tokens: where a greedy answer is cut off; 0: the loss alone.
+        progress: whether to show bars.
+
+    Raises:
+        UserError: no rows, no known shape, or an option that makes no sense.
+    """
+    if batch_size < 1 or max_new_tokens < 0:
+        raise UserError(
+            f"expected a batch_size of at least 1 and max_new_tokens of 0 or more, got "
+            f"{batch_size} and {max_new_tokens}."
+        )
+    samples = to_samples(rows, tokenizer)
+    was_training = model.training
+    model.eval()
+    try:
+        total, tokens = sum_of_losses(model, samples, batch_size, progress)
+        asked = [s for s in samples if s.expected is not None and s.prompt and max_new_tokens]
+        answers = greedy_answers(model, tokenizer, asked, batch_size, max_new_tokens, progress)
+    finally:
+        model.train(was_training)
+    right = sum(is_right(text, sample) for text, sample in zip(answers, asked, strict=True))
+    loss = total / tokens if tokens else None
+    return Evaluation(
+        rows=len(samples),
+        tokens=tokens,
+        loss=loss,
+        perplexity=None if loss is None else math.exp(min(loss, 700.0)),
+        generated=len(asked),
+        exact_match=right / len(asked) if asked else None,
+        judged_by="answer" if any(s.answer is not None for s in samples) else "text",
+    )
+
+
+def to_samples(rows: Dataset, tokenizer: Any) -> list[Sample]:
+    """Tokenize rows as training does.
+
+    Raises:
+        UserError: no rows, or no known shape.
+    """
+    chat = getattr(tokenizer, "chat_template", None) is not None
+    given = list(rows["answer"]) if "answer" in rows.column_names else None
+    if given is not None and "messages" in rows.column_names:
+        given = None  # a chat has an answer per turn, not per row
+    samples = []
+    for number, example in enumerate(to_examples(rows, chat, "eval")):
+        prompt, whole = prompt_and_whole(example, tokenizer)
+        completion = example.get("completion")
+        if isinstance(completion, list):
+            completion = completion[0]["content"]
+        answer = None if given is None or given[number] is None else str(given[number])
+        start = _common_prefix(prompt, whole)
+        samples.append(Sample(prompt, whole, start, completion, answer))
+    return samples
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+@torch.no_grad()
+def sum_of_losses(
+    model: Any, samples: Sequence[Sample], batch_size: int, progress: bool = False
+) -> tuple[float, int]:
+    """Summed cross-entropy of the trained tokens, in nats, and their number."""
+    total, tokens = 0.0, 0
+    trained = [sample for sample in samples if sample.trained > 0]
+    only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+    for batch in _batches(trained, lambda s: len(s.whole), batch_size, "loss", progress):
+        inputs = pad_left([sample.whole for sample in batch], model.device)
+        kept = max(sample.trained for sample in batch) + 1  # one more position, to predict from
+        logits = model(**inputs, use_cache=False, **({"logits_to_keep": kept} if only_last else {}))
+        for sample, row, ids in zip(batch, logits.logits, inputs["input_ids"], strict=True):
+            n = sample.trained
+            total += float(F.cross_entropy(row[-n - 1 : -1].float(), ids[-n:], reduction="sum"))
+            tokens += n
+    return total, tokens
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    batch_size: int,
+    max_new_tokens: int,
+    progress: bool = False,
+) -> list[str]:
+    """The greedy text after each prompt, up to the end token, in the order of `samples`."""
+    answers = [""] * len(samples)
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    order = range(len(samples))
+    for batch in _batches(order, lambda i: len(samples[i].prompt), batch_size, "answers", progress):
+        inputs = pad_left([samples[i].prompt for i in batch], model.device)
+        inputs.pop("position_ids")  # generate counts them from the mask, as pad_left does
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=ends,
+            pad_token_id=pad,
+        )
+        for i, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            stop = next((at for at, token in enumerate(row) if token in ends), len(row))
+            answers[i] = tokenizer.decode(row[:stop], skip_special_tokens=True)
+    return answers
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask`, `position_ids` [B, T]: padding first, masked by length."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = torch.tensor(row)
+        mask[number, width - len(row) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": positions.to(device),
+    }
+
+
+def is_right(text: str, sample: Sample) -> bool:
+    """Whether a greedy text is what the row wants."""
+    if sample.answer is not None:
+        return same_answer(text, sample.answer)
+    return text.strip() == (sample.expected or "").strip()
+
+
+def same_answer(text: str, answer: str) -> bool:
+    """Compare the answer that a text ends with, as the arithmetic benchmarks do.
+
+    A number: the last number of the text, thousands separators left out, within 1e-3. A choice
+    A to E: the last such letter that stands alone. A label such as "true" or "option2": the last
+    label in the text. Anything else: the stripped text.
+    """
+    wanted = answer.strip()
+    plain = wanted.replace(",", "")
+    if NUMBER.fullmatch(plain):
+        found = last_number(text)
+        return found is not None and abs(found - float(plain)) <= TOLERANCE
+    for pattern in (LETTER, LABEL):
+        if pattern.fullmatch(wanted):
+            return pattern.findall(text)[-1:] == [wanted]
+    return text.strip() == wanted
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text: "so 1,200 + 34 = 1,234." gives 1234."""
+    found = NUMBER.findall(re.sub(r"(?<=\d),(?=\d{3})", "", text))
+    return float(found[-1]) if found else None
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Where generation stops: what the model's generation config says, and the end token."""
+    config = getattr(model, "generation_config", None)
+    said = getattr(config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
+    return sorted(end for end in ends if end is not None)
+
+
+def _batches(
+    items: Sequence[Any], length: Any, size: int, what: str, progress: bool
+) -> Iterator[list[Any]]:
+    """Batches of similar length, the longest first: what does not fit shows at once."""
+    ordered = sorted(items, key=length, reverse=True)
+    with tqdm(total=len(ordered), desc=what, unit="row", disable=not progress) as bar:
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            yield batch
+            bar.update(len(batch))
