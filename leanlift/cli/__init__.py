@@ -1,4 +1,5 @@
-"""The command line: `leanlift demo | plan | train | eval | export | combine | push | info | report`.
+"""The command line: `leanlift demo | plan | train | eval | export | combine | push | info |
+report`.
 
 An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
 too small in exit code 3; `--debug` shows the traceback. Everything heavy is imported by the

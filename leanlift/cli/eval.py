@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,12 @@ from leanlift.quantized import dtype_of, frozen_weight, is_quantized
 from leanlift.training import RunArguments, load_rows
 from leanlift.training.data import check_rows
 from leanlift.training.evaluate import Evaluation, evaluate
-from leanlift.training.load import load_base
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How the base is loaded, in the words of `RunArguments`."""
-
-    name: str
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    quant_type: str = "nf4"
-    double: bool = True
-    dtype: str | None = None
+from leanlift.training.load import arguments_as_trained, load_base
 
 
 def eval_command(options: argparse.Namespace) -> int:
     """Evaluate, print the result, and write it where `--output` says."""
-    loading = loading_of(options)
+    args = arguments_of(options)
     rows = load_rows(options.data)
     check_rows(rows, "eval")  # before a load that takes minutes
     if options.limit is not None:
@@ -46,7 +34,7 @@ def eval_command(options: argparse.Namespace) -> int:
             raise UserError(f"expected a limit of at least 1, got {options.limit}.")
         rows = rows.select(range(min(options.limit, len(rows))))
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    model, tokenizer = load_base(_arguments(loading, options.data), device)
+    model, tokenizer = load_base(args, device)
     if options.adapter:
         load_adapter(model, options.adapter)
     else:
@@ -59,10 +47,10 @@ def eval_command(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
     )
     data = {
-        "model": loading.name,
+        "model": args.model_name_or_path,
         "adapter": options.adapter,
         "data": options.data,
-        "base_format": _format(loading),
+        "base_format": _format(args),
         **result.to_dict(),
     }
     if options.output:
@@ -71,7 +59,7 @@ def eval_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def loading_of(options: argparse.Namespace) -> Loading:
+def arguments_of(options: argparse.Namespace) -> RunArguments:
     """What is loaded, and how: as asked for, else as the adapter was trained, else as stored.
 
     Raises:
@@ -81,56 +69,27 @@ def loading_of(options: argparse.Namespace) -> Loading:
         raise UserError("--load_in_4bit and --load_in_8bit exclude each other: choose one.")
     if options.dtype is not None:
         dtype_of(options.dtype)
-    asked = bool(options.load_in_4bit or options.load_in_8bit)
-    name, trained = options.model_name_or_path, None
     if options.adapter:
         with open_adapter(options.adapter) as adapter:
-            trained = _as_trained(adapter.base.name, adapter)
-        name = name or trained.name
-    if not name:
+            args = arguments_as_trained(adapter)
+    elif options.model_name_or_path:
+        args = RunArguments(options.model_name_or_path, options.data, load_in_4bit=False)
+    else:
         raise UserError(
             "there is nothing to evaluate: give --model_name_or_path, --adapter, or both."
         )
-    if trained is not None and not asked:
-        return Loading(
-            name,
-            trained.load_in_4bit,
-            trained.load_in_8bit,
-            trained.quant_type,
-            trained.double,
-            options.dtype or trained.dtype,
+    if options.load_in_4bit or options.load_in_8bit:
+        args = replace(
+            args,
+            load_in_4bit=options.load_in_4bit,
+            load_in_8bit=options.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
         )
-    return Loading(
-        name,
-        bool(options.load_in_4bit),
-        bool(options.load_in_8bit),
-        dtype=options.dtype or (trained.dtype if trained else None),
-    )
-
-
-def _as_trained(name: str, adapter: Any) -> Loading:
-    """The storage format of the trained matrices; ends in INT8 are the adapter's own matter."""
-    fmt = adapter.base.formats[next(iter(adapter.base.shapes))]
-    four = fmt.kind in ("nf4", "fp4")
-    return Loading(
-        name,
-        load_in_4bit=four,
-        load_in_8bit=fmt.kind == "int8",
-        quant_type=fmt.kind if four else "nf4",
-        double=fmt.double or not four,
-        dtype=adapter.base.dtype,
-    )
-
-
-def _arguments(loading: Loading, data: str) -> RunArguments:
-    return RunArguments(
-        model_name_or_path=loading.name,
-        dataset_name=data,
-        load_in_4bit=loading.load_in_4bit,
-        load_in_8bit=loading.load_in_8bit,
-        bnb_4bit_quant_type=loading.quant_type,
-        bnb_4bit_use_double_quant=loading.double,
-        dtype=loading.dtype,
+    return replace(
+        args,
+        model_name_or_path=options.model_name_or_path or args.model_name_or_path,
+        dtype=options.dtype or args.dtype,
     )
 
 
@@ -143,10 +102,10 @@ def _own_forwards(model: nn.Module) -> None:
             model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
 
 
-def _format(loading: Loading) -> str:
-    if loading.load_in_4bit:
-        return loading.quant_type + ("+double" if loading.double else "")
-    return "int8" if loading.load_in_8bit else "as stored"
+def _format(args: RunArguments) -> str:
+    if args.load_in_4bit:
+        return args.bnb_4bit_quant_type + ("+double" if args.bnb_4bit_use_double_quant else "")
+    return "int8" if args.load_in_8bit else "as stored"
 
 
 def _as_text(data: dict[str, Any], result: Evaluation) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,20 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
         device: where it goes.
 
     Raises:
-        UserError: as for `load_base`, or matrices in several formats, which transformers cannot be
-            asked for.
+        UserError: as for `load_base` and `arguments_as_trained`.
+    """
+    args = arguments_as_trained(adapter)
+    if base is not None:
+        args = replace(args, model_name_or_path=str(base))
+    return load_base(args, device)[0]
+
+
+def arguments_as_trained(adapter: Adapter) -> RunArguments:
+    """What to ask `load_base` for, to get the base that an adapter was trained over; ends in INT8
+    are the adapter's own matter.
+
+    Raises:
+        UserError: matrices in several formats, which transformers cannot be asked for.
     """
     formats = {adapter.base.formats[name] for name in adapter.base.shapes}
     if len(formats) > 1:
@@ -101,13 +114,13 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
             "load such a base yourself, then use load_adapter."
         )
     fmt = formats.pop()
-    args = RunArguments(
-        model_name_or_path=str(base or adapter.base.name),
+    four = fmt.kind in ("nf4", "fp4")
+    return RunArguments(
+        model_name_or_path=adapter.base.name,
         dataset_name="",
-        load_in_4bit=fmt.kind in ("nf4", "fp4"),
+        load_in_4bit=four,
         load_in_8bit=fmt.kind == "int8",
-        bnb_4bit_quant_type=fmt.kind if fmt.kind in ("nf4", "fp4") else "nf4",
-        bnb_4bit_use_double_quant=fmt.double,
+        bnb_4bit_quant_type=fmt.kind if four else "nf4",
+        bnb_4bit_use_double_quant=fmt.double or not four,
         dtype=adapter.base.dtype,
     )
-    return load_base(args, device)[0]
