@@ -32,6 +32,10 @@ from leanlift.ops import Offsets, TileOps, add_offsets_, tile_ops
 from leanlift.sparse import MaskChange, SegmentedIndex, change_mask, find_positions, offsets_of
 from leanlift.tiles import RowTiles, row_ranges, tile_rows
 
+TILE_BYTES = 8 * 2**20
+"""Of fp32 rows that are read, patched or formed at once: the decoded positions of a tile, and the
+like, are a few times its entries."""
+
 LARGE_DEVICE = 32 * 2**30
 """Bytes of memory from which a GPU is one with many fast cores."""
 
@@ -132,7 +136,7 @@ class FrozenLinear(nn.Module):
         m, n = self.weight_tiles.shape
         ops = self.scratch.ops(self.weight_tiles.device)
         weight = self.scratch.take(m, n, dtype, self.weight_tiles.device)
-        for start, stop in row_ranges(m, m if ops.whole else tile_rows(n, 4)):
+        for start, stop in row_ranges(m, m if ops.whole else tile_rows(n, 4, TILE_BYTES)):
             offsets = self.offsets(start, stop)
             ops.effective_rows(self.weight_tiles, offsets, start, stop, weight[start:stop])
         return weight
@@ -363,7 +367,7 @@ def _gradient_rows(n: int, x: Tensor) -> int:
     tile is as small as keeps the device busy: that leaves it in the cache for the gather.
     """
     if x.device.type != "cuda":
-        return tile_rows(n, x.element_size())
+        return tile_rows(n, 4, TILE_BYTES)
     large = torch.cuda.get_device_properties(x.device).total_memory >= LARGE_DEVICE
     return 4096 if large else 1024
 

@@ -89,7 +89,7 @@ def test_several_tiles_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> N
     lift.values.data.normal_()
     x, grad_y = random_inputs(lift)
     whole = run_pass(lift, x, grad_y)
-    monkeypatch.setattr("leanlift.layer.tile_rows", lambda n, itemsize: 64)
+    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
     tiled = assert_as_good_as_plain_torch(lift, x, grad_y)
     torch.testing.assert_close(tiled.values, whole.values)
     assert torch.equal(tiled.y, whole.y)
@@ -254,7 +254,7 @@ def test_the_scratch_is_the_only_dense_tensor_left_after_a_step() -> None:
 
 
 def test_no_operation_of_a_step_makes_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanlift.layer.tile_rows", lambda n, itemsize: 64)
+    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192))
     scratch = lift.scratch.take(320, 192, torch.float32, torch.device("cpu"))
     x = torch.randn(4, 192, requires_grad=True)

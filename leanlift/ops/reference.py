@@ -40,7 +40,9 @@ def patch_rows_(rows: Tensor, flat: Tensor, values: Tensor) -> None:
     """
     entries = rows.view(-1)
     wide = torch.float64 if torch.float64 in (rows.dtype, values.dtype) else torch.float32
-    entries[flat] = (entries[flat].to(wide) + values.to(wide)).to(rows.dtype)
+    # index_select and index_copy_ take half the time of indexing on a CPU
+    patched = entries.index_select(0, flat).to(wide) + values.to(wide)
+    entries.index_copy_(0, flat, patched.to(rows.dtype))
 
 
 def add_offsets_(rows: Tensor, offsets: Offsets) -> None:
@@ -55,7 +57,7 @@ def add_offsets_(rows: Tensor, offsets: Offsets) -> None:
 
 def gather_entries(rows: Tensor, flat: Tensor, out: Tensor) -> None:
     """Write the entries `flat` of contiguous `rows` [r, n] to `out` [k], in out's dtype."""
-    out.copy_(rows.view(-1)[flat])
+    out.copy_(rows.view(-1).index_select(0, flat))
 
 
 class TorchOps:
