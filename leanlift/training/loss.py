@@ -18,21 +18,22 @@ from leanlift.model import output_head
 
 @dataclass(frozen=True)
 class LossParts:
-    """Averages over the trained tokens of a batch."""
+    """Averages over the trained tokens of a batch, scalars on its device: whoever reads them makes
+    the host wait."""
 
-    mean_entropy: float
-    accuracy: float
+    mean_entropy: Tensor
+    accuracy: Tensor
 
 
 class TiledLoss:
     """Cross-entropy of next tokens over the trained ones, from a model's hidden states.
 
     Attributes:
-        last: entropy and accuracy of the last batch.
+        last: entropy and accuracy of the last batch; None before the first.
     """
 
     def __init__(self) -> None:
-        self.last = LossParts(0.0, 0.0)
+        self.last: LossParts | None = None
 
     def __call__(self, model: Any, inputs: dict[str, Any], items: Any = None) -> Tensor:
         """Loss over `items` tokens, or over those of this batch.
@@ -46,14 +47,11 @@ class TiledLoss:
         hidden = model.base_model(**{**rest, "use_cache": False}).last_hidden_state[:, :-1]
         labels = inputs["labels"][:, 1:]
         kept = labels != -100
-        count = kept.sum()
+        trained = kept.sum().clamp(min=1)
         head = output_head(model)
         assert head is not None
-        parts = head_loss(
-            hidden[kept], labels[kept], head, count.clamp(min=1) if items is None else items
-        )
-        trained = max(1, int(count))
-        self.last = LossParts(float(parts.entropy) / trained, int(parts.correct) / trained)
+        parts = head_loss(hidden[kept], labels[kept], head, trained if items is None else items)
+        self.last = LossParts(parts.entropy / trained, parts.correct / trained)
         return parts.loss
 
 

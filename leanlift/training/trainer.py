@@ -200,12 +200,12 @@ class LiftTrainer(SFTTrainer):
         """What TRL logs beside the loss: entropy, accuracy, tokens."""
         assert self._loss is not None
         parts = self._loss.last
+        assert parts is not None
         self._metrics[mode]["entropy"].append(parts.mean_entropy)
         self._metrics[mode]["mean_token_accuracy"].append(parts.accuracy)
         if mode == "train":
             mask = inputs.get("attention_mask")
-            seen = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-            self._total_train_tokens += seen
+            self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -220,6 +220,9 @@ class LiftTrainer(SFTTrainer):
             logs["memory_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 4)
         else:
             logs["memory_resident_gib"] = round(resident_peak() / 2**30, 4)
+        for metrics in self._metrics.values():  # read from the device here, not at each step
+            for name, values in metrics.items():
+                metrics[name] = [float(value) for value in values]
         super().log(logs, *args, **kwargs)
 
     # --- checkpoints -----------------------------------------------------------------------
