@@ -103,8 +103,8 @@ def steps(scale: Scale, setting: str, trainee: Trainee) -> Rows:
     ]
 
 
-def _by_torch(trainee: Trainee) -> float:
-    """Seconds of a step whose layers compute in plain torch; the optimizer stays as it is."""
+def by_torch(trainee: Trainee) -> Rows:
+    """A step whose layers compute in plain torch; the optimizer stays as it is."""
     from leanlift.model import use_ops
 
     use_ops(trainee.model, "torch")
@@ -112,7 +112,8 @@ def _by_torch(trainee: Trainee) -> float:
     for _ in range(5):
         trainee.step()
     use_ops(trainee.model, "auto")
-    return round(median(trainee.seconds[done:]), 4)
+    taken = round(median(trainee.seconds[done:]), 4)
+    return [{"what": "comfortable, layers in plain torch, step s", "value": taken}]
 
 
 def _planned(scale: Scale, setting: str, peak: int | None) -> list[tuple[str, dict[str, Any]]]:
@@ -299,6 +300,7 @@ def prove(scale: Scale) -> Rows:
     section(2, build_and_select)
     if ours:
         section(3, lambda: steps(scale, "comfortable", ours[0]))
+        section(3, lambda: by_torch(ours[0]))
         section(4, lambda: peers(scale, ours[0]))
         section(5, lambda: refresh_and_export(scale, ours[0]))
     ours.clear()

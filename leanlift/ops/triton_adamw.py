@@ -1,7 +1,7 @@
 """One step of AdamW over a whole vector of values, in one Triton kernel.
 
-Plain torch takes some twenty launches per chunk of 2^18 entries; a 7B model at 5 % has 1,235 chunks.
-Here a vector takes one launch, and every entry is read and written once.
+Plain torch takes some twenty launches per chunk of 2^18 entries, of which a 7B model at 5 % has
+1,235. Here a vector takes one launch, and every entry is read and written once.
 
 The arithmetic is `optim.adamw.adamw_update`. 8-bit moments have the layout of `optim.moments`: the
 nearest entry of an ascending table times the block's largest magnitude; a zero stays an exact
