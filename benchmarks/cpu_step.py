@@ -2,12 +2,13 @@
 
     python -m benchmarks.cpu_step [--hidden 2048] [--layers 10] [--tokens 128] [--repeats 5]
 
-A Llama of about 600 M parameters in bf16 and NF4, no checkpointing, one thread: forward, backward
-and torch's AdamW, r (m + n) entries of every Linear with r = 68. The three step in turn in one
-process; times are medians of the process's CPU time, which with one thread is the time of the step
-and which other work on the machine stretches less than the clock's. The peak is of
-live tensor bytes in one more step, on top of weights, trained entries and optimizer state, which
-are as many bytes for all three; leanlift's scratch, which stays, is counted in its peak.
+A Llama of about 600 M parameters over NF4, computed in bf16 and again in fp32, no checkpointing,
+one thread: forward, backward and torch's AdamW, r (m + n) entries of every Linear with r = 68. The
+three step in turn in one process; times are medians of the process's CPU time, which with one
+thread is the time of the step and which other work on the machine stretches less than the clock's.
+The peak is of live tensor bytes in one more step, on top of weights, trained entries and optimizer
+state, which are as many bytes for all three; leanlift's scratch, which stays, is counted in its
+peak.
 
 bitsandbytes' own Linears stay in training mode: in eval mode their CPU forward repacks the weight.
 """
@@ -15,6 +16,7 @@ bitsandbytes' own Linears stay in training mode: in eval mode their CPU forward 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,8 +61,7 @@ class Peer:
         self.optimizer.zero_grad()
 
 
-def build(name: str, hidden: int, layers: int, tokens: int) -> Peer:
-    dtype = torch.bfloat16
+def build(name: str, hidden: int, layers: int, tokens: int, dtype: torch.dtype) -> Peer:
     model = nf4_llama(llama(hidden, layers), torch.device("cpu"), dtype)
     ids = torch.randint(0, 32000, (1, tokens), generator=torch.Generator().manual_seed(0))
     loss = stock_loss
@@ -77,10 +78,12 @@ def build(name: str, hidden: int, layers: int, tokens: int) -> Peer:
     return peer
 
 
-def measure(hidden: int, layers: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
+def measure(
+    hidden: int, layers: int, tokens: int, repeats: int, dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """A row per peer, leanlift first, with its ratio to each of the others."""
     names = ("leanlift", "PEFT SHiRA", "PEFT LoRA")
-    peers = {name: build(name, hidden, layers, tokens) for name in names}
+    peers = {name: build(name, hidden, layers, tokens, dtype) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
         for name, peer in peers.items():
@@ -96,6 +99,7 @@ def measure(hidden: int, layers: int, tokens: int, repeats: int) -> list[dict[st
     return [
         {
             "way": name,
+            "dtype": str(dtype).removeprefix("torch."),
             "entries": entries(peer.model),
             "median s": round(times[name], 3),
             "least s": round(min(seconds[name]), 3),
@@ -119,10 +123,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows = measure(arguments.hidden, arguments.layers, arguments.tokens, arguments.repeats)
+    shape = arguments.hidden, arguments.layers, arguments.tokens
+    rows: list[dict[str, Any]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rows += measure(*shape, arguments.repeats, dtype)
+        gc.collect()
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if (arguments.hidden, arguments.layers, arguments.tokens) == (2048, 10, 128):
+    if shape == (2048, 10, 128):
         print(f"Wrote {write_rows('cpu_step', rows)}")
 
 
