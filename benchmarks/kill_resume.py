@@ -29,8 +29,14 @@ import torch
 from benchmarks.common import write_rows
 from leanlift.demo.run import BASE
 from leanlift.demo.skills import TARGET_SKILL, make_rows
-from leanlift.training import LiftSFTConfig, LiftTrainer, RunArguments, last_whole_checkpoint, run
-from leanlift.training import trainer as trainer_module
+from leanlift.training import (
+    LiftSFTConfig,
+    LiftTrainer,
+    RunArguments,
+    callbacks,
+    last_whole_checkpoint,
+    run,
+)
 
 PHASES = {"step": b"t", "refresh": b"r", "save": b"s"}
 LONGEST_DELAY = {"step": 0.05, "refresh": 0.15, "save": 0.03}
@@ -56,8 +62,8 @@ def train(output: Path, data: Path, steps: int, pipe: int) -> None:
     patched: Any = LiftTrainer
     patched.training_step = marked(LiftTrainer.training_step, PHASES["step"])
     patched._save_checkpoint = marked(LiftTrainer._save_checkpoint, PHASES["save"])
-    module: Any = trainer_module
-    module.refresh_mask = marked(trainer_module.refresh_mask, PHASES["refresh"])
+    module: Any = callbacks
+    module.refresh_mask = marked(callbacks.refresh_mask, PHASES["refresh"])
     args = RunArguments(
         model_name_or_path=str(BASE),
         dataset_name=str(data),

@@ -1,12 +1,13 @@
 """Training with TRL and HF Trainer: data formats, the trainer, its callbacks, whole runs."""
 
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.callbacks import last_whole_checkpoint
 from leanlift.training.data import load_rows, to_examples
 from leanlift.training.evaluate import Evaluation, evaluate
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.plan import plan_memory, plan_of
 from leanlift.training.run import RunResult, run
-from leanlift.training.trainer import LiftTrainer, last_whole_checkpoint
+from leanlift.training.trainer import LiftTrainer
 
 __all__ = [
     "Evaluation",

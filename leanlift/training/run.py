@@ -36,11 +36,12 @@ from leanlift.model import (
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.callbacks import last_whole_checkpoint
 from leanlift.training.data import calibration_batches, check_rows, load_rows
 from leanlift.training.fit import changes
 from leanlift.training.load import load_base
 from leanlift.training.memory import MemoryCallback
-from leanlift.training.trainer import STAGING, LiftTrainer, last_whole_checkpoint
+from leanlift.training.trainer import STAGING, LiftTrainer
 
 logger = logging.getLogger("leanlift")
 
