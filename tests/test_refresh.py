@@ -241,8 +241,11 @@ def test_twenty_refreshes_of_a_drifting_model_keep_the_bound_and_lose_nothing(
 def test_the_rule_of_bytes_is_that_of_the_tensors() -> None:
     shape = (300, 700)
     layer = make_lift(make_base("dense", *shape))
+    free = torch.ones(shape[0] * shape[1], dtype=torch.bool)
+    free[layer.index.to_flat()] = False
+    outside = free.nonzero().view(-1)
     for count in (0, 1, 5000):
-        flat = torch.randperm(shape[0] * shape[1])[:count].sort().values
+        flat = outside[torch.randperm(outside.numel())[:count]].sort().values
         layer.set_settled(flat, torch.ones(count))
         assert layer.settled_nbytes == settled_nbytes(shape, count)
 
