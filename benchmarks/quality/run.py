@@ -109,7 +109,7 @@ class Runner:
         if done:
             for quarter in (1, 2):
                 for seed in range(self.seeds):
-                    self._run(method, best_lr(done) / FACTOR ** (quarter / 2), seed)
+                    self._run(method, on_grid(best_lr(done) / FACTOR ** (quarter / 2)), seed)
 
     def _sweep(self, method: Method) -> float:
         tried = sorted(method.lrs)
@@ -206,7 +206,7 @@ def best_lr(rows: list[Row]) -> float:
     """The learning rate of the sweep, that is in half decades, that did best on the validation
     split with the first seed."""
     swept = [r for r in rows if str(r["seed"]) == "0" and is_half_decade(float(r["lr"]))]
-    return float(max(swept, key=merit)["lr"])
+    return on_grid(float(max(swept, key=merit)["lr"]))
 
 
 def final_rows(rows: list[Row]) -> list[Row]:
@@ -228,6 +228,11 @@ def merit(row: Row) -> tuple[float, float]:
     measure."""
     exact = 0.0 if judged_by_loss(row) else float(row["end_valid_exact"])
     return exact, -float(row["end_valid_loss"])
+
+
+def on_grid(lr: float) -> float:
+    """The nearest quarter decade: a rate that was rounded in the CSV is the same one again."""
+    return float(10 ** (round(4 * math.log10(lr)) / 4))
 
 
 def is_half_decade(lr: float) -> bool:

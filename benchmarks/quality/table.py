@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
-from benchmarks.quality.run import final_rows, is_half_decade, judged_by_loss
+from benchmarks.quality.run import final_rows, is_half_decade, judged_by_loss, on_grid
 
 README = Path(__file__).parent / "README.md"
 Row = dict[str, Any]
@@ -121,15 +121,14 @@ def _skills(finals: dict[str, list[Row]]) -> str:
 
 def _sweeps(by_method: dict[str, list[Row]]) -> str:
     swept = {
-        name: on_grid
+        name: half
         for name, of in by_method.items()
-        if not of[0]["lr_of"]
-        and (on_grid := [row for row in of if is_half_decade(float(row["lr"]))])
+        if not of[0]["lr_of"] and (half := [row for row in of if is_half_decade(float(row["lr"]))])
     }
-    lrs = sorted({float(row["lr"]) for of in swept.values() for row in of})
+    lrs = sorted({on_grid(float(row["lr"])) for of in swept.values() for row in of})
     kind, lines = _kind(next(iter(swept.values()))), []
     for name, of in swept.items():
-        at = {float(row["lr"]): row for row in of if row["seed"] == "0"}
+        at = {on_grid(float(row["lr"])): row for row in of if row["seed"] == "0"}
         cells = (
             f"{float(at[lr][f'end_test_{kind}']):.3f} / {float(at[lr][f'end_kept_{kind}']):.3f}"
             if lr in at
