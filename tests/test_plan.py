@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny import make_tokenizer, quantization
+from tiny import make_checkpoint, make_tokenizer, quantization
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -308,6 +309,37 @@ def test_running_out_of_memory_says_where_and_what_helps(
     assert "the plan had said" in message
     assert "The cheapest change that helps: gradient_checkpointing=true" in message
     assert "checkpoint-2" in message
+
+
+def test_out_of_memory_names_what_would_fit_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_checkpoint(tmp_path / "base")  # two layers: checkpointing helps
+    args = RunArguments(str(base), "rows.jsonl", approx_rank=8)
+    sft = LiftSFTConfig(
+        output_dir="x",
+        use_cpu=True,
+        bf16=False,
+        max_length=256,
+        per_device_train_batch_size=8,
+        gradient_checkpointing=False,
+    )
+    needed = plan_of(args, sft, cuda=False).needed
+    what, changed = next(iter(changes(args, sft, cuda=False)))
+    assert what.startswith("gradient_checkpointing=true")
+    less = plan_of(*changed((args, sft)), cuda=False).needed
+    assert less < needed
+    run_module = importlib.import_module("leanlift.training.run")
+    monkeypatch.setattr(run_module, "_card_nbytes", lambda cuda: less)
+    said = run_module._what_helps(args, sft)
+    assert said.startswith("The cheapest change that would fit ")
+    assert said.count("less)") == 1
+    assert "gradient_checkpointing=true" in said
+    monkeypatch.setattr(run_module, "_card_nbytes", lambda cuda: needed)
+    said = run_module._what_helps(args, sft)
+    assert said.startswith("The cheapest change that helps: gradient_checkpointing=true")
+    monkeypatch.setattr(run_module, "_card_nbytes", lambda cuda: 1000)
+    assert "more than there is" in run_module._what_helps(args, sft)
 
 
 def test_a_run_reports_plan_against_measured(

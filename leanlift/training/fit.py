@@ -13,6 +13,8 @@ from leanlift.training.plan import plan_of
 
 Settings = tuple[RunArguments, LiftSFTConfig]
 LEAST_DENSITY = 0.01
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+"""Names of one setting: the later one is transformers' since 5.24, and wins where both are set."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def changes(
     if not sft.gradient_checkpointing:
         yield (
             "gradient_checkpointing=true, costs a second forward pass",
-            _loop(gradient_checkpointing=True),
+            _loop(**{name: True for name in CHECKPOINTING if hasattr(sft, name)}),
         )
     if "8bit" not in optim or optim not in SPARSE_OPTIMIZERS:
         yield (

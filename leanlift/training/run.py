@@ -38,7 +38,7 @@ from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.callbacks import last_whole_checkpoint
 from leanlift.training.data import calibration_batches, check_rows, load_rows
-from leanlift.training.fit import changes
+from leanlift.training.fit import changes, fit
 from leanlift.training.load import load_base
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.trainer import STAGING, LiftTrainer
@@ -219,13 +219,35 @@ def _out_of_memory(
         if plan is not None
         else "there was no plan"
     )
-    cheapest = next((what for what, _ in changes(args, sft)), "a shorter max_length")
     last = last_whole_checkpoint(sft.output_dir or "leanlift-output")
     kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
     return (
-        f"out of memory in phase {phase}: {first_line(error).rstrip('.')}; {planned}. The cheapest "
-        f"change that helps: {cheapest}; or let --fit choose. {kept[0].upper()}{kept[1:]}."
+        f"out of memory in phase {phase}: {first_line(error).rstrip('.')}; {planned}. "
+        f"{_what_helps(args, sft)}. {kept[0].upper()}{kept[1:]}."
     )
+
+
+def _what_helps(args: RunArguments, sft: LiftSFTConfig) -> str:
+    """The cheapest changes with which the plan fits the card; the first one to try where the plan
+    fits already (something else is on the card), or there is no card."""
+    cuda = torch.cuda.is_available() and not sft.use_cpu
+    card = _card_nbytes(cuda)
+    if card is not None:
+        try:
+            found = fit(args, sft, card / 2**30, cuda)
+            if found.steps:
+                return f"The cheapest change that would fit {human(card)}: {'; '.join(found.steps)}"
+        except UserError as error:  # nothing fits: says how much is missing
+            return str(error).rstrip(".")
+        except Exception as error:  # whatever a model's own code does under fake tensors
+            logger.warning("No change could be planned: %s", first_line(error))
+    cheapest = next((what for what, _ in changes(args, sft, cuda)), "a shorter max_length")
+    return f"The cheapest change that helps: {cheapest}; or let --fit choose"
+
+
+def _card_nbytes(cuda: bool) -> int | None:
+    """What the card has; None on a CPU."""
+    return torch.cuda.get_device_properties(0).total_memory if cuda else None
 
 
 def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> str | None:
