@@ -157,7 +157,7 @@ def test_the_reported_rate_is_the_best_in_the_mean_over_seeds() -> None:
         for (lr, seed), exact in found.items()
     ]
     assert {row["lr"] for row in final_rows(rows)} == {"5.62e-03"}
-    assert best_lr(rows) == 3.16e-2
+    assert best_lr(rows) == 10**-1.5
     assert best_lr([row for row in rows if row["lr"] == "1.00e-02" or row["seed"] == "1"]) == 1e-2
 
 
