@@ -141,6 +141,7 @@ def test_the_output_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
     stock = AutoModelForCausalLM.from_pretrained(out)
     assert stock.lm_head.weight is stock.model.embed_tokens.weight
     assert AutoTokenizer.from_pretrained(out).chat_template == tokenizer.chat_template
+    assert '[{"role": "user"' in (out / "README.md").read_text()  # the base's template counts
     assert (out / "generation_config.json").is_file()
 
 

@@ -69,7 +69,9 @@ model = PeftModel.from_pretrained(base, "{name}")
 """
 
 
-def merged_card(adapter: Adapter, base: str, dtype: str, onto: str, name: str) -> str:
+def merged_card(
+    adapter: Adapter, base: str, dtype: str, onto: str, name: str, chat: bool = False
+) -> str:
     """The card of a merged checkpoint.
 
     Args:
@@ -77,8 +79,8 @@ def merged_card(adapter: Adapter, base: str, dtype: str, onto: str, name: str) -
         base: directory or hub name of the base checkpoint.
         dtype, onto: how it was merged.
         name: of the output directory.
+        chat: whether it has a chat template.
     """
-    chat = (adapter.directory / "chat_template.jinja").is_file()
     prompt = '[{"role": "user", "content": "Hello"}]' if chat else '"Hello"'
     facts = {"weights": dtype, "merged onto": f"{onto}: {ONTO_WORDS[onto]}"}
     lines = [

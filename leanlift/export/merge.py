@@ -98,7 +98,9 @@ def merge_adapter(
                         merge = _Merge(opened, plan.get(name), onto, target)
                         writer.write(name, merge.pieces(tensor))
                 carry_over(source_dir, opened.directory, partial, config, dtype)
-                card = merged_card(opened, str(base or opened.base.name), dtype, onto, out.name)
+                chat = (partial / "chat_template.jinja").is_file()
+                named = str(base or opened.base.name)
+                card = merged_card(opened, named, dtype, onto, out.name, chat)
                 (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return MergeReport(
         output=str(out),
