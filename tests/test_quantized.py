@@ -224,6 +224,24 @@ def test_requantizing_gives_the_rows_of_the_stock_module(fmt: tuple[str, bool, i
     assert torch.equal(bits(_whole(again)), bits(_whole(stock)))
 
 
+@each_format
+def test_quantizing_tile_by_tile_is_quantizing_the_whole(
+    fmt: tuple[str, bool, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, double, block = fmt
+    weight, cpu = random_weight(2 * block + 5, 48), torch.device("cpu")
+    weight[block:] *= 3  # scales differ from tile to tile
+    form = WeightFormat(kind, "float32", block, double)
+    whole = requantize(weight, form, cpu)
+    int8 = requantize(weight, WeightFormat("int8", "float32"), cpu)
+    monkeypatch.setattr("leanlift._bnb.QUANTIZED_AT_ONCE", 7 * 48)  # three tiles of 4-bit rows
+    assert torch.equal(bits(_whole(requantize(weight, form, cpu))), bits(_whole(whole)))
+    tiled = requantize(weight, WeightFormat("int8", "float32"), cpu)
+    assert torch.equal(bits(_whole(tiled)), bits(_whole(int8)))
+    stock = frozen_weight(make_linear4bit(*weight.shape, kind, double, block, weight=weight))
+    assert torch.equal(bits(_whole(whole)), bits(_whole(stock)))
+
+
 def test_requantizing_int8_and_dense() -> None:
     weight, cpu = random_weight(65, 48).bfloat16(), torch.device("cpu")
     int8 = requantize(weight, WeightFormat("int8", "float32"), cpu)
