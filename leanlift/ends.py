@@ -3,7 +3,8 @@
 Both may be held in INT8, and the whole logits are never there: with a vocabulary of 128k they
 would be the largest tensor of all. The loss goes over the vocabulary in tiles, twice: once for
 the log-sum-exp, kept running, and once for the gradient of the hidden states, which is formed in
-the forward pass already, since the head itself has none.
+the forward pass already, since the head itself has none. Where all logits together are no larger
+than one tile may be, they are kept from the first time to the second.
 
 Shapes: T tokens, d width, V vocabulary, v columns of a tile.
 """
@@ -93,6 +94,8 @@ class _HeadLoss(torch.autograd.Function):
         tokens, width = hidden.shape
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         step = max(64, tile_bytes // (wide.itemsize * max(tokens, width, 1)))
+        keeps = head.weight.shape[0] * tokens * wide.itemsize <= tile_bytes
+        kept: list[Tensor] = []
         most = torch.full((tokens,), -torch.inf, dtype=wide, device=hidden.device)
         total, weighted, own = (torch.zeros_like(most) for _ in range(3))
         for start, stop in row_ranges(head.weight.shape[0], step):
@@ -101,13 +104,16 @@ class _HeadLoss(torch.autograd.Function):
             larger = torch.maximum(most, logits.amax(1))
             shrink = (most - larger).exp()
             share = (logits - larger.unsqueeze(1)).exp_()
+            if keeps and ctx.needs_input_grad[0]:
+                kept.append(logits)
             total = total * shrink + share.sum(1)
             weighted = weighted * shrink + share.mul_(logits).sum(1)
             most = larger
             del logits, share  # before the next tile is made
         normalizer = most + total.log()
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(_gradient(hidden, labels, head, normalizer, divisor, step, wide))
+            gradient = _gradient(hidden, labels, head, normalizer, divisor, step, wide, kept)
+            ctx.save_for_backward(gradient)
         loss = (normalizer - own).sum() / divisor
         entropy, correct = (normalizer - weighted / total).sum(), (own >= most).sum()
         ctx.mark_non_differentiable(entropy, correct)
@@ -128,12 +134,16 @@ def _gradient(
     divisor: Tensor,
     step: int,
     wide: torch.dtype,
+    kept: list[Tensor],
 ) -> Tensor:
-    """d loss / d hidden [T, d] in the dtype of `hidden`, summed over tiles in fp32."""
+    """d loss / d hidden [T, d] in the dtype of `hidden`, summed over tiles in fp32.
+
+    `kept` holds the logits of all tiles, or is empty; it is empty afterwards.
+    """
     gradient = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     for start, stop in row_ranges(head.weight.shape[0], step):
         rows = head.rows(start, stop, hidden.dtype)
-        logits = head.logits(hidden, rows, start)
+        logits = kept.pop(0) if kept else head.logits(hidden, rows, start)
         slope = (logits - normalizer.unsqueeze(1)).exp_()  # the probabilities, then minus one-hot
         place = (labels - start).clamp(0, stop - start - 1).unsqueeze(1)
         slope.scatter_add_(1, place, -_within(labels, start, stop).to(wide).unsqueeze(1))

@@ -11,9 +11,9 @@ never repeats a matmul whose output nobody needs:
 Its "gradient" is grad_y, which is how KeepInput gets to see it.
 
 Both directions need the effective weight. It is rebuilt each time, tile by tile, in a scratch
-buffer that all layers of a model share. The values' gradient is formed by row tiles,
-grad_y^T[rows] @ x, of which only the selected entries are kept: no dense weight gradient of more
-than one tile ever exists.
+buffer that all layers of a model share. The values' gradient is formed by row tiles of
+grad_y^T @ x, of which only the selected entries are kept, and on a CPU only they are formed: no
+dense weight gradient of more than one tile ever exists.
 
 Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
 """
@@ -32,7 +32,7 @@ from leanlift.ops import Offsets, TileOps, add_offsets_, tile_ops
 from leanlift.sparse import MaskChange, SegmentedIndex, change_mask, find_positions, offsets_of
 from leanlift.tiles import RowTiles, row_ranges, tile_rows
 
-TILE_BYTES = 8 * 2**20
+TILE_BYTES = 16 * 2**20
 """Of fp32 rows that are read, patched or formed at once: the decoded positions of a tile, and the
 like, are a few times its entries."""
 
@@ -234,11 +234,13 @@ class LiftLinear(FrozenLinear):
         ops = self.scratch.ops(x.device)
         for start, stop in row_ranges(m, _gradient_rows(n, x)):
             first, last = self.index.span(start, stop)
-            if first == last:
-                continue
-            dense = self.scratch.take(stop - start, n, x.dtype, x.device)
-            torch.mm(grad_y[:, start:stop].T, x, out=dense)
-            ops.gather(dense, self.index.part(start, stop), gradient[first:last])
+            ops.sampled_product(
+                grad_y[:, start:stop],
+                x,
+                self.index.part(start, stop),
+                gradient[first:last],
+                self.scratch.take,
+            )
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
     @torch.no_grad()
@@ -363,11 +365,12 @@ class _Multiply(torch.autograd.Function):
 def _gradient_rows(n: int, x: Tensor) -> int:
     """Rows of the values' gradient that are formed at once.
 
-    On a CPU, a tile of bounded size. On CUDA the scratch has room for all rows of any layer, so the
-    tile is as small as keeps the device busy: that leaves it in the cache for the gather.
+    On a CPU, many: of most masks the entries alone are formed. On CUDA the scratch has room for all
+    rows of any layer, so the tile is as small as keeps the device busy: that leaves it in the cache
+    for the gather.
     """
     if x.device.type != "cuda":
-        return tile_rows(n, 4, TILE_BYTES)
+        return tile_rows(n, 4)
     large = torch.cuda.get_device_properties(x.device).total_memory >= LARGE_DEVICE
     return 4096 if large else 1024
 

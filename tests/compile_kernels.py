@@ -66,7 +66,10 @@ def main() -> None:
         types |= dict.fromkeys(("count", "seed"), "i32")
         types |= dict.fromkeys(("lerp", "beta2", "eps", "keep", "rate", "bound"), "fp32")
         constants = {"EIGHT": eight, "CLAMP": True, "STOCHASTIC": dtype == "bf16", "ROWS": 4}
-        compile_kernel(adamw.adamw_kernel, types, constants, target)
+        unasked = {**constants, "apply": None, "ASKS": False}
+        compile_kernel(adamw.adamw_kernel, types, unasked, target)
+        types["apply"] = "*u8"
+        compile_kernel(adamw.adamw_kernel, types, {**constants, "ASKS": True}, target)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,25 @@ def test_an_optimizer_step_is_as_exact_as_the_references(count: int, moments: st
             torch.testing.assert_close(held, other[name], rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_a_step_that_the_device_forbids_changes_nothing(moments: str) -> None:
+    pair = optimizer_pair(600, moments)
+    steps(pair, 2)
+    for parameter, optimizer in pair:
+        state = optimizer.state[parameter]
+        held = [parameter.detach(), *(state[name] for name in state if name != "step")]
+        before = [tensor.clone() for tensor in held]
+        parameter.grad = torch.full((600,), float("nan"))
+        optimizer.step_parameter(parameter, torch.tensor(False))
+        assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
+        assert float(state["step"]) == 3
+        optimizer.uncount_step(parameter)
+        assert float(state["step"]) == 2
+        parameter.grad = torch.ones(600)
+        optimizer.step_parameter(parameter, torch.tensor(True))
+        assert not torch.equal(parameter.detach(), before[0])
+
+
 def test_8bit_moments_take_the_nearest_code() -> None:
     parameter, optimizer = optimizer_pair(2000, "8bit")[0]
     parameter.grad = torch.randn(2000)

@@ -43,7 +43,7 @@ def plain(
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tile_bytes", [1, 50_000, 2**25])
+@pytest.mark.parametrize("tile_bytes", [1, 50_000, 4 * T * V, 2**25])  # the last two keep logits
 def test_loss_and_gradient_are_those_of_whole_logits(
     cap: float | None, with_bias: bool, dtype: torch.dtype, tile_bytes: int
 ) -> None:

@@ -98,9 +98,9 @@ def test_in_backward_no_two_gradients_exist_at_once(
     seen = []
     step = SparseAdamW.step_parameter
 
-    def counting(self: SparseAdamW, parameter: torch.Tensor) -> None:
+    def counting(self: SparseAdamW, parameter: torch.Tensor, apply: torch.Tensor) -> None:
         seen.append(sum(layer.values.grad is not None for layer in layers.values()))
-        step(self, parameter)
+        step(self, parameter, apply)
 
     monkeypatch.setattr(SparseAdamW, "step_parameter", counting)
     trainer.train()

@@ -8,7 +8,7 @@ Shapes: m x n the matrix, r rows of a tile, S segments a row, k entries of the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -100,6 +100,10 @@ class MomentParts:
     second_table: Tensor | None = None
 
 
+Take = Callable[[int, int, torch.dtype, torch.device], Tensor]
+"""Lends an uninitialized contiguous [rows, columns] of a dtype on a device."""
+
+
 class Source(Protocol):
     """A matrix that can be read by rows; `tiles.RowTiles` are."""
 
@@ -143,4 +147,18 @@ class TileOps(Protocol):
 
     def gather(self, dense: Tensor, part: IndexPart, out: Tensor) -> None:
         """Write the entries `part` of contiguous `dense` [r, n] to `out` [k], in out's dtype."""
+        ...
+
+    def sampled_product(
+        self, left: Tensor, right: Tensor, part: IndexPart, out: Tensor, take: Take
+    ) -> None:
+        """Write the entries `part` of left^T [r, T] @ right [T, n] to contiguous `out` [k].
+
+        Args:
+            left, right: [T, r] and [T, n], of one dtype, in which the product may be formed; sums
+                are in fp32 or wider.
+            part: which entries.
+            out: of any floating dtype; overwritten.
+            take: lends room for a dense [r, n] to implementations that form one.
+        """
         ...

@@ -5,12 +5,13 @@ All take positions relative to the tile they act on, so a tile never needs the w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from leanlift.ops.parts import IndexPart, Offsets, Source
+from leanlift.ops.parts import IndexPart, Offsets, Source, Take
+from leanlift.ops.sampled import SAMPLED_DENSITY, sampled_product_
 
 
 def decode(part: IndexPart) -> Tensor:
@@ -19,12 +20,13 @@ def decode(part: IndexPart) -> Tensor:
     Temporary memory is O(entries + rows * segments); nothing is asked of the device.
     """
     (rows, segments), device = part.counts.shape, part.columns.device
-    base = torch.arange(rows, device=device).mul_(part.width).unsqueeze(1) + (
-        torch.arange(segments, device=device) * part.segment
+    narrow = torch.int32 if rows * part.width < 2**31 else torch.int64
+    base = torch.arange(rows, dtype=narrow, device=device).mul_(part.width).unsqueeze(1) + (
+        torch.arange(segments, dtype=narrow, device=device) * part.segment
     )
-    counts = part.counts.reshape(-1).long()
+    counts = part.counts.reshape(-1).to(narrow)
     flat = torch.repeat_interleave(base.view(-1), counts, output_size=part.columns.numel())
-    return flat.add_(part.columns)
+    return flat.add_(part.columns).long()
 
 
 def patch_rows_(rows: Tensor, flat: Tensor, values: Tensor) -> None:
@@ -39,6 +41,9 @@ def patch_rows_(rows: Tensor, flat: Tensor, values: Tensor) -> None:
         values: [k] floating.
     """
     entries = rows.view(-1)
+    if rows.dtype == values.dtype and rows.dtype in (torch.float32, torch.float64):
+        entries.index_add_(0, flat, values)  # positions are distinct: the same sums in one pass
+        return
     wide = torch.float64 if torch.float64 in (rows.dtype, values.dtype) else torch.float32
     # index_select and index_copy_ take half the time of indexing on a CPU
     patched = entries.index_select(0, flat).to(wide) + values.to(wide)
@@ -53,6 +58,21 @@ def add_offsets_(rows: Tensor, offsets: Offsets) -> None:
         if offsets.scale != 1:
             values = values.to(torch.promote_types(values.dtype, torch.float32)) * offsets.scale
         patch_rows_(rows, decode(offsets.part), values)
+
+
+def dense_product(
+    gather: Callable[[Tensor, IndexPart, Tensor], None],
+    left: Tensor,
+    right: Tensor,
+    part: IndexPart,
+    out: Tensor,
+    take: Take,
+) -> None:
+    """`TileOps.sampled_product` by way of all entries of the product, in the dtype of `left`."""
+    if part.columns.numel():
+        dense = take(left.shape[1], right.shape[1], left.dtype, left.device)
+        torch.mm(left.T, right, out=dense)
+        gather(dense, part, out)
 
 
 def gather_entries(rows: Tensor, flat: Tensor, out: Tensor) -> None:
@@ -82,3 +102,12 @@ class TorchOps:
 
     def gather(self, dense: Tensor, part: IndexPart, out: Tensor) -> None:
         gather_entries(dense, decode(part), out)
+
+    def sampled_product(
+        self, left: Tensor, right: Tensor, part: IndexPart, out: Tensor, take: Take
+    ) -> None:
+        few = part.columns.numel() <= SAMPLED_DENSITY * part.counts.shape[0] * part.width
+        if few and left.device.type == "cpu":
+            sampled_product_(left, right, part, out)
+        else:
+            dense_product(self.gather, left, right, part, out, take)

@@ -54,17 +54,20 @@ def _store_codes(moment, codes, absmax, table, entry, block, inside, blocks, SIG
 
 @triton.jit(do_not_specialize=["seed"])
 def adamw_kernel(
-    value, grad, first, second, first_absmax, second_absmax, first_table, second_table,
+    value, grad, first, second, first_absmax, second_absmax, first_table, second_table, apply,
     count, seed, lerp, beta2, eps, keep, rate, bound,
-    EIGHT: tl.constexpr, CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr,
+    EIGHT: tl.constexpr, CLAMP: tl.constexpr, STOCHASTIC: tl.constexpr, ASKS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS blocks of 256 entries per program.
+    """ROWS blocks of 256 entries per program; ASKS: of none where the byte at `apply` is zero.
 
     lerp = 1 - beta1; eps is scaled by the second correction; keep = 1 - lr * decay; rate = lr over
     the corrections; bound is what an update is clamped to where the first moment is zero.
     """
     block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     entry = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if ASKS:
+        count = tl.where(tl.load(apply) != 0, count, 0)
     inside = entry < count
     blocks = tl.cdiv(count, BLOCK)
     held = tl.load(value + entry, mask=inside, other=0.0).to(tl.float32)
@@ -112,6 +115,7 @@ def adamw_step_(
     eps: float,
     weight_decay: float,
     seed: int | None,
+    apply: Tensor | None = None,
 ) -> None:
     """One step in place on `value` [k] (fp32 or bf16) and `moments`.
 
@@ -120,15 +124,18 @@ def adamw_step_(
         moments: fp32 or 8-bit, of k entries.
         step, lr, betas, eps, weight_decay: as `adamw_update` has them.
         seed: of the stochastic rounding, below 2^31; None rounds to nearest.
+        apply: bool scalar, read on the device: where it is False, nothing changes.
     """
     count = value.numel()
     assert count < 2**31
     correction1, correction2 = 1 - betas[0] ** step, math.sqrt(1 - betas[1] ** step)
     adamw_kernel[(triton.cdiv(count, ROWS * BLOCK.value),)](
         value, grad, moments.first, moments.second, moments.first_absmax, moments.second_absmax,
-        moments.first_table, moments.second_table, count, seed or 0, 1 - betas[0], betas[1],
-        eps * correction2, 1 - lr * weight_decay, lr * correction2 / correction1,
-        correction1 / correction2,
+        moments.first_table, moments.second_table,
+        None if apply is None else apply.view(torch.uint8),
+        count, seed or 0, 1 - betas[0], betas[1], eps * correction2,
+        1 - lr * weight_decay, lr * correction2 / correction1, correction1 / correction2,
         EIGHT=moments.first_absmax is not None, CLAMP=step > 1,
-        STOCHASTIC=seed is not None and value.dtype == torch.bfloat16, ROWS=ROWS,
+        STOCHASTIC=seed is not None and value.dtype == torch.bfloat16, ASKS=apply is not None,
+        ROWS=ROWS,
     )  # fmt: skip

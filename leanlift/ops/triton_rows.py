@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanlift.ops.parts import EightBit, FourBit, IndexPart, Offsets, Source, StoredSource
+from leanlift.ops.parts import EightBit, FourBit, IndexPart, Offsets, Source, StoredSource, Take
+from leanlift.ops.reference import dense_product
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on a CPU."""
@@ -227,6 +228,11 @@ class TritonOps:
             dense, out, n, part.columns, part.counts, _totals(part), part.counts.shape[1],
             **_segments(part), num_warps=WARPS,
         )  # fmt: skip
+
+    def sampled_product(
+        self, left: Tensor, right: Tensor, part: IndexPart, out: Tensor, take: Take
+    ) -> None:
+        dense_product(self.gather, left, right, part, out, take)
 
 
 class _Form:

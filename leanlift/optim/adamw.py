@@ -214,11 +214,17 @@ class SparseAdamW(Optimizer):
         return loss
 
     @torch.no_grad()
-    def step_parameter(self, parameter: Tensor) -> None:
+    def step_parameter(self, parameter: Tensor, apply: Tensor | None = None) -> None:
         """Update one parameter from its gradient, as `step` would; nothing without a gradient.
 
         For updates during the backward pass: once the gradient is set to None, a later `step`
         leaves the parameter alone.
+
+        Args:
+            parameter: one of this optimizer's.
+            apply: bool scalar on the parameter's device; where it is False, values and moments stay
+                as they are, but the step is counted: see `uncount_step`. Triton's kernel reads it
+                on the device; torch's way waits for it.
 
         Raises:
             UserError: a parameter that is in no group, or a gradient of another size.
@@ -229,7 +235,11 @@ class SparseAdamW(Optimizer):
                 "step_parameter expects a parameter of this optimizer, got another tensor: add it "
                 "with add_param_group first."
             )
-        self._update(parameter, *found)
+        self._update(parameter, *found, apply)
+
+    def uncount_step(self, parameter: Tensor) -> None:
+        """Take back that a step was counted which `apply` did not allow."""
+        self.state[parameter]["step"] -= 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a copy of `state_dict` onto the parameters' devices; every tensor keeps its dtype.
@@ -269,7 +279,13 @@ class SparseAdamW(Optimizer):
         pairs = [(p, group) for group in self.param_groups for p in group["params"]]
         self._places = {id(p): (group, place) for place, (p, group) in enumerate(pairs)}
 
-    def _update(self, parameter: Tensor, group: dict[str, Any], place: int) -> None:
+    def _update(
+        self,
+        parameter: Tensor,
+        group: dict[str, Any],
+        place: int,
+        apply: Tensor | None = None,
+    ) -> None:
         grad = parameter.grad
         if grad is None:
             return
@@ -294,7 +310,9 @@ class SparseAdamW(Optimizer):
         if kernel is not None:
             stochastic = group["rounding"] == "stochastic"
             seed = _seed_of(group["seed"], step, place) >> 33 if stochastic else None
-            kernel(values, grads.contiguous(), moments.parts(state), *options, seed)
+            kernel(values, grads.contiguous(), moments.parts(state), *options, seed, apply)
+            return
+        if apply is not None and not bool(apply):
             return
         for start in range(0, values.numel(), chunk):
             stop = min(start + chunk, values.numel())

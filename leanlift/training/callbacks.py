@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from leanlift.adapter import open_adapter
 from leanlift.checkpoint import open_tensors, read_json
 from leanlift.errors import UserError
-from leanlift.model import lift_layers, refresh_mask
+from leanlift.model import refresh_mask
 from leanlift.optim import SparseAdamW, unwrap
 from leanlift.training.steps import GradientHooks
 
@@ -46,10 +46,12 @@ class Guard(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        applied = self.trainer.guard.end_step(state.global_step + 1, self._last_checkpoint)
-        if not applied and self.hooks is not None:
-            for layer in lift_layers(self.trainer.model).values():
-                layer.values.grad = None
+        applied = False
+        try:
+            applied = self.trainer.guard.end_step(state.global_step + 1, self._last_checkpoint)
+        finally:
+            if not applied and self.hooks is not None:
+                self.hooks.drop_step()
 
     def remove_hooks(self) -> None:
         if self.hooks is not None:

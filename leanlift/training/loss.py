@@ -15,6 +15,9 @@ from torch import Tensor
 from leanlift.ends import head_loss
 from leanlift.model import output_head
 
+IGNORED = -100
+TRAINED = "trained_positions"
+
 
 @dataclass(frozen=True)
 class LossParts:
@@ -23,6 +26,36 @@ class LossParts:
 
     mean_entropy: Tensor
     accuracy: Tensor
+
+
+class MarkTrained:
+    """A data collator that also says which tokens are trained, as `trained_positions` does.
+
+    It runs where batches are made, on the CPU: to ask the device would make the host wait for it.
+    What else is asked of it, the collator it is made around answers.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Any) -> Any:
+        batch = self.collator(examples)
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and labels.dim() == 2:
+            batch[TRAINED] = trained_positions(labels)
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator":  # not there yet: while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+def trained_positions(labels: Tensor) -> Tensor:
+    """Where, in flattened [B, S], a hidden state is whose next token is trained: int64 [T]."""
+    next_is_trained = torch.zeros_like(labels, dtype=torch.bool)
+    next_is_trained[:, :-1] = labels[:, 1:] != IGNORED
+    return next_is_trained.view(-1).nonzero().squeeze(1)
 
 
 class TiledLoss:
@@ -40,17 +73,21 @@ class TiledLoss:
 
         Args:
             model: an attached causal LM.
-            inputs: a batch with `input_ids` and `labels` [B, S]; -100 is not trained.
+            inputs: a batch with `input_ids` and `labels` [B, S]; -100 is not trained. What
+                `MarkTrained` adds is looked up if it is missing.
             items: trained tokens of the whole accumulated batch.
         """
-        rest = {key: value for key, value in inputs.items() if key != "labels"}
-        hidden = model.base_model(**{**rest, "use_cache": False}).last_hidden_state[:, :-1]
-        labels = inputs["labels"][:, 1:]
-        kept = labels != -100
-        trained = kept.sum().clamp(min=1)
+        rest = {key: value for key, value in inputs.items() if key not in ("labels", TRAINED)}
+        hidden = model.base_model(**{**rest, "use_cache": False}).last_hidden_state
+        labels, places = inputs["labels"], inputs.get(TRAINED)
+        if places is None:
+            places = trained_positions(labels)
+        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
+        wanted = labels.reshape(-1).index_select(0, places + 1)
+        trained = max(1, places.numel())
         head = output_head(model)
         assert head is not None
-        parts = head_loss(hidden[kept], labels[kept], head, trained if items is None else items)
+        parts = head_loss(states, wanted, head, trained if items is None else items)
         self.last = LossParts(parts.entropy / trained, parts.correct / trained)
         return parts.loss
 

@@ -51,7 +51,7 @@ from leanlift.training.callbacks import (
     last_whole_checkpoint,
 )
 from leanlift.training.data import LengthReport, drop_untrained, to_examples
-from leanlift.training.loss import tiled_loss
+from leanlift.training.loss import TRAINED, MarkTrained, tiled_loss
 from leanlift.training.steps import StepGuard
 
 logger = logging.getLogger("leanlift")
@@ -127,6 +127,13 @@ class LiftTrainer(SFTTrainer):
             **kwargs,
         )
         self._loss = tiled_loss(self.model, self.args, self.compute_loss_func)
+        if self._loss is not None:
+            self.data_collator: Any = MarkTrained(self.data_collator)
+        self._last_finite = torch.zeros((), device=self.args.device)
+        self._smooths_log, self.args.logging_nan_inf_filter = (
+            self.args.logging_nan_inf_filter,
+            False,
+        )
         self.add_callback(Guard(self))
         self.add_callback(Refresh(self, self._lift.config.refresh_interval))
 
@@ -184,6 +191,7 @@ class LiftTrainer(SFTTrainer):
                     "quantize_ends keeps no whole logits: train and evaluate with loss_type=nll or "
                     "chunked_nll, no label smoothing and no compute_metrics."
                 )
+            inputs = {key: value for key, value in inputs.items() if key != TRAINED}
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             with self.accelerator.autocast():
@@ -193,6 +201,14 @@ class LiftTrainer(SFTTrainer):
             loss = result[0] if isinstance(result, tuple) else result
             self.guard.see_loss(loss.detach())
         return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's. What is logged of a loss that is not finite is the last one that was:
+        Trainer's own `logging_nan_inf_filter` makes the host wait for the device at each step."""
+        loss = super().training_step(*args, **kwargs)
+        if self._smooths_log:
+            loss = self._last_finite = torch.where(loss.isfinite(), loss, self._last_finite)
+        return loss
 
     def _log_parts(self, mode: str, inputs: Any) -> None:
         """What TRL logs beside the loss: entropy, accuracy, tokens."""
