@@ -23,6 +23,7 @@ from benchmarks.quality.presets import TINY, methods
 from benchmarks.quality.residual import onto_original
 from benchmarks.quality.run import Results, Runner, best_lr, final_rows
 from benchmarks.quality.score import score
+from benchmarks.quality.shared import Work
 from benchmarks.quality.skills import SOURCE, TARGET, make_rows, skills, split_of
 from benchmarks.quality.table import _kept_at, update_readme
 from benchmarks.quality.text import text
@@ -92,14 +93,14 @@ def test_the_whole_table_is_made_once_and_shown(
     results = Results(tmp_path / "results.csv")
     preset = replace(TINY, seeds=1)
     monkeypatch.setattr("benchmarks.quality.run.EXTENSIONS", 0)
-    run(domain, preset, list(methods(preset)), "1/1", base.parent, results)
+    run(domain, preset, list(methods(preset)), base, results, Work())
     rows = results.rows()
     assert {row["method"] for row in rows} == {method.name for method in methods(preset)}
     for row in rows:
         assert float(row["end_test_loss"]) > 0
         assert int(row["trained"]) > 0
         assert float(row["peak_mib"]) > 0
-    run(domain, preset, list(methods(preset)), "1/1", base.parent, results)
+    run(domain, preset, list(methods(preset)), base, results, Work())
     assert len(results.rows()) == len(rows)
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- tiny -->\nold\n<!-- /tiny -->\nafter\n")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
+import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,13 +19,16 @@ from benchmarks.quality.base import known, pretrained
 from benchmarks.quality.domain import Domain
 from benchmarks.quality.methods import Method
 from benchmarks.quality.paper import METHODS, SUITES, Paths, paper
-from benchmarks.quality.presets import CPU, GPU, QUICK, Preset, methods, quick
+from benchmarks.quality.presets import CPU, CPU_TEXT, GPU, QUICK, Preset, methods, quick
 from benchmarks.quality.run import Results, Runner
+from benchmarks.quality.shared import Work, run_jobs
 from benchmarks.quality.skills import skills
 from benchmarks.quality.table import update_readme
 from benchmarks.quality.text import text
 
 PRESETS = {"cpu": CPU, "gpu": GPU}
+TEXT_PRESETS = {"cpu": CPU_TEXT, "gpu": GPU}
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 say = partial(print, flush=True)
 
 
@@ -33,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="four methods, half the steps")
     parser.add_argument("--source", type=Path, help="rows to pretrain on: the text domain")
     parser.add_argument("--data", type=Path, help="rows to teach: text, paper")
-    parser.add_argument("--part", default="1/1", help="i/n: every n-th family of methods")
+    parser.add_argument("--jobs", type=int, help="processes; two on a CPU that has two cores")
+    parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)  # one of several processes
     parser.add_argument("--cache", type=Path, default=Path("build/quality"), help="for the base")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots")
     own = parser.add_argument_group("the paper preset")
@@ -58,15 +65,24 @@ def main(argv: list[str] | None = None) -> None:
     name = f"quality_{args.preset}" + ("_quick" if args.quick else "")
     results = Results(RESULTS / f"{name}.csv")
     if not args.tables:
-        preset = quick(PRESETS[args.preset]) if args.quick else PRESETS[args.preset]
+        preset = (PRESETS if args.source is None else TEXT_PRESETS)[args.preset]
+        preset = quick(preset) if args.quick else preset
         domain = domain_of(preset, args.source, args.data)
         chosen = list(methods(preset))
         if args.quick:
             chosen = chosen[:QUICK]
         elif args.source is not None:
             chosen = [method for method in chosen if method.group == "headline"]
-        run(domain, preset, chosen, args.part, args.cache, results)
-    update_readme(name, results.rows())
+        base = base_of(domain, preset, args.cache)
+        jobs = args.jobs or (1 if DEVICE.type == "cuda" else min(2, os.cpu_count() or 1))
+        if args.claims is not None or jobs == 1:
+            run(domain, preset, chosen, base, results, Work(args.claims))
+        else:
+            with tempfile.TemporaryDirectory() as claims:
+                given = sys.argv[1:] if argv is None else argv
+                run_jobs(jobs, "benchmarks.quality", [*given, "--claims", claims])
+    if args.claims is None:
+        update_readme(name, results.rows())
 
 
 def domain_of(preset: Preset, source: Path | None, data: Path | None) -> Domain:
@@ -85,31 +101,36 @@ def domain_of(preset: Preset, source: Path | None, data: Path | None) -> Domain:
     )
 
 
+def base_of(domain: Domain, preset: Preset, cache: Path) -> Path:
+    """The directory of the base, which is pretrained if need be."""
+    if DEVICE.type == "cpu":
+        torch.set_num_threads(1)  # matrices this small only lose by sharing the work
+    base = pretrained(domain, preset.size, cache, DEVICE)
+    say("the base knows " + ", ".join(f"{k} {v['exact']:.1%}" for k, v in known(base).items()))
+    return base
+
+
 def run(
     domain: Domain,
     preset: Preset,
     chosen: list[Method],
-    part: str,
-    cache: Path,
+    base: Path,
     results: Results,
+    work: Work,
 ) -> None:
-    """Pretrain the base if need be, and go through the methods."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # matrices this small only lose by sharing the work
-    base = pretrained(domain, preset.size, cache, device)
-    say("the base knows " + ", ".join(f"{k} {v['exact']:.1%}" for k, v in known(base).items()))
-    runner = Runner(domain, base, preset.schedule, preset.seeds, results, device, say)
-    number, parts = map(int, part.split("/"))
-    families = list(dict.fromkeys(method.lr_of or method.name for method in chosen))
-    mine = [m for m in chosen if families.index(m.lr_of or m.name) % parts == number - 1]
-    headline = [method for method in mine if method.group == "headline"]
+    """Go through the methods: first the headline, whose best learning rates others take."""
+    runner = Runner(domain, base, preset.schedule, preset.seeds, results, DEVICE, say)
+    headline = [method for method in chosen if method.group == "headline"]
     for method in headline:
-        runner.method(method)
-    for method in headline:
-        runner.frontier(method)
-    for method in mine:
-        if method not in headline:
+        if work.claim(method.name):
+            runner.method(method)
+            work.finish(method.name)
+    work.wait(method.name for method in headline)
+    for method in headline[:QUICK]:
+        if work.claim(f"{method.name}, frontier"):
+            runner.frontier(method)
+    for method in chosen:
+        if method not in headline and work.claim(method.name):
             runner.method(method)
 
 

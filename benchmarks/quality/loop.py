@@ -17,16 +17,18 @@ from leanlift.memory.live import LiveBytes
 from leanlift.model import RefreshReport, refresh_mask
 from leanlift.quantized import is_quantized, weight_tensors
 
-BETAS, EPS, WARM_UP, MAX_NORM = (0.9, 0.95), 1e-6, 0.03, 1.0
+EPS, MAX_NORM = 1e-6, 1.0
 MEASURED = 2  # first steps, whose bytes are followed and whose time does not count
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length of a fine-tuning run."""
+    """Of a fine-tuning run; the learning rate grows over the first `warm_up` of the steps."""
 
     steps: int
     batch: int
+    warm_up: float = 0.1
+    beta2: float = 0.95
 
 
 @dataclass
@@ -58,8 +60,8 @@ def train(
     model = prepared.model
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, BETAS, EPS, weight_decay=0.0)
-    warm_up = max(1, round(WARM_UP * schedule.steps))
+    optimizer = torch.optim.AdamW(parameters, lr, (0.9, schedule.beta2), EPS, weight_decay=0.0)
+    warm_up = max(1, round(schedule.warm_up * schedule.steps))
 
     def factor(step: int) -> float:
         rest = (schedule.steps - step) / (schedule.steps - warm_up)

@@ -52,6 +52,7 @@ class Method:
         lrs: learning rates to sweep; the sweep goes on where the best is at an end.
         lr_of: take the best learning rate of this other method instead of sweeping.
         merge: also measure both merges.
+        schedule: what is different from the preset's schedule.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Method:
     lrs: tuple[float, ...] = ()
     lr_of: str | None = None
     merge: bool = False
+    schedule: dict[str, float] = field(default_factory=dict)
 
 
 def full() -> Build:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.quality.base import Size
 from benchmarks.quality.loop import Schedule
-from benchmarks.quality.methods import Method, full, lift, lora, shira
+from benchmarks.quality.methods import Build, Method, full, lift, lora, shira
 
 
 def half_decades(*exponents: int) -> tuple[float, ...]:
@@ -15,7 +15,7 @@ def half_decades(*exponents: int) -> tuple[float, ...]:
     return tuple(10 ** (k / 2) for k in exponents)
 
 
-HEADLINE = "leanlift principal, NF4"
+HEADLINE, QLORA = "leanlift principal, NF4", "QLoRA, NF4"
 QUICK = 4  # methods of the quick form
 
 
@@ -53,20 +53,30 @@ class Preset:
 
 
 CPU = Preset(
-    size=Size(),
+    size=Size(hidden=256, intermediate=768, layers=3),
     pretraining_batch=64,
-    schedule=Schedule(steps=200, batch=32),
+    schedule=Schedule(steps=800, batch=16),
     seeds=3,
     train_rows=2000,
     test_rows=150,
+    r=8,
+    approx_rank=8,
+    intervals=(10, 50, 100, 400),
+    budgets=(2, 4, 16),
+    ranks=(1, 64),
+    lrs=half_decades(-7, -6, -5, -4),
+    full_lrs=half_decades(-8, -7, -6, -5),
+)
+CPU_TEXT = replace(
+    CPU,
+    size=Size(),
+    schedule=Schedule(steps=200, batch=16),
     r=4,
     approx_rank=4,
-    intervals=(10, 50, 100),
-    budgets=(1, 2, 8),
-    ranks=(1, 2, 8, 32),
     lrs=half_decades(-6, -5, -4, -3),
     full_lrs=half_decades(-7, -6, -5, -4),
 )
+"""Real text has ten times as many tokens in a row."""
 GPU = Preset(
     size=Size(hidden=768, intermediate=2048, layers=14, heads=12, kv_heads=12, steps=800, lr=5e-4),
     pretraining_batch=256,
@@ -101,20 +111,24 @@ TINY = Preset(
 
 
 def quick(preset: Preset) -> Preset:
-    """Half the steps, two seeds."""
-    steps = preset.schedule.steps // 2
-    return replace(preset, schedule=replace(preset.schedule, steps=steps), seeds=2)
+    """Half the steps, a base of half the width, two seeds."""
+    size = replace(
+        preset.size, hidden=preset.size.hidden // 2, intermediate=preset.size.intermediate // 2
+    )
+    schedule = replace(preset.schedule, steps=preset.schedule.steps // 2)
+    r = max(1, preset.r // 2)
+    return replace(preset, size=size, schedule=schedule, r=r, approx_rank=r, seeds=2)
 
 
 def methods(preset: Preset) -> Iterator[Method]:
     """All rows of the table, the most important first."""
     r, R = preset.r, preset.approx_rank
 
-    def principal(kind: str = "nf4", budget: int = r, rank: int = R, **more: object) -> object:
+    def principal(kind: str = "nf4", budget: int = r, rank: int = R, **more: object) -> Build:
         return lift(kind, budget, approx_rank=rank, **more)
 
     yield Method(HEADLINE, "headline", principal(), preset.lrs, merge=True)
-    yield Method("QLoRA, NF4", "headline", lora("nf4", r), preset.lrs)
+    yield Method(QLORA, "headline", lora("nf4", r), preset.lrs)
     yield Method(
         "leanlift magnitude, NF4", "headline", lift("nf4", r, selector="magnitude"), preset.lrs
     )
@@ -125,20 +139,22 @@ def methods(preset: Preset) -> Iterator[Method]:
         "leanlift gradient, NF4", "headline", lift("nf4", r, selector="gradient"), preset.lrs
     )
     yield Method("SHiRA (PEFT), NF4", "headline", shira("nf4", r), preset.lrs)
-    yield Method("leanlift principal, INT8", "format", principal("int8"), preset.lrs, merge=True)
-    yield Method("leanlift principal, 32-bit", "format", principal("dense"), preset.lrs, merge=True)
-    for interval in preset.intervals:
+    for kind, held in (("int8", "INT8"), ("dense", "32-bit")):
         yield Method(
-            f"refresh every {interval}",
-            "refresh",
-            principal(refresh_interval=interval),
-            lr_of=HEADLINE,
+            f"leanlift principal, {held}", "format", principal(kind), lr_of=HEADLINE, merge=True
         )
-    for budget in preset.budgets:
-        yield Method(f"leanlift r={budget}", "budget", principal(budget=budget), preset.lrs)
+    for interval in preset.intervals:
+        refreshed = principal(refresh_interval=interval)
+        yield Method(f"refresh every {interval}", "refresh", refreshed, lr_of=HEADLINE)
     for rank in preset.ranks:
         yield Method(f"R={rank}", "rank", principal(rank=rank), lr_of=HEADLINE)
     for start in ("residual", "taken out"):
         yield Method(f"start: {start}", "start", principal(start=start), lr_of=HEADLINE, merge=True)
     for budget in preset.budgets:
-        yield Method(f"QLoRA r={budget}", "budget", lora("nf4", budget), preset.lrs)
+        yield Method(f"leanlift r={budget}", "budget", principal(budget=budget), lr_of=HEADLINE)
+    yield _with("warm-up 3 %", HEADLINE, principal(), warm_up=0.03)
+    yield _with("beta2 0.999", HEADLINE, principal(), beta2=0.999)
+
+
+def _with(name: str, parent: str, build: Build, **schedule: float) -> Method:
+    return Method(name, "schedule", build, lr_of=parent, schedule=schedule)

@@ -7,6 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from benchmarks.common import environment
 from benchmarks.quality.base import load
+from benchmarks.quality.change import change, trained_weights
 from benchmarks.quality.domain import Domain
 from benchmarks.quality.loop import Schedule, train
 from benchmarks.quality.methods import Method, Prepared
@@ -103,13 +105,12 @@ class Runner:
             self._run(method, lr, seed)
 
     def frontier(self, method: Method) -> None:
-        """All seeds a little below the best learning rate too, where less is learned and more is
-        kept: methods can only be compared in what they keep where they learn as much."""
+        """All seeds half a decade below the best learning rate too, where less is learned and more
+        is kept: methods can only be compared in what they keep where they learn as much."""
         done = self.results.of(self.domain.name, method.name)
         if done:
-            for quarter in (1, 2):
-                for seed in range(self.seeds):
-                    self._run(method, on_grid(best_lr(done) / FACTOR ** (quarter / 2)), seed)
+            for seed in range(self.seeds):
+                self._run(method, on_grid(best_lr(done) / FACTOR), seed)
 
     def _sweep(self, method: Method) -> float:
         tried = sorted(method.lrs)
@@ -137,7 +138,9 @@ class Runner:
         prepared = method.build(self.base, self.domain, seed, self.device)
         prepared.model.train()
         before = self._scores(prepared.model)
-        trained = train(prepared, self.domain, self.schedule, lr, seed, self.device)
+        whole = trained_weights(prepared.model)
+        schedule = replace(self.schedule, **method.schedule)
+        trained = train(prepared, self.domain, schedule, lr, seed, self.device)
         after = self._scores(prepared.model)
         churn = [report.churn for report in trained.refreshes]
         row = {
@@ -147,8 +150,10 @@ class Runner:
             "lr": f"{lr:.2e}",
             "lr_of": method.lr_of or "",
             "seed": seed,
-            "steps": self.schedule.steps,
-            "batch": self.schedule.batch,
+            "steps": schedule.steps,
+            "batch": schedule.batch,
+            "warm_up": schedule.warm_up,
+            "beta2": schedule.beta2,
             "trained": trained.parameters,
             "peak_mib": round(trained.peak_bytes / 2**20, 3),
             "step_ms": round(trained.step_ms, 2),
@@ -158,6 +163,7 @@ class Runner:
             "refreshes": len(churn),
             "churn": round(sum(churn) / len(churn), 5) if churn else "",
             "settled_bytes": trained.refreshes[-1].settled_nbytes if churn else "",
+            **change(prepared.model, whole),
             **self._merges(method, prepared),
         }
         row["seconds"] = round(time.perf_counter() - started, 1)

@@ -89,6 +89,8 @@ def _results(finals: dict[str, list[Row]]) -> str:
         ("target loss", lambda of: _spread(of, "end_test_loss")),
         ("source exact", lambda of: _spread(of, "end_kept_exact")),
         ("source loss", lambda of: _spread(of, "end_kept_loss", 2)),
+        ("change", lambda of: f"{statistics.mean(float(r['change']) for r in of):.2f}"),
+        ("its rank", lambda of: f"{statistics.mean(float(r['rank']) for r in of):.1f}"),
         ("lr", lambda of: f"{float(of[0]['lr']):.2g}" + (" (taken)" if of[0]["lr_of"] else "")),
         ("seeds", len),
         ("trained", lambda of: f"{int(of[0]['trained']):,}"),
@@ -246,7 +248,7 @@ def draw(name: str, domain: str, rows: list[Row], out: Path) -> str:
 
     groups = {
         "headline": ["headline"],
-        "variants": ["format", "refresh", "budget", "rank", "start"],
+        "variants": ["format", "refresh", "budget", "rank", "start", "schedule"],
     }
     links = []
     for title, members in groups.items():
