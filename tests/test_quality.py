@@ -100,6 +100,8 @@ def test_the_whole_table_is_made_once_and_shown(
         assert float(row["end_test_loss"]) > 0
         assert int(row["trained"]) > 0
         assert float(row["peak_mib"]) > 0
+        assert 0 < float(row["change"]) < float("inf")
+        assert float(row["rank"]) >= 1
     run(domain, preset, list(methods(preset)), base, results, Work())
     assert len(results.rows()) == len(rows)
     readme = tmp_path / "README.md"

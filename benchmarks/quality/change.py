@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.quality.methods import TARGETS
 from leanlift.layer import LiftLinear
 from leanlift.quantized import frozen_weight
 
@@ -18,7 +19,9 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: module.weight.detach().clone()
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module.weight.requires_grad and name != "lm_head"
+        if type(module) is nn.Linear
+        and module.weight.requires_grad
+        and name.rpartition(".")[2] in TARGETS  # not the head, nor an adapter's own matrices
     }
 
 
