@@ -70,7 +70,7 @@ CPU = Preset(
 CPU_TEXT = replace(
     CPU,
     size=Size(),
-    schedule=Schedule(steps=200, batch=16),
+    schedule=Schedule(steps=200, batch=8),
     r=4,
     approx_rank=4,
     lrs=half_decades(-6, -5, -4, -3),
