@@ -69,7 +69,7 @@ CPU = Preset(
 )
 CPU_TEXT = replace(
     CPU,
-    size=Size(),
+    size=Size(steps=500),
     schedule=Schedule(steps=200, batch=8),
     r=4,
     approx_rank=4,
