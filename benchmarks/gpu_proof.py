@@ -98,6 +98,10 @@ def steps(scale: Scale, setting: str, trainee: Trainee) -> Rows:
                 },
             ]
     peak = max(trainee.peaks, default=None)
+    if scale.device.type == "cuda" and setting != "least":  # whose token ids go to the CPU
+        waits = trainee.waits()
+        bar = {"bar": "nothing", "holds": waits == "nothing"}
+        rows.append({"what": f"{setting}, the host waits for", "value": waits, **bar})
     return rows + [
         {"what": f"{setting}, {what}", **row} for what, row in _planned(scale, setting, peak)
     ]

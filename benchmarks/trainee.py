@@ -55,7 +55,7 @@ class Trainee:
     """A model that can step; its peak is counted without whatever else is on the device."""
 
     def __init__(self, scale: Scale, build: Callable[[], tuple[Any, Any, Any, Any]]) -> None:
-        self.scale = scale
+        self.scale, self.ids = scale, scale.ids
         before = allocated(scale)
         self.model, self.loss, self.optimizer, self.around = build()
         self.seconds: list[float] = []
@@ -75,9 +75,21 @@ class Trainee:
         if cuda:
             self.peaks.append(self.static + torch.cuda.max_memory_allocated() - start)
 
+    def waits(self) -> str:
+        """What makes the host wait for the device in a step: "nothing", or what torch says."""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._step()
+        except RuntimeError as error:
+            self.optimizer.zero_grad()
+            return str(error)[:80]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return "nothing"
+
     def _step(self) -> None:
         with self.around():
-            loss = self.loss(self.model, self.scale.ids)
+            loss = self.loss(self.model, self.ids)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -137,7 +149,8 @@ def lifted(
 
 def _updating(optimizer: Any) -> Callable[[torch.Tensor], None]:
     def update(values: torch.Tensor) -> None:
-        optimizer.step_parameter(values)
+        assert values.grad is not None
+        optimizer.step_parameter(values, torch.isfinite(values.grad).all())
         values.grad = None
 
     return update

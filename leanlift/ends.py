@@ -81,7 +81,9 @@ def head_loss(
         divisor: tokens that the loss is divided by: of the whole accumulated batch, in training.
         tile_bytes: about how large a tile of logits, and one of the weight, may be.
     """
-    divisor = torch.as_tensor(divisor, device=hidden.device)
+    if not isinstance(divisor, Tensor):  # made on the device: a copy there would be waited for
+        divisor = torch.full((), divisor, device=hidden.device)
+    divisor = divisor.to(hidden.device)
     loss, entropy, correct = _HeadLoss.apply(hidden, labels, head, divisor, tile_bytes)
     return HeadLoss(loss, entropy, correct)
 

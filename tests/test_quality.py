@@ -236,7 +236,7 @@ def test_the_papers_runs_on_a_tiny_model(
     }
     paths = Paths(str(base), tmp_path / "gsm8k.json", tmp_path, tmp_path / "out", settings)
     suite = replace(SUITES["math"], rank=2, approx_rank=2, interval=1, max_new_tokens=2)
-    paper(suite, paths, ["principal-nf4", "qlora-nf4"], limit=4)
+    paper(suite, paths, ["principal-nf4", "qlora-nf4", "lora-16bit", "full-16bit"], limit=4)
     assert "| qlora-nf4 |" in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "principal-nf4.json").read_text())
     assert result["gsm8k"]["generated"] == 4

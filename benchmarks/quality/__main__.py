@@ -49,12 +49,14 @@ def main(argv: list[str] | None = None) -> None:
     own.add_argument("--tests", type=Path, help="directory of the test sets")
     own.add_argument("--output", type=Path, default=Path("runs/paper"), help="runs and results")
     own.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    own.add_argument("--lr", type=float, help="instead of the paper's learning rate")
     own.add_argument("--limit", type=int, help="rows of each test set, at most")
     args = parser.parse_args(argv)
     if args.preset == "paper":
         if not (args.model and args.data and args.tests):
             parser.error("the paper preset needs --model, --data and --tests")
-        paths = Paths(args.model, args.data, args.tests, args.output)
+        settings = {} if args.lr is None else {"learning_rate": args.lr}
+        paths = Paths(args.model, args.data, args.tests, args.output, settings)
         paper(SUITES[args.suite], paths, args.methods, args.limit)
         return
     if (args.source is None) != (args.data is None):

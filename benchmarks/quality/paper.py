@@ -4,9 +4,10 @@
         --data math_10k.json --tests tests/ --output runs/
 
 `--tests` is a directory with one JSON file per test set, named after it (`gsm8k.json`, …), rows
-with instruction, input, output, answer. Training goes through `leanlift train`'s own path, QLoRA
-through TRL's SFTTrainer, both with the paper's settings; answers are greedy. A method whose
-result is there is not run again.
+with instruction, input, output, answer. Training goes through `leanlift train`'s own path, LoRA
+and full fine-tuning through TRL's SFTTrainer, all with the paper's settings; answers are greedy. A
+method whose result is there is not run again. `--lr` is for methods that the paper's rate for LIFT
+does not suit, such as full fine-tuning.
 """
 
 from __future__ import annotations
@@ -67,13 +68,16 @@ SUITES = {
 
 METHODS: dict[str, dict[str, Any]] = {
     "principal-nf4": {},
-    "qlora-nf4": {"lora": True},
+    "qlora-nf4": {"peer": "lora"},
     "principal-16bit": {"load_in_4bit": False},
     "principal-int8": {"load_in_4bit": False, "load_in_8bit": True},
     "magnitude-nf4": {"selector": "magnitude"},
     "random-nf4": {"selector": "random"},
+    "lora-16bit": {"peer": "lora", "load_in_4bit": False},
+    "full-16bit": {"peer": "full", "load_in_4bit": False},
 }
-"""What differs from principal on NF4; `lora`: PEFT's LoRA of equal parameters instead."""
+"""What differs from principal on NF4. `peer`: instead of leanlift, "lora": PEFT's LoRA of equal
+parameters; "full": every weight, in the base's dtype, which for a 7B takes a GPU of 80 GB."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def _one(
     name: str, suite: Suite, paths: Paths, tests: dict[str, Path], limit: int | None
 ) -> dict[str, Any]:
     changes = dict(METHODS[name])
-    lora = changes.pop("lora", False)
+    peer = changes.pop("peer", None)
     args = RunArguments(
         model_name_or_path=paths.model,
         dataset_name=str(paths.data),
@@ -157,7 +161,7 @@ def _one(
             **paths.settings,
         }
     )
-    model, tokenizer = _lora(args, sft) if lora else _lift(args, sft)
+    model, tokenizer = _lift(args, sft) if peer is None else _peer(peer, args, sft)
     scores = {}
     for test, path in tests.items():
         rows = load_rows(str(path))
@@ -173,26 +177,27 @@ def _lift(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any]:
     return result.model, result.tokenizer
 
 
-def _lora(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any]:
-    """QLoRA of the same number of parameters, on the same examples."""
+def _peer(kind: str, args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any]:
+    """LoRA of the same number of parameters, or full fine-tuning, on the same examples."""
     assert args.rank_budget is not None
     cuda = torch.cuda.is_available()
     model, tokenizer = load_base(args, torch.device("cuda", 0) if cuda else torch.device("cpu"))
     rows = load_rows(args.dataset_name)
     chat = getattr(tokenizer, "chat_template", None) is not None
     examples: Dataset = to_examples(rows, chat)
+    lora = LoraConfig(
+        r=args.rank_budget,
+        lora_alpha=2 * args.rank_budget,
+        lora_dropout=0.0,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+    )
     trainer = SFTTrainer(
         model=model,
         args=sft,
         train_dataset=examples,
         processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=args.rank_budget,
-            lora_alpha=2 * args.rank_budget,
-            lora_dropout=0.0,
-            target_modules=TARGETS,
-            task_type="CAUSAL_LM",
-        ),
+        peft_config=lora if kind == "lora" else None,
     )
     trainer.train()
     return trainer.model, tokenizer

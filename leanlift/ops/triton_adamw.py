@@ -129,13 +129,14 @@ def adamw_step_(
     count = value.numel()
     assert count < 2**31
     correction1, correction2 = 1 - betas[0] ** step, math.sqrt(1 - betas[1] ** step)
-    adamw_kernel[(triton.cdiv(count, ROWS * BLOCK.value),)](
-        value, grad, moments.first, moments.second, moments.first_absmax, moments.second_absmax,
-        moments.first_table, moments.second_table,
-        None if apply is None else apply.view(torch.uint8),
-        count, seed or 0, 1 - betas[0], betas[1], eps * correction2,
-        1 - lr * weight_decay, lr * correction2 / correction1, correction1 / correction2,
-        EIGHT=moments.first_absmax is not None, CLAMP=step > 1,
-        STOCHASTIC=seed is not None and value.dtype == torch.bfloat16, ASKS=apply is not None,
-        ROWS=ROWS,
-    )  # fmt: skip
+    with torch.cuda.device_of(value):  # Triton launches on the current one
+        adamw_kernel[(triton.cdiv(count, ROWS * BLOCK.value),)](
+            value, grad, moments.first, moments.second, moments.first_absmax, moments.second_absmax,
+            moments.first_table, moments.second_table,
+            None if apply is None else apply.view(torch.uint8),
+            count, seed or 0, 1 - betas[0], betas[1], eps * correction2,
+            1 - lr * weight_decay, lr * correction2 / correction1, correction1 / correction2,
+            EIGHT=moments.first_absmax is not None, CLAMP=step > 1,
+            STOCHASTIC=seed is not None and value.dtype == torch.bfloat16, ASKS=apply is not None,
+            ROWS=ROWS,
+        )  # fmt: skip

@@ -214,20 +214,22 @@ class TritonOps:
         stores = [store for store in offsets if store.part.columns.numel()]
         held = [_store_arguments(store) for store in stores] + [(None,) * 4 + (1.0,)] * 2
         segments = stores[0].part.counts.shape[1] if stores else 1
-        effective_rows_kernel[(rows,)](
-            out, first, n, *form.tensors, *held[0], *held[1], segments,
-            **form.constants, STORES=len(stores), **_segments(stores[0].part if stores else None),
-            num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        constants = {**form.constants, **_segments(stores[0].part if stores else None)}
+        with torch.cuda.device_of(out):  # Triton launches on the current one
+            effective_rows_kernel[(rows,)](
+                out, first, n, *form.tensors, *held[0], *held[1], segments,
+                **constants, STORES=len(stores), num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
 
     def gather(self, dense: Tensor, part: IndexPart, out: Tensor) -> None:
         rows, n = dense.shape
         assert dense.is_contiguous()
         assert out.is_contiguous()
-        gather_kernel[(rows,)](
-            dense, out, n, part.columns, part.counts, _totals(part), part.counts.shape[1],
-            **_segments(part), num_warps=WARPS,
-        )  # fmt: skip
+        with torch.cuda.device_of(out):
+            gather_kernel[(rows,)](
+                dense, out, n, part.columns, part.counts, _totals(part), part.counts.shape[1],
+                **_segments(part), num_warps=WARPS,
+            )  # fmt: skip
 
     def sampled_product(
         self, left: Tensor, right: Tensor, part: IndexPart, out: Tensor, take: Take
