@@ -36,6 +36,9 @@ TILE_BYTES = 16 * 2**20
 """Of fp32 rows that are read, patched or formed at once: the decoded positions of a tile, and the
 like, are a few times its entries."""
 
+SAMPLED_TILE_BYTES = 64 * 2**20
+"""Of fp32 rows whose selected entries are formed at once on a CPU."""
+
 LARGE_DEVICE = 32 * 2**30
 """Bytes of memory from which a GPU is one with many fast cores."""
 
@@ -370,7 +373,7 @@ def _gradient_rows(n: int, x: Tensor) -> int:
     for the gather.
     """
     if x.device.type != "cuda":
-        return tile_rows(n, 4)
+        return tile_rows(n, 4, SAMPLED_TILE_BYTES)
     large = torch.cuda.get_device_properties(x.device).total_memory >= LARGE_DEVICE
     return 4096 if large else 1024
 
