@@ -15,6 +15,7 @@ pytest.importorskip("peft")
 
 from benchmarks.quality.__main__ import run
 from benchmarks.quality.base import load, pretrained
+from benchmarks.quality.change import change
 from benchmarks.quality.domain import IGNORED, Rows
 from benchmarks.quality.loop import held_bytes
 from benchmarks.quality.methods import Method, lift, lora
@@ -23,7 +24,7 @@ from benchmarks.quality.presets import TINY, methods
 from benchmarks.quality.residual import onto_original
 from benchmarks.quality.run import Results, Runner, best_lr, final_rows
 from benchmarks.quality.score import score
-from benchmarks.quality.shared import Work
+from benchmarks.quality.shared import Work, run_jobs
 from benchmarks.quality.skills import SOURCE, TARGET, make_rows, skills, split_of
 from benchmarks.quality.table import _kept_at, update_readme
 from benchmarks.quality.text import text
@@ -140,6 +141,37 @@ def test_a_sweep_goes_on_where_the_best_is_at_an_end(
         ("3.16e-05", "0"),
         ("1.00e-04", "1"),
     ]
+
+
+def test_a_piece_of_work_is_done_by_one_process(tmp_path: Path) -> None:
+    one, other = Work(tmp_path), Work(tmp_path)
+    assert one.claim("QLoRA, 1/2")
+    assert not other.claim("QLoRA, 1/2")
+    one.finish("QLoRA, 1/2")
+    other.wait(["QLoRA, 1/2"])
+    assert all(Work().claim("alone") for _ in range(2))
+    with pytest.raises(SystemExit, match="1"):
+        run_jobs(2, "no_such_module_of_anybody", [])
+
+
+def test_how_large_a_change_is(domain, base: Path) -> None:
+    model = lift("nf4", 2, approx_rank=2)(base, domain, 0, CPU).model
+    layers = lift_layers(model)
+    for layer in layers.values():
+        flat = torch.arange(layer.index.count) * 5  # somewhere, in several rows
+        layer.change_mask(flat)
+        layer.values.data.copy_(torch.randn(layer.index.count))
+    got = change(model, {})
+    sizes, ranks = [], []
+    for layer in layers.values():
+        m, n = layer.out_features, layer.in_features
+        delta = torch.zeros(m * n).index_add(0, layer.index.to_flat(), layer.values.detach())
+        weight = layer.weight_tiles.rows(0, m).double()
+        values = torch.linalg.svdvals(delta.view(m, n).double())
+        sizes.append(float(values[0] / torch.linalg.svdvals(weight)[0]))
+        ranks.append(float((values**2).sum() / values[0] ** 2))
+    assert got["change"] == pytest.approx(sum(sizes) / len(sizes), rel=1e-3)
+    assert got["rank"] == pytest.approx(sum(ranks) / len(ranks), rel=1e-2)
 
 
 def test_what_is_kept_is_compared_where_as_much_is_learned() -> None:
