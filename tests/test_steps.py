@@ -444,6 +444,18 @@ def test_what_needs_whole_logits_is_refused_with_quantized_ends(base: Path, tmp_
         trainer.train()
 
 
+def test_a_second_gpu_is_left_alone(base: Path, tmp_path: Path) -> None:
+    args = settings(tmp_path, max_steps=1)
+    args._n_gpu = 2  # as where Trainer finds two
+    trainer = LiftTrainer(
+        model=get_lift_model(load(base), LIFT, progress=False),
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=make_tokenizer(),
+    )
+    assert trainer.args.n_gpu == 1
+
+
 def test_offloading_without_a_gpu_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="activation_offloading moves activations from a GPU"):
         trainer_for(base, tmp_path, activation_offloading=True)

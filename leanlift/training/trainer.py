@@ -102,6 +102,9 @@ class LiftTrainer(SFTTrainer):
                 "activation_offloading moves activations from a GPU to the CPU, and this run is on "
                 "the CPU: leave it out."
             )
+        if args.n_gpu > 1:  # Trainer would replicate the model, and our layers share their scratch
+            logger.warning("Training on one GPU, %s, of %d.", args.device, args.n_gpu)
+            args._n_gpu = 1
         self.length_reports: dict[str, LengthReport] = {}
         self.refreshes: list[RefreshReport] = []
         self.guard = StepGuard(
