@@ -182,6 +182,8 @@ def test_what_is_kept_is_compared_where_as_much_is_learned() -> None:
     ]
     assert _kept_at(rows, 0.5) == pytest.approx(0.6)
     assert _kept_at(rows, 0.9) is None
+    rows = [{"lr": lr, "end_test_loss": lr * -100 + 2, "end_kept_loss": lr} for lr in (1e-3, 1e-2)]
+    assert _kept_at(rows, 1.45, "loss") == pytest.approx(5.5e-3)
 
 
 def test_the_reported_rate_is_the_best_in_the_mean_over_seeds() -> None:

@@ -39,8 +39,7 @@ def tables(rows: list[Row]) -> list[str]:
         by_method.setdefault(row["method"], []).append(row)
     finals = {name: final_rows(of) for name, of in by_method.items()}
     out = [_facts(rows), _results(finals), _skills(finals), _sweeps(by_method)]
-    if _kind(rows) == "exact":
-        out.append(_frontier(by_method))
+    out.append(_frontier(by_method, _kind(rows)))
     refreshed = {n: of for n, of in finals.items() if int(of[0]["refreshes"])}
     if refreshed:
         out.append(_refreshes(refreshed))
@@ -146,34 +145,50 @@ def _sweeps(by_method: dict[str, list[Row]]) -> str:
 
 
 LEVELS = (0.4, 0.6, 0.8)
+ABOVE_THE_WORST = (1.2, 1.1, 1.0)
 
 
-def _frontier(by_method: dict[str, list[Row]]) -> str:
-    """Kept source where target accuracy is the same: per seed, interpolated along the learning
-    rates between the first two neighbours of which one is below the level and one is not."""
-    lines = []
+def _frontier(by_method: dict[str, list[Row]], kind: str) -> str:
+    """Kept source where the target is the same: per seed, interpolated along the learning rates
+    between the first two neighbours of which one is short of the level and one is not."""
+    lines, levels = [], LEVELS if kind == "exact" else _loss_levels(by_method)
     for name, of in by_method.items():
         seeds: dict[str, list[Row]] = {}
         for row in of:
             seeds.setdefault(row["seed"], []).append(row)
         cells = []
-        for level in LEVELS:
-            kept = [k for rows in seeds.values() if (k := _kept_at(rows, level)) is not None]
+        for level in levels:
+            kept = [k for rows in seeds.values() if (k := _kept_at(rows, level, kind)) is not None]
             spread = f" ± {statistics.stdev(kept):.3f}" if len(kept) > 1 else ""
             cells.append(f"{statistics.mean(kept):.3f}{spread} ({len(kept)})" if kept else "")
         if any(cells):
             lines.append([name, *cells])
     return _markdown(
-        "Source exact where target exact is the level, interpolated between learning rates "
+        f"Source {kind} where target {kind} is the level, interpolated between learning rates "
         "(seeds that have runs on both sides of it):",
-        ["method", *map(str, LEVELS)],
+        ["method", *map(str, levels)],
         lines,
     )
 
 
-def _kept_at(rows: list[Row], level: float) -> float | None:
-    points = sorted((float(r["lr"]), float(r["end_test_exact"]), float(r["end_kept_exact"]))
-                    for r in rows)  # fmt: skip
+def _loss_levels(by_method: dict[str, list[Row]]) -> tuple[float, ...]:
+    """Target losses that every swept method comes down to, or nearly so."""
+    best = (
+        statistics.mean(float(row["end_test_loss"]) for row in final_rows(of))
+        for of in by_method.values()
+        if not of[0]["lr_of"]
+    )
+    worst = max(best)
+    return tuple(round(worst * factor, 2) for factor in ABOVE_THE_WORST)
+
+
+def _kept_at(rows: list[Row], level: float, kind: str = "exact") -> float | None:
+    sign = 1 if kind == "exact" else -1  # a loss falls
+    points = sorted(
+        (float(r["lr"]), sign * float(r[f"end_test_{kind}"]), float(r[f"end_kept_{kind}"]))
+        for r in rows
+    )
+    level *= sign
     for (_, low, kept), (_, high, less) in itertools.pairwise(points):
         if low < level <= high:
             return kept + (level - low) / (high - low) * (less - kept)
