@@ -10,10 +10,10 @@ never repeats a matmul whose output nobody needs:
 `carrier` is the thread between them: an expanded scalar of y's shape, without memory of its own.
 Its "gradient" is grad_y, which is how KeepInput gets to see it.
 
-Both directions need the effective weight. It is rebuilt each time, tile by tile, in a scratch
-buffer that all layers of a model share. The values' gradient is formed by row tiles of
-grad_y^T @ x, of which only the selected entries are kept, and on a CPU only they are formed: no
-dense weight gradient of more than one tile ever exists.
+Both directions need the effective weight. It is rebuilt each time, in a scratch buffer that all
+layers of a model share; on a CPU, where a 4-bit weight is dequantized into a new tensor, in that.
+The values' gradient is formed by row tiles of grad_y^T @ x, of which only the selected entries are
+kept, and on a CPU only they are formed: no dense weight gradient of more than one tile ever exists.
 
 Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
 """
@@ -50,10 +50,12 @@ class Scratch:
 
     Attributes:
         implementation: "auto", "torch" or "triton": which operations work in it; see `tile_ops`.
+        always: whether it is used even where a matrix would be new anyway; for planning.
     """
 
-    def __init__(self, implementation: str = "auto") -> None:
+    def __init__(self, implementation: str = "auto", always: bool = False) -> None:
         self.implementation = implementation
+        self.always = always
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -75,7 +77,7 @@ class Scratch:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
-        return memo.setdefault(id(self), Scratch(self.implementation))
+        return memo.setdefault(id(self), Scratch(self.implementation, self.always))
 
 
 class FrozenLinear(nn.Module):
@@ -135,13 +137,23 @@ class FrozenLinear(nn.Module):
         return _KeepInput.apply(x, anchor, self, self.observer)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """The effective weight [m, n] in the shared scratch: valid until its next use."""
-        m, n = self.weight_tiles.shape
-        ops = self.scratch.ops(self.weight_tiles.device)
-        weight = self.scratch.take(m, n, dtype, self.weight_tiles.device)
+        """The effective weight [m, n], in the shared scratch: valid until its next use.
+
+        On a CPU, a weight whose rows are new tensors is patched where it was dequantized: into a
+        scratch it could only be copied.
+        """
+        source, (m, n) = self.weight_tiles, self.weight_tiles.shape
+        ops = self.scratch.ops(source.device)
+        fresh = source.device.type == "cpu" and source.dtype == dtype and not self.scratch.always
+        if not ops.whole and fresh and getattr(source, "fresh", False):
+            weight = source.rows(0, m)
+            for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
+                for store in self.offsets(start, stop):
+                    add_offsets_(weight[start:stop], store)
+            return weight
+        weight = self.scratch.take(m, n, dtype, source.device)
         for start, stop in row_ranges(m, m if ops.whole else tile_rows(n, 4, TILE_BYTES)):
-            offsets = self.offsets(start, stop)
-            ops.effective_rows(self.weight_tiles, offsets, start, stop, weight[start:stop])
+            ops.effective_rows(source, self.offsets(start, stop), start, stop, weight[start:stop])
         return weight
 
     def offsets(self, start: int, stop: int) -> list[Offsets]:

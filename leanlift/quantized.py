@@ -13,7 +13,7 @@ the same weights as the stock one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,8 @@ class Weight4bit:
     """A `Linear4bit` weight."""
 
     module: nn.Module
+    fresh: ClassVar[bool] = True
+    """Rows are new tensors, which whoever asked for them may write to."""
 
     @property
     def shape(self) -> tuple[int, int]:

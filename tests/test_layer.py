@@ -239,23 +239,47 @@ def test_an_entry_is_rounded_once() -> None:
     assert torch.equal(lift.effective_weight(torch.bfloat16), dense.bfloat16())
 
 
-def test_the_scratch_is_the_only_dense_tensor_left_after_a_step() -> None:
+@pytest.mark.parametrize("always", [True, False], ids=["scratch", "none"])
+def test_the_scratch_is_the_only_dense_tensor_left_after_a_step(always: bool) -> None:
     def dense() -> set[int]:
         gc.collect()
         tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
         return {tensor.data_ptr() for tensor in tensors if tensor.numel() >= 160 * 192}
 
     lift = make_lift(make_linear4bit(160, 192))
+    lift.scratch.always = always
     x, before = torch.randn(4, 192, requires_grad=True), dense()
     lift(x).sum().backward()
+    if not always:
+        assert dense() == before
+        assert lift.scratch.nbytes == 0
+        return
     scratch = lift.scratch.take(160, 192, torch.float32, torch.device("cpu"))
     assert dense() - before == {scratch.data_ptr()}
     assert lift.scratch.nbytes == 4 * 160 * 192
 
 
+@pytest.mark.parametrize("density", [0.05, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
+    density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
+    lift = make_lift(make_linear4bit(320, 192), density=density)
+    trained = set(lift.index.to_flat().tolist())
+    settled = torch.tensor([flat for flat in range(0, 320 * 192, 997) if flat not in trained])
+    lift.set_settled(settled, torch.ones(settled.numel()))
+    before = [t.clone() for t in weight_tensors(lift.base)]
+    own = lift.effective_weight(dtype)
+    lift.scratch.always = True
+    assert torch.equal(own, lift.effective_weight(dtype))
+    assert all(map(torch.equal, weight_tensors(lift.base), before))
+
+
 def test_no_operation_of_a_step_makes_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192))
+    lift.scratch.always = True
     scratch = lift.scratch.take(320, 192, torch.float32, torch.device("cpu"))
     x = torch.randn(4, 192, requires_grad=True)
     with LargestTensor([scratch, *weight_tensors(lift.base)]) as operations:

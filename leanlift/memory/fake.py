@@ -74,7 +74,11 @@ def fake_tensors() -> Iterator[None]:
 
 
 def attach_fake(
-    model: Any, config: LiftConfig, fmt: WeightFormat | None, embedding_on_cpu: bool = False
+    model: Any,
+    config: LiftConfig,
+    fmt: WeightFormat | None,
+    embedding_on_cpu: bool = False,
+    scratch: Scratch | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Replace the Linears of a fake 16/32-bit model as loading and attaching would.
 
@@ -83,6 +87,7 @@ def attach_fake(
         config: what is trained.
         fmt: how Linears other than the output head are quantized; None: they are not.
         embedding_on_cpu: whether looking rows up moves them.
+        scratch: of the layers; None: one that is always used.
 
     Returns:
         The shape of every target.
@@ -90,7 +95,8 @@ def attach_fake(
     targets = find_targets(model, config.target_modules)
     head = model.get_output_embeddings()
     model.requires_grad_(False)
-    scratch, values_dtype = Scratch(), getattr(torch, config.values_dtype)
+    scratch = Scratch(always=True) if scratch is None else scratch
+    values_dtype = getattr(torch, config.values_dtype)
     shapes = {}
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear or module is head:
@@ -148,7 +154,8 @@ def step_peak(
                  key=lambda shape: shape[0] * shape[1])  # fmt: skip
     ids = torch.zeros(batch, length, dtype=torch.long)
     dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-    layers[0].scratch.take(*widest, dtype, torch.device("cpu"))
+    if layers[0].scratch.always:  # there from the step before
+        layers[0].scratch.take(*widest, dtype, torch.device("cpu"))
     handles = [
         layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
         for layer in layers

@@ -16,7 +16,7 @@ from torch import nn
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.export import merge_nbytes
-from leanlift.layer import FrozenLinear
+from leanlift.layer import FrozenLinear, Scratch
 from leanlift.memory.fake import Loss, attach_fake, fake_tensors, step_peak
 from leanlift.memory.measure import CATEGORIES
 from leanlift.model.ends import INT8
@@ -145,7 +145,8 @@ def plan_step(
     with fake_tensors():
         model = build()
         ends, loaded, other = _unquantized(model, config.quantize_ends, settings)
-        shapes = attach_fake(model, config, fmt, settings.embedding_on_cpu)
+        scratch = Scratch(always=_needs_scratch(fmt, settings))
+        shapes = attach_fake(model, config, fmt, settings.embedding_on_cpu, scratch)
         linears = _linear_shapes(model)
         if settings.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -170,7 +171,7 @@ def plan_step(
         "values": value * entries,
         "settled entries": _settled(config, shapes, counts, value),
         "optimizer state": optimizer_nbytes(settings.optim, list(counts.values()), value),
-        "scratch": item * max(m * n for m, n in linears),
+        "scratch": item * max(m * n for m, n in linears) if scratch.always else 0,
     }
     gradients = 0 if settings.in_backward else value * entries
     static = sum(held.values())
@@ -276,6 +277,12 @@ def _unquantized(model: Any, quantize_ends: bool, settings: StepSettings) -> tup
 
 def _linear_shapes(model: Any) -> list[tuple[int, int]]:
     return [m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)]
+
+
+def _needs_scratch(fmt: WeightFormat | None, settings: StepSettings) -> bool:
+    """Whether weights are patched in the scratch; see `FrozenLinear.effective_weight`."""
+    fresh = fmt is not None and fmt.kind in ("nf4", "fp4") and fmt.dtype == settings.dtype
+    return settings.cuda or not fresh
 
 
 def _settled(
