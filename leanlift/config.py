@@ -32,38 +32,47 @@ VALUES_DTYPES = ("float32", "bfloat16")
 class LiftConfig:
     """How many entries of which matrices are trained, and how they are chosen.
 
+    Where a default comes from stands with it; "measured" means `benchmarks/quality`, a miniature.
+
     Attributes:
         density: share of each target matrix that is trained: k = ⌊density · m · n⌋. 0.05 is about
-            the budget of the paper's 7B runs (r = 128 is 4.75 % of Llama-2-7B).
+            the budget of the paper's 7B runs (r = 128 is 4.75 % of Llama-2-7B). Measured, half of
+            it learns less and twice as much no more.
         rank_budget: r; if given, k = r · (m + n), the parameter count of a rank-r LoRA, and
             `density` is not used.
         approx_rank: R, the rank of the approximation whose largest entries are the principal
-            weights. The paper's 7B runs take 64.
+            weights. The paper's 7B runs take 64, half of r; measured, r is ahead of 1 and of 8 r.
         refresh_interval: optimizer steps between two selections from the current weights; 0:
-            the mask is chosen once. The paper takes 10 to 2000, mostly 400.
+            the mask is chosen once. The paper takes 10 to 2000, mostly 400. Measured, refreshes
+            change what is learned by less than the seeds do and keep a little more of the source;
+            the default is 0 because settled entries take memory.
         refresh_margin: hysteresis; at a refresh the scores of active entries count 1 + margin
             times, so that an entry leaves only where a newcomer beats it by the margin. 0: the
-            method as published.
+            method as published; not measured.
         settled_limit: entries that may be settled (let go by refreshes, their offsets kept), as a
             share of the trained ones, in each matrix; None: no bound. At the bound a refresh
             admits fewer newcomers. 0.5 is our choice: the store then costs at most about a fifth
             of what the trained entries and their fp32 optimizer state do.
         selector: "principal" (the method), "magnitude", "random", or "gradient" (largest
             accumulated gradient over a calibration set). The paper's ablation on Llama-2-7B has
-            principal ahead of magnitude ahead of gradient.
+            principal ahead of magnitude ahead of gradient. Measured, principal, magnitude and
+            random learn as much, the latter two at about three times the learning rate.
         block: b; above 1, b x b blocks of the principal scores are taken whole (the paper's
-            structured variant takes 4); k is rounded down to a multiple of b².
+            structured variant takes 4); k is rounded down to a multiple of b². 1, as in the
+            paper's main runs.
         target_modules: "all-linear" (every Linear inside the blocks; never embeddings, lm_head
-            or norms), "attention" or "mlp" (those of them), or endings of module names such as
-            ["q_proj", "v_proj"].
+            or norms; the paper's), "attention" or "mlp" (those of them), or endings of module
+            names such as ["q_proj", "v_proj"].
         density_pattern: densities of their own for some targets, as PEFT's `rank_pattern` has
             ranks: a regular expression for the end of a module's name -> density, e.g.
             {"down_proj": 0.1, r"layers\\.0\\..*": 0.02}. The first match counts, and takes
             precedence over density and rank_budget.
         values_dtype: of the trained offsets and their gradients: "float32", or "bfloat16" for two
             bytes less each; that needs an optimizer that rounds stochastically (`SparseAdamW`).
+            fp32 by default because any optimizer can train it.
         quantize_ends: whether the frozen embedding and output head are held in INT8, one scale
-            per row. They are not trained; an export onto the original has them in 16 bits.
+            per row. They are not trained; an export onto the original has them in 16 bits. Off by
+            default: the model is then the one that stock transformers loads.
         selection_seed: start of the principal selection's iteration, and the random mask.
         selection_tile_mib: how much of a matrix the selection reads at once, in MiB. Changes
             memory, never the mask.
