@@ -38,14 +38,16 @@ def tables(rows: list[Row]) -> list[str]:
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
     finals = {name: final_rows(of) for name, of in by_method.items()}
-    out = [_facts(rows), _results(finals), _skills(finals), _sweeps(by_method)]
-    out.append(_frontier(by_method, _kind(rows)))
+    kind = _kind(rows)
+    out = [_facts(rows), _results(finals, kind), _sweeps(by_method), _frontier(by_method, kind)]
+    if kind == "exact":
+        out.insert(2, _skills(finals))
     refreshed = {n: of for n, of in finals.items() if int(of[0]["refreshes"])}
     if refreshed:
         out.append(_refreshes(refreshed))
     merged = {n: of for n, of in finals.items() if of[0]["original_test_exact"] != ""}
     if merged:
-        out.append(_merges(merged))
+        out.append(_merges(merged, kind))
     starts = {n: of for n, of in finals.items() if n.startswith("start") or of in merged.values()}
     if any(name.startswith("start") for name in starts):
         out.append(_starts(starts))
@@ -81,8 +83,7 @@ def _facts(rows: list[Row]) -> str:
     )
 
 
-def _results(finals: dict[str, list[Row]]) -> str:
-    answers = any(row["answers"] != "" for of in finals.values() for row in of)
+def _results(finals: dict[str, list[Row]], kind: str) -> str:
     columns: list[tuple[str, Callable[[list[Row]], object]]] = [
         ("target exact", lambda of: _spread(of, "end_test_exact")),
         ("target loss", lambda of: _spread(of, "end_test_loss")),
@@ -96,8 +97,13 @@ def _results(finals: dict[str, list[Row]]) -> str:
         ("peak MiB", lambda of: f"{float(of[0]['peak_mib']):.1f}"),
         ("ms a step", lambda of: f"{statistics.mean(float(r['step_ms']) for r in of):.0f}"),
     ]
-    if answers:
-        columns.insert(1, ("right answers", lambda of: _spread(of, "answers")))
+    if kind == "loss":
+        columns = [column for column in columns if not column[0].endswith("exact")]
+        columns[1:2] = [
+            ("source loss before", lambda of: _spread(of, "start_kept_loss", 3)),
+            ("source loss", lambda of: _spread(of, "end_kept_loss", 3)),
+            ("right answers", lambda of: _spread(of, "answers")),
+        ]
     return _markdown(
         "At the best learning rate, test split, mean ± standard deviation over seeds:",
         ["method", *(title for title, _ in columns)],
@@ -145,7 +151,7 @@ def _sweeps(by_method: dict[str, list[Row]]) -> str:
 
 
 LEVELS = (0.4, 0.6, 0.8)
-ABOVE_THE_WORST = (1.2, 1.1, 1.0)
+ABOVE_THE_WORST = (1.02, 1.01, 1.0)
 
 
 def _frontier(by_method: dict[str, list[Row]], kind: str) -> str:
@@ -179,7 +185,7 @@ def _loss_levels(by_method: dict[str, list[Row]]) -> tuple[float, ...]:
         if not of[0]["lr_of"]
     )
     worst = max(best)
-    return tuple(round(worst * factor, 2) for factor in ABOVE_THE_WORST)
+    return tuple(round(worst * factor, 3) for factor in ABOVE_THE_WORST)
 
 
 def _kept_at(rows: list[Row], level: float, kind: str = "exact") -> float | None:
@@ -213,16 +219,19 @@ def _refreshes(finals: dict[str, list[Row]]) -> str:
     )
 
 
-def _merges(finals: dict[str, list[Row]]) -> str:
+def _merges(finals: dict[str, list[Row]], kind: str) -> str:
     lines = []
     for name, of in finals.items():
         cells = [name]
         for prefix in ("end", "original", "quantized"):
-            pair = (_spread(of, f"{prefix}_test_exact"), _spread(of, f"{prefix}_kept_exact"))
-            cells.append(" / ".join(pair) if all(pair) else "as live")
+            found = [_spread(of, f"{prefix}_test_{kind}")]
+            if kind == "exact":
+                found.append(_spread(of, f"{prefix}_kept_exact"))
+            cells.append(" / ".join(found) if all(found) else "as live")
         lines.append(cells)
+    what = "target exact / source exact" if kind == "exact" else "target loss"
     return _markdown(
-        "Merged, target exact / source exact:",
+        f"Merged, {what}:",
         ["method", "live", 'onto="original"', 'onto="quantized"'],
         lines,
     )
