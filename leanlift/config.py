@@ -55,8 +55,9 @@ class LiftConfig:
             of what the trained entries and their fp32 optimizer state do.
         selector: "principal" (the method), "magnitude", "random", or "gradient" (largest
             accumulated gradient over a calibration set). The paper's ablation on Llama-2-7B has
-            principal ahead of magnitude ahead of gradient. Measured, principal, magnitude and
-            random learn as much, the latter two at about three times the learning rate.
+            principal ahead of magnitude ahead of gradient, which is why it is the default.
+            Measured, principal, magnitude and random learn as much, the latter two at up to three
+            times the learning rate.
         block: b; above 1, b x b blocks of the principal scores are taken whole (the paper's
             structured variant takes 4); k is rounded down to a multiple of b². 1, as in the
             paper's main runs.
