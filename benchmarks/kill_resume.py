@@ -44,8 +44,8 @@ COMPARED = (
     "adapter_model.safetensors",
     "optimizer.safetensors",
     "optimizer.json",
-    "scheduler.pt",
-    "rng_state.pth",
+    "scheduler.json",
+    "rng_state.json",
 )
 
 

@@ -278,3 +278,35 @@ class LiftSFTConfig(SFTConfig):
                 f"cannot go with {' and '.join(found)}: set optim=sparse_adamw or "
                 "sparse_adamw_8bit, gradient_accumulation_steps=1, max_grad_norm=0 and no fp16."
             )
+
+
+def check_loop(args: SFTConfig, values_dtype: str) -> None:
+    """Refuse settings of the loop that would be ignored, or fail in the middle of a run.
+
+    Args:
+        args: of the loop.
+        values_dtype: of the trained offsets.
+
+    Raises:
+        UserError: some of them.
+    """
+    if args.push_to_hub:
+        raise UserError(
+            "push_to_hub would upload checkpoints and run.json while training goes on: train "
+            "without it, then publish the adapter with leanlift push."
+        )
+    if args.torch_compile:
+        raise UserError(
+            "torch_compile has no effect here, since the trained layers and the loss are not "
+            "compiled: leave it out."
+        )
+    if args.fp16 and values_dtype == "bfloat16":
+        raise UserError(
+            "fp16 scales its loss, which needs float32 gradients, and bfloat16 values have "
+            "bfloat16 ones: use bf16=True, or values_dtype=float32."
+        )
+    if args.auto_find_batch_size and getattr(args, "optim_in_backward", False):
+        raise UserError(
+            "optim_in_backward changes offsets before a step is whole, so auto_find_batch_size "
+            "cannot begin anew: set per_device_train_batch_size, or let --fit choose."
+        )

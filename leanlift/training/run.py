@@ -35,13 +35,23 @@ from leanlift.model import (
 )
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
-from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.callbacks import last_whole_checkpoint
+from leanlift.training.arguments import LiftSFTConfig, RunArguments, check_loop
+from leanlift.training.checkpointing import (
+    Checkpoint,
+    check_checkpoint,
+    checkpoint_to_resume,
+    checkpoints,
+    is_left_behind,
+    keeping_what_was_good,
+    last_checkpoint,
+)
 from leanlift.training.data import calibration_batches, check_rows, load_rows
 from leanlift.training.fit import changes, fit
 from leanlift.training.load import load_base
+from leanlift.training.lock import LOCK_NAME, OutputLock
 from leanlift.training.memory import MemoryCallback
-from leanlift.training.trainer import STAGING, LiftTrainer
+from leanlift.training.settings import check_settings, run_settings, settings_of
+from leanlift.training.trainer import LiftTrainer
 
 logger = logging.getLogger("leanlift")
 
@@ -110,8 +120,10 @@ def _run(
 ) -> RunResult:
     """`run`, noting in `reached` which phase it has come to."""
     output = Path(sft.output_dir or "leanlift-output")
-    resume = _checkpoint_to_resume(sft, output)
+    found = _checkpoint_to_resume(sft, output)
+    resume = None if found is None else str(found.path)
     config = args.lift_config()
+    check_loop(sft, config.values_dtype)
     if args.merged_dir and Path(args.merged_dir).exists():
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
     if args.merge_onto not in ONTO:
@@ -122,7 +134,35 @@ def _run(
     if args.eval_dataset_name:
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split)
         check_rows(eval_rows, "eval")
+    told = run_settings(args, rows)
+    if found is not None and found.settings is not None:
+        check_settings(found.settings, settings_of(sft, config, told), str(found.path))
+    with OutputLock(output):
+        return _train(args, sft, before_training, plan, reached, rows, eval_rows, told, resume)
 
+
+def _train(
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    before_training: Callable[[Any, Any], None] | None,
+    plan: MemoryPlan | None,
+    reached: list[str],
+    rows: Any,
+    eval_rows: Any,
+    told: dict[str, Any],
+    resume: str | None,
+) -> RunResult:
+    """The slow part of a run, after everything about its input has been looked at.
+
+    Args:
+        args, sft, before_training, plan: as `run` has them.
+        reached: which phase the run has come to is added to it.
+        rows, eval_rows: as they were read.
+        told: what the run was told, for its checkpoints.
+        resume: the checkpoint to go on from, checked.
+    """
+    output = Path(sft.output_dir or "leanlift-output")
+    config = args.lift_config()
     device = (
         torch.device("cuda", 0)
         if torch.cuda.is_available() and not sft.use_cpu
@@ -166,6 +206,7 @@ def _run(
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             callbacks=[memory],
+            run_settings=told,
         )
     except UserError:
         raise
@@ -179,10 +220,11 @@ def _run(
             memory.close()
     peak.tensors = peak.tensors or memory.peak
     _say_refreshes(trainer.refreshes, meter)
-    trainer.save_model()
-    trainer.save_state()
-    save_report(meter.report, output)
-    write_json(output / RUN_NAME, _settings(args, sft))
+    with keeping_what_was_good("the adapter", output):
+        trainer.save_model()
+        trainer.save_state()
+        save_report(meter.report, output)
+        write_json(output / RUN_NAME, _settings(args, sft))
 
     merged = None
     if args.merged_dir:
@@ -219,8 +261,7 @@ def _out_of_memory(
         if plan is not None
         else "there was no plan"
     )
-    last = last_whole_checkpoint(sft.output_dir or "leanlift-output")
-    kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    kept = last_checkpoint(sft.output_dir or "leanlift-output")
     return (
         f"out of memory in phase {phase}: {first_line(error).rstrip('.')}; {planned}. "
         f"{_what_helps(args, sft)}. {kept[0].upper()}{kept[1:]}."
@@ -250,30 +291,26 @@ def _card_nbytes(cuda: bool) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if cuda else None
 
 
-def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> str | None:
+def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> Checkpoint | None:
     """The checkpoint to go on from; a fresh run wants an empty output directory."""
     wanted = sft.resume_from_checkpoint
-    if wanted and str(wanted).lower() not in ("true", "false"):
-        return str(wanted)
     if wanted and str(wanted).lower() == "true":
-        found = last_whole_checkpoint(output)
-        if found is None:
-            raise UserError(
-                f"{output} holds no whole checkpoint to resume from: start without "
-                "resume_from_checkpoint."
-            )
-        return found
+        return checkpoint_to_resume(output, True)
+    if wanted and str(wanted).lower() != "false":
+        return check_checkpoint(Path(wanted))
     if output.exists() and (not output.is_dir() or _holds_results(output)):
-        raise UserError(
-            f"output_dir {output} is not empty: choose another one, or go on from its last "
-            "checkpoint with --resume_from_checkpoint true."
+        way_on = (
+            ", or go on from its last checkpoint with --resume_from_checkpoint true"
+            if output.is_dir() and checkpoints(output)
+            else ", or empty it"
         )
+        raise UserError(f"output_dir {output} is not empty: choose another one{way_on}.")
     return None
 
 
 def _holds_results(output: Path) -> bool:
-    """Whether there is more than what a save that was cut off has left."""
-    return any(path.name != STAGING for path in output.iterdir())
+    """Whether there is more than what a run that was cut off has left."""
+    return any(path.name != LOCK_NAME and not is_left_behind(path) for path in output.iterdir())
 
 
 def _base_bytes(model: Any) -> int:

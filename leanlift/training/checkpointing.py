@@ -1,0 +1,425 @@
+"""The checkpoints of a run: what one is made of, whether it is whole, which one to go on from.
+
+A checkpoint is assembled in `.saving/` and renamed when it is whole. Written last,
+`checkpoint.json` seals it: the settings of the run, and a digest of every file, so that what was
+damaged later is found whatever it is. The content is looked at all the same, since a file can be
+whole and wrong. Checkpoints of older versions have no seal; only their content can be looked at,
+which is said.
+
+Rotation goes by the number of the step. What shall go is renamed first, so that a kill while files
+are deleted leaves no half a checkpoint under a checkpoint's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from leanlift._version import __version__
+from leanlift.adapter import open_adapter
+from leanlift.checkpoint import (
+    digest_of,
+    open_tensor_file,
+    read_json,
+    remove_partials,
+    sync_directory,
+    sync_tree,
+    write_json,
+)
+from leanlift.errors import OutOfMemoryError, UserError, first_line
+from leanlift.memory import is_out_of_memory
+from leanlift.optim import SavedState, check_saved
+from leanlift.training.loop_state import (
+    check_numbers,
+    check_random_state,
+    check_scale,
+    check_schedule,
+    pickled_random_state,
+    unpickle,
+)
+
+logger = logging.getLogger("leanlift")
+
+TRAINER_STATE = "trainer_state.json"
+OPTIMIZER_TENSORS = "optimizer.safetensors"
+OPTIMIZER_FACTS = "optimizer.json"
+SCHEDULE = "scheduler.json"
+RANDOM = "rng_state.json"
+SCALE = "scaler.json"
+SEAL = "checkpoint.json"
+PICKLED = {OPTIMIZER_FACTS: "optimizer.pt", SCHEDULE: "scheduler.pt", RANDOM: "rng_state.pth"}
+"""Trainer's own names, for what is not plain and for older checkpoints."""
+
+STAGING = ".saving"
+REMOVED = ".removed-"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole.
+
+    Attributes:
+        path: its directory.
+        step: optimizer steps taken.
+        settings: of the run that wrote it; None where it is too old to know them.
+    """
+
+    path: Path
+    step: int
+    settings: dict[str, Any] | None
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+def put_in_place(staged: Path, settings: dict[str, Any]) -> Path:
+    """Seal a staged checkpoint and give it its place; one that stands there goes.
+
+    Args:
+        staged: `<output_dir>/.saving/checkpoint-N`, complete.
+        settings: of the run.
+
+    Returns:
+        Where it is now.
+    """
+    files = sorted(file for file in staged.rglob("*") if file.is_file() and file.name != SEAL)
+    content = {
+        "format_version": FORMAT_VERSION,
+        "leanlift_version": __version__,
+        "step": _step_of(staged),
+        "settings": settings,
+        "files": {file.relative_to(staged).as_posix(): digest_of(file) for file in files},
+    }
+    write_json(staged / SEAL, {**content, "digest": _digest(content)})
+    sync_tree(staged)
+    final = staged.parent.parent / staged.name
+    removed = _set_aside(final)
+    staged.rename(final)
+    sync_directory(final.parent)
+    if removed is not None:
+        shutil.rmtree(removed, ignore_errors=True)
+    return final
+
+
+def rotate(output_dir: Path, limit: int | None, current: Path, best: str | None) -> None:
+    """Delete what exceeds `limit` checkpoints; never `current`, the one just written, nor `best`.
+
+    Checkpoints of later steps are of a run that this one took the place of: they go first, then
+    the oldest.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = checkpoints(output_dir)
+    kept = {current.resolve()} | ({Path(best).resolve()} if best else set())
+    kept &= {path.resolve() for _, path in found}
+    now = _step_of(current)
+    order = [path for step, path in reversed(found) if step > now]
+    order += [path for step, path in found if step <= now]
+    order = [path for path in order if path.resolve() not in kept]
+    for path in order[: max(0, len(found) - max(limit, len(kept)))]:
+        try:
+            removed = _set_aside(path)
+        except OSError as error:
+            logger.warning("%s could not be deleted (%s).", path, error.strerror)
+            continue
+        if removed is not None:
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def clean(output_dir: Path) -> None:
+    """Delete what a killed run has left half-written or half-deleted."""
+    if not output_dir.is_dir():
+        return
+    for left in (output_dir / STAGING, *output_dir.glob(f"{REMOVED}*")):
+        shutil.rmtree(left, ignore_errors=True)
+    remove_partials(output_dir)
+
+
+def is_left_behind(path: Path) -> bool:
+    """Whether something in an output directory is only what `clean` would delete."""
+    return path.name == STAGING or path.name.startswith(REMOVED) or path.name.endswith(".partial")
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Take a checkpoint's name away, in one operation; None where there is nothing."""
+    if not path.exists():
+        return None
+    aside = path.with_name(REMOVED + path.name)
+    while aside.exists():  # Windows keeps what is still read
+        aside = aside.with_name(aside.name + "-")
+    path.rename(aside)
+    return aside
+
+
+@contextmanager
+def keeping_what_was_good(what: str, output_dir: str | Path) -> Iterator[None]:
+    """Say in one sentence that `what` could not be written, and what there is.
+
+    Raises:
+        OutOfMemoryError: memory ran out.
+        UserError: the disk is full, or the system refused otherwise.
+    """
+    try:
+        yield
+    except UserError as error:
+        said, kept = first_line(error).rstrip("."), last_checkpoint(output_dir)
+        raise type(error)(f"{what} is not written: {said}; {kept}.") from error
+    except Exception as error:  # each library has its own kind for a full disk
+        said, kept = first_line(error).rstrip("."), last_checkpoint(output_dir)
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"out of memory while writing {what} ({said}); {kept}."
+            ) from error
+        if not isinstance(error, (OSError, SafetensorError)) and not _is_of_the_disk(said):
+            raise
+        raise UserError(
+            f"{what} could not be written ({said}); {kept}: make room, for instance with "
+            "save_total_limit, and go on with resume_from_checkpoint."
+        ) from error
+
+
+def _is_of_the_disk(said: str) -> bool:
+    signs = ("os error", "space left", "quota", "pytorchstreamwriter", "file write failed")
+    return any(sign in said.lower() for sign in signs)
+
+
+# --- finding -------------------------------------------------------------------------------
+
+
+def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """Step and path of every `checkpoint-N`, oldest first; nothing is looked into."""
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdecimal() and path.is_dir()
+    ]
+    return sorted(found)
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """The latest `checkpoint-N` that a run can go on from, or None; passing over others is said."""
+    found, _ = _newest_whole(output_dir)
+    return None if found is None else str(found.path)
+
+
+def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool) -> Checkpoint:
+    """The checkpoint to go on from.
+
+    Args:
+        output_dir: of the run.
+        wanted: True for the latest one that is whole, or a path.
+
+    Raises:
+        UserError: there is none, or the one at the path is damaged.
+    """
+    if not isinstance(wanted, bool):
+        return check_checkpoint(Path(wanted))
+    found, problems = _newest_whole(output_dir)
+    if found is None:
+        reason = f" ({problems[0].rstrip('.')})" if problems else ""
+        raise UserError(
+            f"{output_dir} holds no whole checkpoint to resume from{reason}: start without "
+            "resume_from_checkpoint."
+        )
+    return found
+
+
+def last_checkpoint(output_dir: str | Path) -> str:
+    """What to say of the last checkpoint when a run ends early."""
+    last = last_whole_checkpoint(output_dir)
+    return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+
+
+def _newest_whole(output_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
+    problems: list[str] = []
+    for _, path in reversed(checkpoints(output_dir)):
+        try:
+            return check_checkpoint(path), problems
+        except UserError as error:
+            logger.warning("Passing over %s: %s", path, error)
+            problems.append(str(error))
+    return None, problems
+
+
+# --- validating ----------------------------------------------------------------------------
+
+
+def check_checkpoint(path: Path) -> Checkpoint:
+    """Look at every file of a checkpoint.
+
+    Raises:
+        UserError: it is no checkpoint, not whole, damaged, or holds no optimizer.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: expected the directory of a checkpoint.")
+    if not (path / TRAINER_STATE).is_file():
+        raise UserError(f"{path} is no training checkpoint: it has no {TRAINER_STATE}.")
+    settings = _check_seal(path)
+    step = _check_trainer_state(path)
+    counts = _check_adapter(path)
+    if not _has(path, OPTIMIZER_FACTS):
+        raise UserError(
+            f"{path} holds an adapter and no optimizer, as save_only_model leaves it, so no run "
+            "can go on from it: start a new run, or take another checkpoint."
+        )
+    _check_optimizer(path, counts, step)
+    _check_loop(path, step)
+    return Checkpoint(path, step, settings)
+
+
+def _check_seal(path: Path) -> dict[str, Any] | None:
+    """The settings, after comparing every digest; None where an older version wrote no seal."""
+    if not (path / SEAL).is_file():
+        if any((path / name).exists() for name in (SCHEDULE, RANDOM)):
+            raise UserError(f"{path} is not whole: it lacks {SEAL}.")
+        logger.warning(
+            "%s has no %s: an older version wrote it. Its content is checked, but damage that "
+            "keeps it plausible cannot be seen, and its settings are not known.", path, SEAL
+        )  # fmt: skip
+        return None
+    seal = read_json(path / SEAL)
+    if not isinstance(seal, dict) or seal.get("digest") != _digest(
+        {key: value for key, value in seal.items() if key != "digest"}
+    ):
+        raise UserError(f"{path / SEAL} is damaged: its digest is another.")
+    if seal.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has checkpoint format {seal.get('format_version')!r:.80}; this leanlift reads "
+            f"format {FORMAT_VERSION}: upgrade leanlift."
+        )
+    if not isinstance(seal.get("files"), dict) or not isinstance(seal.get("settings"), dict):
+        raise UserError(f"{path / SEAL} is damaged: it lacks files or settings.")
+    if _step_of(path) not in (-1, seal.get("step")):
+        raise UserError(f"{path} is the checkpoint of step {seal.get('step')!r:.80}: rename it so.")
+    for name, digest in seal["files"].items():
+        try:
+            same = digest_of(path / name) == digest
+        except OSError as error:
+            raise UserError(f"{path} is not whole: {name} {_why(error)}.") from None
+        if not same:
+            raise UserError(f"{path} is damaged: {name} is not as it was written.")
+    settings: dict[str, Any] = seal["settings"]
+    return settings
+
+
+def _check_trainer_state(path: Path) -> int:
+    """The step a checkpoint is of, after looking at what Trainer will take from its state."""
+    file = path / TRAINER_STATE
+    state = read_json(file)
+    known = {field.name for field in fields(TrainerState)}
+    if not isinstance(state, dict) or not set(state) <= known:
+        raise UserError(f"{file} is damaged, or of another version of transformers.")
+    whole = {
+        "global_step": 0, "max_steps": 1, "train_batch_size": 1, "num_train_epochs": 0,
+    }  # fmt: skip
+    numbers = ("epoch", "num_input_tokens_seen", "total_flos", *_present(state, "best_metric"))
+    fine = (
+        all(type(state.get(k)) is int and state[k] >= least for k, least in whole.items())
+        and all(_is_finite(state.get(key)) for key in numbers)
+        and isinstance(state.get("log_history"), list)
+        and all(isinstance(entry, dict) for entry in state["log_history"])
+        and isinstance(state.get("stateful_callbacks", {}), dict)
+        and isinstance(state.get("best_model_checkpoint"), (str, type(None)))
+        and isinstance(state.get("best_global_step"), (int, type(None)))
+        and _step_of(path) in (-1, state["global_step"])
+    )
+    if not fine:
+        raise UserError(f"{file} is damaged: it is not the state of step {max(0, _step_of(path))}.")
+    step: int = state["global_step"]
+    return step
+
+
+def _check_adapter(path: Path) -> dict[str, int]:
+    """Entries of each trained parameter."""
+    with open_adapter(path) as adapter:
+        return {
+            f"{name}.values": adapter.layer(name).active.index.count for name in adapter.base.shapes
+        }
+
+
+def _check_optimizer(path: Path, counts: dict[str, int], step: int) -> None:
+    if (path / OPTIMIZER_FACTS).is_file():
+        check_saved(read_optimizer(path), counts, step)
+        return
+    state = unpickle(path / PICKLED[OPTIMIZER_FACTS])
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
+        raise UserError(f"{path / PICKLED[OPTIMIZER_FACTS]} holds no optimizer's state.")
+
+
+def _check_loop(path: Path, step: int) -> None:
+    """Schedule, random numbers, loss scale."""
+    if not _has(path, SCHEDULE):
+        raise UserError(f"{path} is not whole: it lacks the schedule, {SCHEDULE}.")
+    if (path / SCHEDULE).is_file():
+        check_schedule(read_json(path / SCHEDULE), step, str(path / SCHEDULE))
+    else:
+        file = path / PICKLED[SCHEDULE]
+        check_numbers(unpickle(file), str(file))
+    if not _has(path, RANDOM):
+        raise UserError(f"{path} is not whole: it lacks the random numbers' state, {RANDOM}.")
+    check_random_state(read_random_state(path), str(path))
+    if (path / SCALE).is_file():
+        check_scale(read_json(path / SCALE), str(path / SCALE))
+
+
+def read_optimizer(path: Path) -> SavedState:
+    """The optimizer's state of a checkpoint, not yet looked at.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
+    with open_tensor_file(path / OPTIMIZER_TENSORS) as opened:
+        tensors = {name: opened.get(name) for name in sorted(opened.names)}
+    return SavedState(tensors, read_json(path / OPTIMIZER_FACTS))
+
+
+def read_random_state(path: Path) -> dict[str, Any]:
+    """The random numbers' state of a checkpoint, in either form.
+
+    Raises:
+        UserError: missing or unreadable.
+    """
+    if (path / RANDOM).is_file():
+        state: dict[str, Any] = read_json(path / RANDOM)
+        return state
+    return pickled_random_state(path / PICKLED[RANDOM])
+
+
+def _has(path: Path, name: str) -> bool:
+    return (path / name).is_file() or (path / PICKLED[name]).is_file()
+
+
+def _step_of(path: Path) -> int:
+    """The number in a checkpoint's name; -1 where it has another one."""
+    stem, _, number = path.resolve().name.rpartition("-")
+    return int(number) if stem == PREFIX_CHECKPOINT_DIR and number.isdecimal() else -1
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _present(state: dict[str, Any], key: str) -> tuple[str, ...]:
+    return (key,) if state.get(key) is not None else ()
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) < float("inf")
+
+
+def _why(error: OSError) -> str:
+    return "is missing" if isinstance(error, FileNotFoundError) else f"({error.strerror})"
