@@ -27,7 +27,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from leanlift._version import __version__
-from leanlift.adapter import open_adapter
+from leanlift.adapter import CONFIG_NAME, open_adapter
 from leanlift.checkpoint import (
     digest_of,
     open_tensor_file,
@@ -73,12 +73,12 @@ class Checkpoint:
     Attributes:
         path: its directory.
         step: optimizer steps taken.
-        settings: of the run that wrote it; None where it is too old to know them.
+        settings: of the run that wrote it; few where it is too old to know them.
     """
 
     path: Path
     step: int
-    settings: dict[str, Any] | None
+    settings: dict[str, Any]
 
 
 # --- writing -------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def check_checkpoint(path: Path) -> Checkpoint:
         )
     _check_optimizer(path, counts, step)
     _check_loop(path, step)
-    return Checkpoint(path, step, settings)
+    return Checkpoint(path, step, settings or _old_settings(path))
 
 
 def _check_seal(path: Path) -> dict[str, Any] | None:
@@ -312,6 +312,13 @@ def _check_seal(path: Path) -> dict[str, Any] | None:
             raise UserError(f"{path} is damaged: {name} is not as it was written.")
     settings: dict[str, Any] = seal["settings"]
     return settings
+
+
+def _old_settings(path: Path) -> dict[str, Any]:
+    """What a checkpoint without a seal says of the run that wrote it."""
+    batch = read_json(path / TRAINER_STATE)["train_batch_size"]
+    mask = read_json(path / CONFIG_NAME).get("lift", {})
+    return {"mask": mask, "loop": {"per_device_train_batch_size": batch}}
 
 
 def _check_trainer_state(path: Path) -> int:

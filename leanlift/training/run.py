@@ -135,7 +135,7 @@ def _run(
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split)
         check_rows(eval_rows, "eval")
     told = run_settings(args, rows)
-    if found is not None and found.settings is not None:
+    if found is not None:
         check_settings(found.settings, settings_of(sft, config, told), str(found.path))
     with OutputLock(output):
         return _train(args, sft, before_training, plan, reached, rows, eval_rows, told, resume)

@@ -314,9 +314,8 @@ class LiftTrainer(SFTTrainer):
 
     def _go_on_from(self, found: Checkpoint) -> str:
         """Say what has changed since; refuse what may not have."""
-        if found.settings is not None:
-            for change in check_settings(found.settings, self._settings, str(found.path)):
-                logger.warning("%s", change)
+        for change in check_settings(found.settings, self._settings, str(found.path)):
+            logger.warning("%s", change)
         logger.warning("Resuming from %s.", found.path)
         return str(found.path)
 
