@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -106,7 +106,8 @@ def restore_state(
     for group, kept in zip(optimizer.param_groups, saved.facts["groups"], strict=True):
         options = {key: _like(group.get(key), value) for key, value in kept["options"].items()}
         _check_options(group, options)
-        groups.append({**options, "params": [places[name] for name in kept["params"]]})
+        own = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**own, **options, "params": [places[name] for name in kept["params"]]})
     full_state = {place: held for place, held in state.items() if held}
     optimizer.load_state_dict({"state": full_state, "param_groups": groups})
 
@@ -114,11 +115,11 @@ def restore_state(
 def _check_options(group: dict[str, Any], saved: dict[str, Any]) -> None:
     """The options of a group must be those of this run, all but the scheduled learning rate: what
     one of them would otherwise be loaded over is what the user has asked for."""
+    lr = saved.get("lr")
+    if not _is_number(lr) or not 0 <= lr < math.inf:
+        raise UserError(f"the checkpoint's optimizer is damaged: its lr is {lr!r:.80}.")
     for key, value in saved.items():
-        if key == "lr":
-            if not _is_number(value) or not 0 <= value < math.inf:
-                raise UserError(f"the checkpoint's optimizer is damaged: its lr is {value!r:.80}.")
-        elif key in group and group[key] != value:
+        if key != "lr" and key in group and group[key] != value:
             raise UserError(
                 f"the checkpoint's optimizer has {key}={value!r:.80}, this run {group[key]!r:.80}: "
                 "resume with the settings that it was saved with."
@@ -159,7 +160,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, PLAIN)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

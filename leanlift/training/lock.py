@@ -46,15 +46,12 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         places = (self.directory, *self.directory.parents)
         self._made = [place for place in places if not place.exists()]
+        make_output(self.directory)
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             while self._handle is None and not self._try():
                 pass
         except OSError as error:
-            raise UserError(
-                f"output_dir {self.directory} cannot be written to ({error.strerror}): choose "
-                "another one."
-            ) from None
+            raise _cannot_be_written(self.directory, error) from None
         return self
 
     def _try(self) -> bool:
@@ -122,6 +119,24 @@ class OutputLock:
                 place.rmdir()
             except OSError:
                 return  # not empty
+
+
+def make_output(directory: str | Path) -> None:
+    """Make an output directory, where it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_be_written(directory, error) from None
+
+
+def _cannot_be_written(directory: str | Path, error: OSError) -> UserError:
+    return UserError(
+        f"output_dir {directory} cannot be written to ({error.strerror}): choose another one."
+    )
 
 
 def _delete(path: Path) -> None:

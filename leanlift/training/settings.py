@@ -27,7 +27,7 @@ Settings = dict[str, dict[str, Any]]
 """Section ("loop", "mask", "run" or "data") -> key -> JSON-ready value."""
 
 _WRITTEN = """
-output_dir logging_strategy logging_steps logging_first_step logging_dir log_level log_level_replica
+output_dir logging_strategy logging_steps logging_first_step log_level log_level_replica
 log_on_each_node include_num_input_tokens_seen disable_tqdm report_to run_name project
 trackio_space_id trackio_bucket_id trackio_static_space_id save_strategy save_steps save_total_limit
 save_only_model save_on_each_node enable_jit_checkpoint snapshot merged_dir merge_onto

@@ -61,7 +61,7 @@ from leanlift.training.checkpointing import (
     rotate,
 )
 from leanlift.training.data import LengthReport, drop_untrained, to_examples
-from leanlift.training.lock import OutputLock
+from leanlift.training.lock import OutputLock, make_output
 from leanlift.training.loop_state import (
     check_same_schedule,
     plain,
@@ -147,6 +147,7 @@ class LiftTrainer(SFTTrainer):
                 {**_sparse_options(args), "ops": self._lift.scratch.implementation},
             )
         _make_checkpointing_safe(model, args)
+        make_output(args.output_dir)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(self._lift.base.name)
         chat = getattr(processing_class, "chat_template", None) is not None
@@ -319,9 +320,11 @@ class LiftTrainer(SFTTrainer):
         logger.warning("Resuming from %s.", found.path)
         return str(found.path)
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's; a callback that the checkpoint does not know begins as it is."""
-        result = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which logs, evaluates and saves as often as the checkpoint's run did, not
+        as this one is told to. A callback that the checkpoint does not know begins as it is."""
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
         for part in (*self.callback_handler.callbacks, self.control):
             if isinstance(part, ExportableState):
                 self.state.stateful_callbacks.setdefault(type(part).__name__, part.state())
