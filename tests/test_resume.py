@@ -1,5 +1,5 @@
-"""Going on with a run: only under its settings, only from a checkpoint that is whole, and no further
-than it was to go."""
+"""Going on with a run: under its settings, from a checkpoint that is whole, as far as it was to
+go."""
 
 from __future__ import annotations
 

@@ -108,6 +108,7 @@ class Refresh(TrainerCallback):
         step = state.global_step
         if not self.interval or step % self.interval or step >= state.max_steps:
             return
+        self._check_offsets(step)
         report = refresh_mask(self.trainer.model, self.trainer.optimizer)
         if report.held_back and not any(past.held_back for past in self.trainer.refreshes):
             logger.warning(
@@ -129,6 +130,15 @@ class Refresh(TrainerCallback):
                 "refresh_seconds": report.seconds,
             },
         )
+
+    def _check_offsets(self, step: int) -> None:
+        """Selection would blame the base for an infinite weight."""
+        for name, layer in lift_layers(self.trainer.model).items():
+            if not bool(torch.isfinite(layer.values.detach()).all()):
+                raise UserError(
+                    f"training stopped at step {step}: offsets of {name} are NaN or infinite; "
+                    f"{last_checkpoint(self.trainer.args.output_dir)}. Lower learning_rate."
+                )
 
     def _log(self, control: TrainerControl, logs: dict[str, Any]) -> None:
         """Log beside the loss of this step, not in its place: Trainer takes any log for the one
