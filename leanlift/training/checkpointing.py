@@ -239,7 +239,10 @@ def checkpoint_to_resume(output_dir: str | Path, wanted: str | bool) -> Checkpoi
 def last_checkpoint(output_dir: str | Path) -> str:
     """What to say of the last checkpoint when a run ends early."""
     last = last_whole_checkpoint(output_dir)
-    return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    if last is not None:
+        return f"the last checkpoint is {last}"
+    some = bool(checkpoints(output_dir))
+    return "no checkpoint can be gone on from" if some else "there is no checkpoint yet"
 
 
 def _newest_whole(output_dir: str | Path) -> tuple[Checkpoint | None, list[str]]:
@@ -331,7 +334,7 @@ def _check_trainer_state(path: Path) -> int:
     whole = {
         "global_step": 0, "max_steps": 1, "train_batch_size": 1, "num_train_epochs": 0,
     }  # fmt: skip
-    numbers = ("epoch", "num_input_tokens_seen", "total_flos", *_present(state, "best_metric"))
+    numbers = ("epoch", "num_input_tokens_seen", "total_flos")
     fine = (
         all(type(state.get(k)) is int and state[k] >= least for k, least in whole.items())
         and all(_is_finite(state.get(key)) for key in numbers)
@@ -340,6 +343,7 @@ def _check_trainer_state(path: Path) -> int:
         and isinstance(state.get("stateful_callbacks", {}), dict)
         and isinstance(state.get("best_model_checkpoint"), (str, type(None)))
         and isinstance(state.get("best_global_step"), (int, type(None)))
+        and isinstance(state.get("best_metric"), (int, float, type(None)))
         and _step_of(path) in (-1, state["global_step"])
     )
     if not fine:
@@ -417,10 +421,6 @@ def _step_of(path: Path) -> int:
 def _digest(content: Any) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _present(state: dict[str, Any], key: str) -> tuple[str, ...]:
-    return (key,) if state.get(key) is not None else ()
 
 
 def _is_finite(value: Any) -> bool:

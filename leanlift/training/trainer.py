@@ -33,6 +33,7 @@ from leanlift.model import (
     save_adapter,
 )
 from leanlift.optim import (
+    SavedState,
     SparseAdamW,
     check_followable,
     check_saved,
@@ -391,6 +392,8 @@ class LiftTrainer(SFTTrainer):
         directory = Path(checkpoint)
         if (directory / OPTIMIZER_FACTS).is_file():
             saved = read_optimizer(directory)
+            if self.args.device.type == "cpu":  # torch would train in the file's own pages
+                saved = SavedState({k: t.clone() for k, t in saved.tensors.items()}, saved.facts)
             restore_state(self.optimizer, self.model.named_parameters(), saved)
         else:
             state = unpickle(directory / PICKLED[OPTIMIZER_FACTS])
