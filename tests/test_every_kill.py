@@ -205,10 +205,10 @@ def test_running_out_of_memory_in_a_save_keeps_what_was_good(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from leanlift.errors import OutOfMemoryError
-    from leanlift.training import trainer
+    from leanlift.training import resumable
 
     calls = []
-    real = trainer.write_tensors
+    real = resumable.write_tensors
 
     def write(*args: Any) -> None:
         calls.append(1)
@@ -216,7 +216,7 @@ def test_running_out_of_memory_in_a_save_keeps_what_was_good(
             raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
         real(*args)
 
-    monkeypatch.setattr(trainer, "write_tensors", write)
+    monkeypatch.setattr(resumable, "write_tensors", write)
     args, loop = arguments(base, tmp_path / "run")
     with pytest.raises(OutOfMemoryError, match=r"the checkpoint of step 2 .*is .*checkpoint-1"):
         run(args, loop)

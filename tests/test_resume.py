@@ -25,17 +25,9 @@ from transformers import EarlyStoppingCallback
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.model import lift_layers
 from leanlift.training import RunArguments
-from leanlift.training.checkpointing import (
-    RANDOM,
-    SCHEDULE,
-    SEAL,
-    check_checkpoint,
-    checkpoint_to_resume,
-    clean,
-    put_in_place,
-    rotate,
-)
+from leanlift.training.checkpointing import checkpoint_to_resume, clean, put_in_place, rotate
 from leanlift.training.settings import FREE, check_settings, data_facts, settings_of
+from leanlift.training.whole import RANDOM, SCHEDULE, SEAL, check_checkpoint
 
 LIFT = LiftConfig(approx_rank=8, refresh_interval=4)
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}

@@ -37,8 +37,6 @@ from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments, check_loop
 from leanlift.training.checkpointing import (
-    Checkpoint,
-    check_checkpoint,
     checkpoint_to_resume,
     checkpoints,
     is_left_behind,
@@ -52,6 +50,7 @@ from leanlift.training.lock import LOCK_NAME, OutputLock
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.settings import check_settings, run_settings, settings_of
 from leanlift.training.trainer import LiftTrainer
+from leanlift.training.whole import Checkpoint, check_checkpoint
 
 logger = logging.getLogger("leanlift")
 

@@ -1,83 +1,46 @@
 """LiftTrainer: TRL's SFTTrainer over a leanlift model.
 
-TRL tokenizes, packs and computes the chunked loss; HF Trainer runs the loop, logs, evaluates,
-schedules and resumes. This file adds what only leanlift can know: which files a checkpoint is
-made of, when the mask is refreshed, which optimizer can follow a refresh, and which steps are not
-applied.
+TRL tokenizes, packs and computes the chunked loss; HF Trainer runs the loop, logs, evaluates and
+schedules. This file adds what only leanlift can know: when the mask is refreshed, which optimizer
+can follow a refresh, and which steps are not applied. Checkpoints are `resumable`'s.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from leanlift.checkpoint import read_json, replacing, write_json, write_tensors
 from leanlift.ends import FrozenHead
-from leanlift.errors import UserError, first_line
+from leanlift.errors import UserError
 from leanlift.memory import resident_peak
 from leanlift.model import (
     RefreshReport,
     lift_state,
-    restore_adapter,
-    save_adapter,
 )
 from leanlift.optim import (
-    SavedState,
     SparseAdamW,
     check_followable,
-    check_saved,
-    restore_state,
-    saved_state,
     unwrap,
 )
 from leanlift.training.arguments import SPARSE_OPTIMIZERS, LiftSFTConfig, check_loop
 from leanlift.training.callbacks import Guard, Refresh
-from leanlift.training.checkpointing import (
-    OPTIMIZER_FACTS,
-    OPTIMIZER_TENSORS,
-    PICKLED,
-    RANDOM,
-    SCALE,
-    SCHEDULE,
-    STAGING,
-    TRAINER_STATE,
-    Checkpoint,
-    checkpoint_to_resume,
-    clean,
-    keeping_what_was_good,
-    put_in_place,
-    read_optimizer,
-    read_random_state,
-    rotate,
-)
 from leanlift.training.data import LengthReport, drop_untrained, to_examples
-from leanlift.training.lock import OutputLock, make_output
-from leanlift.training.loop_state import (
-    check_same_schedule,
-    plain,
-    random_state,
-    restore_random_state,
-    unpickle,
-)
+from leanlift.training.lock import make_output
 from leanlift.training.loss import TRAINED, MarkTrained, tiled_loss
-from leanlift.training.settings import Settings, check_settings, data_facts, settings_of
+from leanlift.training.resumable import ResumableTrainer
 from leanlift.training.steps import StepGuard, clip_to_norm_, total_norm
 
 logger = logging.getLogger("leanlift")
 
 
-class LiftTrainer(SFTTrainer):
+class LiftTrainer(ResumableTrainer):
     """`SFTTrainer(model, args, train_dataset, …)` for a model from `get_lift_model`.
 
     Takes the arguments of `trl.SFTTrainer` except `peft_config`. Datasets may have `messages`,
@@ -138,10 +101,7 @@ class LiftTrainer(SFTTrainer):
             getattr(args, "max_nonfinite_steps", LiftSFTConfig.max_nonfinite_steps)
         )
         self._in_backward = bool(getattr(args, "optim_in_backward", False))
-        self._staging: Path | None = None
-        self._run_settings = dict(run_settings or {})
-        self._data_facts: dict[str, Any] | None = None
-        self._settings: Settings = {}
+        self.run_settings = dict(run_settings or {})
         if args.optim in SPARSE_OPTIMIZERS and kwargs.get("optimizers", (None, None))[0] is None:
             kwargs["optimizer_cls_and_kwargs"] = (
                 SparseAdamW,
@@ -271,13 +231,6 @@ class LiftTrainer(SFTTrainer):
             grad_norm = total_norm(_gradients(model))
         return grad_norm
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing of a run that has taken all its steps: Trainer's takes at least one."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the memory in GiB: allocated now and at most so far on CUDA, resident
         at most so far on a CPU."""
@@ -291,161 +244,10 @@ class LiftTrainer(SFTTrainer):
                 metrics[name] = [float(value) for value in values]
         super().log(logs, *args, **kwargs)
 
-    # --- checkpoints -----------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `True` resumes from the last checkpoint that is whole."""
-        output = Path(self.args.output_dir)
-        with OutputLock(output):
-            clean(output)
-            self._settings = self._settings_now()
-            checkpoint = None
-            if resume_from_checkpoint:
-                checkpoint = self._go_on_from(checkpoint_to_resume(output, resume_from_checkpoint))
-            try:
-                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-            finally:
-                for callback in self.callback_handler.callbacks:
-                    if isinstance(callback, Guard):
-                        callback.end_training()
-
-    def _settings_now(self) -> Settings:
-        if self._data_facts is None:  # read once: data do not change under a trainer
-            self._data_facts = data_facts(self.train_dataset)
-        return settings_of(self.args, self._lift.config, self._run_settings, self._data_facts)
-
-    def _go_on_from(self, found: Checkpoint) -> str:
-        """Say what has changed since; refuse what may not have."""
-        for change in check_settings(found.settings, self._settings, str(found.path)):
-            logger.warning("%s", change)
-        logger.warning("Resuming from %s.", found.path)
-        return str(found.path)
-
-    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, which logs, evaluates and saves as often as the checkpoint's run did, not
-        as this one is told to. A callback that the checkpoint does not know begins as it is."""
-        result = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)
-        for part in (*self.callback_handler.callbacks, self.control):
-            if isinstance(part, ExportableState):
-                self.state.stateful_callbacks.setdefault(type(part).__name__, part.state())
-        return result
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write `checkpoint-N` under a temporary directory and rename it when it is whole."""
-        run = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = run / STAGING
-        staged, final = self._staging / name, run / name
-        shutil.rmtree(self._staging, ignore_errors=True)
-        try:
-            with keeping_what_was_good(f"the checkpoint of step {self.state.global_step}", run):
-                super()._save_checkpoint(model, trial)
-                best = self.state.best_global_step
-                if best is not None and best == self.state.global_step:
-                    self.state.best_model_checkpoint = str(final)
-                elif best is not None and (run / f"{PREFIX_CHECKPOINT_DIR}-{best}").is_dir():
-                    self.state.best_model_checkpoint = str(run / f"{PREFIX_CHECKPOINT_DIR}-{best}")
-                self.state.save_to_json(str(staged / TRAINER_STATE))
-                put_in_place(staged, self._settings)
-        finally:
-            self._staging = None
-            shutil.rmtree(run / STAGING, ignore_errors=True)
-        rotate(run, self.args.save_total_limit, final, self.state.best_model_checkpoint)
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter and the tokenizer: never the base."""
-        directory = output_dir or self.args.output_dir
-        save_adapter(self.model, directory)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(directory)
-
-    def save_state(self) -> None:
-        """As Trainer's, whole or not at all."""
-        with replacing(Path(self.args.output_dir) / TRAINER_STATE) as temporary:
-            self.state.save_to_json(str(temporary))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The optimizer's state as safetensors and JSON, the schedule as JSON; what is not plain,
-        as Trainer does."""
-        directory = Path(output_dir)
-        named = dict(self.model.named_parameters())
-        saved = saved_state(self.optimizer, named.items())
-        if saved is None:
-            torch.save(self.optimizer.state_dict(), directory / PICKLED[OPTIMIZER_FACTS])
-        else:
-            check_saved(saved, {name: parameter.numel() for name, parameter in named.items()})
-            write_tensors(directory / OPTIMIZER_TENSORS, saved.tensors)
-            write_json(directory / OPTIMIZER_FACTS, saved.facts)
-        schedule = plain(self.lr_scheduler.state_dict())
-        if schedule is None:
-            torch.save(self.lr_scheduler.state_dict(), directory / PICKLED[SCHEDULE])
-        else:
-            write_json(directory / SCHEDULE, schedule)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        directory = Path(checkpoint)
-        if (directory / OPTIMIZER_FACTS).is_file():
-            saved = read_optimizer(directory)
-            if self.args.device.type == "cpu":  # torch would train in the file's own pages
-                saved = SavedState({k: t.clone() for k, t in saved.tensors.items()}, saved.facts)
-            restore_state(self.optimizer, self.model.named_parameters(), saved)
-        else:
-            state = unpickle(directory / PICKLED[OPTIMIZER_FACTS])
-            _load_into(self.optimizer, state, directory / PICKLED[OPTIMIZER_FACTS])
-        if (directory / SCHEDULE).is_file():
-            state = read_json(directory / SCHEDULE)
-            own = plain(self.lr_scheduler.state_dict()) or {}
-            check_same_schedule(own, state, str(directory / SCHEDULE))
-        else:
-            state = unpickle(directory / PICKLED[SCHEDULE])
-            own = self.lr_scheduler.state_dict()
-            check_same_schedule(own, state, str(directory / PICKLED[SCHEDULE]))
-        self.lr_scheduler.load_state_dict(state)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        write_json(Path(output_dir) / RANDOM, random_state(self.args.device))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            restore_random_state(read_random_state(Path(checkpoint)), self.args.device)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        if self.accelerator.scaler is not None:
-            write_json(Path(output_dir) / SCALE, self.accelerator.scaler.state_dict())
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        """Of an older checkpoint, as Trainer does."""
-        if checkpoint is None or self.accelerator.scaler is None:
-            return
-        if (Path(checkpoint) / SCALE).is_file():
-            self.accelerator.scaler.load_state_dict(read_json(Path(checkpoint) / SCALE))
-        elif (Path(checkpoint) / "scaler.pt").is_file():
-            self.accelerator.scaler.load_state_dict(unpickle(Path(checkpoint) / "scaler.pt"))
-        else:
-            raise UserError(f"{checkpoint} lacks the loss scale of fp16: it is not whole.")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore_adapter(model if model is not None else self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """As Trainer's; where that is gone, what was trained last is saved before it is said."""
-        best = self.state.best_model_checkpoint
-        try:
-            restore_adapter(self.model, best)
-        except UserError as error:
-            output = self.args.output_dir
-            with keeping_what_was_good("the adapter", output):
-                self._save(output)
-            raise UserError(
-                f"the best checkpoint, {best}, cannot be loaded ({first_line(error).rstrip('.')}): "
-                f"the adapter of the last step is saved in {output} instead."
-            ) from None
+    def _end_training(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Guard):
+                callback.end_training()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None per checkpoint: a card describes a finished model."""
@@ -453,16 +255,6 @@ class LiftTrainer(SFTTrainer):
 
 def _gradients(model: Any) -> list[torch.Tensor]:
     return [values.grad for values in model.parameters() if values.grad is not None]
-
-
-def _load_into(optimizer: torch.optim.Optimizer, state: Any, file: Path) -> None:
-    try:
-        optimizer.load_state_dict(state)
-    except Exception as error:  # torch has no one kind for a state that does not fit
-        raise UserError(
-            f"{file} does not fit this run's optimizer ({first_line(error).rstrip('.')}): resume "
-            "with the optim that it was saved with."
-        ) from None
 
 
 def _sparse_options(args: SFTConfig) -> dict[str, Any]:
