@@ -56,12 +56,12 @@ def plan_memory(
             trust_remote_code=trust_remote_code,
         )
 
-    with _no_packing_search():
+    with without_packing_search():
         return plan_step(build, str(model), config, quantization, settings, loss_of_all_tokens)
 
 
 @contextmanager
-def _no_packing_search() -> Iterator[None]:
+def without_packing_search() -> Iterator[None]:
     """Without an attention mask transformers looks into the positions for packed sequences, and
     makes a whole mask where it cannot look, as under fake tensors; a real run makes none."""
     if not hasattr(masking_utils, "find_packed_sequence_indices"):
