@@ -425,25 +425,6 @@ def test_an_embedding_on_the_cpu_changes_nothing_but_its_place(tmp_path: Path) -
         embedding_to_cpu(get_lift_model(load(tied), LIFT, progress=False))
 
 
-def test_the_tiled_loss_is_trl_s(base: Path, tmp_path: Path) -> None:
-    ours, theirs = (trainer_for(base, tmp_path / name) for name in "ab")
-    theirs._loss = None
-    ours.train()
-    theirs.train()
-    for one, other in zip(ours.state.log_history, theirs.state.log_history, strict=True):
-        for key in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
-            assert (key in one) == (key in other)
-            if key in one:
-                assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6), key
-    assert (learned(ours) - learned(theirs)).norm() <= 1e-4 * learned(theirs).norm()
-
-
-def test_what_needs_whole_logits_is_refused_with_quantized_ends(base: Path, tmp_path: Path) -> None:
-    trainer = trainer_for(base, tmp_path, ENDS, loss_type="dft")
-    with pytest.raises(UserError, match="quantize_ends keeps no whole logits"):
-        trainer.train()
-
-
 def test_a_second_gpu_is_left_alone(base: Path, tmp_path: Path) -> None:
     args = settings(tmp_path, max_steps=1)
     args._n_gpu = 2  # as where Trainer finds two

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from leanlift.config import LiftConfig
+from leanlift.ends import LIKELIHOOD, Objective
 from leanlift.errors import UserError, first_line
 from leanlift.memory import MemoryPlan, StepSettings, plan_step
 from leanlift.quantized import WeightFormat, dtype_of
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.loss import loss_of_all_tokens
+from leanlift.training.loss import loss_of_all_tokens, objective_of
 
 NF4 = WeightFormat("nf4", "bfloat16", 64, double=True)
 
@@ -26,6 +28,7 @@ def plan_memory(
     quantization: WeightFormat | None = NF4,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    objective: Objective = LIKELIHOOD,
 ) -> MemoryPlan:
     """What fine-tuning a model will need, without its weights.
 
@@ -36,6 +39,7 @@ def plan_memory(
         quantization: how the Linears are held; None: in `settings.dtype`.
         attn_implementation: as in `from_pretrained`.
         trust_remote_code: as in `from_pretrained`.
+        objective: what a token costs.
 
     Raises:
         UserError: no such model, one without targets, or settings that cannot be planned.
@@ -56,8 +60,9 @@ def plan_memory(
             trust_remote_code=trust_remote_code,
         )
 
+    loss = partial(loss_of_all_tokens, objective=objective)
     with without_packing_search():
-        return plan_step(build, str(model), config, quantization, settings, loss_of_all_tokens)
+        return plan_step(build, str(model), config, quantization, settings, loss)
 
 
 @contextmanager
@@ -97,6 +102,7 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         format_of(args, dtype),
         args.attn_implementation,
         bool(sft.trust_remote_code),
+        objective_of(sft),
     )
 
 

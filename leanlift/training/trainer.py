@@ -51,7 +51,7 @@ from leanlift.training.callbacks import (
     last_whole_checkpoint,
 )
 from leanlift.training.data import LengthReport, drop_untrained, to_examples
-from leanlift.training.loss import TRAINED, MarkTrained, tiled_loss
+from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
 from leanlift.training.steps import StepGuard
 
 logger = logging.getLogger("leanlift")
@@ -129,7 +129,9 @@ class LiftTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._loss = tiled_loss(self.model, self.args, self.compute_loss_func)
+        self._loss = training_loss(
+            self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
+        )
         if self._loss is not None:
             self.data_collator: Any = MarkTrained(self.data_collator)
         self._last_finite = torch.zeros((), device=self.args.device)
@@ -187,12 +189,14 @@ class LiftTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Our own loss where it can be, so that no tile of logits is larger than it must be."""
-        if self._loss is None or return_outputs or "shift_labels" in inputs:
+        """Our own loss, but where only TRL's way will do: a loss function of the user's, or the
+        auxiliary loss of a router. Outputs, where they are asked for, take a second forward pass,
+        as TRL's do."""
+        if self._loss is None or "shift_labels" in inputs:
             if isinstance(model.get_output_embeddings(), FrozenHead):
                 raise UserError(
-                    "quantize_ends keeps no whole logits: train and evaluate with loss_type=nll or "
-                    "chunked_nll, no label smoothing and no compute_metrics."
+                    "quantize_ends keeps no dense output head: leave out compute_loss_func, and "
+                    "set router_aux_loss_coef=0 for a model with a router."
                 )
             inputs = {key: value for key, value in inputs.items() if key != TRAINED}
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -200,6 +204,9 @@ class LiftTrainer(SFTTrainer):
             with self.accelerator.autocast():
                 result = self._loss(model, inputs, num_items_in_batch)
             self._log_parts("train" if model.training else "eval", inputs)
+            if return_outputs:
+                with torch.no_grad():
+                    result = result, model(**forwarded(inputs))
         if model.training:
             loss = result[0] if isinstance(result, tuple) else result
             self.guard.see_loss(loss.detach())
