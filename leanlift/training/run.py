@@ -37,6 +37,7 @@ from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.callbacks import last_whole_checkpoint
+from leanlift.training.checks import check_settings
 from leanlift.training.data import calibration_batches, check_rows, load_rows
 from leanlift.training.fit import changes, fit
 from leanlift.training.load import load_base
@@ -112,6 +113,7 @@ def _run(
     output = Path(sft.output_dir or "leanlift-output")
     resume = _checkpoint_to_resume(sft, output)
     config = args.lift_config()
+    check_settings(sft, config)
     if args.merged_dir and Path(args.merged_dir).exists():
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
     if args.merge_onto not in ONTO:

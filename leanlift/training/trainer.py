@@ -50,6 +50,7 @@ from leanlift.training.callbacks import (
     Refresh,
     last_whole_checkpoint,
 )
+from leanlift.training.checks import check_numbers, check_settings
 from leanlift.training.data import LengthReport, drop_untrained, to_examples
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
 from leanlift.training.steps import StepGuard
@@ -96,7 +97,9 @@ class LiftTrainer(SFTTrainer):
         self._lift = lift_state(model)
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
-        args = args or SFTConfig(output_dir="leanlift-output")
+        args = args or LiftSFTConfig()
+        check_numbers(args)
+        check_settings(args, self._lift.config)
         if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
             raise UserError(
                 "activation_offloading moves activations from a GPU to the CPU, and this run is on "
@@ -331,6 +334,9 @@ class LiftTrainer(SFTTrainer):
 
     def _load_best_model(self) -> None:
         restore_adapter(self.model, self.state.best_model_checkpoint)
+
+    def _send_telemetry(self) -> None:
+        """None."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None per checkpoint: a card describes a finished model."""
