@@ -230,7 +230,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no mapping: expected lines such as 'learning_rate: 2e-4'.")
     actions = {
         action.dest: action
-        for action in build_train_parser()._actions
+        for action in reversed(build_train_parser()._actions)  # a --no_x comes after its --x
         if action.dest not in ("help", "help_all", "config", "fit")
     }
     kinds = {**get_type_hints(RunArguments), **get_type_hints(LiftSFTConfig)}
