@@ -134,6 +134,7 @@ def _planned(scale: Scale, setting: str, peak: int | None) -> list[tuple[str, di
     )
     cuda = scale.device.type == "cuda"
     settings = StepSettings(
+        batch=1,
         length=scale.tokens,
         dtype="bfloat16" if cuda else "float32",
         optim="sparse_adamw_8bit",

@@ -19,7 +19,13 @@ from transformers import (
 
 from leanlift import LiftConfig
 from leanlift.memory import blocks
-from leanlift.memory.fake import StepBytes, attach_fake, fake_tensors, step_peak
+from leanlift.memory.fake import (
+    StepBytes,
+    attach_fake,
+    fake_tensors,
+    forward_peak,
+    step_peak,
+)
 from leanlift.quantized import WeightFormat
 from leanlift.training.loss import loss_of_all_tokens
 from leanlift.training.plan import without_packing_search
@@ -101,6 +107,21 @@ def test_every_family_under_checkpointing(family: str) -> None:
     assert step(config, False, lift, checkpointing=True) == step(
         config, True, lift, checkpointing=True
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3, six kinds"])
+def test_an_evaluation_is_planned_from_a_few_blocks_too(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate() -> int:
+        with without_packing_search(), fake_tensors():
+            model = AutoModelForCausalLM.from_config(FAMILIES[family][0], dtype=torch.float32)
+            attach_fake(model, LiftConfig(approx_rank=8), WeightFormat("nf4", "float32", 64, True))
+            return forward_peak(model.eval(), loss_of_all_tokens, 2, 32)
+
+    part = evaluate()
+    monkeypatch.setattr("leanlift.memory.fake.repetition", lambda model: None)
+    assert part == evaluate() > 0
 
 
 def _must_repeat(laps: list[blocks.Lap], way: blocks.Repetition) -> bool:

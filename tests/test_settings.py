@@ -85,7 +85,7 @@ def test_no_option_is_guessed(argv: list[str], capsys: pytest.CaptureFixture[str
 
 def test_a_wrong_flag_names_the_right_one() -> None:
     with pytest.raises(
-        UserError, match="--learning_rat is no option.*did you mean --learning_rate"
+        UserError, match=r"--learning_rat is no option.*did you mean --learning_rate"
     ):
         parse_train(["--learning_rat", "1e-4", "--model_name_or_path", "x"])
 

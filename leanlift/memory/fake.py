@@ -160,6 +160,21 @@ def step_peak(
     return _step_bytes(_laps(model, loss, batch, length, in_backward, accumulate, offload, None))
 
 
+def forward_peak(model: Any, loss: Loss, batch: int, length: int) -> int:
+    """Bytes beyond weights, values and scratch of a forward pass without a backward one, as in an
+    evaluation; the arguments are those of `step_peak`. What stays from block to block does not
+    grow, so the blocks that show two periods stand for all."""
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with (
+        in_part(model, repetition(model)),
+        _fused_attention(),
+        torch.no_grad(),
+        LiveBytes() as live,
+    ):
+        loss(model, ids, ids.clone())
+    return live.peak
+
+
 def _laps(
     model: Any,
     loss: Loss,

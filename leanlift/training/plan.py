@@ -89,11 +89,12 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         dtype=dtype,
         checkpointing=bool(sft.gradient_checkpointing),
         accumulate=sft.gradient_accumulation_steps,
-        optim=str(getattr(sft.optim, "value", sft.optim)),
+        optim=_value(sft.optim),
         in_backward=sft.optim_in_backward,
         offload=bool(sft.activation_offloading),
         embedding_on_cpu=args.embedding_on_cpu,
         cuda=cuda,
+        eval_batch=0 if _value(sft.eval_strategy) == "no" else sft.per_device_eval_batch_size,
     )
     return plan_memory(
         args.model_name_or_path,
@@ -104,6 +105,11 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         bool(sft.trust_remote_code),
         objective_of(sft),
     )
+
+
+def _value(choice: Any) -> str:
+    """What an enum of transformers' says, or the name that was given."""
+    return str(getattr(choice, "value", choice))
 
 
 def format_of(args: RunArguments, dtype: str) -> WeightFormat | None:
