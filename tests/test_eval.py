@@ -32,6 +32,7 @@ EVAL_OPTIONS = {
     "model_name_or_path",
     "adapter",
     "data",
+    "dataset_text_field",
     "load_in_4bit",
     "load_in_8bit",
     "dtype",
