@@ -227,6 +227,7 @@ class LiftTrainer(SFTTrainer):
         """Packing and shuffling are TRL's; rows given to `evaluate` are tokenized first."""
         if self._built:
             dataset = self._tokens(dataset, args, packing, dataset_name)
+        packing = packing and "seq_lengths" not in columns_of(dataset)  # packed already
         return super()._prepare_dataset(
             dataset, processing_class, args, packing, None, dataset_name
         )
