@@ -304,6 +304,15 @@ def test_a_whole_chat_cannot_leave_a_turn_out() -> None:
         token_rows(rows, how)
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_a_call_needs_no_content(key: str) -> None:
+    call = {"name": "f", "arguments": "{}"}
+    for content in ({"content": None}, {"content": ""}, {}):
+        turn = {"role": "assistant", key: [call] if key == "tool_calls" else call, **content}
+        (example,) = to_examples(as_dataset([{"messages": [USER, turn]}]), chat=True)
+        assert example["completion"] == [turn]
+
+
 def test_tools_as_json_text_reach_the_template() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     tokenizer = characters(CHATML)

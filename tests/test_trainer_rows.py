@@ -188,6 +188,21 @@ def test_each_setting_of_the_data_does_what_it_says(model: Any, tmp_path: Path) 
         made(dataset_kwargs={"skip_prepare_dataset": True})
 
 
+def test_packs_of_prompts_alone_are_dropped_and_said(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "p" * 64, "completion": "abc"}]
+    for strategy in ("bfd_split", "wrapped"):
+        caplog.clear()
+        trainer = trainer_of(
+            model, tmp_path, rows, packing=True, packing_strategy=strategy, max_length=16
+        )
+        assert [len(row["labels"]) for row in trainer.train_dataset] == [4]
+        assert "train: 4 of 5 packs have no token to train on and are dropped." in caplog.text
+        trainer.train()
+        assert not trainer.guard.skipped
+
+
 def test_rows_that_are_packed_already_keep_their_borders(model: Any, tmp_path: Path) -> None:
     packed = trainer_of(model, tmp_path, packing=True, max_length=24).train_dataset
     again = trainer_of(model, tmp_path, packed, padding_free=True, max_length=None).train_dataset

@@ -375,6 +375,27 @@ def _drop_untrained(
     return (made if len(keep) == len(made) else made.select(keep)), report
 
 
+def drop_untrained_packs(packs: Any, name: str) -> Any:
+    """Without packs that hold nothing but untrained parts of split examples: a step of such packs
+    alone would divide by zero. A stream's are left."""
+    if not isinstance(packs, Dataset):
+        return packs
+    keep = [
+        number
+        for number, labels in enumerate(packs["labels"])
+        if any(label != IGNORED for label in labels[1:])
+    ]
+    if not keep or len(keep) == len(packs):
+        return packs
+    logger.warning(
+        "%s: %d of %d packs have no token to train on and are dropped.",
+        name,
+        len(packs) - len(keep),
+        len(packs),
+    )
+    return packs.select(keep)
+
+
 def say(report: LengthReport, how: Tokenization) -> None:
     """Log a report: as a warning where something was lost; and that nothing trains to stop."""
     loud = report.truncated or report.untrained or report.unended

@@ -256,7 +256,8 @@ class ExampleReader:
                 if other in turn and own not in turn:
                     turn[own] = turn.pop(other)
             role, content = turn.get("role"), turn.get("content")
-            called = role in ("assistant", "gpt") and bool(turn.get("tool_calls"))
+            calls = turn.get("tool_calls") or turn.get("function_call")
+            called = ROLES.get(str(role), role) == "assistant" and bool(calls)
             if not isinstance(role, str) or not role or (content is None and not called):
                 self._no_chat(number, column)
             if role in ROLES:

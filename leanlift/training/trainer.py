@@ -55,6 +55,7 @@ from leanlift.training.data import (
     TokenRows,
     check_prepared,
     check_row_settings,
+    drop_untrained_packs,
     say,
     skips_preparation,
     token_rows,
@@ -228,9 +229,10 @@ class LiftTrainer(SFTTrainer):
         if self._built:
             dataset = self._tokens(dataset, args, packing, dataset_name)
         packing = packing and "seq_lengths" not in columns_of(dataset)  # packed already
-        return super()._prepare_dataset(
+        made = super()._prepare_dataset(
             dataset, processing_class, args, packing, None, dataset_name
         )
+        return drop_untrained_packs(made, dataset_name) if packing else made
 
     # --- evaluation ------------------------------------------------------------------------
 
