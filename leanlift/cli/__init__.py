@@ -144,6 +144,10 @@ def _add_eval(commands: Any) -> None:
         "--data", type=path, required=True, help=".json, .jsonl or .parquet, or a hub name"
     )
     parser.add_argument(
+        "--dataset_text_field",
+        help="the column of plain texts; default: as the adapter was trained, else text",
+    )
+    parser.add_argument(
         "--load_in_4bit",
         action="store_true",
         help="hold the base in NF4 with double quantization; default: as the adapter was trained, "

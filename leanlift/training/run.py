@@ -38,10 +38,27 @@ from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.callbacks import last_whole_checkpoint
 from leanlift.training.checks import check_settings
-from leanlift.training.data import calibration_batches, check_rows, load_rows
+from leanlift.training.data import (
+    Cut,
+    TokenRows,
+    calibration_batches,
+    check_prepared,
+    check_row_settings,
+    load_rows,
+    say,
+    skips_preparation,
+    token_rows,
+)
 from leanlift.training.fit import changes, fit
-from leanlift.training.load import load_base
+from leanlift.training.load import check_base, load_base
 from leanlift.training.memory import MemoryCallback
+from leanlift.training.tokenizer import (
+    end_tokens,
+    load_tokenizer,
+    prepare_tokenizer,
+    vocabulary_rows,
+)
+from leanlift.training.tokens import ROW_KEYS, Tokenization
 from leanlift.training.trainer import STAGING, LiftTrainer
 
 logger = logging.getLogger("leanlift")
@@ -118,12 +135,8 @@ def _run(
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
     if args.merge_onto not in ONTO:
         raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
-    rows = load_rows(args.dataset_name, args.dataset_split)
-    check_rows(rows)  # before a load that takes minutes
-    eval_rows = None
-    if args.eval_dataset_name:
-        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split)
-        check_rows(eval_rows, "eval")
+    check_base(args.model_name_or_path)
+    tokenizer, rows, eval_rows = _ready_rows(args, sft)  # before a load that takes minutes
 
     device = (
         torch.device("cuda", 0)
@@ -134,13 +147,14 @@ def _run(
     meter = MemoryMeter(device)
     meter.report.plan = None if plan is None else plan.to_dict()
     with meter.phase("load"):
-        model, tokenizer = load_base(args, device, sft.trust_remote_code)
+        model = load_base(args, device, sft.trust_remote_code)
     reached.append("select")
     with meter.phase("select", follow=True) as peak:
         if resume:
             load_adapter(model, resume, progress=True)
         elif config.selector == "gradient":
-            batches = calibration_batches(rows, tokenizer, sft.max_length, args.calibration_rows)
+            data = rows.data if isinstance(rows, TokenRows) else rows
+            batches = calibration_batches(data, tokenizer, sft.max_length, args.calibration_rows)
             get_lift_model(model, config, calibration=batches)
         else:
             get_lift_model(model, config)
@@ -198,13 +212,41 @@ def _run(
     return RunResult(model, tokenizer, meter.report, merged)
 
 
+def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any, Any]:
+    """The tokenizer, and the rows to train and to evaluate on, tokenized (as they are, with
+    skip_prepare_dataset; None, without an eval_dataset_name)."""
+    check_row_settings(sft)
+    rows = load_rows(args.dataset_name, args.dataset_split)
+    eval_rows = None
+    if args.eval_dataset_name:
+        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
+    base = args.model_name_or_path
+    tokenizer = load_tokenizer(base, sft.trust_remote_code)
+    embedding = vocabulary_rows(base, sft.trust_remote_code)
+    prepare_tokenizer(tokenizer, sft, embedding)
+    if skips_preparation(sft):
+        check_prepared(rows, "train")
+        return tokenizer, rows, eval_rows
+    how = Tokenization.of(tokenizer, sft, embedding, end_tokens(base))
+
+    def ready(rows: Any, name: str, packing: bool) -> TokenRows:
+        made = token_rows(rows, how, name, Cut.of(sft, packing), sft.dataset_num_proc)
+        say(made.report, how)
+        return made
+
+    packs_eval = sft.packing if sft.eval_packing is None else sft.eval_packing
+    train = ready(rows, "train", sft.packing)
+    return tokenizer, train, None if eval_rows is None else ready(eval_rows, "eval", packs_eval)
+
+
 def _settings(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
     """What a reader of the adapter may want to know of the run, JSON-ready."""
     own = asdict(args)
     given = own["dataset_name"]
     own["dataset_name"] = str(Path(given).absolute()) if Path(given).is_file() else given
     loop = sft.to_dict()
-    return {"leanlift_version": __version__, **own, **{key: loop[key] for key in TRAINING_KEYS}}
+    kept = {key: loop[key] for key in (*TRAINING_KEYS, *ROW_KEYS)}
+    return {"leanlift_version": __version__, **own, **kept}
 
 
 def _out_of_memory(

@@ -8,17 +8,16 @@ applied.
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset
-from transformers import (
-    AutoTokenizer,
-)
+from datasets import Dataset, IterableDataset
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -51,28 +50,51 @@ from leanlift.training.callbacks import (
     last_whole_checkpoint,
 )
 from leanlift.training.checks import check_numbers, check_settings
-from leanlift.training.data import LengthReport, drop_untrained, to_examples
+from leanlift.training.data import (
+    Cut,
+    LengthReport,
+    TokenRows,
+    check_prepared,
+    check_row_settings,
+    drop_untrained_packs,
+    say,
+    skips_preparation,
+    token_rows,
+    token_stream,
+)
+from leanlift.training.eval_loss import TokenMeans, trained_tokens
+from leanlift.training.examples import columns_of
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
+from leanlift.training.rows import Row
 from leanlift.training.steps import StepGuard
+from leanlift.training.tokenizer import load_tokenizer, prepare_tokenizer, tell_model
+from leanlift.training.tokens import Tokenization
 
 logger = logging.getLogger("leanlift")
 
 STAGING = ".saving"
 
+LOGGED_MEANS = ("entropy", "mean_token_accuracy")
+"""What is logged beside the loss as a mean over tokens."""
+
+Rows: TypeAlias = Dataset | IterableDataset | list[Row] | TokenRows
+"""What is trained and evaluated on."""
+
 
 class LiftTrainer(SFTTrainer):
     """`SFTTrainer(model, args, train_dataset, …)` for a model from `get_lift_model`.
 
-    Takes the arguments of `trl.SFTTrainer` except `peft_config`. Datasets may have `messages`,
-    `prompt`/`completion`, `text` or `instruction`/`input`/`output` columns. Gradient
-    checkpointing is non-reentrant unless `gradient_checkpointing_kwargs` says otherwise.
+    Takes the arguments of `trl.SFTTrainer` except `peft_config`. Datasets, streams and lists of
+    dicts may have `messages` (or `conversations`), `prompt`/`completion`, `text` or
+    `instruction`/`input`/`output`, or `input_ids`. Gradient checkpointing is non-reentrant unless
+    `gradient_checkpointing_kwargs` says otherwise.
 
     With `LiftSFTConfig` as `args`, `optim` may be "sparse_adamw" or "sparse_adamw_8bit", and
     `optim_in_backward` and `max_nonfinite_steps` are there; with a plain `SFTConfig` pass
     `optimizers=(SparseAdamW(...), None)`.
 
     Attributes:
-        length_reports: what `max_length` did to each dataset.
+        length_reports: what became of each dataset's rows.
         refreshes: a `RefreshReport` per mask refresh of this process.
         guard: which steps were not applied.
 
@@ -89,8 +111,8 @@ class LiftTrainer(SFTTrainer):
         self,
         model: torch.nn.Module,
         args: SFTConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -100,6 +122,7 @@ class LiftTrainer(SFTTrainer):
         args = args or LiftSFTConfig()
         check_numbers(args)
         check_settings(args, self._lift.config)
+        check_row_settings(args)
         if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
             raise UserError(
                 "activation_offloading moves activations from a GPU to the CPU, and this run is on "
@@ -122,16 +145,20 @@ class LiftTrainer(SFTTrainer):
             )
         _make_checkpointing_safe(model, args)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(self._lift.base.name)
-        chat = getattr(processing_class, "chat_template", None) is not None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=_examples(train_dataset, chat, "train"),
-            eval_dataset=_all_examples(eval_dataset, chat),
-            processing_class=processing_class,
-            **kwargs,
-        )
+            processing_class = load_tokenizer(self._lift.base.name)
+        self._rows = self._row_settings(model, args, processing_class, kwargs)
+        self._built = False
+        with _rows_settled(args):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=self._tokens(train_dataset, args, args.packing, "train"),
+                eval_dataset=self._all_tokens(eval_dataset, args),
+                processing_class=processing_class,
+                **kwargs,
+            )
+        self._built = True
+        self._eval_means = TokenMeans()
         self._loss = training_loss(
             self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
         )
@@ -147,6 +174,53 @@ class LiftTrainer(SFTTrainer):
 
     # --- data ------------------------------------------------------------------------------
 
+    def _row_settings(
+        self, model: Any, args: SFTConfig, processing_class: Any, kwargs: dict[str, Any]
+    ) -> Tokenization:
+        """How rows are tokenized, with the tokenizer and the model's configs as the settings want
+        them; takes `formatting_func` out of `kwargs`."""
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        rows = _embedding_rows(model)
+        if tokenizer.chat_template is None and processing_class is not tokenizer:
+            tokenizer.chat_template = processing_class.chat_template
+        prepare_tokenizer(tokenizer, args, rows)
+        tell_model(model, tokenizer, args)
+        self._format = kwargs.pop("formatting_func", None)
+        if self._format is not None and args.completion_only_loss:
+            raise UserError(
+                "formatting_func makes texts, which have no completion for completion_only_loss to "
+                "train alone: leave one of the two out."
+            )
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        how = Tokenization.of(tokenizer, args, rows, ends)
+        return how if self._format is None else replace(how, text_field="text")
+
+    def _tokens(self, rows: Any, args: SFTConfig, packing: bool, name: str) -> Any:
+        """Rows as TRL shall have them: tokenized, and cut so that nothing is lost unsaid."""
+        if isinstance(rows, TokenRows):
+            self.length_reports[name] = rows.report
+            return rows.data
+        if skips_preparation(args):
+            check_prepared(rows, name)
+            return rows
+        if self._format is not None:
+            rows = _formatted(rows, self._format, name)
+        cut = Cut.of(args, packing)
+        if isinstance(rows, IterableDataset):
+            return token_stream(rows, self._rows, name, cut)
+        found = token_rows(rows, self._rows, name, cut, args.dataset_num_proc)
+        say(found.report, self._rows)
+        self.length_reports[name] = found.report
+        return found.data
+
+    def _all_tokens(self, rows: Any, args: SFTConfig) -> Any:
+        if rows is None:
+            return None
+        packing = args.packing if args.eval_packing is None else args.eval_packing
+        if isinstance(rows, dict):
+            return {name: self._tokens(part, args, packing, name) for name, part in rows.items()}
+        return self._tokens(rows, args, packing, "eval")
+
     def _prepare_dataset(
         self,
         dataset: Any,
@@ -156,18 +230,52 @@ class LiftTrainer(SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        """TRL's preparation in two passes, so that nothing is cut or dropped silently."""
-        prepare = super()._prepare_dataset
-        if not isinstance(dataset, Dataset):
-            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        uncut = copy.copy(args)
-        uncut.max_length, uncut.shuffle_dataset = None, False
-        whole = prepare(dataset, processing_class, uncut, False, formatting_func, dataset_name)
-        keep_end = args.truncation_mode == "keep_end"
-        kept, report = drop_untrained(whole, args.max_length, keep_end, packing, dataset_name)
-        self.length_reports[dataset_name] = report
-        (logger.warning if report.truncated or report.untrained else logger.info)("%s", report)
-        return prepare(kept, processing_class, args, packing, None, dataset_name)
+        """Packing and shuffling are TRL's; rows given to `evaluate` are tokenized first."""
+        if self._built:
+            dataset = self._tokens(dataset, args, packing, dataset_name)
+        packing = packing and "seq_lengths" not in columns_of(dataset)  # packed already
+        made = super()._prepare_dataset(
+            dataset, processing_class, args, packing, None, dataset_name
+        )
+        return drop_untrained_packs(made, dataset_name) if packing else made
+
+    # --- evaluation ------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """As TRL's, and keeps what the mean over tokens needs."""
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if found[0] is not None:
+            count, logged = trained_tokens(inputs), self._metrics["eval"]
+            self._eval_means.add("loss", found[0], count)
+            for name in LOGGED_MEANS:
+                if logged[name]:
+                    self._eval_means.add(name, torch.as_tensor(logged[name][-1]), count)
+        return found
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As Trainer's, with means over trained tokens instead of means of the batches' means,
+        which depend on the batch size: the best checkpoint is chosen by them."""
+        self._eval_means = TokenMeans()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self._eval_means.means(self.accelerator)
+        key = f"{metric_key_prefix}_loss"
+        if key in output.metrics and "loss" in means:
+            output.metrics[key] = means["loss"]
+        for name in LOGGED_MEANS:
+            if name in means:
+                self._metrics["eval"][name] = [means[name]]
+        return output
 
     # --- steps -----------------------------------------------------------------------------
 
@@ -363,11 +471,41 @@ def _make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
         model.enable_input_require_grads()
 
 
-def _examples(dataset: Any, chat: bool, name: str) -> Any:
-    return to_examples(dataset, chat, name) if isinstance(dataset, Dataset) else dataset
+@contextmanager
+def _rows_settled(args: SFTConfig) -> Iterator[None]:
+    """Hide from TRL's constructor what has been done by now: it would do it again, to tokenized
+    rows and to an embedding that cannot grow."""
+    done = {"chat_template_path": None, "eos_token": None, "assistant_only_loss": False}
+    kept = {key: getattr(args, key) for key in done}
+    for key, value in done.items():
+        setattr(args, key, value)
+    try:
+        yield
+    finally:
+        for key, value in kept.items():
+            setattr(args, key, value)
 
 
-def _all_examples(dataset: Any, chat: bool) -> Any:
-    if isinstance(dataset, dict):
-        return {name: _examples(part, chat, name) for name, part in dataset.items()}
-    return _examples(dataset, chat, "eval")
+def _embedding_rows(model: Any) -> int:
+    """Rows of the embedding, whatever holds it."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return int(weight.shape[0])
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _formatted(rows: Any, function: Any, name: str) -> Any:
+    """Rows as texts, by a function of the user's."""
+
+    def text(row: Row) -> Row:
+        made = function(row)
+        if not isinstance(made, str):
+            raise UserError(
+                f"formatting_func returned a {type(made).__name__} for a row of the {name} "
+                "dataset: expected a text."
+            )
+        return {"text": made}
+
+    if isinstance(rows, IterableDataset):
+        return rows.map(text, remove_columns=columns_of(rows))
+    return [text(row) for row in rows]
