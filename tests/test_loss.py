@@ -190,7 +190,7 @@ def test_the_plan_has_the_loss_that_is_trained(family: str, name: str, tmp_path:
     kind, changes, loss = FAMILIES[family]
     config = AutoConfig.for_model(kind, **{**SIZES, **changes, "vocab_size": 30_000})
     config.save_pretrained(tmp_path)
-    settings = StepSettings(length=64, dtype="float32", cuda=False, optim="sparse_adamw")
+    settings = StepSettings(batch=1, length=64, dtype="float32", cuda=False, optim="sparse_adamw")
     plain = plan_memory(tmp_path, LIFT, settings, None).step["loss"]
     whole = 64 * 30_000 * 4
     assert (plain > 2 * whole) == (loss is WholeLoss)

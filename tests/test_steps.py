@@ -216,7 +216,7 @@ def test_bf16_with_stochastic_rounding_learns_and_rounding_to_nearest_stalls(
 def test_bf16_values_need_an_optimizer_that_rounds_stochastically(
     base: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="AdamW rounds small updates of bfloat16 values away"):
+    with pytest.raises(UserError, match="adamw_torch rounds small updates of bfloat16 values away"):
         trainer_for(base, tmp_path, BF16, optim="adamw_torch").train()
     with pytest.raises(UserError, match="values_dtype among"):
         LiftConfig(values_dtype="float16")
@@ -373,7 +373,9 @@ def test_a_good_step_in_between_starts_the_count_again() -> None:
     guard.see_loss(nan)
     with pytest.raises(UserError, match="at step 6: the loss is nan, and 2 step"):
         guard.end_step(6, lambda: "there is no checkpoint yet")
-    with pytest.raises(UserError, match="max_nonfinite_steps of at least 1"):
+    with pytest.raises(
+        UserError, match="expected max_nonfinite_steps as a whole number, at least 1"
+    ):
         LiftSFTConfig(output_dir="x", max_nonfinite_steps=0, use_cpu=True, bf16=False)
 
 

@@ -184,7 +184,7 @@ def test_settings_that_cannot_be_had(
     refused("packing needs a max_length", packing=True, max_length=None)
     refused("dataset_kwargs has skip_prepare_dataset alone", dataset_kwargs={"a": 1})
     refused("padding_free without packing", padding_free=True)
-    refused("max_length 0 is not positive", max_length=0)
+    refused("expected max_length as a whole number, at least 1", max_length=0)
     refused("packing_strategy 'best' is none of", packing=True, packing_strategy="best")
     refused("truncation_mode 'middle' is neither", truncation_mode="middle")
     refused("is not tokenized", dataset_kwargs={"skip_prepare_dataset": True})

@@ -74,6 +74,7 @@ WHOLE = (
     "max_steps",
     "_limit",
     "accumulation_steps",
+    "nonfinite_steps",
 )
 """Endings of names of whole numbers."""
 
@@ -101,19 +102,21 @@ def check_numbers(sft: Any) -> None:
             raise UserError(f"expected {name} as a {kind}, {what}; got {value!r}.")
 
 
-def check_settings(sft: Any, config: LiftConfig) -> None:
+def check_settings(sft: Any, config: LiftConfig, by_name: bool = True) -> None:
     """Refuse settings that a run could not keep.
 
     Args:
         sft: an SFTConfig.
         config: what is trained.
+        by_name: whether the optimizer is the one that `optim` names, not an object of the user's.
 
     Raises:
         UserError: there is one; says which and what to do instead.
     """
     for wrong, advice in _unsupported(sft, config):
         raise UserError(f"{wrong} {advice}.")
-    _check_optimizer(sft, config)
+    if by_name:
+        _check_optimizer(sft, config)
     _check_reporting(sft)
 
 

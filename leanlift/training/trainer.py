@@ -121,7 +121,8 @@ class LiftTrainer(SFTTrainer):
             raise UserError("LiftTrainer needs a train_dataset, got none.")
         args = args or LiftSFTConfig()
         check_numbers(args)
-        check_settings(args, self._lift.config)
+        given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
+        check_settings(args, self._lift.config, by_name=given is None)
         check_row_settings(args)
         if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
             raise UserError(
