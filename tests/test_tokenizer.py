@@ -169,8 +169,8 @@ def test_settings_that_cannot_be_had(
     make_tokenizer().save_pretrained(tmp_path / "bare")
 
     def refused(words: str, path: Any = fine, **changes: Any) -> None:
-        sft = settings(tmp_path / "run", chat_template_path=path and str(path), **changes)
         with pytest.raises(UserError, match=words):
+            sft = settings(tmp_path / "run", chat_template_path=path and str(path), **changes)
             run(RunArguments(str(base), str(data), load_in_4bit=False), sft)
 
     refused("is a chat, and the tokenizer has no chat template", None)
