@@ -110,6 +110,17 @@ def test_a_tokenizer_without_pad_token(base: Path, tmp_path: Path, train: Any) -
     assert model.config.pad_token_id == model.generation_config.pad_token_id
 
 
+def test_the_model_knows_the_end_token_before_it_is_trained(
+    base: Path, template: Path, tmp_path: Path
+) -> None:
+    model = get_lift_model(load(base, "dense"), LiftConfig(approx_rank=2), progress=False)
+    sft = settings(tmp_path, chat_template_path=str(template), eos_token="#")
+    tokenizer = make_tokenizer()
+    LiftTrainer(model=model, args=sft, train_dataset=CHATS, processing_class=tokenizer)
+    end = tokenizer.convert_tokens_to_ids("#")
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (end, [end, 1])
+
+
 def tokenizer_with(tmp_path: Path, *tokens: str) -> str:
     """A tokenizer directory with a template that uses more tokens."""
     other = characters(CHATML.replace("[", "<x1>"))
