@@ -15,6 +15,7 @@ from tokenizers_of_all_kinds import CHATML, characters
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.training import LiftSFTConfig, RunArguments, run
 from leanlift.training.tokenizer import load_tokenizer, prepare_tokenizer
+from leanlift.training.tokens import Tokenization
 
 CHATS = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
 ALPACA = [{"instruction": "q", "input": "", "output": "a"}]
@@ -247,8 +248,13 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
     endless = make_tokenizer()
     endless.eos_token = None
     endless.save_pretrained(tmp_path / "endless")
+    bare = load_tokenizer(tmp_path / "endless")
+    with pytest.raises(UserError, match="endless has no end-of-sequence token"):
+        Tokenization.of(bare)
     with pytest.raises(UserError, match="has no end-of-sequence token"):
-        load_tokenizer(tmp_path / "endless")
+        prepare_tokenizer(bare, settings(tmp_path))
+    named = prepare_tokenizer(bare, settings(tmp_path, eos_token="#"))
+    assert Tokenization.of(named).ends == {named.convert_tokens_to_ids("#")}
     (tmp_path / "endless" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(tmp_path / "endless")
