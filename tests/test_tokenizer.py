@@ -15,6 +15,7 @@ from tokenizers_of_all_kinds import CHATML, characters
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.training import LiftSFTConfig, RunArguments, run
 from leanlift.training.tokenizer import load_tokenizer, prepare_tokenizer
+from leanlift.training.tokens import Tokenization
 
 CHATS = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
 ALPACA = [{"instruction": "q", "input": "", "output": "a"}]
@@ -108,6 +109,17 @@ def test_a_tokenizer_without_pad_token(base: Path, tmp_path: Path, train: Any) -
     assert text == "abc</s>"
     assert used.pad_token_id == model.config.pad_token_id
     assert model.config.pad_token_id == model.generation_config.pad_token_id
+
+
+def test_the_model_knows_the_end_token_before_it_is_trained(
+    base: Path, template: Path, tmp_path: Path
+) -> None:
+    model = get_lift_model(load(base, "dense"), LiftConfig(approx_rank=2), progress=False)
+    sft = settings(tmp_path, chat_template_path=str(template), eos_token="#")
+    tokenizer = make_tokenizer()
+    LiftTrainer(model=model, args=sft, train_dataset=CHATS, processing_class=tokenizer)
+    end = tokenizer.convert_tokens_to_ids("#")
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (end, [end, 1])
 
 
 def tokenizer_with(tmp_path: Path, *tokens: str) -> str:
@@ -236,8 +248,13 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
     endless = make_tokenizer()
     endless.eos_token = None
     endless.save_pretrained(tmp_path / "endless")
+    bare = load_tokenizer(tmp_path / "endless")
+    with pytest.raises(UserError, match="endless has no end-of-sequence token"):
+        Tokenization.of(bare)
     with pytest.raises(UserError, match="has no end-of-sequence token"):
-        load_tokenizer(tmp_path / "endless")
+        prepare_tokenizer(bare, settings(tmp_path))
+    named = prepare_tokenizer(bare, settings(tmp_path, eos_token="#"))
+    assert Tokenization.of(named).ends == {named.convert_tokens_to_ids("#")}
     (tmp_path / "endless" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(tmp_path / "endless")

@@ -23,8 +23,9 @@ from trl import SFTConfig, SFTTrainer
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.training import LiftSFTConfig
-from leanlift.training.data import Cut, calibration_batches, say, token_rows, tokenized
+from leanlift.training.data import calibration_batches, token_rows, tokenized
 from leanlift.training.evaluate import to_samples
+from leanlift.training.lengths import Cut, say
 from leanlift.training.tokens import Tokenization
 
 USER = {"role": "user", "content": "2+2?"}

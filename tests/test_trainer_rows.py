@@ -11,10 +11,13 @@ import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, IterableDataset
 from tiny import load, make_checkpoint
 from tokenizers_of_all_kinds import CHATML, characters
+from transformers import TrainingArguments
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.training import LiftSFTConfig
-from leanlift.training.data import Cut, token_rows, token_stream
+from leanlift.training.data import token_rows
+from leanlift.training.lengths import Cut
+from leanlift.training.stream import token_stream
 from leanlift.training.tokens import Tokenization
 
 ROWS = [{"prompt": f"{i} is ", "completion": "x" * (1 + 3 * i)} for i in range(7)]
@@ -123,6 +126,15 @@ def test_a_stream_drops_cuts_and_refuses_as_a_dataset_does(
 def test_what_is_no_rows(model: Any, tmp_path: Path, rows: Any, match: str) -> None:
     with pytest.raises(UserError, match=match):
         trainer_of(model, tmp_path, rows)
+
+
+def test_plain_training_arguments_are_taken(model: Any, tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    trainer = LiftTrainer(
+        model=model, args=args, train_dataset=ROWS, processing_class=characters(CHATML)
+    )
+    assert list(trainer.train_dataset) == ids_of(ROWS)
+    assert trainer.args.max_steps == 1
 
 
 def test_a_formatting_function(model: Any, tmp_path: Path) -> None:
@@ -241,7 +253,7 @@ def test_the_loss_of_an_evaluation_is_a_mean_over_tokens(
             eval_dataset={"one": ROWS, "two": Dataset.from_list(other)},
         )
         if loss == "trl":
-            trainer._loss = None
+            trainer._loss, trainer.data_collator = None, trainer.data_collator.collator
         found = trainer.evaluate()
         for name, (mean, accuracy) in wanted.items():
             assert found[f"eval_{name}_loss"] == pytest.approx(mean, rel=1e-5)

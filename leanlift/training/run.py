@@ -38,27 +38,13 @@ from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.callbacks import last_whole_checkpoint
 from leanlift.training.checks import check_settings
-from leanlift.training.data import (
-    Cut,
-    TokenRows,
-    calibration_batches,
-    check_prepared,
-    check_row_settings,
-    load_rows,
-    say,
-    skips_preparation,
-    token_rows,
-)
+from leanlift.training.data import TokenRows, calibration_batches, load_rows
 from leanlift.training.fit import changes, fit
 from leanlift.training.load import check_base, load_base
 from leanlift.training.memory import MemoryCallback
-from leanlift.training.tokenizer import (
-    end_tokens,
-    load_tokenizer,
-    prepare_tokenizer,
-    vocabulary_rows,
-)
-from leanlift.training.tokens import ROW_KEYS, Tokenization
+from leanlift.training.ready import RowsForTraining
+from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
+from leanlift.training.tokens import ROW_KEYS
 from leanlift.training.trainer import STAGING, LiftTrainer
 
 logger = logging.getLogger("leanlift")
@@ -213,9 +199,7 @@ def _run(
 
 
 def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any, Any]:
-    """The tokenizer, and the rows to train and to evaluate on, tokenized (as they are, with
-    skip_prepare_dataset; None, without an eval_dataset_name)."""
-    check_row_settings(sft)
+    """The tokenizer, and the rows to train and to evaluate on, ready for the trainer."""
     rows = load_rows(args.dataset_name, args.dataset_split)
     eval_rows = None
     if args.eval_dataset_name:
@@ -223,20 +207,8 @@ def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any, Any]:
     base = args.model_name_or_path
     tokenizer = load_tokenizer(base, sft.trust_remote_code)
     embedding = vocabulary_rows(base, sft.trust_remote_code)
-    prepare_tokenizer(tokenizer, sft, embedding)
-    if skips_preparation(sft):
-        check_prepared(rows, "train")
-        return tokenizer, rows, eval_rows
-    how = Tokenization.of(tokenizer, sft, embedding, end_tokens(base))
-
-    def ready(rows: Any, name: str, packing: bool) -> TokenRows:
-        made = token_rows(rows, how, name, Cut.of(sft, packing), sft.dataset_num_proc)
-        say(made.report, how)
-        return made
-
-    packs_eval = sft.packing if sft.eval_packing is None else sft.eval_packing
-    train = ready(rows, "train", sft.packing)
-    return tokenizer, train, None if eval_rows is None else ready(eval_rows, "eval", packs_eval)
+    ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base))
+    return tokenizer, ready.train(rows), ready.eval(eval_rows)
 
 
 def _settings(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:

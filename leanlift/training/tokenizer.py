@@ -26,7 +26,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         trust_remote_code: as in `from_pretrained`.
 
     Raises:
-        UserError: missing, damaged, or without an end token.
+        UserError: missing or damaged.
     """
     path = Path(source).expanduser()
     name = str(path) if path.exists() else str(source)
@@ -36,12 +36,17 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         raise UserError(
             f"the tokenizer of {source} cannot be loaded: {first_line(error)}"
         ) from error
+    return tokenizer
+
+
+def check_end_token(tokenizer: Any) -> None:
+    """Raises a UserError where a tokenizer has none."""
     if getattr(tokenizer, "eos_token", None) is None:
         raise UserError(
-            f"the tokenizer of {source} has no end-of-sequence token: set eos_token in its "
-            "tokenizer_config.json, or the model would never learn to stop."
+            f"the tokenizer of {tokenizer.name_or_path or 'the base'} has no end-of-sequence "
+            "token: name one with eos_token (in its tokenizer_config.json, or as a training "
+            "argument), or the model would never learn to stop."
         )
-    return tokenizer
 
 
 def vocabulary_rows(name: str, trust_remote_code: bool = False) -> int | None:
@@ -88,6 +93,7 @@ def prepare_tokenizer(tokenizer: Any, sft: Any, rows: int | None = None) -> Any:
         _take_template(tokenizer, str(sft.chat_template_path), rows)
     if sft.eos_token is not None:
         tokenizer.eos_token = _known(tokenizer, sft.eos_token, "eos_token")
+    check_end_token(tokenizer)
     wanted = getattr(sft, "pad_token", None)
     if wanted is not None:
         tokenizer.pad_token = _known(tokenizer, wanted, "pad_token")
@@ -131,7 +137,8 @@ def _take_template(tokenizer: Any, source: str, rows: int | None) -> None:
             f"rows for them (it has {rows}, ids go up to {highest}): take the template alone as a "
             ".jinja file with tokens that the base has, or a base whose embedding has them."
         )
-    tokenizer.eos_token = _known(tokenizer, other.eos_token, "the template's eos_token")
+    if other.eos_token is not None:
+        tokenizer.eos_token = _known(tokenizer, other.eos_token, "the template's eos_token")
 
 
 def tell_model(model: Any, tokenizer: Any, sft: Any) -> None:

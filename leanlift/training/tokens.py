@@ -21,7 +21,7 @@ from trl.data_utils import common_prefix_length
 
 from leanlift.errors import UserError, first_line
 from leanlift.training.rows import Row
-from leanlift.training.tokenizer import as_ids
+from leanlift.training.tokenizer import as_ids, check_end_token
 
 IGNORED = -100
 
@@ -80,9 +80,10 @@ class Tokenization:
             ends: end tokens of the base's generation config.
 
         Raises:
-            UserError: assistant_only_loss, and a template that does not say what is the
-                assistant's.
+            UserError: no end token; or assistant_only_loss, and a template that does not say what
+                is the assistant's.
         """
+        check_end_token(tokenizer)
         assistant_only = bool(getattr(sft, "assistant_only_loss", False))
         return cls(
             tokenizer,

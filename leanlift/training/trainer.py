@@ -12,12 +12,10 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -50,25 +48,14 @@ from leanlift.training.callbacks import (
     last_whole_checkpoint,
 )
 from leanlift.training.checks import check_numbers, check_settings
-from leanlift.training.data import (
-    Cut,
-    LengthReport,
-    TokenRows,
-    check_prepared,
-    check_row_settings,
-    drop_untrained_packs,
-    say,
-    skips_preparation,
-    token_rows,
-    token_stream,
-)
+from leanlift.training.data import TokenRows
 from leanlift.training.eval_loss import TokenMeans, trained_tokens
 from leanlift.training.examples import columns_of
+from leanlift.training.lengths import LengthReport
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
-from leanlift.training.rows import Row
+from leanlift.training.ready import Rows, RowsForTraining, drop_untrained_packs
 from leanlift.training.steps import StepGuard
-from leanlift.training.tokenizer import load_tokenizer, prepare_tokenizer, tell_model
-from leanlift.training.tokens import Tokenization
+from leanlift.training.tokenizer import load_tokenizer, tell_model
 
 logger = logging.getLogger("leanlift")
 
@@ -76,9 +63,6 @@ STAGING = ".saving"
 
 LOGGED_MEANS = ("entropy", "mean_token_accuracy")
 """What is logged beside the loss as a mean over tokens."""
-
-Rows: TypeAlias = Dataset | IterableDataset | list[Row] | TokenRows
-"""What is trained and evaluated on."""
 
 
 class LiftTrainer(SFTTrainer):
@@ -119,11 +103,10 @@ class LiftTrainer(SFTTrainer):
         self._lift = lift_state(model)
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
-        args = args or LiftSFTConfig()
+        args = _sft(args)
         check_numbers(args)
         given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
         check_settings(args, self._lift.config, by_name=given is None)
-        check_row_settings(args)
         if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
             raise UserError(
                 "activation_offloading moves activations from a GPU to the CPU, and this run is on "
@@ -147,14 +130,18 @@ class LiftTrainer(SFTTrainer):
         _make_checkpointing_safe(model, args)
         if processing_class is None:
             processing_class = load_tokenizer(self._lift.base.name)
-        self._rows = self._row_settings(model, args, processing_class, kwargs)
+        tokenizer = _tokenizer_of(processing_class)
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        function = kwargs.pop("formatting_func", None)
+        self._rows = RowsForTraining(tokenizer, args, _embedding_rows(model), ends, function)
+        tell_model(model, tokenizer, args)
         self._built = False
         with _rows_settled(args):
             super().__init__(
                 model=model,
                 args=args,
-                train_dataset=self._tokens(train_dataset, args, args.packing, "train"),
-                eval_dataset=self._all_tokens(eval_dataset, args),
+                train_dataset=self._unwrapped(self._rows.train(train_dataset), "train"),
+                eval_dataset=self._unwrapped(self._rows.eval(eval_dataset), "eval"),
                 processing_class=processing_class,
                 **kwargs,
             )
@@ -175,52 +162,14 @@ class LiftTrainer(SFTTrainer):
 
     # --- data ------------------------------------------------------------------------------
 
-    def _row_settings(
-        self, model: Any, args: SFTConfig, processing_class: Any, kwargs: dict[str, Any]
-    ) -> Tokenization:
-        """How rows are tokenized, with the tokenizer and the model's configs as the settings want
-        them; takes `formatting_func` out of `kwargs`."""
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        rows = _embedding_rows(model)
-        if tokenizer.chat_template is None and processing_class is not tokenizer:
-            tokenizer.chat_template = processing_class.chat_template
-        prepare_tokenizer(tokenizer, args, rows)
-        tell_model(model, tokenizer, args)
-        self._format = kwargs.pop("formatting_func", None)
-        if self._format is not None and args.completion_only_loss:
-            raise UserError(
-                "formatting_func makes texts, which have no completion for completion_only_loss to "
-                "train alone: leave one of the two out."
-            )
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        how = Tokenization.of(tokenizer, args, rows, ends)
-        return how if self._format is None else replace(how, text_field="text")
-
-    def _tokens(self, rows: Any, args: SFTConfig, packing: bool, name: str) -> Any:
-        """Rows as TRL shall have them: tokenized, and cut so that nothing is lost unsaid."""
+    def _unwrapped(self, rows: Any, name: str) -> Any:
+        """What TRL shall have of ready rows; their report is kept."""
+        if isinstance(rows, dict):
+            return {key: self._unwrapped(part, key) for key, part in rows.items()}
         if isinstance(rows, TokenRows):
             self.length_reports[name] = rows.report
             return rows.data
-        if skips_preparation(args):
-            check_prepared(rows, name)
-            return rows
-        if self._format is not None:
-            rows = _formatted(rows, self._format, name)
-        cut = Cut.of(args, packing)
-        if isinstance(rows, IterableDataset):
-            return token_stream(rows, self._rows, name, cut)
-        found = token_rows(rows, self._rows, name, cut, args.dataset_num_proc)
-        say(found.report, self._rows)
-        self.length_reports[name] = found.report
-        return found.data
-
-    def _all_tokens(self, rows: Any, args: SFTConfig) -> Any:
-        if rows is None:
-            return None
-        packing = args.packing if args.eval_packing is None else args.eval_packing
-        if isinstance(rows, dict):
-            return {name: self._tokens(part, args, packing, name) for name, part in rows.items()}
-        return self._tokens(rows, args, packing, "eval")
+        return rows
 
     def _prepare_dataset(
         self,
@@ -233,7 +182,8 @@ class LiftTrainer(SFTTrainer):
     ) -> Any:
         """Packing and shuffling are TRL's; rows given to `evaluate` are tokenized first."""
         if self._built:
-            dataset = self._tokens(dataset, args, packing, dataset_name)
+            ready = self._rows(dataset, dataset_name, packing)
+            dataset = self._unwrapped(ready, dataset_name)
         packing = packing and "seq_lengths" not in columns_of(dataset)  # packed already
         made = super()._prepare_dataset(
             dataset, processing_class, args, packing, None, dataset_name
@@ -487,26 +437,26 @@ def _rows_settled(args: SFTConfig) -> Iterator[None]:
             setattr(args, key, value)
 
 
+def _sft(args: Any) -> SFTConfig:
+    """Arguments as TRL's own: of `TrainingArguments` those that it has, as TRL takes them."""
+    if args is None:
+        return LiftSFTConfig()
+    if isinstance(args, SFTConfig):
+        return args
+    return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
+
+
+def _tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
+
+
 def _embedding_rows(model: Any) -> int:
     """Rows of the embedding, whatever holds it."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     if isinstance(weight, torch.Tensor) and weight.dim() == 2:
         return int(weight.shape[0])
     return int(model.config.get_text_config().vocab_size)
-
-
-def _formatted(rows: Any, function: Any, name: str) -> Any:
-    """Rows as texts, by a function of the user's."""
-
-    def text(row: Row) -> Row:
-        made = function(row)
-        if not isinstance(made, str):
-            raise UserError(
-                f"formatting_func returned a {type(made).__name__} for a row of the {name} "
-                "dataset: expected a text."
-            )
-        return {"text": made}
-
-    if isinstance(rows, IterableDataset):
-        return rows.map(text, remove_columns=columns_of(rows))
-    return [text(row) for row in rows]
