@@ -7,11 +7,26 @@ invariants of leanlift itself are `assert`s instead.
 
 from __future__ import annotations
 
+import errno
+
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's error as a sentence, for use in a message of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that a disk or a quota is full: torch and
+    safetensors write in their own code and raise their own kinds."""
+    while error is not None:
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError) and error.errno in full:
+            return True
+        if any(words in str(error) for words in ("No space left on device", "os error 28")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class UserError(ValueError):

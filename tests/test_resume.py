@@ -26,7 +26,7 @@ from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.model import lift_layers
 from leanlift.training import RunArguments
 from leanlift.training.checkpointing import checkpoint_to_resume, clean, put_in_place, rotate
-from leanlift.training.settings import FREE, check_settings, data_facts, settings_of
+from leanlift.training.settings import FREE, check_same_settings, data_facts, settings_of
 from leanlift.training.whole import RANDOM, SCHEDULE, SEAL, check_checkpoint
 
 LIFT = LiftConfig(approx_rank=8, refresh_interval=4)
@@ -80,18 +80,18 @@ def other(value: Any) -> Any:
 
 def test_every_key_is_refused_by_name_or_said(tmp_path: Path) -> None:
     now = everything(tmp_path)
-    assert check_settings(copy.deepcopy(now), now, "x") == []
+    assert check_same_settings(copy.deepcopy(now), now, "x") == []
     assert {"loop", "mask", "run", "data"} == set(now)
     for section, keys in now.items():
         for key, value in keys.items():
             saved = copy.deepcopy(now)
             saved[section][key] = other(value)
             if key in FREE or key == "num_train_epochs":  # max_steps counts, and is the same
-                (sentence,) = check_settings(saved, now, "x")
+                (sentence,) = check_same_settings(saved, now, "x")
                 assert f"with {key}=" in sentence
                 continue
             with pytest.raises(UserError, match=rf"made with {key}=.* asks for {key}="):
-                check_settings(saved, now, "x")
+                check_same_settings(saved, now, "x")
 
 
 def test_what_may_change_is_a_key_that_there_is(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_a_run_may_be_longer_where_its_schedule_does_not_ask(
     saved = copy.deepcopy(now)
     saved["loop"]["max_steps"] = 3
     if free:
-        assert len(check_settings(saved, now, "x")) == 1
+        assert len(check_same_settings(saved, now, "x")) == 1
     else:
         with pytest.raises(UserError, match="max_steps=3"):
-            check_settings(saved, now, "x")
+            check_same_settings(saved, now, "x")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from leanlift.adapter import Adapter
 from leanlift.errors import UserError, first_line
@@ -18,28 +18,15 @@ from leanlift.quantized import dtype_of
 from leanlift.training.arguments import RunArguments
 
 
-def load_base(
-    args: RunArguments, device: torch.device, trust_remote_code: bool = False
-) -> tuple[Any, Any]:
-    """The base model, quantized as asked for, and its tokenizer.
+def load_base(args: RunArguments, device: torch.device, trust_remote_code: bool = False) -> Any:
+    """The base model, quantized as asked for.
 
     Raises:
-        UserError: missing, half-downloaded or damaged checkpoint, unknown model type, missing
-            tokenizer, contradictory settings.
+        UserError: missing, half-downloaded or damaged checkpoint, unknown model type,
+            contradictory settings.
     """
     name = args.model_name_or_path
-    path = Path(name).expanduser()
-    if not path.exists() and (
-        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    ):
-        raise UserError(
-            f"the base {name} does not exist: expected a checkpoint directory or hub name."
-        )
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"the base {name} has no config.json: it is no checkpoint directory.")
-        with open_checkpoint(path):  # headers only: finds missing and cut-off shards
-            pass
+    check_base(name)
     dtype = dtype_of(args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -52,17 +39,31 @@ def load_base(
             attn_implementation=args.attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
-    if getattr(tokenizer, "eos_token", None) is None:
+    return model
+
+
+def check_base(name: str) -> None:
+    """What can be seen of a base without loading it.
+
+    Raises:
+        UserError: a directory that is not there, is no checkpoint, or was only half downloaded.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and (
+        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    ):
         raise UserError(
-            f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its "
-            "tokenizer_config.json, or the model would never learn to stop."
+            f"the base {name} does not exist: expected a checkpoint directory or hub name."
         )
-    return model, tokenizer
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"the base {name} has no config.json: it is no checkpoint directory.")
+        with open_checkpoint(path):  # headers only: finds missing and cut-off shards
+            pass
 
 
 def quantization(args: RunArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -97,7 +98,7 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
     args = arguments_as_trained(adapter)
     if base is not None:
         args = replace(args, model_name_or_path=str(base))
-    return load_base(args, device)[0]
+    return load_base(args, device)
 
 
 def arguments_as_trained(adapter: Adapter) -> RunArguments:

@@ -38,7 +38,7 @@ from leanlift.training.loop_state import (
     restore_random_state,
     unpickle,
 )
-from leanlift.training.settings import Settings, check_settings, data_facts, settings_of
+from leanlift.training.settings import Settings, check_same_settings, data_facts, settings_of
 from leanlift.training.whole import (
     OPTIMIZER_FACTS,
     OPTIMIZER_TENSORS,
@@ -92,7 +92,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _go_on_from(self, found: Checkpoint) -> str:
         """Say what has changed since; refuse what may not have."""
-        for change in check_settings(found.settings, self._settings, str(found.path)):
+        for change in check_same_settings(found.settings, self._settings, str(found.path)):
             logger.warning("%s", change)
         logger.warning("Resuming from %s.", found.path)
         return str(found.path)

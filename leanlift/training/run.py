@@ -35,7 +35,7 @@ from leanlift.model import (
 )
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
-from leanlift.training.arguments import LiftSFTConfig, RunArguments, check_loop
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing import (
     checkpoint_to_resume,
     checkpoints,
@@ -43,12 +43,16 @@ from leanlift.training.checkpointing import (
     keeping_what_was_good,
     last_checkpoint,
 )
-from leanlift.training.data import calibration_batches, check_rows, load_rows
+from leanlift.training.checks import check_settings
+from leanlift.training.data import TokenRows, calibration_batches, load_rows
 from leanlift.training.fit import changes, fit
-from leanlift.training.load import load_base
+from leanlift.training.load import check_base, load_base
 from leanlift.training.lock import LOCK_NAME, OutputLock
 from leanlift.training.memory import MemoryCallback
-from leanlift.training.settings import check_settings, run_settings, settings_of
+from leanlift.training.ready import RowsForTraining
+from leanlift.training.settings import check_same_settings, run_settings, settings_of
+from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
+from leanlift.training.tokens import ROW_KEYS
 from leanlift.training.trainer import LiftTrainer
 from leanlift.training.whole import Checkpoint, check_checkpoint
 
@@ -122,22 +126,18 @@ def _run(
     found = _checkpoint_to_resume(sft, output)
     resume = None if found is None else str(found.path)
     config = args.lift_config()
-    check_loop(sft, config.values_dtype)
+    check_settings(sft, config)
     if args.merged_dir and Path(args.merged_dir).exists():
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
     if args.merge_onto not in ONTO:
         raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
-    rows = load_rows(args.dataset_name, args.dataset_split)
-    check_rows(rows)  # before a load that takes minutes
-    eval_rows = None
-    if args.eval_dataset_name:
-        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split)
-        check_rows(eval_rows, "eval")
-    told = run_settings(args, rows)
+    check_base(args.model_name_or_path)
+    ready = _ready_rows(args, sft)  # before a load that takes minutes
+    told = run_settings(args, ready.data)
     if found is not None:
-        check_settings(found.settings, settings_of(sft, config, told), str(found.path))
+        check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))
     with OutputLock(output):
-        return _train(args, sft, before_training, plan, reached, rows, eval_rows, told, resume)
+        return _train(args, sft, before_training, plan, reached, ready, told, resume)
 
 
 def _train(
@@ -146,8 +146,7 @@ def _train(
     before_training: Callable[[Any, Any], None] | None,
     plan: MemoryPlan | None,
     reached: list[str],
-    rows: Any,
-    eval_rows: Any,
+    ready: ReadyRows,
     told: dict[str, Any],
     resume: str | None,
 ) -> RunResult:
@@ -156,12 +155,13 @@ def _train(
     Args:
         args, sft, before_training, plan: as `run` has them.
         reached: which phase the run has come to is added to it.
-        rows, eval_rows: as they were read.
+        ready: what to train and to evaluate on.
         told: what the run was told, for its checkpoints.
         resume: the checkpoint to go on from, checked.
     """
     output = Path(sft.output_dir or "leanlift-output")
     config = args.lift_config()
+    tokenizer, rows, eval_rows = ready.tokenizer, ready.rows, ready.eval_rows
     device = (
         torch.device("cuda", 0)
         if torch.cuda.is_available() and not sft.use_cpu
@@ -171,13 +171,15 @@ def _train(
     meter = MemoryMeter(device)
     meter.report.plan = None if plan is None else plan.to_dict()
     with meter.phase("load"):
-        model, tokenizer = load_base(args, device, sft.trust_remote_code)
+        model = load_base(args, device, sft.trust_remote_code)
     reached.append("select")
     with meter.phase("select", follow=True) as peak:
         if resume:
             load_adapter(model, resume, progress=True)
         elif config.selector == "gradient":
-            batches = calibration_batches(rows, tokenizer, sft.max_length, args.calibration_rows)
+            batches = calibration_batches(
+                ready.data, tokenizer, sft.max_length, args.calibration_rows
+            )
             get_lift_model(model, config, calibration=batches)
         else:
             get_lift_model(model, config)
@@ -237,13 +239,40 @@ def _train(
     return RunResult(model, tokenizer, meter.report, merged)
 
 
+@dataclass(frozen=True)
+class ReadyRows:
+    """The tokenizer, and the rows to train and to evaluate on, ready for the trainer."""
+
+    tokenizer: Any
+    rows: Any
+    eval_rows: Any
+
+    @property
+    def data(self) -> Any:
+        """The dataset or stream itself."""
+        return self.rows.data if isinstance(self.rows, TokenRows) else self.rows
+
+
+def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
+    rows = load_rows(args.dataset_name, args.dataset_split)
+    eval_rows = None
+    if args.eval_dataset_name:
+        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
+    base = args.model_name_or_path
+    tokenizer = load_tokenizer(base, sft.trust_remote_code)
+    embedding = vocabulary_rows(base, sft.trust_remote_code)
+    ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base))
+    return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows))
+
+
 def _settings(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
     """What a reader of the adapter may want to know of the run, JSON-ready."""
     own = asdict(args)
     given = own["dataset_name"]
     own["dataset_name"] = str(Path(given).absolute()) if Path(given).is_file() else given
     loop = sft.to_dict()
-    return {"leanlift_version": __version__, **own, **{key: loop[key] for key in TRAINING_KEYS}}
+    kept = {key: loop[key] for key in (*TRAINING_KEYS, *ROW_KEYS)}
+    return {"leanlift_version": __version__, **own, **kept}
 
 
 def _out_of_memory(

@@ -90,7 +90,7 @@ def settings_of(
     return kept
 
 
-def check_settings(saved: Any, now: Settings, where: str) -> list[str]:
+def check_same_settings(saved: Any, now: Settings, where: str) -> list[str]:
     """Refuse changes that may not be.
 
     A key that only one side has is passed over: another version of a library has other keys.
@@ -187,6 +187,6 @@ def run_settings(args: Any, rows: Any) -> dict[str, Any]:
 
     Args:
         args: a dataclass, as `RunArguments`.
-        rows: the training rows as they were read.
+        rows: the training rows.
     """
     return {**dataclasses.asdict(args), **data_facts(rows, "dataset_")}
