@@ -25,7 +25,7 @@ from leanlift.training import LiftSFTConfig, RunArguments, last_whole_checkpoint
 from leanlift.training.run import _checkpoint_to_resume
 
 WEIGHTS = "adapter_model.safetensors"
-STEPS = 4
+STEPS = 3
 Tree = dict[str, bytes]
 
 
@@ -139,7 +139,7 @@ def test_every_state_of_the_disk_leads_to_the_same_adapter(
     for tree in recorder.trees:  # of what looks alike, the one with the most left behind
         other = by_content.get(visible(tree), {})
         by_content[visible(tree)] = tree if len(tree) >= len(other) else other
-    assert len(by_content) >= 15
+    assert len(by_content) >= 12
     resumed_from = set()
     for number, tree in enumerate(by_content.values()):
         place = tmp_path / f"{schedule}-{number}"

@@ -117,7 +117,8 @@ def damaged_tensors(saved: SavedState) -> Iterator[tuple[str, dict[str, torch.Te
         yield f"{name} renamed", {**rest, name + "x": tensor}
         yield f"{name} of nobody", {**saved.tensors, "nobody.exp_avg": tensor}
         if tensor.is_floating_point():
-            for bad in (float("nan"), float("inf"), -float("inf")):
+            small = name.endswith(("exp_avg", "_sq", "absmax", "absmax1", "absmax2"))
+            for bad in (float("nan"), float("inf"), -float("inf"), *([3e38] if small else [])):
                 changed = tensor.clone()
                 changed.view(-1)[-1] = bad
                 yield f"{name} with {bad}", {**rest, name: changed}

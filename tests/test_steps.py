@@ -25,10 +25,10 @@ from leanlift import (
 )
 from leanlift.memory import static_categories
 from leanlift.model import embedding_to_cpu, lift_layers, restore_adapter
-from leanlift.optim import SparseAdamW, adamw_nbytes, unwrap
+from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, adamw_nbytes, unwrap
 from leanlift.sparse import index_nbytes
 from leanlift.training import LiftSFTConfig, last_whole_checkpoint
-from leanlift.training.steps import LARGEST, StepGuard, clip_to_norm_, total_norm
+from leanlift.training.steps import StepGuard, clip_to_norm_, total_norm
 
 LIFT = LiftConfig(density=0.1, approx_rank=8, refresh_interval=4)
 BF16 = LiftConfig(density=0.1, approx_rank=8, refresh_interval=4, values_dtype="bfloat16")
@@ -469,7 +469,7 @@ def test_adam_of_the_largest_gradients_that_are_applied_is_that_of_float64(momen
     first = second = torch.zeros_like(scale)
     for step in range(1, 6):
         gradient = scale * (0.5 + torch.rand(scale.shape, generator=generator, dtype=torch.float64))
-        gradient = gradient.clamp(max=LARGEST)
+        gradient = gradient.clamp(max=LARGEST_GRADIENT)
         before = values.detach().double()
         values.grad = gradient.float()
         optimizer.step()

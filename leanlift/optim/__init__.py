@@ -4,8 +4,10 @@ from leanlift.optim.adamw import SparseAdamW, adamw_update
 from leanlift.optim.follow import check_followable, follow_entries, state_nbytes
 from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
 from leanlift.optim.saved import SavedState, check_saved, restore_state, saved_state, unwrap
+from leanlift.optim.validate import LARGEST_GRADIENT
 
 __all__ = [
+    "LARGEST_GRADIENT",
     "TABLES_NBYTES",
     "SavedState",
     "SparseAdamW",

@@ -35,6 +35,13 @@ BLOCKS = ("exp_avg_absmax", "exp_avg_sq_absmax", "absmax1", "absmax2")
 TABLES = ("qmap1", "qmap2")
 """Keys with a table of 256 numbers."""
 NOT_NEGATIVE = ("exp_avg_sq", *BLOCKS)
+LARGEST_GRADIENT = 1e19
+"""The largest entry of a gradient that training applies: its square leaves room for Adam's sum."""
+FIRST, SECOND = (
+    ("exp_avg", "exp_avg_absmax", "absmax1"),
+    ("exp_avg_sq", "exp_avg_sq_absmax", "absmax2"),
+)
+"""Means of gradients, and of their squares: no larger than the largest of them."""
 
 
 def check_facts(facts: Any) -> None:
@@ -135,6 +142,9 @@ def _check_value(what: str, key: str, value: Any, count: int, steps: int | None)
         second = key in NOT_NEGATIVE or (key == "state2" and value.dtype != torch.uint8)
         if second and bool((value < 0).any()):
             raise _damaged(f"{what} holds negative numbers")
+        bound = LARGEST_GRADIENT if key in FIRST else LARGEST_GRADIENT**2 if key in SECOND else None
+        if bound is not None and float(value.abs().max()) > 1.01 * bound:
+            raise _damaged(f"{what} holds more than a gradient of {LARGEST_GRADIENT:g} can leave")
 
 
 def _check_step(what: str, value: Any, steps: int | None) -> None:

@@ -16,9 +16,9 @@ from transformers import (
 
 from leanlift.errors import UserError
 from leanlift.model import lift_layers, refresh_mask
-from leanlift.optim import SparseAdamW, unwrap
+from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, unwrap
 from leanlift.training.checkpointing import last_checkpoint
-from leanlift.training.steps import LARGEST, GradientHooks
+from leanlift.training.steps import GradientHooks
 
 if TYPE_CHECKING:
     from leanlift.training.trainer import LiftTrainer
@@ -79,7 +79,9 @@ class Guard(TrainerCallback):
         for name, layer in lift_layers(self.trainer.model).items():
             if layer.values.grad is not None:
                 size = torch.linalg.vector_norm(layer.values.grad, float("inf")).float()
-                self.trainer.guard.see_largest(name, torch.where(size.isfinite(), size, LARGEST))
+                self.trainer.guard.see_largest(
+                    name, torch.where(size.isfinite(), size, LARGEST_GRADIENT)
+                )
 
     def _check_begun_again(self) -> None:
         """`auto_find_batch_size` begins anew after running out of memory: step 0, fresh moments,

@@ -10,7 +10,7 @@ before a later gradient turned out bad stays updated then; after a bad *loss* no
 A finite gradient can be as bad. Adam squares it: above 1.8e19 the square is infinite in fp32, and
 the entry never moves again (in 8 bits, its block of 256; after a refresh, whatever enters). And the
 norm of a whole gradient overflows long before its entries do, which turns clipping into NaN. So a
-step with an entry beyond `LARGEST` is not applied, and norms are summed in fp64.
+step with an entry beyond `LARGEST_GRADIENT` is not applied, and norms are summed in fp64.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ from torch import Tensor, nn
 
 from leanlift.errors import UserError
 from leanlift.model import lift_layers
-from leanlift.optim import SparseAdamW
+from leanlift.optim import LARGEST_GRADIENT, SparseAdamW
 
 logger = logging.getLogger("leanlift")
-
-LARGEST = 1e19
-"""The largest entry of a gradient that is applied: its square leaves room for the sum of Adam."""
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
@@ -87,7 +84,7 @@ class StepGuard:
         """Note the largest magnitude of a layer's gradient, a scalar on the device."""
         seen = self._largest.get(layer)
         self._largest[layer] = largest if seen is None else torch.maximum(seen, largest)
-        self._note(largest <= LARGEST)  # not where it is NaN
+        self._note(largest <= LARGEST_GRADIENT)  # not where it is NaN
 
     def _note(self, finite: Tensor) -> None:
         self.fine = finite if self.fine is None else self.fine & finite
@@ -110,7 +107,11 @@ class StepGuard:
             self._in_a_row = 0
             return True
         bad_loss = next((float(loss) for loss in losses if not math.isfinite(loss)), None)
-        bad = {layer: float(size) for layer, size in largest.items() if not bool(size <= LARGEST)}
+        bad = {
+            layer: float(size)
+            for layer, size in largest.items()
+            if not bool(size <= LARGEST_GRADIENT)
+        }
         bad_layers, layers = list(bad), list(largest)
         first = layers.index(bad_layers[0]) if bad_layers else len(layers)
         self.unapplied = layers if bad_loss is not None else layers[first:]
