@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from leanlift.errors import UserError, first_line
@@ -13,7 +13,13 @@ from leanlift.errors import UserError, first_line
 _FAILURES = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError)
 
 
-def local_copy(source: str | Path, files: Sequence[str], what: str, advice: str) -> Path:
+def local_copy(
+    source: str | Path,
+    files: Sequence[str],
+    what: str,
+    advice: str,
+    revision: str | None = None,
+) -> Path:
     """A local directory, or the local snapshot of a hub name.
 
     Args:
@@ -21,6 +27,7 @@ def local_copy(source: str | Path, files: Sequence[str], what: str, advice: str)
         files: patterns of the files that are wanted of a hub name; nothing else is fetched.
         what: "the base" or "the adapter", for messages.
         advice: what to do where it is neither.
+        revision: of a hub name; None: its main branch.
 
     Raises:
         UserError: neither.
@@ -32,12 +39,48 @@ def local_copy(source: str | Path, files: Sequence[str], what: str, advice: str)
         looks_like_a_path = path.is_absolute() or str(source).startswith(".")
         if looks_like_a_path or str(source).count("/") > 1:
             raise UserError(f"{what} {source} does not exist: {advice}.")
-        return Path(snapshot_download(str(source), allow_patterns=list(files)))
+        check_name(str(source), what, "its revision")
+        return Path(snapshot_download(str(source), allow_patterns=list(files), revision=revision))
+    except UserError:
+        raise
     except _FAILURES as error:
         raise UserError(
             f"{what} {source} is neither a directory nor a name that can be had from the hub "
             f"({first_line(error).rstrip('.')}): {advice}."
         ) from None
+
+
+def check_name(name: str, what: str, option: str) -> None:
+    """Refuse `user/model@revision`, which no hub name is.
+
+    Raises:
+        UserError: it is one; `option` says where a revision goes.
+    """
+    bare, at, revision = name.partition("@")
+    if at:
+        raise UserError(
+            f"{what} {name} is no name on the hub: give {bare} as the name and "
+            f"{revision or 'the revision'} as {option}."
+        )
+
+
+def cached_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit of a hub name's local snapshot; None for a directory, and where there is none."""
+    directory = snapshot_of(name, revision)
+    return None if directory is None or directory == Path(name).expanduser() else directory.name
+
+
+def snapshot_of(name: str, revision: str | None = None) -> Path | None:
+    """Where a checkpoint lies on this machine: a directory, or a hub name's snapshot, if it has
+    been fetched; nothing is fetched now."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except (HFValidationError, OSError, ValueError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def push_to_hub(

@@ -196,7 +196,7 @@ def test_modules_that_cannot_be_trained_are_refused(
     save_file(tensors, adapter / WEIGHTS)
 
     def rename(data: Any) -> None:
-        for part in ("shapes", "formats"):
+        for part in ("shapes", "formats", "samples"):
             data["base"][part][name] = data["base"][part].pop(NAME)
         if "entries" in data:
             data["entries"][name] = data["entries"].pop(NAME)
@@ -242,7 +242,22 @@ def set_at(*path: Any) -> Callable[[Any], None]:
 
 
 CONFIG_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
-    "digest": (set_at("base", "digest", "0" * 64), "other weights"),
+    "digest": (lambda d: d["base"].update(digest="0" * 64, samples={}), "other weights"),
+    "samples-a-list": (set_at("base", "samples", []), "samples of tensors"),
+    "samples-of-others": (set_at("base", "samples", {"model": "AAAA"}), "samples of the tensors"),
+    "samples-no-text": (set_at("base", "samples", {NAME: 3}), "samples of the tensors it names"),
+    "samples-no-base64": (set_at("base", "samples", NAME, "*" * 16), "expected base64"),
+    "samples-cut": (set_at("base", "samples", NAME, "AAAA"), "16 bytes a position"),
+    "samples-empty": (set_at("base", "samples", NAME, ""), "16 bytes a position"),
+    "samples-many": (set_at("base", "samples", NAME, "A" * 10**6), "at most 1024 positions"),
+    "samples-unsorted": (set_at("base", "samples", NAME, "A" * 128), "sorted positions inside"),
+    "samples-outside": (set_at("base", "samples", NAME, "/" * 64), "sorted positions inside"),
+    "samples-nan": (
+        set_at("base", "samples", NAME, "AAAAAAAAAAAAAMB/AADAfw=="),
+        "finite bounds in order",
+    ),
+    "samples-lie": (set_at("base", "samples", NAME, "AAAAAAAAAAAAAIA/AACAPw=="), "other weights"),
+    "revision": (set_at("base", "revision", "main"), "a commit or null"),
     "format": (set_at("base", "formats", NAME, "kind", "nf5"), "a format of weights"),
     "shape": (set_at("base", "shapes", NAME, [64, 65]), "is 64x65; the loaded model"),
     "shape-huge": (set_at("base", "shapes", NAME, [2**31 - 1] * 2), "2147483647x2147483647"),
@@ -302,8 +317,8 @@ def test_json_that_is_none_or_of_another_kind(victim: Victim, tmp_path: Path, te
 def test_of_keys_that_stand_twice_the_last_counts(victim: Victim, tmp_path: Path) -> None:
     adapter = victim.put("own", tmp_path / "adapter")
     text = (adapter / "adapter_config.json").read_text()
-    (adapter / "adapter_config.json").write_text(text.rstrip()[:-1] + ', "format_version": 2}')
-    victim.refuses(adapter, "has adapter format 2")
+    (adapter / "adapter_config.json").write_text(text.rstrip()[:-1] + ', "format_version": 99}')
+    victim.refuses(adapter, "has adapter format 99")
 
 
 class Bomb:

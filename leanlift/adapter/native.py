@@ -26,7 +26,9 @@ from leanlift.sparse import SegmentedIndex
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""1 has no samples of the base, no revision and no special tokens."""
 PARTS = ("values", "index.columns", "index.counts")
 SETTLED = ".settled"
 
@@ -56,10 +58,11 @@ class Facts:
         Raises:
             UserError: another format version, or values that no adapter has.
         """
-        if data.get("format_version") != FORMAT_VERSION:
+        version = data.get("format_version")
+        if type(version) is not int or version not in READABLE:
             raise UserError(
-                f"{path} has adapter format {data.get('format_version')!r:.80}; this leanlift "
-                f"reads format {FORMAT_VERSION}: upgrade leanlift."
+                f"{path} has adapter format {version!r:.80}; this leanlift reads formats "
+                f"{READABLE[0]} to {FORMAT_VERSION}: upgrade leanlift."
             )
         refreshes = data.get("refreshes", 0)
         if type(refreshes) is not int or refreshes < 0:

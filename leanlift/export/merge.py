@@ -6,7 +6,8 @@ choices of what to add to:
 * `onto="original"`: the 16-bit weights of the base checkpoint plus the offsets. What training
   learned, on weights without quantization error.
 * `onto="quantized"`: D(Q) plus the offsets: exactly the model that was trained and measured. Each
-  quantized Linear of the base is quantized again as it was at loading.
+  quantized Linear of the base is quantized again as it was at loading; a base that is quantized on
+  disk is read as it is stored.
 
 One tensor is in memory at a time, and of the merged ones only row tiles. The output appears under
 its name when it is whole.
@@ -28,8 +29,9 @@ from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_j
 from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
 from leanlift.export.directory import carry_over, check_space
+from leanlift.export.identity import check_base, places
 from leanlift.export.source import SourceTensor, open_checkpoint
-from leanlift.fingerprint import digest_of
+from leanlift.export.stored import Stored, StoredMatrix, plain_view
 from leanlift.hub import local_copy
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
@@ -81,10 +83,12 @@ def merge_adapter(
     target, shard_bytes, out = dtype_of(dtype), _parse_size(max_shard_size), Path(output)
     with open_adapter(adapter) as opened:
         source_dir = resolve_base(base if base is not None else opened.base.name)
-        with open_checkpoint(source_dir) as tensors:
+        with open_checkpoint(source_dir) as files:
+            tensors = plain_view(files)
             config = read_json(source_dir / "config.json")
-            _check_base(opened, tensors, config, source_dir)
-            plan = _plan(opened, tensors)
+            _check_form(config, onto, source_dir)
+            plan = places(opened, tensors)
+            check_base(opened, tensors, plan, source_dir)
             specs = [
                 TensorSpec(name, t.shape, target if t.dtype.is_floating_point else t.dtype)
                 for name, t in tensors.items()
@@ -141,22 +145,27 @@ class _Merge:
         self.quantized = onto == "quantized"
         self.dtype = dtype
 
-    def pieces(self, tensor: SourceTensor) -> Iterator[Tensor]:
+    def pieces(self, tensor: Stored) -> Iterator[Tensor]:
         """Consecutive row pieces of the merged tensor, in the output's dtype."""
+        if isinstance(tensor, StoredMatrix):
+            yield from self._row_pieces(tensor, tensor.open(), self._offsets())
+            return
         if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
             yield self._cast(self._as_loaded(tensor.whole()), tensor)
             return
-        offsets = None
-        if self.module in self.adapter.base.shapes:
-            offsets = self.adapter.layer(self.module)
         rows: RowTiles = tensor  # type: ignore[assignment]
         if self.quantized and self.module is not None:
             fmt = self.adapter.base.formats[self.module]
             rows = _requantized(tensor, fmt, self.adapter.base.dtype)
-        yield from self._row_pieces(tensor, rows, offsets)
+        yield from self._row_pieces(tensor, rows, self._offsets())
+
+    def _offsets(self) -> LayerOffsets | None:
+        if self.module is None or self.module not in self.adapter.base.shapes:
+            return None
+        return self.adapter.layer(self.module)
 
     def _row_pieces(
-        self, tensor: SourceTensor, rows: RowTiles, offsets: LayerOffsets | None
+        self, tensor: Stored, rows: RowTiles, offsets: LayerOffsets | None
     ) -> Iterator[Tensor]:
         width = tensor.shape[1]
         for extra in tensor.shape[2:]:
@@ -176,7 +185,7 @@ class _Merge:
             return piece.to(dtype_of(self.adapter.base.dtype))
         return piece
 
-    def _cast(self, piece: Tensor, tensor: SourceTensor) -> Tensor:
+    def _cast(self, piece: Tensor, tensor: Stored) -> Tensor:
         if not piece.is_floating_point() or piece.dtype == self.dtype:
             return piece
         cast = piece.to(self.dtype)
@@ -191,71 +200,20 @@ class _Merge:
         return cast
 
 
+def _check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
+    """A checkpoint that is quantized itself has no 16-bit weights to add to."""
+    if config.get("quantization_config") and onto == "original":
+        raise UserError(
+            f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
+            "made from with --base, or take --onto quantized, which adds to what it holds."
+        )
+
+
 def _requantized(tensor: SourceTensor, fmt: WeightFormat, loaded: str) -> RowTiles:
     """D(Q) of a matrix of the checkpoint, quantized as it was at loading."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix: RowTiles = tensor  # type: ignore[assignment]
     return requantize(CastTiles(matrix, dtype_of(loaded)), fmt, device)
-
-
-def _plan(adapter: Adapter, tensors: dict[str, SourceTensor]) -> dict[str, str]:
-    """Which checkpoint tensor belongs to which Linear of the adapter's base: name -> module.
-
-    Raises:
-        UserError: a trained matrix that the checkpoint lacks or has in another shape.
-    """
-    plan: dict[str, str] = {}
-    for module in adapter.base.formats:
-        name = _locate(f"{module}.weight", tensors)
-        if name is None and module in adapter.base.shapes:
-            raise UserError(
-                f"the base has no tensor {module}.weight, on which {adapter.directory} was "
-                "trained: it is another model, or its file layout differs from the loaded model's."
-            )
-        if name is None:
-            continue
-        shape = adapter.base.shapes.get(module)
-        if shape is not None and tensors[name].shape != shape:
-            raise UserError(
-                f"{name} of the base is {tensors[name].shape}; the adapter was trained on {shape}: "
-                "it is another model."
-            )
-        plan[name] = module
-    return plan
-
-
-def _locate(name: str, tensors: dict[str, SourceTensor]) -> str | None:
-    """A tensor by its name in the live model; a bare backbone's checkpoint lacks the prefix."""
-    for candidate in (name, name.removeprefix("model."), f"model.{name}"):
-        if candidate in tensors:
-            return candidate
-    return None
-
-
-def _check_base(
-    adapter: Adapter, tensors: dict[str, SourceTensor], config: dict[str, Any], directory: Path
-) -> None:
-    """Refuse a quantized checkpoint and one that is not the adapter's base."""
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
-            "made from with --base."
-        )
-    base = adapter.base
-    located = {name: _locate(name, tensors) for name in base.sampled}
-    missing = [name for name, found in located.items() if found is None]
-    if not missing:
-
-        def read(name: str, rows: int) -> Tensor:
-            return tensors[located[name] or name].sample(rows)
-
-        if digest_of(base.sampled, read, base.dtype) == base.digest:
-            return
-    raise UserError(
-        f"{adapter.directory} was trained on {base.name}; {directory} "
-        + (f"has no tensor {missing[0]}" if missing else "has other weights")
-        + ": name the adapter's own base with --base."
-    )
 
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

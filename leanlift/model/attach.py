@@ -6,6 +6,7 @@ the base over: whatever said "I am a quantized model, do not train me" no longer
 
 from __future__ import annotations
 
+import re
 import time
 import types
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, fingerprint
+from leanlift.fingerprint import BaseFingerprint, fingerprint, with_samples
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.model.ends import check_ends, quantize_ends
 from leanlift.model.gated import use_gated_product
@@ -108,7 +109,13 @@ def get_lift_model(
 
     targets = find_targets(model, config.target_modules)
     attach(model, config, targets, choose, "Selecting", progress, budget_is_possible)
-    lift_state(model).selection_seconds = time.perf_counter() - started
+    state, layers = lift_state(model), lift_layers(model)
+    state.base = with_samples(
+        state.base,
+        {name: layer.index.to_flat() for name, layer in layers.items()},
+        lambda name: frozen_weight(layers[name].base, name),
+    )
+    state.selection_seconds = time.perf_counter() - started
     return model
 
 
@@ -126,7 +133,7 @@ def attach(
     `accept` may refuse the base by raising, before anything is changed.
     """
     modules = dict(model.named_modules())
-    base = fingerprint(model, base_name(model), base_dtype(model), targets)
+    base = fingerprint(model, base_name(model), base_dtype(model), targets, base_revision(model))
     accept(base)
     if config.quantize_ends:
         check_ends(model)
@@ -252,6 +259,12 @@ def print_trainable_parameters(model: nn.Module) -> None:
 def base_name(model: nn.Module) -> str:
     """Where a model was loaded from."""
     return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def base_revision(model: nn.Module) -> str | None:
+    """The commit that a model was loaded from, where it is known."""
+    found = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{40}", found) else None
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
