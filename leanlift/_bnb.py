@@ -175,6 +175,8 @@ def stored_4bit(weight: Tensor, parts: dict[str, Tensor]) -> nn.Module:
     `PARTS_4BIT` names."""
     data = bnb.nn.Params4bit.from_prequantized(weight, dict(parts), device="cpu")
     m, n = data.quant_state.shape
+    if (data.quant_state.absmax.dtype == torch.uint8) != bool(data.quant_state.nested):
+        raise ValueError("its scales are quantized, and what they were quantized by is not there")
     module = Linear4bit(n, m, bias=False, quant_type=data.quant_type, device="meta")
     module.weight = data
     return module

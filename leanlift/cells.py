@@ -44,7 +44,7 @@ class Cells:
     def equal(self, other: Cells) -> Tensor:
         """Whether they are the same cell of one form, and not its neighbour: bool [s]."""
         apart = (self.low + self.high - other.low - other.high).abs() / 2
-        width = torch.maximum(self.high - self.low, other.high - other.low)
+        width = torch.minimum(self.high - self.low, other.high - other.low)
         size = torch.maximum(self.high.abs(), self.low.abs())
         return apart <= width / 2 + 2e-7 * size
 
@@ -53,7 +53,8 @@ def dense_cells(values: Tensor, dtype: torch.dtype) -> Cells:
     """Cells of numbers that were rounded to `dtype`."""
     wide = values.detach().double().cpu()
     info = torch.finfo(dtype)
-    reach = wide.abs() * (info.eps / 2) + info.smallest_normal * info.eps / 2
+    power = torch.ldexp(torch.ones_like(wide), torch.frexp(wide).exponent - 1)
+    reach = power.clamp_min(info.smallest_normal) * (info.eps / 2)
     return Cells(wide - reach, wide + reach)
 
 

@@ -47,6 +47,12 @@ def places(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, str]:
                 f"{name} of the base is {tensors[name].shape}; the adapter was trained on {shape}: "
                 "it is another model."
             )
+        tensor = tensors[name]
+        if isinstance(tensor, SourceTensor) and not tensor.dtype.is_floating_point:
+            raise UserError(
+                f"{name} of the base holds {dtype_name(tensor.dtype)} numbers and nothing to read "
+                "them by: name the 16-bit checkpoint with --base."
+            )
         plan[name] = module
     return plan
 
