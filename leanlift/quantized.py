@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leanlift import _bnb
 from leanlift.errors import UserError
@@ -198,6 +199,11 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
             f"{name} has no weights in memory (it is on the meta device or offloaded): load the "
             "whole model onto one device."
         )
+    if isinstance(parameter, Tensor) and is_traceable_wrapper_subclass(parameter):
+        raise UserError(
+            f"{name} has a weight of type {type(parameter.data).__name__}, which another library "
+            "stores in its own way: load the 16-bit checkpoint, or quantize it with bitsandbytes."
+        )
     source = getattr(module, "source_cls", nn.Linear)
     if source is not nn.Linear:
         raise UserError(
@@ -208,14 +214,14 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
         problem = _bnb.problem_4bit(module)
         if problem:
             raise UserError(f"{name} is a Linear4bit that cannot be read: {problem}.")
-        return Weight4bit(module)
+        return _of_its_shape(Weight4bit(module), module, name)
     if _bnb.is_linear8bit(module):
         if _bnb.state_8bit(module) is None:
             raise UserError(
                 f"{name} is a Linear8bitLt that holds no INT8 weight yet: load it with "
                 "BitsAndBytesConfig(load_in_8bit=True) and move it to its device first."
             )
-        return Weight8bit(module)
+        return _of_its_shape(Weight8bit(module), module, name)
     if type(module) is nn.Linear:
         if module.weight.dtype not in FLOAT_DTYPES:
             raise UserError(
@@ -227,6 +233,19 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
         f"{name} is a {type(module).__name__}; leanlift trains nn.Linear, bnb.nn.Linear4bit and "
         "bnb.nn.Linear8bitLt: leave it out with target_modules."
     )
+
+
+def _of_its_shape(weight: FrozenWeight, module: nn.Module, name: str) -> FrozenWeight:
+    """A checkpoint whose matrices have other sizes than its config.json says is quantized and
+    loaded all the same; the product then fails, or means nothing."""
+    expected = (module.out_features, module.in_features)
+    if weight.shape != expected:
+        raise UserError(
+            f"{name} holds a {weight.shape[0]}x{weight.shape[1]} weight, and was to have "
+            f"{expected[0]}x{expected[1]}: the checkpoint has other shapes than its config.json "
+            "says."
+        )
+    return weight
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -45,7 +45,8 @@ class Sample:
     cells: Cells
 
     def encode(self) -> str:
-        low, high = self.cells.low.float(), self.cells.high.float()
+        largest = torch.finfo(torch.float32).max
+        low, high = (x.clamp(-largest, largest).float() for x in (self.cells.low, self.cells.high))
         parts = (self.flat.cpu(), low, high)
         return base64.b64encode(b"".join(part.numpy().tobytes() for part in parts)).decode()
 
@@ -56,12 +57,13 @@ class Sample:
         return Sample(self.flat[inside], part)
 
 
-def decode(text: str, numel: int) -> Sample:
+def decode(text: str, numel: int, finite: bool = True) -> Sample:
     """Back from `Sample.encode`.
 
     Args:
         text: which anyone may have written.
         numel: entries of the tensor that it is of.
+        finite: whether it is of a base that has been looked through for NaN.
 
     Raises:
         ValueError: it is no sample of such a tensor.
@@ -79,7 +81,7 @@ def decode(text: str, numel: int) -> Sample:
     low, high = torch.frombuffer(data, dtype=torch.float32, offset=8 * count).clone().view(2, -1)
     if int(flat[0]) < 0 or int(flat[-1]) >= numel or bool((flat[1:] <= flat[:-1]).any()):
         raise ValueError("expected sorted positions inside the tensor")
-    if not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
+    if finite and not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
         raise ValueError("expected finite bounds in order")
     return Sample(flat, Cells(low.double(), high.double()))
 

@@ -267,7 +267,7 @@ def test_a_quantized_checkpoint_is_a_base_like_others(
         again = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "stored"), adapter)
         assert torch.equal(again.eval()(ids).logits, trained)
         load_adapter(load(base, kind), adapter)
-        with pytest.raises(UserError, match="itself a quantized checkpoint.*--onto quantized"):
+        with pytest.raises(UserError, match=r"itself a quantized checkpoint.*--onto quantized"):
             merge(adapter, tmp_path / "no", tmp_path / "stored")
         outputs = []
         for source in (tmp_path / "stored", base):
@@ -287,7 +287,7 @@ def test_a_quantized_checkpoint_is_a_base_like_others(
         tensors[scale].zero_()
 
     other = edited(tmp_path / "stored", tmp_path / "other", zero_a_scale)
-    with pytest.raises(UserError, match="has other weights in .*down_proj"):
+    with pytest.raises(UserError, match=r"has other weights in .*down_proj"):
         merge(adapter, tmp_path / "no", other, onto="quantized")
 
     def lose_a_part(tensors: dict[str, torch.Tensor]) -> None:
@@ -295,5 +295,5 @@ def test_a_quantized_checkpoint_is_a_base_like_others(
         del tensors[scale]
 
     other = edited(tmp_path / "stored", tmp_path / "lost", lose_a_part)
-    with pytest.raises(UserError, match="not whole|nothing to read"):
+    with pytest.raises(UserError, match=r"not whole|nothing to read"):
         merge(adapter, tmp_path / "no", other, onto="quantized")

@@ -61,6 +61,7 @@ def merge_adapter(
     onto: str = "original",
     max_shard_size: str | int = "5GB",
     progress: bool = True,
+    revision: str | None = None,
 ) -> MergeReport:
     """Write base + adapter as a plain checkpoint.
 
@@ -73,6 +74,8 @@ def merge_adapter(
         onto: "original" or "quantized", see above.
         max_shard_size: as in `save_pretrained`.
         progress: whether to show a bar over the tensors.
+        revision: of a `base` that is a hub name; by default its main branch. The base that the
+            adapter names is taken at the commit that it was trained over.
 
     Raises:
         UserError: a damaged adapter, another base, a quantized base checkpoint, a value that
@@ -82,7 +85,8 @@ def merge_adapter(
         raise UserError(f"expected onto to be one of {ONTO}, got {onto!r}.")
     target, shard_bytes, out = dtype_of(dtype), _parse_size(max_shard_size), Path(output)
     with open_adapter(adapter) as opened:
-        source_dir = resolve_base(base if base is not None else opened.base.name)
+        named = opened.base.name if base is None else base
+        source_dir = resolve_base(named, opened.base.revision if base is None else revision)
         with open_checkpoint(source_dir) as files:
             tensors = plain_view(files)
             config = read_json(source_dir / "config.json")
@@ -103,8 +107,7 @@ def merge_adapter(
                         writer.write(name, merge.pieces(tensor))
                 carry_over(source_dir, opened.directory, partial, config, dtype)
                 chat = (partial / "chat_template.jinja").is_file()
-                named = str(base or opened.base.name)
-                card = merged_card(opened, named, dtype, onto, out.name, chat)
+                card = merged_card(opened, str(named), dtype, onto, out.name, chat)
                 (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return MergeReport(
         output=str(out),
@@ -127,13 +130,15 @@ def merge_nbytes(largest: int) -> int:
     return 4 * min(DEFAULT_TILE_BYTES, 4 * largest)
 
 
-def resolve_base(base: str | Path) -> Path:
-    """A local directory, or the local snapshot of a hub name.
+def resolve_base(base: str | Path, revision: str | None = None) -> Path:
+    """A local directory, or the local snapshot of a hub name at a revision.
 
     Raises:
         UserError: neither.
     """
-    return local_copy(base, BASE_FILES, "the base", "name the base checkpoint with --base")
+    return local_copy(
+        base, BASE_FILES, "the base", "name the base checkpoint with --base", revision
+    )
 
 
 class _Merge:
@@ -186,12 +191,16 @@ class _Merge:
         return piece
 
     def _cast(self, piece: Tensor, tensor: Stored) -> Tensor:
-        if not piece.is_floating_point() or piece.dtype == self.dtype:
+        if not piece.is_floating_point():
             return piece
+        if not bool(piece.isfinite().all()):
+            raise UserError(
+                f"{tensor.name} of the base has NaN or infinite numbers: the checkpoint is "
+                "damaged; fetch it again."
+            )
         cast = piece.to(self.dtype)
-        limit = torch.finfo(self.dtype).max
-        if limit < torch.finfo(piece.dtype).max and bool((cast.isinf() & piece.isfinite()).any()):
-            largest = float(piece[piece.isfinite()].abs().max())
+        if bool(cast.isinf().any()):
+            largest, limit = float(piece.abs().max()), torch.finfo(self.dtype).max
             wider = "bfloat16" if self.dtype == torch.float16 else "float32"
             raise UserError(
                 f"{tensor.name} holds {largest:.6g}, more than {dtype_name(self.dtype)} can "

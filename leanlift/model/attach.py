@@ -26,7 +26,7 @@ from leanlift.model.gated import use_gated_product
 from leanlift.model.gradient import gradient_masks
 from leanlift.model.targets import find_targets
 from leanlift.ops import resolve
-from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized
+from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized, weight_tensors
 from leanlift.selection import selection
 from leanlift.sparse import SegmentedIndex
 
@@ -88,7 +88,7 @@ def get_lift_model(
     """
     config = config or LiftConfig()
     started = time.perf_counter()
-    _refuse_attached(model)
+    check_attachable(model)
     if config.selector == "gradient":
         masks = _masks_by_gradient(model, config, calibration or (), progress)
 
@@ -132,6 +132,7 @@ def attach(
 
     `accept` may refuse the base by raising, before anything is changed.
     """
+    check_finite(model)
     modules = dict(model.named_modules())
     base = fingerprint(model, base_name(model), base_dtype(model), targets, base_revision(model))
     accept(base)
@@ -163,6 +164,37 @@ def attach(
         config, base, scratch, ends_quantized=config.quantize_ends, unconverged=unconverged
     )
     holder.print_trainable_parameters = types.MethodType(print_trainable_parameters, model)
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not numbers, in whatever part of a model: norms, embedding, head and
+    biases as well as matrices; of a quantized one its scales say so.
+
+    Raises:
+        UserError: NaN or infinite ones; names the tensor.
+    """
+    for name, module in model.named_modules():
+        held = list(module.named_parameters(recurse=False))
+        if is_quantized(module):
+            frozen_weight(module, name)  # refuses one that cannot be read
+            held = [(key, tensor) for key, tensor in held if key != "weight"]
+            held += [("weight", tensor) for tensor in weight_tensors(module)]
+        for key, tensor in held:
+            bad = not_finite(tensor)
+            if bad:
+                raise UserError(
+                    f"{name}.{key} has {bad} NaN or infinite weights of {tensor.numel()}: the base "
+                    "is damaged; fetch it again."
+                )
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many NaN or infinite numbers a tensor has, counted by pieces."""
+    if not tensor.is_floating_point() or tensor.device.type == "meta":
+        return 0
+    pieces = tensor.detach().reshape(-1).split(2**24)
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
 
 
 def _masks_by_gradient(
@@ -197,10 +229,30 @@ def _masks_by_gradient(
             parameter.requires_grad_(True)
 
 
-def _refuse_attached(model: nn.Module) -> None:
+def check_attachable(model: nn.Module) -> None:
+    """Refuse what is attached to already, what another library has patched, and what is no causal
+    language model.
+
+    Raises:
+        UserError: says what it is.
+    """
     if hasattr(model, "leanlift"):
         raise UserError(
             "this model has leanlift layers already: load the base again to start over."
+        )
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UserError(
+                f"this model holds layers of PEFT ({name or 'the model itself'} is a "
+                f"{type(module).__name__}): merge its adapter and load the result, or load the "
+                "base without it."
+            )
+    ends = getattr(model, "get_output_embeddings", None)
+    if ends is not None and ends() is None:
+        raise UserError(
+            f"this {type(model).__name__} has no output head over its vocabulary, so it is no "
+            "causal language model; what stands there instead would be neither trained nor saved: "
+            "load it with AutoModelForCausalLM."
         )
 
 

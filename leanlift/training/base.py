@@ -20,7 +20,7 @@ from leanlift.errors import UserError, first_line
 from leanlift.export.source import open_checkpoint
 from leanlift.hub import cached_commit, check_name
 from leanlift.memory import is_out_of_memory
-from leanlift.quantized import dtype_of
+from leanlift.quantized import dtype_of, frozen_weight, is_quantized
 from leanlift.training.arguments import RunArguments
 
 LOAD_FAILURES = (
@@ -74,6 +74,9 @@ def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
     check_read_whole(found, name)
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            frozen_weight(module, path)  # has the shape that it should have, and can be read
     model.config._commit_hash = cached_commit(name, args.model_revision)
     return model
 

@@ -190,7 +190,11 @@ def _run(
         static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
         with meter.phase("export", follow=True, static=static):
             merged = merge_adapter(
-                output, args.merged_dir, base=args.model_name_or_path, onto=args.merge_onto
+                output,
+                args.merged_dir,
+                base=args.model_name_or_path,
+                onto=args.merge_onto,
+                revision=args.model_revision,
             )
         save_report(meter.report, output)
     return RunResult(model, tokenizer, meter.report, merged)
