@@ -201,7 +201,7 @@ def test_models_with_layers_of_peft_are_refused(base: Path) -> None:
         inject_adapter_in_model(config, load(base, "dense")),
         get_peft_model(load(base, "nf4"), config),
     ):
-        with pytest.raises(UserError, match="holds layers of PEFT .* merge its adapter"):
+        with pytest.raises(UserError, match=r"holds layers of PEFT .* merge its adapter"):
             get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
         assert not lift_layers(model)
 
@@ -284,6 +284,6 @@ def test_weights_that_are_no_numbers_are_found_wherever_they_are(
         with pytest.raises(UserError, match=r"has \d+ NaN or infinite weights") as caught:
             get_lift_model(load(path, kind), LiftConfig(approx_rank=8), progress=False)
         assert name in str(caught.value)
-        with pytest.raises(UserError, match="NaN or infinite numbers|has other weights"):
+        with pytest.raises(UserError, match=r"NaN or infinite numbers|has other weights"):
             merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=path, progress=False)
         assert not (tmp_path / "merged").exists()

@@ -65,7 +65,7 @@ def combine_adapters(
         }
         config = replace(first.config, values_dtype="float32")
         with new_directory(Path(output)) as partial:
-            write_adapter(partial, layers, config, base, refreshes=0)
+            write_adapter(partial, layers, config, base, 0, first.special)
 
 
 def _common_base(adapters: list[Adapter]) -> BaseFingerprint:

@@ -7,8 +7,8 @@ go. The config file holds the format version, the LiftConfig and the fingerprint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.quantized import dtype_of
 from leanlift.sparse import SegmentedIndex
+from leanlift.special import SpecialTokens
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -40,6 +41,7 @@ class Facts:
     config: LiftConfig
     base: BaseFingerprint
     refreshes: int
+    special: SpecialTokens = field(default_factory=SpecialTokens)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -49,7 +51,12 @@ class Facts:
             "refreshes": self.refreshes,
             "lift": self.config.to_dict(),
             "base": self.base.to_dict(),
+            "special_tokens": self.special.to_dict(),
         }
+
+    def adapter(self, directory: Path, form: str, read: Callable[[str], LayerOffsets]) -> Adapter:
+        """An adapter of which these are the facts; see `Adapter` for the arguments."""
+        return Adapter(directory, form, self.config, self.base, self.refreshes, self.special, read)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], path: Path) -> Facts:
@@ -71,7 +78,11 @@ class Facts:
             )
         try:
             config = LiftConfig.from_dict(data["lift"])
-            return cls(config, BaseFingerprint.from_dict(data["base"]), refreshes)
+            base = BaseFingerprint.from_dict(data["base"])
+            special = SpecialTokens()
+            if "special_tokens" in data:
+                special = SpecialTokens.from_dict(data["special_tokens"])
+            return cls(config, base, refreshes, special)
         except KeyError as error:
             raise UserError(f"{path} is damaged: it lacks {error}.") from None
         except UserError as error:
@@ -84,6 +95,7 @@ def write_adapter(
     config: LiftConfig,
     base: BaseFingerprint,
     refreshes: int,
+    special: SpecialTokens,
 ) -> None:
     """Write both files, each whole or not at all; the same content gives the same bytes."""
     tensors: dict[str, Tensor] = {}
@@ -91,7 +103,7 @@ def write_adapter(
         tensors |= _tensors(name, offsets.active)
         if offsets.settled is not None:
             tensors |= _tensors(name + SETTLED, offsets.settled)
-    facts = Facts(config, base, refreshes).to_dict()
+    facts = Facts(config, base, refreshes, special).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
     write_json(directory / CONFIG_NAME, {"peft_type": "LEANLIFT", **facts})
 
@@ -127,7 +139,9 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
         offsets.check_disjoint(f"{name} in {tensors.path}")
         return offsets
 
-    return Adapter(directory, "leanlift", facts.config, facts.base, facts.refreshes, read)
+    return Adapter(
+        directory, "leanlift", facts.config, facts.base, facts.refreshes, facts.special, read
+    )
 
 
 def _read_store(

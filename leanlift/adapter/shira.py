@@ -135,7 +135,7 @@ def write_shira(
             "inference_mode": True,
         },
     )
-    facts = Facts(adapter.config, adapter.base, adapter.refreshes).to_dict()
+    facts = Facts(adapter.config, adapter.base, adapter.refreshes, adapter.special).to_dict()
     write_json(directory / FACTS_NAME, {**facts, "entries": plan.entries})
 
 
@@ -223,7 +223,9 @@ def read_shira(
         active, settled = split[name]
         return _split_up(flat, weight, shape, active, settled, f"{name} in {tensors.path}")
 
-    return Adapter(directory, "shira", facts.config, facts.base, facts.refreshes, read)
+    return Adapter(
+        directory, "shira", facts.config, facts.base, facts.refreshes, facts.special, read
+    )
 
 
 def _module_names(tensors: TensorFile) -> list[str]:

@@ -15,6 +15,7 @@ its name when it is whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +29,16 @@ from leanlift.adapter import Adapter, LayerOffsets, open_adapter
 from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
-from leanlift.export.directory import carry_over, check_space
-from leanlift.export.identity import check_base, places
+from leanlift.export.directory import carry_over, check_space, write_config
+from leanlift.export.identity import check_base, embedding_rows_of, places
 from leanlift.export.source import SourceTensor, open_checkpoint
 from leanlift.export.stored import Stored, StoredMatrix, plain_view
+from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.hub import local_copy
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
+
+logger = logging.getLogger("leanlift")
 
 ONTO = ("original", "quantized")
 BASE_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -105,7 +109,7 @@ def merge_adapter(
                     ):
                         merge = _Merge(opened, plan.get(name), onto, target)
                         writer.write(name, merge.pieces(tensor))
-                carry_over(source_dir, opened.directory, partial, config, dtype)
+                _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 chat = (partial / "chat_template.jinja").is_file()
                 card = merged_card(opened, str(named), dtype, onto, out.name, chat)
                 (partial / CARD_NAME).write_text(card, encoding="utf-8")
@@ -139,6 +143,33 @@ def resolve_base(base: str | Path, revision: str | None = None) -> Path:
     return local_copy(
         base, BASE_FILES, "the base", "name the base checkpoint with --base", revision
     )
+
+
+def _write_small_files(
+    adapter: Adapter,
+    source: Path,
+    output: Path,
+    config: dict[str, Any],
+    dtype: str,
+    tensors: dict[str, Stored],
+) -> None:
+    """Everything beside the weights, reconciled: the base's files, the tokenizer that was trained
+    with, and configurations that say which tokens were."""
+    skipped = carry_over(source, output)
+    if skipped:
+        logger.warning(
+            "Not copied into the merge, being links out of %s: %s.", source, ", ".join(skipped)
+        )
+    rows = embedding_rows_of(adapter, tensors)
+    write_tokenizer(source, adapter.directory, output, rows)
+    tokens = trained_tokens(adapter.directory, adapter.special)
+    if rows is not None and tokens.largest >= rows:
+        raise UserError(
+            f"{adapter.directory} says that it was trained with a special token {tokens.largest}, "
+            f"but the base's embedding has {rows} rows: the adapter is damaged."
+        )
+    put_tokens(tokens, config, output)
+    write_config(config, output, dtype)
 
 
 class _Merge:

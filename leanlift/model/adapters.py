@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from leanlift.model.attach import (
 from leanlift.model.ends import quantize_ends
 from leanlift.model.targets import find_targets, inside_blocks
 from leanlift.quantized import FrozenWeight, WeightFormat, frozen_weight
+from leanlift.special import SpecialTokens
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -45,7 +47,26 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             f"leanlift combine --weights {scale:g}."
         )
     offsets = {name: _offsets(layer) for name, layer in layers.items()}
-    write_adapter(Path(directory), offsets, state.config, state.base, state.refreshes)
+    special = SpecialTokens.of(*_configs(model))
+    write_adapter(Path(directory), offsets, state.config, state.base, state.refreshes, special)
+
+
+def _configs(model: nn.Module) -> tuple[Any, Any]:
+    """A model's configurations of its text part and of generation; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return text, getattr(model, "generation_config", None)
+
+
+def _check_special(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse ids that the model has no embedding for: generation would pad with them."""
+    size = getattr(_configs(model)[0], "vocab_size", None)
+    if isinstance(size, int) and adapter.special.largest >= size:
+        raise UserError(
+            f"{adapter.directory} says that it was trained with a special token "
+            f"{adapter.special.largest}, but the model's vocabulary has {size}: the adapter is "
+            "damaged."
+        )
 
 
 def _offsets(layer: LiftLinear) -> LayerOffsets:
@@ -75,6 +96,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         base = _live_base(model, list(adapter.base.shapes))
         # before anything of the claimed shapes is made
         check_same_base(adapter.base, base, partial(_weight, model))
+        _check_special(adapter, model)
         offsets = adapter.layers()
         if hasattr(model, "leanlift"):
             _replace(model, adapter, offsets, base)
@@ -85,6 +107,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
             _put(layer, offsets[name])
         state = lift_state(model)
         state.config, state.refreshes = adapter.config, adapter.refreshes
+        adapter.special.put(*_configs(model))
     return model
 
 
