@@ -13,7 +13,7 @@ the same weights as the stock one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +238,8 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
 def _of_its_shape(weight: FrozenWeight, module: nn.Module, name: str) -> FrozenWeight:
     """A checkpoint whose matrices have other sizes than its config.json says is quantized and
     loaded all the same; the product then fails, or means nothing."""
-    expected = (module.out_features, module.in_features)
+    holder: Any = module
+    expected = (holder.out_features, holder.in_features)
     if weight.shape != expected:
         raise UserError(
             f"{name} holds a {weight.shape[0]}x{weight.shape[1]} weight, and was to have "

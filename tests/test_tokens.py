@@ -250,7 +250,7 @@ def test_damaged_tokenizers_end_in_a_sentence_and_strange_ones_do_no_harm(
     if text.startswith('{"'):
         merge(tmp_path / "adapter", tmp_path / "merged", base)
         return
-    with pytest.raises(UserError, match="is damaged|is not valid JSON") as caught:
+    with pytest.raises(UserError, match=r"is damaged|is not valid JSON") as caught:
         merge(tmp_path / "adapter", tmp_path / "merged", base)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "merged").exists()

@@ -10,19 +10,10 @@ from torch import Tensor
 from leanlift.adapter import Adapter
 from leanlift.cells import Cells, cells_of, dense_cells, entries_of
 from leanlift.errors import UserError
-from leanlift.export.source import SourceTensor
-from leanlift.export.stored import Stored, StoredMatrix
 from leanlift.fingerprint import digest_of, other_end, other_matrix
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of
 from leanlift.samples import ENDS, Comparison, Sample, spread
-
-
-def locate(name: str, tensors: dict[str, Stored]) -> str | None:
-    """A tensor by its name in the live model; a bare backbone's checkpoint lacks the prefix."""
-    for candidate in (name, name.removeprefix("model."), f"model.{name}"):
-        if candidate in tensors:
-            return candidate
-    return None
+from leanlift.source import SourceTensor, Stored, StoredMatrix, locate
 
 
 def places(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, str]:

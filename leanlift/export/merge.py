@@ -16,6 +16,7 @@ its name when it is whole.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,10 @@ from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
 from leanlift.export.directory import carry_over, check_space, write_config
 from leanlift.export.identity import check_base, embedding_rows_of, places
-from leanlift.export.source import SourceTensor, open_checkpoint
-from leanlift.export.stored import Stored, StoredMatrix, plain_view
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.hub import local_copy
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
+from leanlift.source import SourceTensor, Stored, StoredMatrix, open_checkpoint, plain_view
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
 
 logger = logging.getLogger("leanlift")
@@ -97,8 +97,9 @@ def merge_adapter(
             _check_form(config, onto, source_dir)
             plan = places(opened, tensors)
             check_base(opened, tensors, plan, source_dir)
+            kept = kept_in_fp32(tensors)
             specs = [
-                TensorSpec(name, t.shape, target if t.dtype.is_floating_point else t.dtype)
+                TensorSpec(name, t.shape, t.dtype if name in kept else target)
                 for name, t in tensors.items()
             ]
             check_space(out, sum(spec.nbytes for spec in specs))
@@ -107,7 +108,8 @@ def merge_adapter(
                     for name, tensor in tqdm(
                         tensors.items(), desc="Merging", unit="tensor", disable=not progress
                     ):
-                        merge = _Merge(opened, plan.get(name), onto, target)
+                        out_dtype = tensor.dtype if name in kept else target
+                        merge = _Merge(opened, plan.get(name), onto, out_dtype, name in kept)
                         writer.write(name, merge.pieces(tensor))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 chat = (partial / "chat_template.jinja").is_file()
@@ -122,6 +124,27 @@ def merge_adapter(
         tensors=len(specs),
         nbytes=sum(spec.nbytes for spec in specs),
     )
+
+
+def kept_in_fp32(tensors: dict[str, Stored]) -> set[str]:
+    """Tensors of a checkpoint that keep their dtype in a merge.
+
+    Integers do, and so do the few in fp32 of a checkpoint in 16 bits: it has them so on purpose
+    (the biases by which a router chooses experts, for one). Where fp32 is the rule, all take the
+    dtype that is asked for.
+    """
+    plain = {name: t for name, t in tensors.items() if isinstance(t, SourceTensor)}
+    nbytes: dict[torch.dtype, int] = {}
+    for tensor in plain.values():
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + size
+    floating = {dtype: size for dtype, size in nbytes.items() if dtype.is_floating_point}
+    main = max(floating, key=lambda dtype: floating[dtype], default=torch.float32)
+    return {
+        name
+        for name, tensor in plain.items()
+        if not tensor.dtype.is_floating_point or main.itemsize < tensor.dtype.itemsize
+    }
 
 
 def merge_nbytes(largest: int) -> int:
@@ -175,10 +198,12 @@ def _write_small_files(
 class _Merge:
     """How one tensor of the base becomes one tensor of the output."""
 
-    def __init__(self, adapter: Adapter, module: str | None, onto: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, adapter: Adapter, module: str | None, onto: str, dtype: torch.dtype, kept: bool
+    ) -> None:
         self.adapter = adapter
         self.module = module
-        self.quantized = onto == "quantized"
+        self.quantized = onto == "quantized" and not kept
         self.dtype = dtype
 
     def pieces(self, tensor: Stored) -> Iterator[Tensor]:

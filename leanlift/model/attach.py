@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, fingerprint, with_samples
+from leanlift.hub import snapshot_of
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.model.ends import check_ends, quantize_ends
 from leanlift.model.gated import use_gated_product
@@ -28,6 +29,7 @@ from leanlift.model.targets import find_targets
 from leanlift.ops import resolve
 from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized, weight_tensors
 from leanlift.selection import selection
+from leanlift.source import check_homes
 from leanlift.sparse import SegmentedIndex
 
 
@@ -136,6 +138,9 @@ def attach(
     modules = dict(model.named_modules())
     base = fingerprint(model, base_name(model), base_dtype(model), targets, base_revision(model))
     accept(base)
+    checkpoint = snapshot_of(base.name, base.revision)
+    if checkpoint is not None and (checkpoint / "config.json").is_file():
+        check_homes(base, checkpoint)
     if config.quantize_ends:
         check_ends(model)
     choices: dict[str, Choice] = {}

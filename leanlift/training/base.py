@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from leanlift.errors import UserError, first_line
-from leanlift.export.source import open_checkpoint
 from leanlift.hub import cached_commit, check_name
 from leanlift.memory import is_out_of_memory
 from leanlift.quantized import dtype_of, frozen_weight, is_quantized
+from leanlift.source import open_checkpoint
 from leanlift.training.arguments import RunArguments
 
 LOAD_FAILURES = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from leanlift.errors import UserError, first_line
-from leanlift.export.source import SourceTensor
+from leanlift.source.checkpoint import SourceTensor
 from leanlift.quantized import (
     STORED_PARTS,
     STORED_STATE,
