@@ -1,4 +1,4 @@
-"""What could not be merged is found before it is trained; what a checkpoint keeps exact stays so."""
+"""What could not be merged is found before it is trained; exact tensors of a base stay exact."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 import time
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.model.ends import check_ends, quantize_ends
 from leanlift.model.gated import use_gated_product
 from leanlift.model.gradient import gradient_masks
+from leanlift.model.strangers import guard
 from leanlift.model.targets import find_targets
 from leanlift.ops import resolve
 from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized, weight_tensors
@@ -45,6 +46,7 @@ class LiftState:
         ends_quantized: whether the embedding and the head are held in INT8.
         unconverged: targets whose selection had not settled when it was last made.
         selection_seconds: how long the first selection took.
+        claimed: whether whoever trains the model knows what its config asks for.
     """
 
     config: LiftConfig
@@ -54,6 +56,7 @@ class LiftState:
     ends_quantized: bool = False
     unconverged: list[str] = field(default_factory=list)
     selection_seconds: float = 0.0
+    claimed: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ def attach(
     holder.leanlift = LiftState(
         config, base, scratch, ends_quantized=config.quantize_ends, unconverged=unconverged
     )
-    holder.print_trainable_parameters = types.MethodType(print_trainable_parameters, model)
+    holder.print_trainable_parameters = partial(print_trainable_parameters, model)
+    guard(model)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from leanlift.errors import UserError, first_line
-from leanlift.source.checkpoint import SourceTensor
 from leanlift.quantized import (
     STORED_PARTS,
     STORED_STATE,
@@ -21,6 +20,7 @@ from leanlift.quantized import (
     stored_shape,
     stored_weight,
 )
+from leanlift.source.checkpoint import SourceTensor
 
 SCALES, LAYOUT = ".SCB", ".weight_format"
 WEIGHT = ".weight"

@@ -29,6 +29,7 @@ from leanlift.errors import UserError
 from leanlift.memory import resident_peak
 from leanlift.model import (
     RefreshReport,
+    claim,
     lift_state,
     restore_adapter,
     save_adapter,
@@ -94,6 +95,7 @@ class LiftTrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self._lift = lift_state(model)
+        claim(model)
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
         args = args or SFTConfig(output_dir="leanlift-output")
