@@ -22,7 +22,7 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.quantized import dtype_of
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import SegmentedIndex, index_nbytes
 from leanlift.special import SpecialTokens
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -144,10 +144,33 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
     )
 
 
+LARGEST_INDEX = 128
+"""Bytes of a module's index per trained entry. 16384 x 53248 has 50 at r = 1; a claim of 2^31 rows
+that nothing stands behind has far more, and must not be allocated."""
+
+SMALL_INDEX = 4 * 2**20
+"""Bytes of an index that any module may have."""
+
+
+def check_backed(shape: tuple[int, int], entries: int, what: str) -> None:
+    """Refuse a matrix whose index would be out of all proportion to the entries it is for.
+
+    Raises:
+        UserError: it would.
+    """
+    if index_nbytes(shape, 0) > max(SMALL_INDEX, LARGEST_INDEX * entries):
+        raise UserError(
+            f"{what} has {entries} entries, too few for the {shape[0]}x{shape[1]} matrix that it "
+            "is said to be."
+        )
+
+
 def _read_store(
     tensors: TensorFile, name: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> Store:
     values, columns, counts = (tensors.get(f"{name}.{part}") for part in PARTS)
+    if not name.endswith(SETTLED):  # settled entries are as few as they are
+        check_backed(shape, values.numel(), f"{name} in {tensors.path}")
     check_values(values, dtype, f"{name}.values in {tensors.path}")
     try:
         index = SegmentedIndex.from_parts(shape, columns, counts)

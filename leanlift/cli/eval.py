@@ -86,9 +86,11 @@ def arguments_of(options: argparse.Namespace) -> RunArguments:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
         )
+    named = options.model_name_or_path or args.model_name_or_path
     return replace(
         args,
-        model_name_or_path=options.model_name_or_path or args.model_name_or_path,
+        model_name_or_path=named,
+        model_revision=args.model_revision if named == args.model_name_or_path else None,
         dtype=options.dtype or args.dtype,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from leanlift.checkpoint import write_json
 from leanlift.errors import UserError
-from leanlift.export.tokens import inside
+from leanlift.hub import inside
 from leanlift.quantized import dtype_name, dtype_of
 
 WEIGHT_SUFFIXES = {

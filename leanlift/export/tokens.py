@@ -19,6 +19,7 @@ from typing import Any
 
 from leanlift.checkpoint import read_json, write_json
 from leanlift.errors import UserError
+from leanlift.hub import inside
 from leanlift.special import SpecialTokens, as_ids, union
 
 CONFIG = "tokenizer_config.json"
@@ -35,6 +36,8 @@ TOKENIZER_FILES = (
 )
 FALLBACK_CLASS = "PreTrainedTokenizerFast"
 GENERATION = "generation_config.json"
+LARGEST = 128 * 2**20
+"""Bytes of a tokenizer file; those of vocabularies of 262,144 have 35 MB."""
 
 
 def write_tokenizer(base: Path, adapter: Path, output: Path, rows: int | None) -> None:
@@ -73,7 +76,7 @@ def copy_files(source: Path, output: Path, names: list[str]) -> None:
     """Copy files of an adapter.
 
     Raises:
-        UserError: one is a link to somewhere else on this machine.
+        UserError: one is a link to somewhere else on this machine, or too large.
     """
     for name in names:
         target = inside(source, source / name)
@@ -81,6 +84,11 @@ def copy_files(source: Path, output: Path, names: list[str]) -> None:
             raise UserError(
                 f"{source / name} is a link to {(source / name).resolve()}, outside of its "
                 "directory: remove it."
+            )
+        if target.stat().st_size > LARGEST:
+            raise UserError(
+                f"{source / name} has {target.stat().st_size:,} bytes, and no tokenizer has files "
+                f"of more than {LARGEST:,}: remove it."
             )
         shutil.copyfile(target, output / name)
 
@@ -92,13 +100,6 @@ def copy_tokenizer(source: Path, output: Path) -> None:
         UserError: a file is a link to somewhere else on this machine.
     """
     copy_files(source, output, [name for name in TOKENIZER_FILES if (source / name).is_file()])
-
-
-def inside(directory: Path, file: Path) -> Path | None:
-    """What a file of a directory really is; None where it leads out of it."""
-    home, target = directory.resolve(), file.resolve()
-    cache = home.parent.parent / "blobs"  # a snapshot of the hub is made of links to there
-    return target if target.is_relative_to(home) or target.is_relative_to(cache) else None
 
 
 def trained_tokens(adapter: Path, recorded: SpecialTokens) -> SpecialTokens:
@@ -230,7 +231,7 @@ def _object(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
-    data = read_json(file)
+    data = read_json(file, LARGEST)
     if not isinstance(data, dict):
         raise UserError(f"{file} is damaged: expected a JSON object.")
     return data

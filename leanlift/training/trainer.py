@@ -121,7 +121,9 @@ class LiftTrainer(SFTTrainer):
             )
         _make_checkpointing_safe(model, args)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(self._lift.base.name)
+            processing_class = AutoTokenizer.from_pretrained(
+                self._lift.base.name, revision=self._lift.base.revision, trust_remote_code=False
+            )
         chat = getattr(processing_class, "chat_template", None) is not None
         super().__init__(
             model=model,

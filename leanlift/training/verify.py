@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanlift.adapter import RUN_NAME, Adapter, open_adapter
+from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import read_json
 from leanlift.errors import UserError
 from leanlift.export import MergeReport
@@ -102,14 +103,14 @@ def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
     """Token ids [1, T] of the first examples that the adapter was trained on, cut to `TOKENS`."""
     if data is None:
         run = adapter.directory / RUN_NAME
-        facts = read_json(run) if run.is_file() else {}
+        facts = read_json(run, MOST_OF_A_STRANGER) if run.is_file() else {}
         data = facts.get("dataset_name") if isinstance(facts, dict) else None
     if not isinstance(data, str):
         raise UserError(
             f"{adapter.directory} does not say which data it was trained on: name rows to verify "
             "with, --data rows.json."
         )
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
     examples = tokenized(load_rows(data), tokenizer, PROMPTS)
     return [torch.tensor([whole[:TOKENS]]) for _, whole in examples][:PROMPTS]
 
@@ -143,7 +144,9 @@ def _as_trained(
 
 def _load(directory: str, dtype: str) -> Any:
     """A checkpoint as stock transformers loads it; on the GPU where it has room."""
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype_of(dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype_of(dtype), trust_remote_code=False
+    )
     needed = sum(parameter.nbytes for parameter in model.parameters())
     if torch.cuda.is_available() and 1.3 * needed < torch.cuda.mem_get_info()[0]:
         model = model.cuda()
