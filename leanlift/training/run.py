@@ -36,11 +36,11 @@ from leanlift.model import (
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.base import check_base_place, load_model
 from leanlift.training.callbacks import last_whole_checkpoint
 from leanlift.training.checks import check_settings
 from leanlift.training.data import TokenRows, calibration_batches, load_rows
 from leanlift.training.fit import changes, fit
-from leanlift.training.load import check_base, load_base
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.ready import RowsForTraining
 from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
@@ -121,7 +121,7 @@ def _run(
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
     if args.merge_onto not in ONTO:
         raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
-    check_base(args.model_name_or_path)
+    check_base_place(args)
     tokenizer, rows, eval_rows = _ready_rows(args, sft)  # before a load that takes minutes
 
     device = (
@@ -133,7 +133,7 @@ def _run(
     meter = MemoryMeter(device)
     meter.report.plan = None if plan is None else plan.to_dict()
     with meter.phase("load"):
-        model = load_base(args, device, sft.trust_remote_code)
+        model = load_model(args, device, sft.trust_remote_code)
     reached.append("select")
     with meter.phase("select", follow=True) as peak:
         if resume:
@@ -192,7 +192,11 @@ def _run(
         static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
         with meter.phase("export", follow=True, static=static):
             merged = merge_adapter(
-                output, args.merged_dir, base=args.model_name_or_path, onto=args.merge_onto
+                output,
+                args.merged_dir,
+                base=args.model_name_or_path,
+                onto=args.merge_onto,
+                revision=args.model_revision,
             )
         save_report(meter.report, output)
     return RunResult(model, tokenizer, meter.report, merged)
@@ -204,10 +208,10 @@ def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any, Any]:
     eval_rows = None
     if args.eval_dataset_name:
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
-    base = args.model_name_or_path
-    tokenizer = load_tokenizer(base, sft.trust_remote_code)
-    embedding = vocabulary_rows(base, sft.trust_remote_code)
-    ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base))
+    base, revision = args.model_name_or_path, args.model_revision
+    tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
+    embedding = vocabulary_rows(base, sft.trust_remote_code, revision)
+    ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base, revision))
     return tokenizer, ready.train(rows), ready.eval(eval_rows)
 
 
