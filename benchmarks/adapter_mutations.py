@@ -329,6 +329,7 @@ def tensor_content(chance: random.Random, files: Files) -> None:
         at = chance.randrange(max(1, flat.size))
     except (KeyError, ValueError, IndexError, TypeError, RecursionError):
         return  # an earlier mutation has left no tensors here
+    array = np.atleast_1d(array)  # a count of steps has no dimension
     match chance.randrange(9):
         case 0 if flat.size:
             odd = (math.nan, math.inf, -math.inf, 3.4e38, 1e-45, 6e4, -0.0)

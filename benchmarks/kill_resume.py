@@ -1,11 +1,12 @@
 """Kill a run again and again, resume it each time, and compare what comes out.
 
-    python -m benchmarks.kill_resume [--kills 20] [--steps 80] [--seed 0]
+    python -m benchmarks.kill_resume [--kills 20] [--steps 80] [--seed 0] [--schedule constant]
 
 A run with 8-bit moments, bf16 values, stochastic rounding, a refresh every 4 steps and a
 checkpoint every 3 is made once without a kill. The same run is then killed with SIGKILL: in turn
-somewhere in a step, in a refresh and in a save, after a random delay, and resumed each time from
-the last whole checkpoint (or started anew where there is none). The final adapter, optimizer
+somewhere in a step, in a refresh, in a save, in a rotation and while the adapter and the reports
+are written at the end, after a random delay, and resumed each time from the last whole checkpoint
+(or started anew where there is none). The final adapter, optimizer
 state and schedule must be those of the first run, byte for byte.
 """
 
@@ -35,21 +36,22 @@ from leanlift.training import (
     RunArguments,
     callbacks,
     last_whole_checkpoint,
+    resumable,
     run,
 )
 
-PHASES = {"step": b"t", "refresh": b"r", "save": b"s"}
-LONGEST_DELAY = {"step": 0.05, "refresh": 0.15, "save": 0.03}
+PHASES = {"step": b"t", "refresh": b"r", "save": b"s", "rotation": b"o", "end": b"e"}
+LONGEST_DELAY = {"step": 0.05, "refresh": 0.15, "save": 0.03, "rotation": 0.01, "end": 0.1}
 COMPARED = (
     "adapter_model.safetensors",
     "optimizer.safetensors",
     "optimizer.json",
-    "scheduler.pt",
-    "rng_state.pth",
+    "scheduler.json",
+    "rng_state.json",
 )
 
 
-def train(output: Path, data: Path, steps: int, pipe: int) -> None:
+def train(output: Path, data: Path, steps: int, schedule: str, pipe: int) -> None:
     """The run, in this process; writes a byte to `pipe` whenever a phase begins."""
 
     def marked(function: Any, mark: bytes) -> Any:
@@ -62,8 +64,11 @@ def train(output: Path, data: Path, steps: int, pipe: int) -> None:
     patched: Any = LiftTrainer
     patched.training_step = marked(LiftTrainer.training_step, PHASES["step"])
     patched._save_checkpoint = marked(LiftTrainer._save_checkpoint, PHASES["save"])
+    patched.save_state = marked(LiftTrainer.save_state, PHASES["end"])
     module: Any = callbacks
     module.refresh_mask = marked(callbacks.refresh_mask, PHASES["refresh"])
+    module = resumable
+    module.rotate = marked(resumable.rotate, PHASES["rotation"])
     args = RunArguments(
         model_name_or_path=str(BASE),
         dataset_name=str(data),
@@ -78,6 +83,7 @@ def train(output: Path, data: Path, steps: int, pipe: int) -> None:
         bf16=False,
         optim="sparse_adamw_8bit",
         learning_rate=1e-3,
+        lr_scheduler_type=schedule,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         max_steps=steps,
@@ -92,7 +98,7 @@ def train(output: Path, data: Path, steps: int, pipe: int) -> None:
     run(args, sft)
 
 
-def start(output: Path, data: Path, steps: int, log: Path) -> tuple[int, int]:
+def start(output: Path, data: Path, steps: int, schedule: str, log: Path) -> tuple[int, int]:
     """Fork the run: (pid, the end of a pipe that its marks can be read from)."""
     read, write = os.pipe()
     sys.stdout.flush()
@@ -105,7 +111,7 @@ def start(output: Path, data: Path, steps: int, log: Path) -> tuple[int, int]:
         sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
-        train(output, data, steps, write)
+        train(output, data, steps, schedule, write)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -150,13 +156,13 @@ def same_files(one: Path, other: Path, steps: int) -> dict[str, bool]:
     return {str(name): (one / name).read_bytes() == (other / name).read_bytes() for name in pairs}
 
 
-def measure(kills: int, steps: int, seed: int, work: Path) -> list[dict[str, Any]]:
+def measure(kills: int, steps: int, seed: int, schedule: str, work: Path) -> list[dict[str, Any]]:
     """One row per kill and one for the comparison."""
     data, log = work / "rows.jsonl", work / "log.txt"
     rows = make_rows(TARGET_SKILL, 400, split="train")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     whole, killed = work / "whole", work / "killed"
-    finish(*start(whole, data, steps, log))
+    finish(*start(whole, data, steps, schedule, log))
     chance = random.Random(seed)
     results: list[dict[str, Any]] = []
     attempts = 0
@@ -164,8 +170,8 @@ def measure(kills: int, steps: int, seed: int, work: Path) -> list[dict[str, Any
         attempts += 1
         phase = list(PHASES)[len(results) % len(PHASES)]
         found = last_whole_checkpoint(killed)
-        pid, marks = start(killed, data, steps, log)
-        earlier = chance.randrange(8) if phase == "step" else chance.randrange(2)
+        pid, marks = start(killed, data, steps, schedule, log)
+        earlier = {"step": chance.randrange(8), "end": 0}.get(phase, chance.randrange(2))
         delay = chance.uniform(0, LONGEST_DELAY[phase])
         fell = kill_in(pid, marks, phase, earlier, delay)
         if fell is None:  # it came to its end: begin again, so that there is something to kill
@@ -175,6 +181,7 @@ def measure(kills: int, steps: int, seed: int, work: Path) -> list[dict[str, Any
             continue
         row = {
             "kill": len(results) + 1,
+            "schedule": schedule,
             "phase": phase,
             "resumed from": Path(found).name if found else "nothing",
             **fell,
@@ -182,7 +189,7 @@ def measure(kills: int, steps: int, seed: int, work: Path) -> list[dict[str, Any
         }
         results.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    finish(*start(killed, data, steps, log))
+    finish(*start(killed, data, steps, schedule, log))
     same = same_files(whole, killed, steps)
     for name, equal in same.items():
         print(f"{name}: {'the same bytes' if equal else 'DIFFERENT'}")
@@ -196,12 +203,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--schedule", default="linear", help="of the learning rate")
     parser.add_argument("--no_csv", action="store_true", help="only print")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
         try:
-            rows = measure(arguments.kills, arguments.steps, arguments.seed, Path(work))
+            rows = measure(
+                arguments.kills, arguments.steps, arguments.seed, arguments.schedule, Path(work)
+            )
         except SystemExit:
             log = Path(work) / "log.txt"
             print(log.read_text(encoding="utf-8")[-3000:] if log.exists() else "no log")

@@ -9,10 +9,13 @@ library like any other.
 
 from __future__ import annotations
 
+import ctypes
 import glob
+import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,12 +49,14 @@ SAFETENSORS_DTYPES = {
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_partials(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only we may read
         _sync(temporary)
         os.replace(temporary, path)
+        sync_directory(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
@@ -67,35 +72,59 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists and is not empty: choose another output directory.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_what_was_left(path)
+    remove_partials(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     temporary.mkdir()
     try:
         yield temporary
         sync_tree(temporary)
+        if path.exists():  # empty, as was seen above; Windows renames onto no directory
+            path.rmdir()
         os.replace(temporary, path)
-        with suppress(OSError):  # a system without directory handles
-            _sync(path.parent)
+        sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove_what_was_left(path: Path) -> None:
-    """Delete the temporary directories that killed processes have left beside `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+def remove_partials(directory: Path, name: str | None = None) -> None:
+    """Delete what killed processes have left half-written in `directory`: of the file or directory
+    `name`, or of any. What a live process is writing stays."""
+    stem = "*" if name is None else glob.escape(name)
+    for left in list(directory.glob(f".{stem}.*.partial")):
         owner = left.name.split(".")[-2]
-        if owner.isdigit() and (int(owner) == os.getpid() or not _is_running(int(owner))):
+        if not owner.isdigit() or (int(owner) != os.getpid() and is_running(int(owner))):
+            continue
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                left.unlink()
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number on this machine; True where that cannot be told."""
+    if sys.platform == "win32":  # os.kill(process, 0) would send it a Ctrl-C there
+        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+        handle = kernel.OpenProcess(0x1000, False, process)  # PROCESS_QUERY_LIMITED_INFORMATION
+        if not handle:
+            return ctypes.get_last_error() == 5  # ERROR_ACCESS_DENIED: somebody else's
+        code = ctypes.c_ulong()
+        known = kernel.GetExitCodeProcess(handle, ctypes.byref(code))
+        kernel.CloseHandle(handle)
+        return not known or code.value == 259  # STILL_ACTIVE
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # somebody else's, or a system that cannot tell
+    except OSError:  # somebody else's
         return True
     return True
+
+
+def digest_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def sync_tree(directory: Path) -> None:
@@ -176,7 +205,17 @@ class TensorFile:
         try:
             return self._handle.get_tensor(name)
         except Exception as error:  # the library has no one kind for what a file can be
+            self._tell_from_an_interrupt(name)
             raise UserError(f"{name} in {self.path} cannot be read ({error!r}).") from None
+
+    def _tell_from_an_interrupt(self, name: str) -> None:
+        """torch turns a Ctrl-C inside a read into an error of its own: what cannot be read now and
+        can be read right after was no fault of the file."""
+        try:
+            self._handle.get_tensor(name)
+        except Exception:
+            return
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -325,8 +364,18 @@ def _umask() -> int:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR)  # Windows syncs only what is open for writing
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make sure that a rename inside `directory` is on the disk, where a system can do that."""
+    with suppress(OSError):  # Windows opens no directory
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

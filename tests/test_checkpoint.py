@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +17,15 @@ from leanlift import UserError
 from leanlift.checkpoint import (
     ShardedWriter,
     TensorSpec,
+    is_running,
     new_directory,
+    open_tensor_file,
     plan_shards,
     read_json,
+    remove_partials,
     replacing,
     write_json,
+    write_tensors,
 )
 
 
@@ -76,3 +85,81 @@ def test_broken_json_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(UserError, match="is not valid JSON"):
         read_json(tmp_path / "x.json")
+
+
+def test_an_empty_directory_is_taken_over(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with new_directory(tmp_path / "out") as temporary:
+        (temporary / "whole").write_text("whole")
+    assert (tmp_path / "out" / "whole").read_text() == "whole"
+
+
+def test_only_what_is_open_for_writing_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, which also opens no directory."""
+    fcntl = pytest.importorskip("fcntl")
+    real, opened, synced = os.fsync, os.open, []
+
+    def fsync(handle: int) -> None:
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        synced.append(handle)
+        real(handle)
+
+    def open_file(path: Any, *args: Any, **kwargs: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "open", open_file)
+    write_json(tmp_path / "file.json", {"a": 1})
+    with new_directory(tmp_path / "out") as temporary:
+        (temporary / "whole").write_text("whole")
+    assert len(synced) == 2
+
+
+def test_what_killed_processes_have_left_is_deleted_and_what_live_ones_write_is_not(
+    tmp_path: Path,
+) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    assert not is_running(dead.pid)
+    assert is_running(os.getpid())
+    living = tmp_path / f".a.json.{os.getppid()}.partial"
+    other = tmp_path / f".b.json.{dead.pid}.partial"
+    for path in (living, other, tmp_path / f".a.json.{dead.pid}.partial"):
+        path.write_text("{")
+    write_json(tmp_path / "a.json", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([living.name, other.name, "a.json"])
+    (tmp_path / f".out.{dead.pid}.partial").mkdir()
+    remove_partials(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([living.name, "a.json"])
+
+
+def test_an_interrupt_inside_a_read_is_no_damaged_file(tmp_path: Path) -> None:
+    """A Ctrl-C at any call inside the library's read stays one."""
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.arange(4.0), "b": torch.tensor(2)})
+    ends = set()
+    with open_tensor_file(tmp_path / "x.safetensors") as file:
+        for at in range(1, 30):
+            calls = 0
+
+            def interrupt(frame: Any, event: str, argument: Any, at: int = at) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == at:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+            try:
+                sys.setprofile(interrupt)
+                file.get("a")
+                sys.setprofile(None)
+                ends.add("read")
+            except KeyboardInterrupt:
+                ends.add("interrupted")
+        with pytest.raises(UserError, match="lacks c"):
+            file.get("c")
+    assert ends == {"read", "interrupted"}

@@ -1,4 +1,4 @@
-"""A run that is killed in a step, in a refresh and in a save ends as if it never had been."""
+"""A run that is killed anywhere, its last files included, ends as if it never had been."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+PHASES = ("step", "refresh", "save", "rotation", "end")
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_killed_run_ends_with_the_same_bytes() -> None:
@@ -18,9 +20,11 @@ def test_a_killed_run_ends_with_the_same_bytes() -> None:
             "-m",
             "benchmarks.kill_resume",
             "--kills",
-            "3",
+            "5",
             "--steps",
             "12",
+            "--schedule",
+            "constant",
             "--no_csv",
         ],
         cwd=Path(__file__).parents[1],
@@ -31,4 +35,4 @@ def test_a_killed_run_ends_with_the_same_bytes() -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("the same bytes") == 6
-    assert all(f"phase {phase}" in result.stdout for phase in ("step", "refresh", "save"))
+    assert all(f"phase {phase}" in result.stdout for phase in PHASES)

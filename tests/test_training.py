@@ -330,7 +330,7 @@ def test_a_failed_save_leaves_no_half_checkpoint(
         raise OSError("disk full")
 
     monkeypatch.setattr(trainer, "_save_rng_state", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"checkpoint of step 2 could not be written \(disk full\)"):
         trainer.train()
     assert list(tmp_path.glob("checkpoint-*")) == []
     assert not (tmp_path / ".saving").exists()

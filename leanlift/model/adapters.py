@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from leanlift.adapter import Adapter, LayerOffsets, Store, open_adapter, write_adapter
+from leanlift.adapter import (
+    Adapter,
+    LayerOffsets,
+    Store,
+    check_values,
+    open_adapter,
+    write_adapter,
+)
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, check_same_base, fingerprint, with_samples
 from leanlift.layer import FrozenLinear, LiftLinear
@@ -35,7 +42,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """Write the adapter of `model`: positions, offsets, settled entries, config, fingerprint.
 
     Raises:
-        UserError: nothing is attached to the model, or its offsets are scaled.
+        UserError: nothing is attached to the model, or its offsets are scaled or not finite; what
+            stood in `directory` stays.
     """
     state = lift_state(model)
     layers = _loaded_layers(model)
@@ -47,6 +55,9 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             f"leanlift combine --weights {scale:g}."
         )
     offsets = {name: _offsets(layer) for name, layer in layers.items()}
+    for name, learned in offsets.items():  # what could not be loaded again is not written
+        for store in learned.stores:
+            check_values(store.values, layers[name].values.dtype, f"{name}.values of this model")
     special = SpecialTokens.of(*_configs(model))
     write_adapter(Path(directory), offsets, state.config, state.base, state.refreshes, special)
 

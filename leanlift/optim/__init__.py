@@ -3,7 +3,7 @@
 from leanlift.optim.adamw import SparseAdamW, adamw_update
 from leanlift.optim.follow import check_followable, follow_entries, state_nbytes
 from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
-from leanlift.optim.saved import SavedState, restore_state, saved_state, unwrap
+from leanlift.optim.saved import SavedState, check_saved, restore_state, saved_state, unwrap
 
 __all__ = [
     "TABLES_NBYTES",
@@ -12,6 +12,7 @@ __all__ = [
     "adamw_nbytes",
     "adamw_update",
     "check_followable",
+    "check_saved",
     "follow_entries",
     "restore_state",
     "saved_state",

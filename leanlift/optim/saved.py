@@ -7,14 +7,16 @@ optimizer become a JSON-ready dictionary. Restoring goes by name, through the op
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from leanlift.errors import UserError
+from leanlift.optim.validate import check_facts, check_tensors
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -74,10 +76,13 @@ def restore_state(
     """Load `saved` into `optimizer`; every parameter gets the state that was saved by its name.
 
     Raises:
-        UserError: the state of another kind of optimizer, or of other parameters.
+        UserError: the state of another kind of optimizer, of other parameters, with other options,
+            or one that `check_saved` refuses. The optimizer is unchanged then.
     """
     optimizer = unwrap(optimizer)
-    names = {id(parameter): name for name, parameter in named}
+    parameters = dict(named)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    check_facts(saved.facts)
     if saved.facts["optimizer"] != kind_of(optimizer):
         raise UserError(
             f"the checkpoint holds the state of {saved.facts['optimizer']}, this run uses "
@@ -89,6 +94,7 @@ def restore_state(
             "the checkpoint's optimizer was made for other parameters or groups: resume with the "
             "model, targets and weight_decay that it was saved with."
         )
+    check_saved(saved, {name: parameter.numel() for name, parameter in parameters.items()})
     places = {name: place for place, name in enumerate(name for group in here for name in group)}
     state: dict[int, dict[str, Any]] = {}
     for name, numbers in saved.facts["numbers"].items():
@@ -99,9 +105,41 @@ def restore_state(
     groups = []
     for group, kept in zip(optimizer.param_groups, saved.facts["groups"], strict=True):
         options = {key: _like(group.get(key), value) for key, value in kept["options"].items()}
-        groups.append({**options, "params": [places[name] for name in kept["params"]]})
+        _check_options(group, options)
+        own = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**own, **options, "params": [places[name] for name in kept["params"]]})
     full_state = {place: held for place, held in state.items() if held}
     optimizer.load_state_dict({"state": full_state, "param_groups": groups})
+
+
+def _check_options(group: dict[str, Any], saved: dict[str, Any]) -> None:
+    """The options of a group must be those of this run, all but the scheduled learning rate: what
+    one of them would otherwise be loaded over is what the user has asked for."""
+    lr = saved.get("lr")
+    if not _is_number(lr) or not 0 <= lr < math.inf:
+        raise UserError(f"the checkpoint's optimizer is damaged: its lr is {lr!r:.80}.")
+    for key, value in saved.items():
+        if key != "lr" and key in group and group[key] != value:
+            raise UserError(
+                f"the checkpoint's optimizer has {key}={value!r:.80}, this run {group[key]!r:.80}: "
+                "resume with the settings that it was saved with."
+            )
+
+
+def check_saved(saved: SavedState, counts: Mapping[str, int], steps: int | None = None) -> None:
+    """Refuse a state that no optimizer can have left for these parameters.
+
+    Args:
+        saved: as it was read from files that anyone may have written.
+        counts: entries of each trained parameter, by name.
+        steps: how many steps were taken at most; None where that is not known.
+
+    Raises:
+        UserError: facts of another form, tensors that are missing, too many, of another shape or
+            dtype, numbers that are not finite, negative second moments, or more steps than taken.
+    """
+    check_facts(saved.facts)
+    check_tensors(saved.facts, saved.tensors, counts, steps)
 
 
 def unwrap(optimizer: Optimizer) -> Optimizer:
@@ -120,6 +158,10 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(_is_plain(item) for item in value)
     return isinstance(value, PLAIN)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _like(present: Any, value: Any) -> Any:

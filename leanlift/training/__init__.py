@@ -1,7 +1,7 @@
 """Training with TRL and HF Trainer: data formats, the trainer, its callbacks, whole runs."""
 
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.callbacks import last_whole_checkpoint
+from leanlift.training.checkpointing import last_whole_checkpoint
 from leanlift.training.data import load_rows, to_examples
 from leanlift.training.evaluate import Evaluation, evaluate
 from leanlift.training.memory import MemoryCallback

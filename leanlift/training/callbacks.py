@@ -1,29 +1,29 @@
-"""Around a step of `LiftTrainer`: guard it, refresh the mask; and which checkpoint is whole."""
+"""Around a step of `LiftTrainer`: guard it, refresh the mask."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+import torch
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from leanlift.adapter import open_adapter
-from leanlift.checkpoint import open_tensors, read_json
 from leanlift.errors import UserError
-from leanlift.model import refresh_mask
+from leanlift.model import lift_layers, refresh_mask
 from leanlift.optim import SparseAdamW, unwrap
-from leanlift.training.steps import GradientHooks
+from leanlift.training.checkpointing import last_checkpoint
+from leanlift.training.steps import LARGEST, GradientHooks
 
 if TYPE_CHECKING:
     from leanlift.training.trainer import LiftTrainer
 
 logger = logging.getLogger("leanlift")
-
-TRAINER_STATE = "trainer_state.json"
-OPTIMIZER_TENSORS = "optimizer.safetensors"
-OPTIMIZER_FACTS = "optimizer.json"
 
 
 class Guard(TrainerCallback):
@@ -32,11 +32,15 @@ class Guard(TrainerCallback):
     def __init__(self, trainer: LiftTrainer) -> None:
         self.trainer = trainer
         self.hooks: GradientHooks | None = None
+        self._applied = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
+        self._check_begun_again()
+        self.remove_hooks()
+        trainer.guard.forget_step()
         if trainer.accelerator.scaler is not None:
             return  # fp16: the loss scaler looks for infinities itself, and expects some
         optimizer = unwrap(trainer.optimizer) if trainer._in_backward else None
@@ -47,20 +51,48 @@ class Guard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         applied = False
+        if self.hooks is None:
+            self._see_unscaled()
         try:
             applied = self.trainer.guard.end_step(state.global_step + 1, self._last_checkpoint)
         finally:
-            if not applied and self.hooks is not None:
+            if applied:
+                self._applied += 1
+            elif self.hooks is not None:
                 self.hooks.drop_step()
+            else:
+                for layer in lift_layers(self.trainer.model).values():
+                    layer.values.grad = None
+
+    def end_training(self) -> None:
+        """After `train`, also after an error."""
+        self.remove_hooks()
+        self._applied = 0
 
     def remove_hooks(self) -> None:
         if self.hooks is not None:
             self.hooks.remove()
             self.hooks = None
 
+    def _see_unscaled(self) -> None:
+        """Under fp16: gradients that are finite and too large, which the loss scaler lets pass."""
+        for name, layer in lift_layers(self.trainer.model).items():
+            if layer.values.grad is not None:
+                size = torch.linalg.vector_norm(layer.values.grad, float("inf")).float()
+                self.trainer.guard.see_largest(name, torch.where(size.isfinite(), size, LARGEST))
+
+    def _check_begun_again(self) -> None:
+        """`auto_find_batch_size` begins anew after running out of memory: step 0, fresh moments,
+        a fresh schedule, over offsets that are no longer fresh."""
+        if self._applied:
+            raise UserError(
+                f"the device ran out of memory after {self._applied} steps, and "
+                "auto_find_batch_size would begin again with the offsets that they have trained: "
+                "set per_device_train_batch_size, or let --fit choose."
+            )
+
     def _last_checkpoint(self) -> str:
-        last = last_whole_checkpoint(self.trainer.args.output_dir)
-        return f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+        return last_checkpoint(self.trainer.args.output_dir)
 
 
 class Refresh(TrainerCallback):
@@ -76,6 +108,7 @@ class Refresh(TrainerCallback):
         step = state.global_step
         if not self.interval or step % self.interval or step >= state.max_steps:
             return
+        self._check_offsets(step)
         report = refresh_mask(self.trainer.model, self.trainer.optimizer)
         if report.held_back and not any(past.held_back for past in self.trainer.refreshes):
             logger.warning(
@@ -87,33 +120,29 @@ class Refresh(TrainerCallback):
                 report.held_back,
             )
         self.trainer.refreshes.append(report)
-        self.trainer.log(
+        self._log(
+            control,
             {
                 "refresh_churn": report.churn,
                 "refresh_settled": report.settled,
                 "refresh_settled_bytes": report.settled_nbytes,
                 "refresh_held_back": report.held_back,
                 "refresh_seconds": report.seconds,
-            }
+            },
         )
 
+    def _check_offsets(self, step: int) -> None:
+        """Selection would blame the base for an infinite weight."""
+        for name, layer in lift_layers(self.trainer.model).items():
+            if not bool(torch.isfinite(layer.values.detach()).all()):
+                raise UserError(
+                    f"training stopped at step {step}: offsets of {name} are NaN or infinite; "
+                    f"{last_checkpoint(self.trainer.args.output_dir)}. Lower learning_rate."
+                )
 
-def last_whole_checkpoint(output_dir: str | Path) -> str | None:
-    """The latest `checkpoint-N` whose trainer state and adapter can be read, or None."""
-    found: dict[int, Path] = {}
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.rpartition("-")[2]
-        if number.isdigit():
-            found[int(number)] = path
-    for _, path in sorted(found.items(), reverse=True):
-        try:
-            read_json(path / TRAINER_STATE)
-            if (path / OPTIMIZER_TENSORS).exists():
-                read_json(path / OPTIMIZER_FACTS)
-                with open_tensors(path / OPTIMIZER_TENSORS):
-                    pass
-            with open_adapter(path):
-                return str(path)
-        except UserError as error:
-            logger.warning("Passing over %s: %s", path, error)
-    return None
+    def _log(self, control: TrainerControl, logs: dict[str, Any]) -> None:
+        """Log beside the loss of this step, not in its place: Trainer takes any log for the one
+        that was due, and TRL gives it what it has collected for the loss."""
+        due = control.should_log
+        Trainer.log(self.trainer, logs)
+        control.should_log = due

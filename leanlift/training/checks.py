@@ -153,6 +153,18 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
         yield "do_predict does nothing in a training run:", "use leanlift eval"
     if getattr(sft, "loss_type", "nll") == "dft" and getattr(sft, "label_smoothing_factor", 0):
         yield "loss_type=dft has no label smoothing:", "leave one of the two out"
+    if getattr(sft, "push_to_hub", False):
+        yield (
+            "push_to_hub would upload checkpoints and run.json while training goes on:",
+            "train without it, then publish the adapter with leanlift push",
+        )
+    if getattr(sft, "torch_compile", False):
+        yield "torch_compile has no effect on trained layers and their loss:", "leave it out"
+    if getattr(sft, "optim_in_backward", False) and getattr(sft, "auto_find_batch_size", False):
+        yield (
+            "auto_find_batch_size begins anew, and optim_in_backward has changed offsets by then:",
+            "set per_device_train_batch_size, or let --fit choose",
+        )
     if config.values_dtype != "float32" and getattr(sft, "fp16", False):
         yield (
             f"fp16 scales its loss, which {config.values_dtype} values cannot be trained with:",

@@ -37,15 +37,24 @@ from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import check_base_place, load_model
-from leanlift.training.callbacks import last_whole_checkpoint
+from leanlift.training.checkpointing import (
+    checkpoint_to_resume,
+    checkpoints,
+    is_left_behind,
+    keeping_what_was_good,
+    last_checkpoint,
+)
 from leanlift.training.checks import check_settings
 from leanlift.training.data import TokenRows, calibration_batches, load_rows
 from leanlift.training.fit import changes, fit
+from leanlift.training.lock import LOCK_NAME, OutputLock
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.ready import RowsForTraining
+from leanlift.training.settings import check_same_settings, run_settings, settings_of
 from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.training.tokens import ROW_KEYS
-from leanlift.training.trainer import STAGING, LiftTrainer
+from leanlift.training.trainer import LiftTrainer
+from leanlift.training.whole import Checkpoint, check_checkpoint
 
 logger = logging.getLogger("leanlift")
 
@@ -114,7 +123,8 @@ def _run(
 ) -> RunResult:
     """`run`, noting in `reached` which phase it has come to."""
     output = Path(sft.output_dir or "leanlift-output")
-    resume = _checkpoint_to_resume(sft, output)
+    found = _checkpoint_to_resume(sft, output)
+    resume = None if found is None else str(found.path)
     config = args.lift_config()
     check_settings(sft, config)
     if args.merged_dir and Path(args.merged_dir).exists():
@@ -122,8 +132,36 @@ def _run(
     if args.merge_onto not in ONTO:
         raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
     check_base_place(args)
-    tokenizer, rows, eval_rows = _ready_rows(args, sft)  # before a load that takes minutes
+    ready = _ready_rows(args, sft)  # before a load that takes minutes
+    told = run_settings(args, ready.data)
+    if found is not None:
+        check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))
+    with OutputLock(output):
+        return _train(args, sft, before_training, plan, reached, ready, told, resume)
 
+
+def _train(
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    before_training: Callable[[Any, Any], None] | None,
+    plan: MemoryPlan | None,
+    reached: list[str],
+    ready: ReadyRows,
+    told: dict[str, Any],
+    resume: str | None,
+) -> RunResult:
+    """The slow part of a run, after everything about its input has been looked at.
+
+    Args:
+        args, sft, before_training, plan: as `run` has them.
+        reached: which phase the run has come to is added to it.
+        ready: what to train and to evaluate on.
+        told: what the run was told, for its checkpoints.
+        resume: the checkpoint to go on from, checked.
+    """
+    output = Path(sft.output_dir or "leanlift-output")
+    config = args.lift_config()
+    tokenizer, rows, eval_rows = ready.tokenizer, ready.rows, ready.eval_rows
     device = (
         torch.device("cuda", 0)
         if torch.cuda.is_available() and not sft.use_cpu
@@ -139,8 +177,9 @@ def _run(
         if resume:
             load_adapter(model, resume, progress=True)
         elif config.selector == "gradient":
-            data = rows.data if isinstance(rows, TokenRows) else rows
-            batches = calibration_batches(data, tokenizer, sft.max_length, args.calibration_rows)
+            batches = calibration_batches(
+                ready.data, tokenizer, sft.max_length, args.calibration_rows
+            )
             get_lift_model(model, config, calibration=batches)
         else:
             get_lift_model(model, config)
@@ -168,6 +207,7 @@ def _run(
             eval_dataset=eval_rows,
             processing_class=tokenizer,
             callbacks=[memory],
+            run_settings=told,
         )
     except UserError:
         raise
@@ -181,10 +221,11 @@ def _run(
             memory.close()
     peak.tensors = peak.tensors or memory.peak
     _say_refreshes(trainer.refreshes, meter)
-    trainer.save_model()
-    trainer.save_state()
-    save_report(meter.report, output)
-    write_json(output / RUN_NAME, _settings(args, sft))
+    with keeping_what_was_good("the adapter", output):
+        trainer.save_model()
+        trainer.save_state()
+        save_report(meter.report, output)
+        write_json(output / RUN_NAME, _settings(args, sft))
 
     merged = None
     if args.merged_dir:
@@ -202,8 +243,21 @@ def _run(
     return RunResult(model, tokenizer, meter.report, merged)
 
 
-def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any, Any]:
+@dataclass(frozen=True)
+class ReadyRows:
     """The tokenizer, and the rows to train and to evaluate on, ready for the trainer."""
+
+    tokenizer: Any
+    rows: Any
+    eval_rows: Any
+
+    @property
+    def data(self) -> Any:
+        """The dataset or stream itself."""
+        return self.rows.data if isinstance(self.rows, TokenRows) else self.rows
+
+
+def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     rows = load_rows(args.dataset_name, args.dataset_split)
     eval_rows = None
     if args.eval_dataset_name:
@@ -212,7 +266,7 @@ def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any, Any]:
     tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
     embedding = vocabulary_rows(base, sft.trust_remote_code, revision)
     ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base, revision))
-    return tokenizer, ready.train(rows), ready.eval(eval_rows)
+    return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows))
 
 
 def _settings(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
@@ -239,8 +293,7 @@ def _out_of_memory(
         if plan is not None
         else "there was no plan"
     )
-    last = last_whole_checkpoint(sft.output_dir or "leanlift-output")
-    kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+    kept = last_checkpoint(sft.output_dir or "leanlift-output")
     return (
         f"out of memory in phase {phase}: {first_line(error).rstrip('.')}; {planned}. "
         f"{_what_helps(args, sft)}. {kept[0].upper()}{kept[1:]}."
@@ -270,30 +323,26 @@ def _card_nbytes(cuda: bool) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if cuda else None
 
 
-def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> str | None:
+def _checkpoint_to_resume(sft: LiftSFTConfig, output: Path) -> Checkpoint | None:
     """The checkpoint to go on from; a fresh run wants an empty output directory."""
     wanted = sft.resume_from_checkpoint
-    if wanted and str(wanted).lower() not in ("true", "false"):
-        return str(wanted)
     if wanted and str(wanted).lower() == "true":
-        found = last_whole_checkpoint(output)
-        if found is None:
-            raise UserError(
-                f"{output} holds no whole checkpoint to resume from: start without "
-                "resume_from_checkpoint."
-            )
-        return found
+        return checkpoint_to_resume(output, True)
+    if wanted and str(wanted).lower() != "false":
+        return check_checkpoint(Path(wanted))
     if output.exists() and (not output.is_dir() or _holds_results(output)):
-        raise UserError(
-            f"output_dir {output} is not empty: choose another one, or go on from its last "
-            "checkpoint with --resume_from_checkpoint true."
+        way_on = (
+            ", or go on from its last checkpoint with --resume_from_checkpoint true"
+            if output.is_dir() and checkpoints(output)
+            else ", or empty it"
         )
+        raise UserError(f"output_dir {output} is not empty: choose another one{way_on}.")
     return None
 
 
 def _holds_results(output: Path) -> bool:
-    """Whether there is more than what a save that was cut off has left."""
-    return any(path.name != STAGING for path in output.iterdir())
+    """Whether there is more than what a run that was cut off has left."""
+    return any(path.name != LOCK_NAME and not is_left_behind(path) for path in output.iterdir())
 
 
 def _base_bytes(model: Any) -> int:

@@ -6,6 +6,11 @@ gradients of a bad step are dropped. With updates in the backward pass the hook 
 matrix and frees the gradient: the update asks the device itself whether everything of the step was
 finite so far, and is counted as a step of its matrix until the notes are read. What was updated
 before a later gradient turned out bad stays updated then; after a bad *loss* nothing is updated.
+
+A finite gradient can be as bad. Adam squares it: above 1.8e19 the square is infinite in fp32, and
+the entry never moves again (in 8 bits, its block of 256; after a refresh, whatever enters). And the
+norm of a whole gradient overflows long before its entries do, which turns clipping into NaN. So a
+step with an entry beyond `LARGEST` is not applied, and norms are summed in fp64.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,6 +29,28 @@ from leanlift.model import lift_layers
 from leanlift.optim import SparseAdamW
 
 logger = logging.getLogger("leanlift")
+
+LARGEST = 1e19
+"""The largest entry of a gradient that is applied: its square leaves room for the sum of Adam."""
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients together, fp64 [], on their device: it cannot overflow."""
+    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def clip_to_norm_(gradients: list[Tensor], limit: float) -> Tensor:
+    """Scale all gradients, in place, so that their norm is at most `limit`; nothing waits.
+
+    Returns:
+        The norm before, fp64 [].
+    """
+    norm = total_norm(gradients)
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return norm
 
 
 class StepGuard:
@@ -47,16 +74,20 @@ class StepGuard:
         self.unapplied: list[str] = []
         self._in_a_row = 0
         self._losses: list[Tensor] = []
-        self._finite: dict[str, Tensor] = {}
+        self._largest: dict[str, Tensor] = {}
 
     def see_loss(self, loss: Tensor) -> None:
         self._losses.append(loss.detach())
         self._note(torch.isfinite(loss.detach()))
 
     def see_gradient(self, layer: str, gradient: Tensor) -> None:
-        finite = torch.isfinite(gradient).all()
-        self._finite[layer] = finite
-        self._note(finite)
+        self.see_largest(layer, torch.linalg.vector_norm(gradient, float("inf")))
+
+    def see_largest(self, layer: str, largest: Tensor) -> None:
+        """Note the largest magnitude of a layer's gradient, a scalar on the device."""
+        seen = self._largest.get(layer)
+        self._largest[layer] = largest if seen is None else torch.maximum(seen, largest)
+        self._note(largest <= LARGEST)  # not where it is NaN
 
     def _note(self, finite: Tensor) -> None:
         self.fine = finite if self.fine is None else self.fine & finite
@@ -73,19 +104,19 @@ class StepGuard:
             UserError: so many steps in a row were bad.
         """
         applied = self.fine is None or bool(self.fine)
-        losses, finite = self._losses, self._finite
-        self._losses, self._finite, self.fine, self.unapplied = [], {}, None, []
+        losses, largest = self._losses, self._largest
+        self.forget_step()
         if applied:
             self._in_a_row = 0
             return True
         bad_loss = next((float(loss) for loss in losses if not math.isfinite(loss)), None)
-        bad_layers = [layer for layer, fine in finite.items() if not bool(fine)]
-        layers = list(finite)
+        bad = {layer: float(size) for layer, size in largest.items() if not bool(size <= LARGEST)}
+        bad_layers, layers = list(bad), list(largest)
         first = layers.index(bad_layers[0]) if bad_layers else len(layers)
         self.unapplied = layers if bad_loss is not None else layers[first:]
         self.skipped += 1
         self._in_a_row += 1
-        problem = "a gradient is not finite" if bad_loss is None else f"the loss is {bad_loss}"
+        problem = f"the loss is {bad_loss}" if bad_loss is not None else _what_is_wrong(bad)
         if bad_layers:
             problem += f" (in the backward pass first seen at {bad_layers[0]})"
         if self._in_a_row >= self.limit:
@@ -97,6 +128,17 @@ class StepGuard:
         if self._in_a_row == 1:
             logger.warning("Step %d is not applied: %s.", step, problem)
         return False
+
+    def forget_step(self) -> None:
+        """Drop what was noted of the present step."""
+        self._losses, self._largest, self.fine, self.unapplied = [], {}, None, []
+
+
+def _what_is_wrong(bad: dict[str, float]) -> str:
+    size = next(iter(bad.values()), math.nan)
+    if not math.isfinite(size):
+        return "a gradient is not finite"
+    return f"a gradient reaches {size:.1e}, and its square is beyond what float32 can sum"
 
 
 class GradientHooks:

@@ -1,26 +1,20 @@
 """LiftTrainer: TRL's SFTTrainer over a leanlift model.
 
-TRL tokenizes, packs and computes the chunked loss; HF Trainer runs the loop, logs, evaluates,
-schedules and resumes. This file adds what only leanlift can know: which files a checkpoint is
-made of, when the mask is refreshed, which optimizer can follow a refresh, and which steps are not
-applied.
+TRL tokenizes, packs and computes the chunked loss; HF Trainer runs the loop, logs, evaluates and
+schedules. This file adds what only leanlift can know: when the mask is refreshed, which optimizer
+can follow a refresh, and which steps are not applied. Checkpoints are `resumable`'s.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from leanlift.checkpoint import open_tensors, read_json, sync_tree, write_json, write_tensors
 from leanlift.ends import FrozenHead
 from leanlift.errors import UserError
 from leanlift.memory import resident_peak
@@ -28,45 +22,34 @@ from leanlift.model import (
     RefreshReport,
     claim,
     lift_state,
-    restore_adapter,
-    save_adapter,
 )
 from leanlift.optim import (
-    SavedState,
     SparseAdamW,
     check_followable,
-    restore_state,
-    saved_state,
     unwrap,
 )
 from leanlift.training.arguments import SPARSE_OPTIMIZERS, LiftSFTConfig
-from leanlift.training.callbacks import (
-    OPTIMIZER_FACTS,
-    OPTIMIZER_TENSORS,
-    TRAINER_STATE,
-    Guard,
-    Refresh,
-    last_whole_checkpoint,
-)
+from leanlift.training.callbacks import Guard, Refresh
 from leanlift.training.checks import check_numbers, check_settings
 from leanlift.training.data import TokenRows
 from leanlift.training.eval_loss import TokenMeans, trained_tokens
 from leanlift.training.examples import columns_of
 from leanlift.training.lengths import LengthReport
+from leanlift.training.lock import make_output
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
 from leanlift.training.ready import Rows, RowsForTraining, drop_untrained_packs
-from leanlift.training.steps import StepGuard
+from leanlift.training.resumable import ResumableTrainer
+from leanlift.training.steps import StepGuard, clip_to_norm_, total_norm
 from leanlift.training.tokenizer import load_tokenizer, tell_model
 
 logger = logging.getLogger("leanlift")
 
-STAGING = ".saving"
 
 LOGGED_MEANS = ("entropy", "mean_token_accuracy")
 """What is logged beside the loss as a mean over tokens."""
 
 
-class LiftTrainer(SFTTrainer):
+class LiftTrainer(ResumableTrainer):
     """`SFTTrainer(model, args, train_dataset, …)` for a model from `get_lift_model`.
 
     Takes the arguments of `trl.SFTTrainer` except `peft_config`. Datasets, streams and lists of
@@ -78,6 +61,12 @@ class LiftTrainer(SFTTrainer):
     `optim_in_backward` and `max_nonfinite_steps` are there; with a plain `SFTConfig` pass
     `optimizers=(SparseAdamW(...), None)`.
 
+    A checkpoint keeps the settings of the run, the arguments and the data; going on under others is
+    refused, but for those that change no step. Checkpoints are not pushed to a hub.
+
+    Args:
+        run_settings: more settings to keep and compare, JSON-ready.
+
     Attributes:
         length_reports: what became of each dataset's rows.
         refreshes: a `RefreshReport` per mask refresh of this process.
@@ -86,7 +75,8 @@ class LiftTrainer(SFTTrainer):
     Raises:
         UserError: the model is not attached, a dataset cannot be used, the optimizer's state
             could not follow a refresh or cannot train bf16 values, or too many steps in a row
-            had a NaN or infinite loss or gradient.
+            had a NaN or infinite loss or gradient; in `train`, a checkpoint is damaged or of
+            another run, another process writes into output_dir, or nothing can be written there.
     """
 
     _tag_names = ["leanlift", "sft"]  # noqa: RUF012
@@ -99,6 +89,7 @@ class LiftTrainer(SFTTrainer):
         train_dataset: Rows | None = None,
         eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: Any = None,
+        run_settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self._lift = lift_state(model)
@@ -123,13 +114,14 @@ class LiftTrainer(SFTTrainer):
             getattr(args, "max_nonfinite_steps", LiftSFTConfig.max_nonfinite_steps)
         )
         self._in_backward = bool(getattr(args, "optim_in_backward", False))
-        self._staging: Path | None = None
+        self.run_settings = dict(run_settings or {})
         if args.optim in SPARSE_OPTIMIZERS and kwargs.get("optimizers", (None, None))[0] is None:
             kwargs["optimizer_cls_and_kwargs"] = (
                 SparseAdamW,
                 {**_sparse_options(args), "ops": self._lift.scratch.implementation},
             )
         _make_checkpointing_safe(model, args)
+        make_output(args.output_dir)
         if processing_class is None:
             processing_class = load_tokenizer(
                 self._lift.base.name, revision=self._lift.base.revision
@@ -298,9 +290,20 @@ class LiftTrainer(SFTTrainer):
             self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """As Trainer's, with a norm that does not overflow."""
+        self.accelerator.unscale_gradients()
+        return clip_to_norm_(_gradients(model), self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """None where gradients are gone by now: it would be logged as 0."""
-        return None if self._in_backward else super()._get_grad_norm(model, grad_norm=grad_norm)
+        """None where gradients are gone by now: it would be logged as 0. Trainer's own clips to
+        infinity, which makes NaN of a gradient whose norm overflows."""
+        if self._in_backward:
+            return None
+        if grad_norm is None:
+            self.accelerator.unscale_gradients()
+            grad_norm = total_norm(_gradients(model))
+        return grad_norm
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the memory in GiB: allocated now and at most so far on CUDA, resident
@@ -315,94 +318,20 @@ class LiftTrainer(SFTTrainer):
                 metrics[name] = [float(value) for value in values]
         super().log(logs, *args, **kwargs)
 
-    # --- checkpoints -----------------------------------------------------------------------
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`; `True` resumes from the last checkpoint that is whole."""
-        shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise UserError(
-                    f"{self.args.output_dir} holds no whole checkpoint to resume from: start "
-                    "without resume_from_checkpoint."
-                )
-        if resume_from_checkpoint:
-            logger.warning("Resuming from %s.", resume_from_checkpoint)
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, Guard):
-                    callback.remove_hooks()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write `checkpoint-N` under a temporary directory and rename it when it is whole."""
-        run = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._staging = run / STAGING
-        staged, final = self._staging / name, run / name
-        shutil.rmtree(self._staging, ignore_errors=True)
-        try:
-            super()._save_checkpoint(model, trial)
-            if self.state.best_model_checkpoint == str(staged):
-                self.state.best_model_checkpoint = str(final)
-                self.state.save_to_json(str(staged / TRAINER_STATE))
-            sync_tree(staged)
-            shutil.rmtree(final, ignore_errors=True)
-            staged.rename(final)
-        finally:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
-        rotate_checkpoints(
-            output_dir=str(run),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter and the tokenizer: never the base."""
-        directory = output_dir or self.args.output_dir
-        save_adapter(self.model, directory)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(directory)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """The optimizer's state as safetensors and JSON; one that is not plain, as Trainer does."""
-        saved = saved_state(self.optimizer, self.model.named_parameters())
-        if saved is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        write_tensors(Path(output_dir) / OPTIMIZER_TENSORS, saved.tensors)
-        write_json(Path(output_dir) / OPTIMIZER_FACTS, saved.facts)
-        torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / OPTIMIZER_TENSORS).is_file():
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        with open_tensors(Path(checkpoint) / OPTIMIZER_TENSORS) as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        saved = SavedState(tensors, read_json(Path(checkpoint) / OPTIMIZER_FACTS))
-        restore_state(self.optimizer, self.model.named_parameters(), saved)
-        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
-        self.lr_scheduler.load_state_dict(schedule)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore_adapter(model if model is not None else self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        restore_adapter(self.model, self.state.best_model_checkpoint)
+    def _end_training(self) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Guard):
+                callback.end_training()
 
     def _send_telemetry(self) -> None:
         """None."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None per checkpoint: a card describes a finished model."""
+
+
+def _gradients(model: Any) -> list[torch.Tensor]:
+    return [values.grad for values in model.parameters() if values.grad is not None]
 
 
 def _sparse_options(args: SFTConfig) -> dict[str, Any]:
