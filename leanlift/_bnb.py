@@ -25,6 +25,7 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as F
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor, nn
 
 Rows = Callable[[int, int], Tensor]
@@ -158,6 +159,39 @@ def quantize_4bit(
     return module
 
 
+STATE_4BIT = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+"""How a checkpoint calls what describes a 4-bit weight, after the weight's name and a dot."""
+
+PARTS_4BIT = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *STATE_4BIT)
+
+
+def describe_4bit(packed: Tensor) -> dict[str, Any]:
+    """What a checkpoint says of a 4-bit weight: shape, dtype, blocksize, quant_type."""
+    return unpack_tensor_to_dict(packed)
+
+
+def stored_4bit(weight: Tensor, parts: dict[str, Tensor]) -> nn.Module:
+    """A bias-free `Linear4bit` over a weight as a checkpoint holds it; `parts` by their
+    `PARTS_4BIT` names."""
+    data = bnb.nn.Params4bit.from_prequantized(weight, dict(parts), device="cpu")
+    m, n = data.quant_state.shape
+    if (data.quant_state.absmax.dtype == torch.uint8) != bool(data.quant_state.nested):
+        raise ValueError("its scales are quantized, and what they were quantized by is not there")
+    module = Linear4bit(n, m, bias=False, quant_type=data.quant_type, device="meta")
+    module.weight = data
+    return module
+
+
+def stored_8bit(codes: Tensor, scales: Tensor) -> nn.Module:
+    """A bias-free `Linear8bitLt` over codes int8 [m, n] and scales fp32 [m]."""
+    m, n = codes.shape
+    module = Linear8bitLt(n, m, bias=False, has_fp16_weights=False, device="meta")
+    module.weight = bnb.nn.Int8Params(
+        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
+    )
+    return module
+
+
 def _absmax_range(state: Any, first: int, last: int) -> Tensor:
     """fp32 absmax of blocks `first:last`, undoing the double quantization if there is one."""
     if not state.nested:
@@ -225,11 +259,7 @@ def quantize_8bit(rows: Rows, shape: tuple[int, int], device: torch.device) -> n
         stop = min(start + step, m)
         tile = rows(start, stop).to(device, torch.float16).contiguous()
         codes[start:stop], scales[start:stop], _ = F.int8_vectorwise_quant(tile)
-    module = Linear8bitLt(n, m, bias=False, has_fp16_weights=False, device="meta")
-    module.weight = bnb.nn.Int8Params(
-        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
-    )
-    return module
+    return stored_8bit(codes, scales)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

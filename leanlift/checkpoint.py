@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from leanlift.bounded import MOST_BYTES, parse_bounded, read_bounded
 from leanlift.errors import UserError
 
 SAFETENSORS_DTYPES = {
@@ -138,22 +139,20 @@ def write_json(path: Path, data: Any) -> None:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Parsed JSON.
+def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+    """Parsed JSON of a regular file of at most `most` bytes.
 
     Raises:
-        UserError: missing, unreadable, or cut off in the middle.
+        UserError: missing, unreadable, cut off in the middle, or beyond the bounds of
+            `leanlift.bounded`.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_bounded(read_bounded(path, most))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: is the directory the right one?") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # cut off, no UTF-8, numbers or nesting without end
+    except ValueError as error:  # cut off, no UTF-8, numbers or nesting without end
         raise UserError(f"{path} is not valid JSON ({error}): it may be truncated.") from None
 
 

@@ -25,6 +25,7 @@ SELECTORS = ("principal", "magnitude", "random", "gradient")
 ALL_LINEAR = "all-linear"
 TARGET_PRESETS = (ALL_LINEAR, "attention", "mlp")
 LARGEST_LIMIT = 1e6  # times the trained entries: far beyond what any density leaves to settle
+MOST_PATTERNS, LONGEST_PATTERN = 64, 256  # compiled as they are read, from anyone's file
 VALUES_DTYPES = ("float32", "bfloat16")
 
 
@@ -101,6 +102,13 @@ class LiftConfig:
         for density in (self.density, *self.density_pattern.values()):
             if not 0 < density <= 1:
                 raise UserError(f"expected a density in (0, 1], got {density}: try 0.05.")
+        longest = max(map(len, self.density_pattern), default=0)
+        if len(self.density_pattern) > MOST_PATTERNS or longest > LONGEST_PATTERN:
+            raise UserError(
+                f"expected at most {MOST_PATTERNS} patterns of at most {LONGEST_PATTERN} "
+                f"characters as density_pattern, got {len(self.density_pattern)}, the longest of "
+                f"{longest}."
+            )
         for pattern in self.density_pattern:
             try:
                 re.compile(pattern)

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import errno
 
+LONGEST = 600
+"""Characters of another library's message that are passed on."""
+
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error as a sentence, for use in a message of ours."""
+    """The first line of another library's error as a sentence, for use in a message of ours; and
+    those that follow, as long as one ends in a colon: it announces them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
+    said = lines[0] if lines else type(error).__name__
+    if said.endswith(":"):
+        said = " ".join(lines).rstrip(":")
+    if len(said) > LONGEST:
+        said = said[:LONGEST].rstrip() + " …"
+    return said.rstrip(".") + "."
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -5,23 +5,40 @@ carries a fingerprint of the base it was trained over, and loading and merging c
 
 * the names and shapes of the trained matrices,
 * the storage format of every quantized Linear (an adapter over NF4 is not one over INT8),
-* a digest of tensors that training leaves alone and that every form of the checkpoint has in
-  common: all norm weights and a sample of embedding rows, rounded to the dtype of loading.
+* samples of all trained matrices, all norm weights and the embedding (`leanlift.samples`), which
+  are compared with a base in any form, to within what that form leaves open,
+* a digest of the latter two, rounded to the dtype of loading: where it is equal, nothing else
+  needs to be asked about them.
+
+Adapters of format 1 have no samples: over them, bases that differ in trained matrices alone are
+not told apart, and that is said.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from leanlift.cells import Cells, cells_of, dense_cells
 from leanlift.errors import UserError
-from leanlift.quantized import WeightFormat, dtype_name, dtype_of, frozen_weight, is_quantized
+from leanlift.quantized import (
+    FrozenWeight,
+    WeightFormat,
+    dtype_name,
+    dtype_of,
+    frozen_weight,
+    is_quantized,
+)
+from leanlift.samples import ENDS, Comparison, Sample, decode, positions, spread
+
+logger = logging.getLogger("leanlift")
 
 SAMPLED_ROWS = 64
 
@@ -37,6 +54,8 @@ class BaseFingerprint:
         formats: every trained or quantized Linear, name -> WeightFormat.
         sampled: the tensors behind `digest`, by their names in the checkpoint.
         digest: sha256 of their sampled contents.
+        samples: of `sampled` tensors and of trained matrices, name -> `Sample.encode()`.
+        revision: the commit of a base from the hub, where it is known.
     """
 
     name: str
@@ -45,6 +64,13 @@ class BaseFingerprint:
     formats: dict[str, WeightFormat]
     sampled: tuple[str, ...]
     digest: str
+    samples: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+
+    @property
+    def knows_matrices(self) -> bool:
+        """Whether every trained matrix is sampled."""
+        return all(name in self.samples for name in self.shapes)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,7 +82,8 @@ class BaseFingerprint:
         Raises:
             UserError: a value that no fingerprint has; says which.
         """
-        _expect(isinstance(data, dict) and set(data) == _KEYS, f"the keys {sorted(_KEYS)}", data)
+        known = isinstance(data, dict) and _KEYS - _LATER <= set(data) <= _KEYS
+        _expect(known, f"the keys {sorted(_KEYS)}", data)
         name, dtype, shapes, formats = (data[k] for k in ("name", "dtype", "shapes", "formats"))
         sampled, digest = data["sampled"], data["digest"]
         is_name = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable()
@@ -72,6 +99,11 @@ class BaseFingerprint:
         is_names = isinstance(sampled, list) and sampled and all(map(_is_module_name, sampled))
         _expect(bool(is_names), "names of sampled tensors", sampled)
         _expect(isinstance(digest, str), "a digest", digest)
+        samples, revision = data.get("samples", {}), data.get("revision")
+        is_revision = isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision)
+        _expect(revision is None or bool(is_revision), "a commit or null", revision)
+        _expect(isinstance(samples, dict), "samples of tensors", samples)
+        _check_samples(samples, shapes, set(sampled))
         return cls(
             name=name,
             dtype=dtype_name(dtype_of(dtype)),
@@ -79,10 +111,13 @@ class BaseFingerprint:
             formats={module: _format(module, fmt) for module, fmt in formats.items()},
             sampled=tuple(sampled),
             digest=digest,
+            samples=samples,
+            revision=revision,
         )
 
 
-_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest"}
+_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision"}
+_LATER = {"samples", "revision"}  # of format 2
 _LARGEST_SIDE = 2**31 - 1
 _LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
 
@@ -93,6 +128,18 @@ def _expect(holds: bool, what: str, found: Any) -> None:
             f"expected {what} in the fingerprint of the base, got {found!r:.80}: the adapter's "
             "configuration is damaged; fetch it again."
         )
+
+
+def _check_samples(samples: dict[Any, Any], shapes: dict[str, list[int]], ends: set[str]) -> None:
+    """Every sample is one of a tensor that the fingerprint speaks of."""
+    for name, text in samples.items():
+        shape = shapes.get(name)
+        known = (shape is not None or name in ends) and isinstance(text, str)
+        _expect(known, "samples of the tensors it names", name)
+        try:
+            decode(text, _LARGEST_SIDE**2 if shape is None else shape[0] * shape[1])
+        except ValueError as error:
+            _expect(False, f"a sample of {name} ({error})", text)
 
 
 def _is_module_name(name: Any) -> bool:
@@ -134,7 +181,11 @@ _BLOCKSIZES = {
 
 
 def fingerprint(
-    model: nn.Module, name: str, dtype: torch.dtype, targets: list[str]
+    model: nn.Module,
+    name: str,
+    dtype: torch.dtype,
+    targets: list[str],
+    revision: str | None = None,
 ) -> BaseFingerprint:
     """Take the fingerprint of a stock model, before anything is attached to it."""
     modules = dict(model.named_modules())
@@ -154,7 +205,33 @@ def fingerprint(
         digest=digest_of(
             sampled, lambda key, rows: _sample(parameters[key], rows), dtype_name(dtype)
         ),
+        samples={key: _sample_end(parameters[key]) for key in sampled},
+        revision=revision,
     )
+
+
+def _sample_end(tensor: Tensor) -> str:
+    flat = spread(tensor.numel(), ENDS)
+    values = tensor.detach().reshape(-1)[flat.to(tensor.device)]
+    return Sample(flat, dense_cells(values, tensor.dtype)).encode()
+
+
+def with_samples(
+    base: BaseFingerprint, masks: Mapping[str, Tensor], weight: Callable[[str], FrozenWeight]
+) -> BaseFingerprint:
+    """A fingerprint that knows its trained matrices.
+
+    Args:
+        base: without them.
+        masks: the sorted positions that each trains.
+        weight: gives the frozen weight of a target.
+    """
+    dtype, samples = dtype_of(base.dtype), dict(base.samples)
+    for name, mask in masks.items():
+        m, n = base.shapes[name]
+        flat = positions(m * n, mask, len(masks))
+        samples[name] = Sample(flat, cells_of(weight(name), flat, dtype)).encode()
+    return replace(base, samples=samples)
 
 
 def digest_of(names: tuple[str, ...], read: Callable[[str, int], Tensor], dtype: str) -> str:
@@ -178,8 +255,15 @@ def sampled_rows(size: int, rows: int) -> list[int]:
     return sorted({round(i * (size - 1) / max(1, rows - 1)) for i in range(min(rows, size))})
 
 
-def check_same_base(adapter: BaseFingerprint, model: BaseFingerprint) -> None:
-    """Compare an adapter's fingerprint with a loaded model's.
+def check_same_base(
+    adapter: BaseFingerprint, model: BaseFingerprint, weight: Callable[[str], FrozenWeight]
+) -> None:
+    """Compare an adapter's fingerprint with a loaded model.
+
+    Args:
+        adapter: the adapter's.
+        model: the model's.
+        weight: gives the model's frozen weight by the name of its module.
 
     Raises:
         UserError: they differ; says in what.
@@ -198,12 +282,83 @@ def check_same_base(adapter: BaseFingerprint, model: BaseFingerprint) -> None:
                 f"{model.formats[name]} ({model.formats[name].dtype}): load the base in the same "
                 "format, or merge the adapter first."
             )
-    if (model.sampled, model.digest) != (adapter.sampled, adapter.digest):
+    comparison = Comparison()
+    other = other_end(adapter, model.sampled, model.digest, model.samples, comparison)
+    dtype = dtype_of(model.dtype)
+    other = other or other_matrix(
+        adapter, lambda name, flat: (cells_of(weight(name), flat, dtype), True), comparison
+    )
+    if other or comparison.is_other:
         raise UserError(
             f"this adapter was trained on {adapter.name} loaded in {adapter.dtype}; the loaded "
-            f"model ({model.name}, {model.dtype}) has the same shapes but other weights: load the "
-            "adapter's own base."
+            f"model ({model.name}, {model.dtype}) has the same shapes but other weights"
+            f"{f' in {other}' if other else ''}: load the adapter's own base."
         )
+
+
+def other_end(
+    adapter: BaseFingerprint,
+    sampled: tuple[str, ...],
+    digest: str,
+    samples: Mapping[str, str],
+    comparison: Comparison,
+) -> str | None:
+    """The norm or embedding in which a base is not the adapter's; None: it is in all of them.
+
+    Args:
+        adapter: the adapter's fingerprint.
+        sampled, digest, samples: the base's own, taken as for a fingerprint.
+        comparison: counts cells.
+    """
+    if (sampled, digest) == (adapter.sampled, adapter.digest):
+        return None
+    known = sampled == adapter.sampled and all(name in adapter.samples for name in sampled)
+    if not known:
+        return "its norms or embedding"
+    for name in sampled:
+        recorded = decode(adapter.samples[name], _LARGEST_SIDE**2)
+        found = decode(samples[name], _LARGEST_SIDE**2, finite=False)
+        if not torch.equal(recorded.flat, found.flat):
+            return name
+        if not comparison.add(recorded, found.cells, same_form=False, ties=False):
+            return name
+    return None
+
+
+Read = Callable[[str, Tensor], tuple[Cells, bool]]
+"""Cells of a base's matrix, by module name, at flat positions; and whether it is stored in the
+format that the adapter knows."""
+
+
+def other_matrix(adapter: BaseFingerprint, read: Read, comparison: Comparison) -> str | None:
+    """The trained matrix in which a base is not the adapter's; None: it is in all that are
+    sampled. Says so where some are not."""
+    if not adapter.knows_matrices:
+        logger.warning(
+            "This adapter's format has no samples of the matrices that it trained: bases that "
+            "differ in those alone cannot be told apart, so make sure that %s is meant.",
+            adapter.name,
+        )
+    for name, (m, n) in adapter.shapes.items():
+        if name in adapter.samples:
+            recorded = decode(adapter.samples[name], m * n)
+            found, same_form = read(name, recorded.flat)
+            ties = adapter.formats[name].kind != "dense"
+            if not comparison.add(recorded, found, same_form, ties):
+                return name
+    return None
+
+
+def check_common_samples(first: BaseFingerprint, second: BaseFingerprint) -> bool:
+    """Whether two adapters' samples are of one base, where they were taken at the same places."""
+    comparison = Comparison()
+    for name, (m, n) in first.shapes.items():
+        if name in first.samples and name in second.samples and second.shapes.get(name) == (m, n):
+            one, two = (decode(base.samples[name], m * n) for base in (first, second))
+            common = one.flat[torch.isin(one.flat, two.flat)]
+            if not comparison.add(one.at(common), two.at(common).cells, same_form=True, ties=True):
+                return False
+    return not comparison.is_other
 
 
 def _sampled_names(model: nn.Module) -> tuple[str, ...]:

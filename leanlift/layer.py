@@ -20,6 +20,7 @@ Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,10 @@ class Scratch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
         return memo.setdefault(id(self), Scratch(self.implementation, self.always))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is lent out is not worth pickling."""
+        return {**self.__dict__, "_buffers": {}}
 
 
 class FrozenLinear(nn.Module):
@@ -298,6 +303,17 @@ class LiftLinear(FrozenLinear):
         if self.settled_index is None or self.settled_values is None:
             return 0
         return self.settled_index.nbytes + self.settled_values.nbytes
+
+    def get_extra_state(self) -> Tensor:
+        """A digest of the positions, uint8 [32], for state dicts: values alone say nothing."""
+        digest = hashlib.sha256()
+        for index in (self.index, self.settled_index):
+            for part in () if index is None else (index.columns, index.counts):
+                digest.update(part.cpu().numpy().tobytes())
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).clone()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Positions are compared before a state dict is loaded, and not changed by it."""
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, entries={self.index.count}"

@@ -13,10 +13,11 @@ the same weights as the stock one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leanlift import _bnb
 from leanlift.errors import UserError
@@ -198,6 +199,11 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
             f"{name} has no weights in memory (it is on the meta device or offloaded): load the "
             "whole model onto one device."
         )
+    if isinstance(parameter, Tensor) and is_traceable_wrapper_subclass(parameter):
+        raise UserError(
+            f"{name} has a weight of type {type(parameter.data).__name__}, which another library "
+            "stores in its own way: load the 16-bit checkpoint, or quantize it with bitsandbytes."
+        )
     source = getattr(module, "source_cls", nn.Linear)
     if source is not nn.Linear:
         raise UserError(
@@ -208,14 +214,14 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
         problem = _bnb.problem_4bit(module)
         if problem:
             raise UserError(f"{name} is a Linear4bit that cannot be read: {problem}.")
-        return Weight4bit(module)
+        return _of_its_shape(Weight4bit(module), module, name)
     if _bnb.is_linear8bit(module):
         if _bnb.state_8bit(module) is None:
             raise UserError(
                 f"{name} is a Linear8bitLt that holds no INT8 weight yet: load it with "
                 "BitsAndBytesConfig(load_in_8bit=True) and move it to its device first."
             )
-        return Weight8bit(module)
+        return _of_its_shape(Weight8bit(module), module, name)
     if type(module) is nn.Linear:
         if module.weight.dtype not in FLOAT_DTYPES:
             raise UserError(
@@ -227,6 +233,20 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
         f"{name} is a {type(module).__name__}; leanlift trains nn.Linear, bnb.nn.Linear4bit and "
         "bnb.nn.Linear8bitLt: leave it out with target_modules."
     )
+
+
+def _of_its_shape(weight: FrozenWeight, module: nn.Module, name: str) -> FrozenWeight:
+    """A checkpoint whose matrices have other sizes than its config.json says is quantized and
+    loaded all the same; the product then fails, or means nothing."""
+    holder: Any = module
+    expected = (holder.out_features, holder.in_features)
+    if weight.shape != expected:
+        raise UserError(
+            f"{name} holds a {weight.shape[0]}x{weight.shape[1]} weight, and was to have "
+            f"{expected[0]}x{expected[1]}: the checkpoint has other shapes than its config.json "
+            "says."
+        )
+    return weight
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -261,6 +281,35 @@ def requantize(weight: RowTiles | Tensor, fmt: WeightFormat, device: torch.devic
             tiles.rows, tiles.shape, fmt.kind, fmt.blocksize, fmt.double, fmt.torch_dtype, device
         )
     )
+
+
+STORED_STATE = _bnb.STATE_4BIT
+STORED_PARTS = _bnb.PARTS_4BIT
+"""How a bitsandbytes checkpoint calls the parts of a 4-bit weight, after its name and a dot."""
+
+
+def stored_shape(state: Tensor) -> tuple[int, int]:
+    """The shape of a 4-bit weight of a checkpoint, from the part that describes it.
+
+    Raises:
+        ValueError: it describes no matrix.
+    """
+    shape = _bnb.describe_4bit(state).get("shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(s) is int for s in shape)):
+        raise ValueError(f"expected two sizes, got {shape!r:.80}")
+    return shape[0], shape[1]
+
+
+def stored_weight(weight: Tensor, parts: dict[str, Tensor]) -> FrozenWeight:
+    """A weight as a bitsandbytes checkpoint holds it.
+
+    Args:
+        weight: packed 4-bit codes, or INT8 ones [m, n].
+        parts: of a 4-bit weight by their `STORED_PARTS` names; of an INT8 one, "SCB" [m].
+    """
+    if "SCB" in parts:
+        return Weight8bit(_bnb.stored_8bit(weight, parts["SCB"]))
+    return Weight4bit(_bnb.stored_4bit(weight, parts))
 
 
 def embedding_rows(module: nn.Module, ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from leanlift.training import RunArguments
 
 OWN_OPTIONS = {
     "model_name_or_path",
+    "model_revision",
     "dataset_name",
     "dataset_split",
     "eval_dataset_name",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ class Hub:
     def __init__(self) -> None:
         self.created: dict[str, Any] = {}
         self.uploaded: dict[str, Any] = {}
+        self.files: dict[str, bytes] = {}
 
     def create_repo(self, name: str, **options: Any) -> Any:
         self.created = {"name": name, **options}
@@ -25,6 +27,8 @@ class Hub:
 
     def upload_folder(self, **options: Any) -> Any:
         self.uploaded = options
+        folder = options["folder_path"]
+        self.files = {file.name: file.read_bytes() for file in folder.iterdir()}
         return SimpleNamespace(commit_url="https://hub/commit/1")
 
 
@@ -56,7 +60,7 @@ def test_only_the_wanted_files_of_a_name_are_fetched(
 
     monkeypatch.setattr("leanlift.hub.snapshot_download", download)
     assert copy_of("someone/model") == tmp_path
-    assert asked == {"name": "someone/model", "allow_patterns": ["*.json"]}
+    assert asked == {"name": "someone/model", "allow_patterns": ["*.json"], "revision": None}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,7 @@ def test_an_upload_takes_what_is_served_and_nothing_else(tmp_path: Path, hub: Hu
     assert push_to_hub(tmp_path, "name", private=True, message="why") == "https://hub/commit/1"
     assert hub.created == {"name": "name", "private": True, "exist_ok": True}
     assert hub.uploaded["repo_id"] == "someone/name"
-    assert hub.uploaded["folder_path"] == tmp_path
+    assert hub.files == {"adapter_model.safetensors": b"x"}
     assert hub.uploaded["commit_message"] == "why"
 
 
@@ -123,3 +127,46 @@ def test_what_the_hub_refuses_is_one_sentence(
     monkeypatch.setattr(hub, "upload_folder", refuse)
     with pytest.raises(UserError, match=r"the hub does not take .*: no route\.$"):
         push_to_hub(tmp_path, "name")
+
+
+LOCAL = ["/home/me/models/base", "~/models/base", "../base", "C:\\models\\base", "/srv/base/"]
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_paths_of_this_machine_are_not_sent(
+    tmp_path: Path, hub: Hub, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    data = {"base": {"name": name, "shapes": {"a.b": [1, 2]}}, "note": "see a/b", "n": 3}
+    for file in ("adapter_config.json", "leanlift.json", "config.json"):
+        (tmp_path / file).write_text(json.dumps({**data, "base_model_name_or_path": name}))
+    (tmp_path / "memory.json").write_text(json.dumps({"plan": {"model": name}}))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    push_to_hub(tmp_path, "name")
+    sent = json.loads(hub.files["adapter_config.json"])
+    assert sent == {
+        "base": {**data["base"], "name": "base"},
+        "note": "see a/b",
+        "n": 3,
+        "base_model_name_or_path": "base",
+    }
+    assert not any(name.encode() in file for file in hub.files.values())
+    assert "without the paths of this machine" in caplog.text
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_names_on_the_hub_are_sent_as_they_are(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "adapter_config.json").write_text('{"base": {"name": "acme/tiny"}}')
+    push_to_hub(tmp_path, "name")
+    assert hub.files["adapter_config.json"] == b'{"base": {"name": "acme/tiny"}}'
+
+
+def test_links_to_elsewhere_are_not_sent(tmp_path: Path, hub: Hub) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"x")
+    (tmp_path / "secret").write_text("{}")
+    (adapter / "notes.json").symlink_to(tmp_path / "secret")
+    push_to_hub(adapter, "name")
+    assert set(hub.files) == {"adapter_model.safetensors"}

@@ -232,7 +232,9 @@ def test_nan_weights_are_counted_and_named(base: Path) -> None:
     model = load(base, "dense")
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data[3, :2] = float("nan")
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj has 2 NaN or infinite"):
+    with pytest.raises(
+        UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has 2 NaN or infinite"
+    ):
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
     assert not lift_layers(model)
 

@@ -171,7 +171,7 @@ class Unloadable:
 def test_settings_that_cannot_be_had(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.training.load.AutoModelForCausalLM", Unloadable)
+    monkeypatch.setattr("leanlift.training.base.AutoModelForCausalLM", Unloadable)
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(CHATS[0]) + "\n")
     notes, broken, fine = (tmp_path / name for name in ("notes.txt", "broken.j2", "fine.jinja"))
@@ -215,7 +215,7 @@ def test_a_pad_token_of_ones_own(base: Path, tmp_path: Path) -> None:
 def test_rows_are_looked_at_before_the_base_is_loaded(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.training.load.AutoModelForCausalLM", Unloadable)
+    monkeypatch.setattr("leanlift.training.base.AutoModelForCausalLM", Unloadable)
     template = tmp_path / "strict.jinja"
     template.write_text(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

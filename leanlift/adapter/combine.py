@@ -22,7 +22,7 @@ from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
 from leanlift.adapter.read import open_adapter
 from leanlift.checkpoint import new_directory
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint
+from leanlift.fingerprint import BaseFingerprint, check_common_samples
 from leanlift.sparse import SegmentedIndex
 
 
@@ -65,7 +65,7 @@ def combine_adapters(
         }
         config = replace(first.config, values_dtype="float32")
         with new_directory(Path(output)) as partial:
-            write_adapter(partial, layers, config, base, refreshes=0)
+            write_adapter(partial, layers, config, base, 0, first.special)
 
 
 def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
@@ -75,14 +75,13 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
         UserError: they have different bases.
     """
     first = adapters[0].base
-    shapes, formats = dict(first.shapes), dict(first.formats)
+    shapes, formats, samples = dict(first.shapes), dict(first.formats), dict(first.samples)
     for other in adapters[1:]:
         base = other.base
-        same = (first.dtype, first.sampled, first.digest) == (
-            base.dtype,
-            base.sampled,
-            base.digest,
-        )
+        ends = (first.dtype, first.sampled, first.digest)
+        same = ends == (base.dtype, base.sampled, base.digest)
+        same = same and check_common_samples(first, base)
+        samples |= {name: base.samples[name] for name in base.samples if name not in samples}
         clash = [n for n, fmt in base.formats.items() if formats.setdefault(n, fmt) != fmt]
         clash += [n for n, shape in base.shapes.items() if shapes.setdefault(n, shape) != shape]
         if not same or clash or other.config.quantize_ends != adapters[0].config.quantize_ends:
@@ -91,7 +90,7 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
                 f"{adapters[0].directory} ({first.name}): only adapters of one base, loaded in one "
                 "format, can be combined."
             )
-    return replace(first, shapes=shapes, formats=formats)
+    return replace(first, shapes=shapes, formats=formats, samples=samples)
 
 
 def _sum_up(

@@ -7,8 +7,8 @@ go. The config file holds the format version, the LiftConfig and the fingerprint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.quantized import dtype_of
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import SegmentedIndex, index_nbytes
+from leanlift.special import SpecialTokens
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""1 has no samples of the base, no revision and no special tokens."""
 PARTS = ("values", "index.columns", "index.counts")
 SETTLED = ".settled"
 
@@ -38,6 +41,7 @@ class Facts:
     config: LiftConfig
     base: BaseFingerprint
     refreshes: int
+    special: SpecialTokens = field(default_factory=SpecialTokens)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -47,7 +51,12 @@ class Facts:
             "refreshes": self.refreshes,
             "lift": self.config.to_dict(),
             "base": self.base.to_dict(),
+            "special_tokens": self.special.to_dict(),
         }
+
+    def adapter(self, directory: Path, form: str, read: Callable[[str], LayerOffsets]) -> Adapter:
+        """An adapter of which these are the facts; see `Adapter` for the arguments."""
+        return Adapter(directory, form, self.config, self.base, self.refreshes, self.special, read)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], path: Path) -> Facts:
@@ -56,10 +65,11 @@ class Facts:
         Raises:
             UserError: another format version, or values that no adapter has.
         """
-        if data.get("format_version") != FORMAT_VERSION:
+        version = data.get("format_version")
+        if type(version) is not int or version not in READABLE:
             raise UserError(
-                f"{path} has adapter format {data.get('format_version')!r:.80}; this leanlift "
-                f"reads format {FORMAT_VERSION}: upgrade leanlift."
+                f"{path} has adapter format {version!r:.80}; this leanlift reads formats "
+                f"{READABLE[0]} to {FORMAT_VERSION}: upgrade leanlift."
             )
         refreshes = data.get("refreshes", 0)
         if type(refreshes) is not int or refreshes < 0:
@@ -68,7 +78,11 @@ class Facts:
             )
         try:
             config = LiftConfig.from_dict(data["lift"])
-            return cls(config, BaseFingerprint.from_dict(data["base"]), refreshes)
+            base = BaseFingerprint.from_dict(data["base"])
+            special = SpecialTokens()
+            if "special_tokens" in data:
+                special = SpecialTokens.from_dict(data["special_tokens"])
+            return cls(config, base, refreshes, special)
         except KeyError as error:
             raise UserError(f"{path} is damaged: it lacks {error}.") from None
         except UserError as error:
@@ -81,6 +95,7 @@ def write_adapter(
     config: LiftConfig,
     base: BaseFingerprint,
     refreshes: int,
+    special: SpecialTokens,
 ) -> None:
     """Write both files, each whole or not at all; the same content gives the same bytes."""
     tensors: dict[str, Tensor] = {}
@@ -88,7 +103,7 @@ def write_adapter(
         tensors |= _tensors(name, offsets.active)
         if offsets.settled is not None:
             tensors |= _tensors(name + SETTLED, offsets.settled)
-    facts = Facts(config, base, refreshes).to_dict()
+    facts = Facts(config, base, refreshes, special).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
     write_json(directory / CONFIG_NAME, {"peft_type": "LEANLIFT", **facts})
 
@@ -124,13 +139,38 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
         offsets.check_disjoint(f"{name} in {tensors.path}")
         return offsets
 
-    return Adapter(directory, "leanlift", facts.config, facts.base, facts.refreshes, read)
+    return Adapter(
+        directory, "leanlift", facts.config, facts.base, facts.refreshes, facts.special, read
+    )
+
+
+LARGEST_INDEX = 128
+"""Bytes of a module's index per trained entry. 16384 x 53248 has 50 at r = 1; a claim of 2^31 rows
+that nothing stands behind has far more, and must not be allocated."""
+
+SMALL_INDEX = 4 * 2**20
+"""Bytes of an index that any module may have."""
+
+
+def check_backed(shape: tuple[int, int], entries: int, what: str) -> None:
+    """Refuse a matrix whose index would be out of all proportion to the entries it is for.
+
+    Raises:
+        UserError: it would.
+    """
+    if index_nbytes(shape, 0) > max(SMALL_INDEX, LARGEST_INDEX * entries):
+        raise UserError(
+            f"{what} has {entries} entries, too few for the {shape[0]}x{shape[1]} matrix that it "
+            "is said to be."
+        )
 
 
 def _read_store(
     tensors: TensorFile, name: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> Store:
     values, columns, counts = (tensors.get(f"{name}.{part}") for part in PARTS)
+    if not name.endswith(SETTLED):  # settled entries are as few as they are
+        check_backed(shape, values.numel(), f"{name} in {tensors.path}")
     check_values(values, dtype, f"{name}.values in {tensors.path}")
     try:
         index = SegmentedIndex.from_parts(shape, columns, counts)

@@ -12,6 +12,7 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.sparse import SegmentedIndex, add_offsets_, find_positions
+from leanlift.special import SpecialTokens
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Adapter:
         config: what was trained, and how it was chosen.
         base: the base it belongs to; its `shapes` name the adapter's modules.
         refreshes: mask refreshes it went through.
+        special: the special tokens that it was trained with.
         read: gives one module's offsets.
     """
 
@@ -81,6 +83,7 @@ class Adapter:
     config: LiftConfig
     base: BaseFingerprint
     refreshes: int
+    special: SpecialTokens
     read: Callable[[str], LayerOffsets]
 
     def layer(self, name: str) -> LayerOffsets:

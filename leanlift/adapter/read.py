@@ -9,6 +9,7 @@ from pathlib import Path
 from leanlift.adapter.native import CONFIG_NAME, WEIGHTS_NAME, read_native
 from leanlift.adapter.offsets import Adapter
 from leanlift.adapter.shira import FACTS_NAME, read_shira
+from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import open_tensor_file, read_json
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
@@ -46,7 +47,7 @@ def open_adapter(
             f"{directory} is no leanlift adapter: it has no {CONFIG_NAME}. Expected a directory "
             "written by save_adapter or a training run."
         )
-    data = read_json(directory / CONFIG_NAME)
+    data = read_json(directory / CONFIG_NAME, MOST_OF_A_STRANGER)
     kind = data.get("peft_type") if isinstance(data, dict) else None
     if kind not in ("LEANLIFT", "SHIRA"):
         raise UserError(

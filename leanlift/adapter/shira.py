@@ -23,21 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanlift.adapter.native import CONFIG_NAME, WEIGHTS_NAME, Facts, check_values
+from leanlift.adapter.native import CONFIG_NAME, WEIGHTS_NAME, Facts, check_backed, check_values
 from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
+from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import ShardedWriter, TensorFile, TensorSpec, read_json, write_json
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.quantized import dtype_of
-from leanlift.sparse import SegmentedIndex, index_nbytes
+from leanlift.sparse import SegmentedIndex
 
 FACTS_NAME = "leanlift.json"
 PREFIX = "base_model.model."
 INDICES, WEIGHT = ".shira_indices", ".shira_weight"
-LARGEST_INDEX = 128
-"""Bytes of a module's index per entry. 16384 x 53248 has 50 at r = 1; a claim of 2^31 rows that
-nothing stands behind has far more, and must not be allocated."""
 
 
 def shira_rank(shapes: dict[str, tuple[int, int]], entries: dict[str, int]) -> int:
@@ -135,7 +133,7 @@ def write_shira(
             "inference_mode": True,
         },
     )
-    facts = Facts(adapter.config, adapter.base, adapter.refreshes).to_dict()
+    facts = Facts(adapter.config, adapter.base, adapter.refreshes, adapter.special).to_dict()
     write_json(directory / FACTS_NAME, {**facts, "entries": plan.entries})
 
 
@@ -186,7 +184,7 @@ def read_shira(
     names = _module_names(tensors)
     if (directory / FACTS_NAME).is_file():
         path = directory / FACTS_NAME
-        known = read_json(path)
+        known = read_json(path, MOST_OF_A_STRANGER)
         if not isinstance(known, dict):
             raise UserError(f"{path} is damaged: expected a JSON object.")
         facts, split = Facts.from_dict(known, path), known.get("entries")
@@ -223,7 +221,9 @@ def read_shira(
         active, settled = split[name]
         return _split_up(flat, weight, shape, active, settled, f"{name} in {tensors.path}")
 
-    return Adapter(directory, "shira", facts.config, facts.base, facts.refreshes, read)
+    return Adapter(
+        directory, "shira", facts.config, facts.base, facts.refreshes, facts.special, read
+    )
 
 
 def _module_names(tensors: TensorFile) -> list[str]:
@@ -261,11 +261,7 @@ def _read_entries(
     """Flat positions int64 [e] and offsets [e] of a module in file order, padding included."""
     m, n = shape
     weight = tensors.get(f"{PREFIX}{name}{WEIGHT}")
-    if index_nbytes(shape, 0) > LARGEST_INDEX * max(1, weight.numel()):
-        raise UserError(
-            f"{name} in {tensors.path} has {weight.numel()} entries, too few for the SHiRA of the "
-            f"{m}x{n} matrix that it is said to be."
-        )
+    check_backed(shape, weight.numel(), f"{name} in {tensors.path}")
     indices = tensors.get(f"{PREFIX}{name}{INDICES}")
     check_values(weight, dtype, f"{name}{WEIGHT} in {tensors.path}")
     if indices.dtype not in (torch.int32, torch.int64) or indices.shape != (2, weight.numel()):

@@ -13,19 +13,21 @@ import torch
 from torch import nn
 
 from leanlift.adapter import RUN_NAME, open_adapter
+from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import read_json, write_json
 from leanlift.errors import UserError
 from leanlift.layer import FrozenLinear, Scratch
 from leanlift.model import load_adapter
 from leanlift.quantized import dtype_of, frozen_weight, is_quantized
 from leanlift.training import RunArguments, load_rows
+from leanlift.training.base import check_base_place, load_model
 from leanlift.training.evaluate import (
     Evaluation,
     check_options,
     evaluate_samples,
     to_samples,
 )
-from leanlift.training.load import arguments_as_trained, check_base, load_base
+from leanlift.training.load import arguments_as_trained
 from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.training.tokens import Tokenization
 
@@ -34,16 +36,17 @@ def eval_command(options: argparse.Namespace) -> int:
     """Evaluate, print the result, and write it where `--output` says."""
     check_options(options.batch_size, options.max_new_tokens)
     args = arguments_of(options)
-    check_base(args.model_name_or_path)
+    check_base_place(args)
     rows = load_rows(options.data, name="eval")
     if options.limit is not None:
         if options.limit < 1:
             raise UserError(f"expected a limit of at least 1, got {options.limit}.")
         rows = rows.select(range(min(options.limit, len(rows))))
-    tokenizer, how = tokenization_of(args.model_name_or_path, options)
+    base, revision = args.model_name_or_path, args.model_revision
+    tokenizer, how = tokenization_of(base, revision, options)
     samples = to_samples(rows, tokenizer, how)  # before a load that takes minutes
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    model = load_base(args, device)
+    model = load_model(args, device)
     if options.adapter:
         load_adapter(model, options.adapter)
     else:
@@ -95,14 +98,18 @@ def arguments_of(options: argparse.Namespace) -> RunArguments:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
         )
+    named = options.model_name_or_path or args.model_name_or_path
     return replace(
         args,
-        model_name_or_path=options.model_name_or_path or args.model_name_or_path,
+        model_name_or_path=named,
+        model_revision=args.model_revision if named == args.model_name_or_path else None,
         dtype=options.dtype or args.dtype,
     )
 
 
-def tokenization_of(base: str, options: argparse.Namespace) -> tuple[Any, Tokenization]:
+def tokenization_of(
+    base: str, revision: str | None, options: argparse.Namespace
+) -> tuple[Any, Tokenization]:
     """An adapter's own tokenizer, chat template and row settings where it has them: those it was
     trained with; else the model's."""
     source, facts = base, {}
@@ -112,9 +119,10 @@ def tokenization_of(base: str, options: argparse.Namespace) -> tuple[Any, Tokeni
         if (directory / "tokenizer_config.json").is_file():
             source = str(directory)
         if (directory / RUN_NAME).is_file():
-            facts = read_json(directory / RUN_NAME)
-    tokenizer = load_tokenizer(source)
-    how = Tokenization.as_trained(tokenizer, facts, vocabulary_rows(base), end_tokens(base))
+            facts = read_json(directory / RUN_NAME, MOST_OF_A_STRANGER)
+    tokenizer = load_tokenizer(source, revision=revision if source == base else None)
+    rows, ends = vocabulary_rows(base, revision=revision), end_tokens(base, revision)
+    how = Tokenization.as_trained(tokenizer, facts, rows, ends)
     if options.dataset_text_field:
         how = replace(how, text_field=options.dataset_text_field)
     return tokenizer, how

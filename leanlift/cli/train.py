@@ -15,9 +15,9 @@ from leanlift.cli.settings import build_train_parser, parse_train, take_option
 from leanlift.errors import first_line
 from leanlift.memory import MemoryPlan, format_report, human
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
+from leanlift.training.base import quantization
 from leanlift.training.checks import check_settings
 from leanlift.training.fit import fit, parse_card
-from leanlift.training.load import quantization
 
 __all__ = ["build_train_parser", "parse_train", "train_command"]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.adapter import RUN_NAME, Adapter
+from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import read_json
 from leanlift.errors import UserError
 
@@ -174,7 +175,7 @@ def _memory(directory: Path) -> list[str]:
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one where there is none that can be read: a card can do without."""
     with suppress(UserError, OSError):
-        data = read_json(path)
+        data = read_json(path, MOST_OF_A_STRANGER)
         if isinstance(data, dict):
             return data
     return {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from leanlift.checkpoint import write_json
 from leanlift.errors import UserError
+from leanlift.hub import inside
 from leanlift.quantized import dtype_name, dtype_of
 
 WEIGHT_SUFFIXES = {
@@ -21,18 +22,6 @@ WEIGHT_SUFFIXES = {
     ".onnx",
     ".ckpt",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -50,46 +39,35 @@ def check_space(output: Path, needed: int) -> None:
         )
 
 
-def carry_over(
-    source: Path, adapter: Path, output: Path, config: dict[str, Any], dtype: str
-) -> None:
-    """Write config.json with the new dtype and copy every small file of the base.
+def carry_over(source: Path, output: Path) -> list[str]:
+    """Copy every small file of the base.
 
-    The adapter's tokenizer and chat template win, being what was trained with.
-
-    Args:
-        source: the base checkpoint.
-        adapter: the adapter's directory.
-        output: where the files go.
-        config: the base's config.json.
-        dtype: of the merged weights.
+    Returns:
+        The names of those that were not: they are links out of the base's directory, which an
+        adapter may name.
     """
+    skipped = []
     for file in sorted(source.iterdir()):
         skip = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not skip and not file.name.startswith((".", "README")):
-            shutil.copyfile(file, output / file.name)
-    copy_tokenizer(adapter, output)
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+        if not file.is_file() or skip or file.name.startswith((".", "README")):
+            continue
+        target = inside(source, file)
+        if target is None:
+            skipped.append(file.name)
+        else:
+            shutil.copyfile(target, output / file.name)
+    return skipped
+
+
+def write_config(config: dict[str, Any], output: Path, dtype: str) -> None:
+    """Write config.json for merged weights of `dtype`."""
+    config = {
+        key: value
+        for key, value in config.items()
+        if key not in ("quantization_config", "compression_config")
+    }
     _set_dtype(config, dtype)
     write_json(output / "config.json", config)
-
-
-def copy_tokenizer(source: Path, output: Path) -> None:
-    """Copy what there is of a tokenizer and its chat template.
-
-    Raises:
-        UserError: a file of an adapter is a link to somewhere else on this machine.
-    """
-    inside = source.resolve()
-    cache = inside.parent.parent / "blobs"  # a snapshot of the hub is made of links to there
-    for name in TOKENIZER_FILES:
-        file = source / name
-        if not file.is_file():
-            continue
-        target = file.resolve()
-        if not (target.is_relative_to(inside) or target.is_relative_to(cache)):
-            raise UserError(f"{file} is a link to {target}, outside of its directory: remove it.")
-        shutil.copyfile(file, output / name)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

@@ -6,7 +6,8 @@ choices of what to add to:
 * `onto="original"`: the 16-bit weights of the base checkpoint plus the offsets. What training
   learned, on weights without quantization error.
 * `onto="quantized"`: D(Q) plus the offsets: exactly the model that was trained and measured. Each
-  quantized Linear of the base is quantized again as it was at loading.
+  quantized Linear of the base is quantized again as it was at loading; a base that is quantized on
+  disk is read as it is stored.
 
 One tensor is in memory at a time, and of the merged ones only row tiles. The output appears under
 its name when it is whole.
@@ -14,6 +15,8 @@ its name when it is whole.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +30,15 @@ from leanlift.adapter import Adapter, LayerOffsets, open_adapter
 from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
-from leanlift.export.directory import carry_over, check_space
-from leanlift.export.source import SourceTensor, open_checkpoint
-from leanlift.fingerprint import digest_of
+from leanlift.export.directory import carry_over, check_space, write_config
+from leanlift.export.identity import check_base, embedding_rows_of, places
+from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.hub import local_copy
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
+from leanlift.source import SourceTensor, Stored, StoredMatrix, open_checkpoint, plain_view
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
+
+logger = logging.getLogger("leanlift")
 
 ONTO = ("original", "quantized")
 BASE_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -59,6 +65,7 @@ def merge_adapter(
     onto: str = "original",
     max_shard_size: str | int = "5GB",
     progress: bool = True,
+    revision: str | None = None,
 ) -> MergeReport:
     """Write base + adapter as a plain checkpoint.
 
@@ -71,6 +78,8 @@ def merge_adapter(
         onto: "original" or "quantized", see above.
         max_shard_size: as in `save_pretrained`.
         progress: whether to show a bar over the tensors.
+        revision: of a `base` that is a hub name; by default its main branch. The base that the
+            adapter names is taken at the commit that it was trained over.
 
     Raises:
         UserError: a damaged adapter, another base, a quantized base checkpoint, a value that
@@ -80,13 +89,17 @@ def merge_adapter(
         raise UserError(f"expected onto to be one of {ONTO}, got {onto!r}.")
     target, shard_bytes, out = dtype_of(dtype), _parse_size(max_shard_size), Path(output)
     with open_adapter(adapter) as opened:
-        source_dir = resolve_base(base if base is not None else opened.base.name)
-        with open_checkpoint(source_dir) as tensors:
+        named = opened.base.name if base is None else base
+        source_dir = resolve_base(named, opened.base.revision if base is None else revision)
+        with open_checkpoint(source_dir) as files:
+            tensors = plain_view(files)
             config = read_json(source_dir / "config.json")
-            _check_base(opened, tensors, config, source_dir)
-            plan = _plan(opened, tensors)
+            _check_form(config, onto, source_dir)
+            plan = places(opened, tensors)
+            check_base(opened, tensors, plan, source_dir)
+            kept = kept_in_fp32(tensors)
             specs = [
-                TensorSpec(name, t.shape, target if t.dtype.is_floating_point else t.dtype)
+                TensorSpec(name, t.shape, t.dtype if name in kept else target)
                 for name, t in tensors.items()
             ]
             check_space(out, sum(spec.nbytes for spec in specs))
@@ -95,12 +108,12 @@ def merge_adapter(
                     for name, tensor in tqdm(
                         tensors.items(), desc="Merging", unit="tensor", disable=not progress
                     ):
-                        merge = _Merge(opened, plan.get(name), onto, target)
+                        out_dtype = tensor.dtype if name in kept else target
+                        merge = _Merge(opened, plan.get(name), onto, out_dtype, name in kept)
                         writer.write(name, merge.pieces(tensor))
-                carry_over(source_dir, opened.directory, partial, config, dtype)
+                _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 chat = (partial / "chat_template.jinja").is_file()
-                named = str(base or opened.base.name)
-                card = merged_card(opened, named, dtype, onto, out.name, chat)
+                card = merged_card(opened, str(named), dtype, onto, out.name, chat)
                 (partial / CARD_NAME).write_text(card, encoding="utf-8")
     return MergeReport(
         output=str(out),
@@ -113,6 +126,27 @@ def merge_adapter(
     )
 
 
+def kept_in_fp32(tensors: dict[str, Stored]) -> set[str]:
+    """Tensors of a checkpoint that keep their dtype in a merge.
+
+    Integers do, and so do the few in fp32 of a checkpoint in 16 bits: it has them so on purpose
+    (the biases by which a router chooses experts, for one). Where fp32 is the rule, all take the
+    dtype that is asked for.
+    """
+    plain = {name: t for name, t in tensors.items() if isinstance(t, SourceTensor)}
+    nbytes: dict[torch.dtype, int] = {}
+    for tensor in plain.values():
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        nbytes[tensor.dtype] = nbytes.get(tensor.dtype, 0) + size
+    floating = {dtype: size for dtype, size in nbytes.items() if dtype.is_floating_point}
+    main = max(floating, key=lambda dtype: floating[dtype], default=torch.float32)
+    return {
+        name
+        for name, tensor in plain.items()
+        if not tensor.dtype.is_floating_point or main.itemsize < tensor.dtype.itemsize
+    }
+
+
 def merge_nbytes(largest: int) -> int:
     """Bytes of tensors that a merge onto the original takes, from the entries of the largest one.
 
@@ -123,40 +157,76 @@ def merge_nbytes(largest: int) -> int:
     return 4 * min(DEFAULT_TILE_BYTES, 4 * largest)
 
 
-def resolve_base(base: str | Path) -> Path:
-    """A local directory, or the local snapshot of a hub name.
+def resolve_base(base: str | Path, revision: str | None = None) -> Path:
+    """A local directory, or the local snapshot of a hub name at a revision.
 
     Raises:
         UserError: neither.
     """
-    return local_copy(base, BASE_FILES, "the base", "name the base checkpoint with --base")
+    return local_copy(
+        base, BASE_FILES, "the base", "name the base checkpoint with --base", revision
+    )
+
+
+def _write_small_files(
+    adapter: Adapter,
+    source: Path,
+    output: Path,
+    config: dict[str, Any],
+    dtype: str,
+    tensors: dict[str, Stored],
+) -> None:
+    """Everything beside the weights, reconciled: the base's files, the tokenizer that was trained
+    with, and configurations that say which tokens were."""
+    skipped = carry_over(source, output)
+    if skipped:
+        logger.warning(
+            "Not copied into the merge, being links out of %s: %s.", source, ", ".join(skipped)
+        )
+    rows = embedding_rows_of(adapter, tensors)
+    write_tokenizer(source, adapter.directory, output, rows)
+    tokens = trained_tokens(adapter.directory, adapter.special)
+    if rows is not None and tokens.largest >= rows:
+        raise UserError(
+            f"{adapter.directory} says that it was trained with a special token {tokens.largest}, "
+            f"but the base's embedding has {rows} rows: the adapter is damaged."
+        )
+    put_tokens(tokens, config, output)
+    write_config(config, output, dtype)
 
 
 class _Merge:
     """How one tensor of the base becomes one tensor of the output."""
 
-    def __init__(self, adapter: Adapter, module: str | None, onto: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, adapter: Adapter, module: str | None, onto: str, dtype: torch.dtype, kept: bool
+    ) -> None:
         self.adapter = adapter
         self.module = module
-        self.quantized = onto == "quantized"
+        self.quantized = onto == "quantized" and not kept
         self.dtype = dtype
 
-    def pieces(self, tensor: SourceTensor) -> Iterator[Tensor]:
+    def pieces(self, tensor: Stored) -> Iterator[Tensor]:
         """Consecutive row pieces of the merged tensor, in the output's dtype."""
+        if isinstance(tensor, StoredMatrix):
+            yield from self._row_pieces(tensor, tensor.open(), self._offsets())
+            return
         if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
             yield self._cast(self._as_loaded(tensor.whole()), tensor)
             return
-        offsets = None
-        if self.module in self.adapter.base.shapes:
-            offsets = self.adapter.layer(self.module)
         rows: RowTiles = tensor  # type: ignore[assignment]
         if self.quantized and self.module is not None:
             fmt = self.adapter.base.formats[self.module]
             rows = _requantized(tensor, fmt, self.adapter.base.dtype)
-        yield from self._row_pieces(tensor, rows, offsets)
+        yield from self._row_pieces(tensor, rows, self._offsets())
+
+    def _offsets(self) -> LayerOffsets | None:
+        if self.module is None or self.module not in self.adapter.base.shapes:
+            return None
+        return self.adapter.layer(self.module)
 
     def _row_pieces(
-        self, tensor: SourceTensor, rows: RowTiles, offsets: LayerOffsets | None
+        self, tensor: Stored, rows: RowTiles, offsets: LayerOffsets | None
     ) -> Iterator[Tensor]:
         width = tensor.shape[1]
         for extra in tensor.shape[2:]:
@@ -176,13 +246,17 @@ class _Merge:
             return piece.to(dtype_of(self.adapter.base.dtype))
         return piece
 
-    def _cast(self, piece: Tensor, tensor: SourceTensor) -> Tensor:
-        if not piece.is_floating_point() or piece.dtype == self.dtype:
+    def _cast(self, piece: Tensor, tensor: Stored) -> Tensor:
+        if not piece.is_floating_point():
             return piece
+        if not bool(piece.isfinite().all()):
+            raise UserError(
+                f"{tensor.name} of the base has NaN or infinite numbers: the checkpoint is "
+                "damaged; fetch it again."
+            )
         cast = piece.to(self.dtype)
-        limit = torch.finfo(self.dtype).max
-        if limit < torch.finfo(piece.dtype).max and bool((cast.isinf() & piece.isfinite()).any()):
-            largest = float(piece[piece.isfinite()].abs().max())
+        if bool(cast.isinf().any()):
+            largest, limit = float(piece.abs().max()), torch.finfo(self.dtype).max
             wider = "bfloat16" if self.dtype == torch.float16 else "float32"
             raise UserError(
                 f"{tensor.name} holds {largest:.6g}, more than {dtype_name(self.dtype)} can "
@@ -191,71 +265,20 @@ class _Merge:
         return cast
 
 
+def _check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
+    """A checkpoint that is quantized itself has no 16-bit weights to add to."""
+    if config.get("quantization_config") and onto == "original":
+        raise UserError(
+            f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
+            "made from with --base, or take --onto quantized, which adds to what it holds."
+        )
+
+
 def _requantized(tensor: SourceTensor, fmt: WeightFormat, loaded: str) -> RowTiles:
     """D(Q) of a matrix of the checkpoint, quantized as it was at loading."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix: RowTiles = tensor  # type: ignore[assignment]
     return requantize(CastTiles(matrix, dtype_of(loaded)), fmt, device)
-
-
-def _plan(adapter: Adapter, tensors: dict[str, SourceTensor]) -> dict[str, str]:
-    """Which checkpoint tensor belongs to which Linear of the adapter's base: name -> module.
-
-    Raises:
-        UserError: a trained matrix that the checkpoint lacks or has in another shape.
-    """
-    plan: dict[str, str] = {}
-    for module in adapter.base.formats:
-        name = _locate(f"{module}.weight", tensors)
-        if name is None and module in adapter.base.shapes:
-            raise UserError(
-                f"the base has no tensor {module}.weight, on which {adapter.directory} was "
-                "trained: it is another model, or its file layout differs from the loaded model's."
-            )
-        if name is None:
-            continue
-        shape = adapter.base.shapes.get(module)
-        if shape is not None and tensors[name].shape != shape:
-            raise UserError(
-                f"{name} of the base is {tensors[name].shape}; the adapter was trained on {shape}: "
-                "it is another model."
-            )
-        plan[name] = module
-    return plan
-
-
-def _locate(name: str, tensors: dict[str, SourceTensor]) -> str | None:
-    """A tensor by its name in the live model; a bare backbone's checkpoint lacks the prefix."""
-    for candidate in (name, name.removeprefix("model."), f"model.{name}"):
-        if candidate in tensors:
-            return candidate
-    return None
-
-
-def _check_base(
-    adapter: Adapter, tensors: dict[str, SourceTensor], config: dict[str, Any], directory: Path
-) -> None:
-    """Refuse a quantized checkpoint and one that is not the adapter's base."""
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
-            "made from with --base."
-        )
-    base = adapter.base
-    located = {name: _locate(name, tensors) for name in base.sampled}
-    missing = [name for name, found in located.items() if found is None]
-    if not missing:
-
-        def read(name: str, rows: int) -> Tensor:
-            return tensors[located[name] or name].sample(rows)
-
-        if digest_of(base.sampled, read, base.dtype) == base.digest:
-            return
-    raise UserError(
-        f"{adapter.directory} was trained on {base.name}; {directory} "
-        + (f"has no tensor {missing[0]}" if missing else "has other weights")
-        + ": name the adapter's own base with --base."
-    )
 
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 from leanlift.adapter import WEIGHTS_NAME, open_adapter, plan_shira, write_shira
 from leanlift.checkpoint import new_directory
 from leanlift.export.card import CARD_NAME, peft_card
-from leanlift.export.directory import check_space, copy_tokenizer
+from leanlift.export.directory import check_space
+from leanlift.export.tokens import copy_tokenizer
 
 
 @dataclass(frozen=True)

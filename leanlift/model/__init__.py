@@ -10,10 +10,12 @@ from leanlift.model.adapters import (
 from leanlift.model.attach import LiftState, get_lift_model, lift_layers, lift_state, use_ops
 from leanlift.model.ends import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
+from leanlift.model.strangers import claim
 
 __all__ = [
     "LiftState",
     "RefreshReport",
+    "claim",
     "embedding_to_cpu",
     "get_lift_model",
     "lift_layers",

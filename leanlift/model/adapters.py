@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from leanlift.adapter import (
     write_adapter,
 )
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, check_same_base, fingerprint
+from leanlift.fingerprint import BaseFingerprint, check_same_base, fingerprint, with_samples
 from leanlift.layer import FrozenLinear, LiftLinear
 from leanlift.model.attach import (
     Choice,
@@ -27,12 +28,14 @@ from leanlift.model.attach import (
     attach,
     base_dtype,
     base_name,
+    base_revision,
     lift_layers,
     lift_state,
 )
 from leanlift.model.ends import quantize_ends
 from leanlift.model.targets import find_targets, inside_blocks
 from leanlift.quantized import FrozenWeight, WeightFormat, frozen_weight
+from leanlift.special import SpecialTokens
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -55,7 +58,26 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     for name, learned in offsets.items():  # what could not be loaded again is not written
         for store in learned.stores:
             check_values(store.values, layers[name].values.dtype, f"{name}.values of this model")
-    write_adapter(Path(directory), offsets, state.config, state.base, state.refreshes)
+    special = SpecialTokens.of(*_configs(model))
+    write_adapter(Path(directory), offsets, state.config, state.base, state.refreshes, special)
+
+
+def _configs(model: nn.Module) -> tuple[Any, Any]:
+    """A model's configurations of its text part and of generation; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return text, getattr(model, "generation_config", None)
+
+
+def _check_special(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse ids that the model has no embedding for: generation would pad with them."""
+    size = getattr(_configs(model)[0], "vocab_size", None)
+    if isinstance(size, int) and adapter.special.largest >= size:
+        raise UserError(
+            f"{adapter.directory} says that it was trained with a special token "
+            f"{adapter.special.largest}, but the model's vocabulary has {size}: the adapter is "
+            "damaged."
+        )
 
 
 def _offsets(layer: LiftLinear) -> LayerOffsets:
@@ -81,18 +103,22 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
     Raises:
         UserError: a damaged adapter, or one of another base. The model is unchanged then.
     """
-    with open_adapter(source, lambda names: _live_base(model, names)) as adapter:
+    with open_adapter(source, lambda names: _sampled_base(model, names)) as adapter:
         base = _live_base(model, list(adapter.base.shapes))
-        check_same_base(adapter.base, base)  # before anything of the claimed shapes is made
+        # before anything of the claimed shapes is made
+        check_same_base(adapter.base, base, partial(_weight, model))
+        _check_special(adapter, model)
         offsets = adapter.layers()
         if hasattr(model, "leanlift"):
             _replace(model, adapter, offsets, base)
         else:
             _attach(model, adapter, offsets, progress)
+        _keep_samples(model, adapter.base)
         for name, layer in lift_layers(model).items():
             _put(layer, offsets[name])
         state = lift_state(model)
         state.config, state.refreshes = adapter.config, adapter.refreshes
+        adapter.special.put(*_configs(model))
     return model
 
 
@@ -107,7 +133,7 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
     """
     state, layers = lift_state(model), lift_layers(model)
     with open_adapter(directory) as adapter:
-        check_same_base(adapter.base, state.base)
+        check_same_base(adapter.base, state.base, partial(_weight, model))
         if adapter.config.values_dtype != state.config.values_dtype:
             raise UserError(
                 f"{directory} has {adapter.config.values_dtype} offsets, but the model trains "
@@ -174,9 +200,9 @@ def _live_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
     if not isinstance(state, LiftState):
         inside = set(find_targets(model, tuple(targets)))
         found = [name for name in targets if name in inside]
-        return fingerprint(model, base_name(model), base_dtype(model), found)
+        return fingerprint(model, base_name(model), base_dtype(model), found, base_revision(model))
     inside = {name for name in inside_blocks(modules) if not _is_in_a_layer(name, modules)}
-    read = {name: _weight(modules[name], name) for name in targets if name in inside}
+    read = {name: _weight(model, name) for name in targets if name in inside}
     return replace(
         state.base,
         shapes={name: weight.shape for name, weight in read.items()},
@@ -201,9 +227,27 @@ def _is_in_a_layer(name: str, modules: dict[str, nn.Module]) -> bool:
     return isinstance(modules[name.rpartition(".")[0]], FrozenLinear)
 
 
-def _weight(module: nn.Module, name: str) -> FrozenWeight:
-    """The frozen weight under any layer of an attached model."""
+def _weight(model: nn.Module, name: str) -> FrozenWeight:
+    """The frozen weight of a module of a stock model, or under a layer of an attached one."""
+    module = model.get_submodule(name)
     return frozen_weight(module.base if isinstance(module, FrozenLinear) else module, name)  # type: ignore[arg-type]
+
+
+def _sampled_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
+    """The fingerprint of a model with samples of these targets, for an adapter that says nothing
+    of its base."""
+    base = _live_base(model, targets)
+    none = torch.empty(0, dtype=torch.int64)
+    return with_samples(base, dict.fromkeys(base.shapes, none), partial(_weight, model))
+
+
+def _keep_samples(model: nn.Module, recorded: BaseFingerprint) -> None:
+    """Let the model's fingerprint have an adapter's samples of its matrices, which it agrees
+    with."""
+    state = lift_state(model)
+    ends = {name: text for name, text in state.base.samples.items() if name in state.base.sampled}
+    own = {name: recorded.samples[name] for name in recorded.shapes if name in recorded.samples}
+    state.base = replace(state.base, samples={**ends, **own})
 
 
 def _attach(
@@ -221,7 +265,7 @@ def _attach(
         choose,
         "Attaching",
         progress,
-        lambda base: check_same_base(adapter.base, base),
+        lambda base: None,
     )
 
 
@@ -241,7 +285,7 @@ def _replace(
     dtype = getattr(torch, adapter.config.values_dtype)
     for name in lift_layers(model):
         if name not in offsets:
-            weight = _weight(modules[name], name)
+            weight = _weight(model, name)
             model.set_submodule(
                 name, FrozenLinear(_base_module(modules[name]), weight, state.scratch)
             )
@@ -250,7 +294,7 @@ def _replace(
         fits = isinstance(module, LiftLinear) and module.index.count == count
         if fits and module.values.dtype == dtype:  # type: ignore[union-attr]
             continue
-        weight = _weight(module, name)
+        weight = _weight(model, name)
         index = learned.active.index.map(partial(torch.Tensor.to, device=weight.device))
         layer = LiftLinear(_base_module(module), weight, index, state.scratch, dtype)
         layer.train(module.training)

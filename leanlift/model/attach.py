@@ -6,10 +6,11 @@ the base over: whatever said "I am a quantized model, do not train me" no longer
 
 from __future__ import annotations
 
+import re
 import time
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +19,18 @@ from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, fingerprint
+from leanlift.fingerprint import BaseFingerprint, fingerprint, with_samples
+from leanlift.hub import snapshot_of
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.model.ends import check_ends, quantize_ends
 from leanlift.model.gated import use_gated_product
 from leanlift.model.gradient import gradient_masks
+from leanlift.model.strangers import guard
 from leanlift.model.targets import find_targets
 from leanlift.ops import resolve
-from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized
+from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized, weight_tensors
 from leanlift.selection import selection
+from leanlift.source import check_homes
 from leanlift.sparse import SegmentedIndex
 
 
@@ -42,6 +46,7 @@ class LiftState:
         ends_quantized: whether the embedding and the head are held in INT8.
         unconverged: targets whose selection had not settled when it was last made.
         selection_seconds: how long the first selection took.
+        claimed: whether whoever trains the model knows what its config asks for.
     """
 
     config: LiftConfig
@@ -51,6 +56,7 @@ class LiftState:
     ends_quantized: bool = False
     unconverged: list[str] = field(default_factory=list)
     selection_seconds: float = 0.0
+    claimed: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def get_lift_model(
     """
     config = config or LiftConfig()
     started = time.perf_counter()
-    _refuse_attached(model)
+    check_attachable(model)
     if config.selector == "gradient":
         masks = _masks_by_gradient(model, config, calibration or (), progress)
 
@@ -108,7 +114,13 @@ def get_lift_model(
 
     targets = find_targets(model, config.target_modules)
     attach(model, config, targets, choose, "Selecting", progress, budget_is_possible)
-    lift_state(model).selection_seconds = time.perf_counter() - started
+    state, layers = lift_state(model), lift_layers(model)
+    state.base = with_samples(
+        state.base,
+        {name: layer.index.to_flat() for name, layer in layers.items()},
+        lambda name: frozen_weight(layers[name].base, name),
+    )
+    state.selection_seconds = time.perf_counter() - started
     return model
 
 
@@ -125,9 +137,13 @@ def attach(
 
     `accept` may refuse the base by raising, before anything is changed.
     """
+    check_finite(model)
     modules = dict(model.named_modules())
-    base = fingerprint(model, base_name(model), base_dtype(model), targets)
+    base = fingerprint(model, base_name(model), base_dtype(model), targets, base_revision(model))
     accept(base)
+    checkpoint = snapshot_of(base.name, base.revision)
+    if checkpoint is not None and (checkpoint / "config.json").is_file():
+        check_homes(base, checkpoint)
     if config.quantize_ends:
         check_ends(model)
     choices: dict[str, Choice] = {}
@@ -155,7 +171,39 @@ def attach(
     holder.leanlift = LiftState(
         config, base, scratch, ends_quantized=config.quantize_ends, unconverged=unconverged
     )
-    holder.print_trainable_parameters = types.MethodType(print_trainable_parameters, model)
+    holder.print_trainable_parameters = partial(print_trainable_parameters, model)
+    guard(model)
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not numbers, in whatever part of a model: norms, embedding, head and
+    biases as well as matrices; of a quantized one its scales say so.
+
+    Raises:
+        UserError: NaN or infinite ones; names the tensor.
+    """
+    for name, module in model.named_modules():
+        held = list(module.named_parameters(recurse=False))
+        if is_quantized(module):
+            frozen_weight(module, name)  # refuses one that cannot be read
+            held = [(key, tensor) for key, tensor in held if key != "weight"]
+            held += [("weight", tensor) for tensor in weight_tensors(module)]
+        for key, tensor in held:
+            bad = not_finite(tensor)
+            if bad:
+                raise UserError(
+                    f"{name}.{key} has {bad} NaN or infinite weights of {tensor.numel()}: the base "
+                    "is damaged; fetch it again."
+                )
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many NaN or infinite numbers a tensor has, counted by pieces."""
+    if not tensor.is_floating_point() or tensor.device.type == "meta":
+        return 0
+    pieces = tensor.detach().reshape(-1).split(2**24)
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
 
 
 def _masks_by_gradient(
@@ -190,10 +238,30 @@ def _masks_by_gradient(
             parameter.requires_grad_(True)
 
 
-def _refuse_attached(model: nn.Module) -> None:
+def check_attachable(model: nn.Module) -> None:
+    """Refuse what is attached to already, what another library has patched, and what is no causal
+    language model.
+
+    Raises:
+        UserError: says what it is.
+    """
     if hasattr(model, "leanlift"):
         raise UserError(
             "this model has leanlift layers already: load the base again to start over."
+        )
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UserError(
+                f"this model holds layers of PEFT ({name or 'the model itself'} is a "
+                f"{type(module).__name__}): merge its adapter and load the result, or load the "
+                "base without it."
+            )
+    ends = getattr(model, "get_output_embeddings", None)
+    if ends is not None and ends() is None:
+        raise UserError(
+            f"this {type(model).__name__} has no output head over its vocabulary, so it is no "
+            "causal language model; what stands there instead would be neither trained nor saved: "
+            "load it with AutoModelForCausalLM."
         )
 
 
@@ -252,6 +320,12 @@ def print_trainable_parameters(model: nn.Module) -> None:
 def base_name(model: nn.Module) -> str:
     """Where a model was loaded from."""
     return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def base_revision(model: nn.Module) -> str | None:
+    """The commit that a model was loaded from, where it is known."""
+    found = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{40}", found) else None
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:

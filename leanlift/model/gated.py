@@ -9,8 +9,8 @@ are the same to the bit.
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def use_gated_product(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         if _is_stock(type(module)):
-            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
+            module.forward = partial(_forward, module)  # type: ignore[method-assign]
             found.append(name)
     return found
 

@@ -26,8 +26,9 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     names = dict(model.named_modules())
     inside = inside_blocks(names)
     if wanted in TARGET_PRESETS:
+        inside = [name for name in inside if _in_preset(name, wanted)]
         _refuse_untrainable(names, inside)
-        found = [name for name in inside if _is_linear(names[name]) and _in_preset(name, wanted)]
+        found = [name for name in inside if _is_linear(names[name])]
         if not found:
             kind = "Linear" if wanted == ALL_LINEAR else f"Linear of an {wanted} part"
             raise UserError(
@@ -94,10 +95,34 @@ def _refuse_untrainable(names: dict[str, nn.Module], inside: list[str]) -> None:
                 f"{name} is a Conv1D, whose weight is stored transposed; leanlift does not support "
                 "it (GPT-2 and its relatives): use a model whose blocks are made of Linears."
             )
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
-                raise UserError(
-                    f"{name}.{key} holds fused expert weights {tuple(parameter.shape)}, which "
-                    "leanlift does not train: name the Linears to train with target_modules, "
-                    'for example ["q_proj", "k_proj", "v_proj", "o_proj"].'
-                )
+        found = None if _is_linear(module) else _unread_matrix(name, module)
+        if found is not None:
+            raise UserError(
+                f"{found}, which leanlift does not train: name the Linears to train with "
+                'target_modules, for example ["q_proj", "k_proj", "v_proj", "o_proj"].'
+            )
+
+
+def _unread_matrix(name: str, module: nn.Module) -> str | None:
+    """What weights a module of a block has that are no Linear's; None where it has none, is an
+    embedding, or a router of experts."""
+    if isinstance(module, nn.Embedding) or _is_router(name, module):
+        return None
+    if all(hasattr(module, side) for side in ("in_features", "out_features")):
+        return f"{name} is a {type(module).__name__}, a Linear of a kind"
+    for key, parameter in module.named_parameters(recurse=False):
+        shape = tuple(parameter.shape)
+        if isinstance(module, nn.modules.conv._ConvNd) and len(shape) > 2:
+            return f"{name} is a convolution with weights {shape}"
+        if len(shape) == 3:
+            return f"{name}.{key} holds fused expert weights {shape}"
+        if len(shape) > 1:
+            return f"{name}.{key} of a {type(module).__name__} holds a matrix {shape}"
+    packed = [key for key, buffer in module.named_buffers(recurse=False) if key == "qweight"]
+    return f"{name} is a {type(module).__name__} with packed weights" if packed else None
+
+
+def _is_router(name: str, module: nn.Module) -> bool:
+    """Whether it chooses experts: those are never trained."""
+    kind = type(module).__name__.lower()
+    return name.rpartition(".")[2] in ("gate", "router") or "router" in kind

@@ -24,7 +24,10 @@ class RunArguments:
     """The base, the data and the mask of a run."""
 
     model_name_or_path: str = field(
-        metadata={"help": "the base: a directory with a 16-bit checkpoint, or a hub name"}
+        metadata={
+            "help": "the base: a checkpoint directory, 16-bit or quantized by bitsandbytes, or a "
+            "hub name"
+        }
     )
     dataset_name: str = field(
         metadata={
@@ -40,6 +43,10 @@ class RunArguments:
     )
     eval_dataset_split: str = field(
         default="test", metadata={"help": "split of a hub dataset to evaluate on"}
+    )
+    model_revision: str | None = field(
+        default=None,
+        metadata={"help": "branch, tag or commit of a base on the hub; the adapter keeps it"},
     )
     load_in_4bit: bool = field(
         default=True, metadata={"help": "hold the base in 4 bits (the default)"}

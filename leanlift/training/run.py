@@ -36,6 +36,7 @@ from leanlift.model import (
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.base import check_base_place, load_model
 from leanlift.training.checkpointing import (
     checkpoint_to_resume,
     checkpoints,
@@ -46,7 +47,6 @@ from leanlift.training.checkpointing import (
 from leanlift.training.checks import check_settings
 from leanlift.training.data import TokenRows, calibration_batches, load_rows
 from leanlift.training.fit import changes, fit
-from leanlift.training.load import check_base, load_base
 from leanlift.training.lock import LOCK_NAME, OutputLock
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.ready import RowsForTraining
@@ -131,7 +131,7 @@ def _run(
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
     if args.merge_onto not in ONTO:
         raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
-    check_base(args.model_name_or_path)
+    check_base_place(args)
     ready = _ready_rows(args, sft)  # before a load that takes minutes
     told = run_settings(args, ready.data)
     if found is not None:
@@ -171,7 +171,7 @@ def _train(
     meter = MemoryMeter(device)
     meter.report.plan = None if plan is None else plan.to_dict()
     with meter.phase("load"):
-        model = load_base(args, device, sft.trust_remote_code)
+        model = load_model(args, device, sft.trust_remote_code)
     reached.append("select")
     with meter.phase("select", follow=True) as peak:
         if resume:
@@ -233,7 +233,11 @@ def _train(
         static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
         with meter.phase("export", follow=True, static=static):
             merged = merge_adapter(
-                output, args.merged_dir, base=args.model_name_or_path, onto=args.merge_onto
+                output,
+                args.merged_dir,
+                base=args.model_name_or_path,
+                onto=args.merge_onto,
+                revision=args.model_revision,
             )
         save_report(meter.report, output)
     return RunResult(model, tokenizer, meter.report, merged)
@@ -258,10 +262,10 @@ def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     eval_rows = None
     if args.eval_dataset_name:
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
-    base = args.model_name_or_path
-    tokenizer = load_tokenizer(base, sft.trust_remote_code)
-    embedding = vocabulary_rows(base, sft.trust_remote_code)
-    ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base))
+    base, revision = args.model_name_or_path, args.model_revision
+    tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
+    embedding = vocabulary_rows(base, sft.trust_remote_code, revision)
+    ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base, revision))
     return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows))
 
 

@@ -18,12 +18,14 @@ from leanlift.errors import UserError, first_line
 TEMPLATE_ENDINGS = (".jinja", ".j2", ".jinja2")
 
 
-def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    source: str | Path, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
     """A tokenizer as stock transformers loads it.
 
     Args:
         source: a checkpoint or adapter directory, or a hub name.
-        trust_remote_code: as in `from_pretrained`.
+        trust_remote_code, revision: as in `from_pretrained`.
 
     Raises:
         UserError: missing or damaged.
@@ -31,7 +33,9 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     path = Path(source).expanduser()
     name = str(path) if path.exists() else str(source)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # tokenizers raises bare Exceptions
         raise UserError(
             f"the tokenizer of {source} cannot be loaded: {first_line(error)}"
@@ -49,11 +53,14 @@ def check_end_token(tokenizer: Any) -> None:
         )
 
 
-def vocabulary_rows(name: str, trust_remote_code: bool = False) -> int | None:
+def vocabulary_rows(
+    name: str, trust_remote_code: bool = False, revision: str | None = None
+) -> int | None:
     """Rows of a base's embedding by its config.json; None where that does not say."""
     try:
         config = AutoConfig.from_pretrained(
             str(Path(name).expanduser()) if Path(name).expanduser().exists() else name,
+            revision=revision,
             trust_remote_code=trust_remote_code,
         )
     except Exception:  # whatever is wrong with it, loading the base says so
@@ -62,11 +69,12 @@ def vocabulary_rows(name: str, trust_remote_code: bool = False) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def end_tokens(name: str) -> tuple[int, ...]:
+def end_tokens(name: str, revision: str | None = None) -> tuple[int, ...]:
     """Where the generation config of a base says that a text ends."""
     try:
         path = Path(name).expanduser()
-        config = GenerationConfig.from_pretrained(str(path) if path.exists() else name)
+        found = str(path) if path.exists() else name
+        config = GenerationConfig.from_pretrained(found, revision=revision)
     except Exception:  # most bases that have none
         return ()
     return as_ids(config.eos_token_id)

@@ -20,6 +20,7 @@ from leanlift.errors import UserError
 from leanlift.memory import resident_peak
 from leanlift.model import (
     RefreshReport,
+    claim,
     lift_state,
 )
 from leanlift.optim import (
@@ -92,6 +93,7 @@ class LiftTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> None:
         self._lift = lift_state(model)
+        claim(model)
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
         args = _sft(args)
@@ -121,7 +123,9 @@ class LiftTrainer(ResumableTrainer):
         _make_checkpointing_safe(model, args)
         make_output(args.output_dir)
         if processing_class is None:
-            processing_class = load_tokenizer(self._lift.base.name)
+            processing_class = load_tokenizer(
+                self._lift.base.name, revision=self._lift.base.revision
+            )
         tokenizer = _tokenizer_of(processing_class)
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         function = kwargs.pop("formatting_func", None)

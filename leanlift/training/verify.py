@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from leanlift.adapter import RUN_NAME, Adapter, open_adapter
+from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import read_json
 from leanlift.errors import UserError
 from leanlift.export import MergeReport
@@ -104,7 +105,7 @@ def verify_merged(
 def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
     """Token ids [1, T] of the first examples that the adapter was trained on, cut to `TOKENS`."""
     run = adapter.directory / RUN_NAME
-    facts = read_json(run) if run.is_file() else {}
+    facts = read_json(run, MOST_OF_A_STRANGER) if run.is_file() else {}
     facts, split = facts if isinstance(facts, dict) else {}, "train"
     if data is None:
         data, split = facts.get("dataset_name"), facts.get("dataset_split", split)
@@ -147,7 +148,9 @@ def _as_trained(
 
 def _load(directory: str, dtype: str) -> Any:
     """A checkpoint as stock transformers loads it; on the GPU where it has room."""
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype_of(dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype_of(dtype), trust_remote_code=False
+    )
     needed = sum(parameter.nbytes for parameter in model.parameters())
     if torch.cuda.is_available() and 1.3 * needed < torch.cuda.mem_get_info()[0]:
         model = model.cuda()

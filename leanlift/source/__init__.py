@@ -1,0 +1,17 @@
+"""A base checkpoint on disk, read by rows, without transformers."""
+
+from leanlift.source.checkpoint import INDEX, WEIGHTS, SourceTensor, open_checkpoint
+from leanlift.source.homes import check_homes, locate
+from leanlift.source.stored import Stored, StoredMatrix, plain_view
+
+__all__ = [
+    "INDEX",
+    "WEIGHTS",
+    "SourceTensor",
+    "Stored",
+    "StoredMatrix",
+    "check_homes",
+    "locate",
+    "open_checkpoint",
+    "plain_view",
+]

@@ -1,0 +1,201 @@
+"""The base model, loaded by stock transformers, and read whole or not at all.
+
+transformers reports in a table what it did not find in a checkpoint, and goes on over weights that
+it has just initialized. A run over those trains, saves and merges, and means nothing. Here a
+checkpoint that was not read whole is refused, and so is, before any weight is read, one in a
+quantized form that is not bitsandbytes' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from leanlift.errors import UserError, first_line
+from leanlift.hub import cached_commit, check_name
+from leanlift.memory import is_out_of_memory
+from leanlift.quantized import dtype_of, frozen_weight, is_quantized
+from leanlift.source import open_checkpoint
+from leanlift.training.arguments import RunArguments
+
+LOAD_FAILURES = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    ImportError,
+)
+"""What transformers raises where a checkpoint, or what it needs, is not there or not whole."""
+
+
+def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool = False) -> Any:
+    """The base model, quantized as asked for, or as its checkpoint is.
+
+    Raises:
+        UserError: missing, half-downloaded or damaged checkpoint, one of another architecture than
+            its configuration says, an unknown model type, a quantized form that is not read, or
+            contradictory settings.
+    """
+    name = args.model_name_or_path
+    check_base_place(args)
+    dtype = dtype_of(args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=args.model_revision, trust_remote_code=trust_remote_code
+        )
+        own = stored_quantization(config, name)
+        if own is not None:
+            _check_request(args, own)
+        asked = None if own is not None else quantization(args, dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=args.model_revision,
+            dtype=dtype,
+            device_map={"": device.index or 0} if device.type == "cuda" else None,
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            # None would erase the checkpoint's own
+            **({} if asked is None else {"quantization_config": asked}),
+        )
+    except UserError:
+        raise
+    except LOAD_FAILURES as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
+    check_read_whole(found, name)
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            frozen_weight(module, path)  # has the shape that it should have, and can be read
+    model.config._commit_hash = cached_commit(name, args.model_revision)
+    return model
+
+
+def check_base_place(args: RunArguments) -> None:
+    """Refuse what is neither a whole checkpoint directory nor possibly a name on the hub.
+
+    Raises:
+        UserError: it is neither; says what is missing.
+    """
+    name = args.model_name_or_path
+    path = Path(name).expanduser()
+    if not path.exists() and (
+        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    ):
+        raise UserError(
+            f"the base {name} does not exist: expected a checkpoint directory or hub name."
+        )
+    if not path.is_dir():
+        check_name(name, "the base", "--model_revision")
+        return
+    if args.model_revision is not None:
+        raise UserError(
+            f"the base {name} is a directory, which has no revisions: leave model_revision out."
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(f"the base {name} has no config.json: it is no checkpoint directory.")
+    with open_checkpoint(path):  # headers only: finds missing and cut-off shards
+        pass
+
+
+def stored_quantization(config: Any, name: str) -> dict[str, Any] | None:
+    """How the weights of a checkpoint are quantized on disk; None where they are not.
+
+    Args:
+        config: its configuration, as transformers read it.
+        name: of the base, for messages.
+
+    Raises:
+        UserError: in a form that leanlift cannot train over.
+    """
+    text = config.get_text_config()
+    for holder in (config, text):
+        for key in ("quantization_config", "compression_config"):
+            found = getattr(holder, key, None)
+            if not found:
+                continue
+            data = found if isinstance(found, dict) else found.to_dict()
+            four, eight = data.get("load_in_4bit"), data.get("load_in_8bit")
+            method = data.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
+            method = str(getattr(method, "value", method))
+            if method != "bitsandbytes" or not (four or eight):
+                raise UserError(
+                    f"the base {name} is quantized on disk ({method:.40}), and leanlift trains "
+                    "over 16-bit checkpoints and those that bitsandbytes has quantized (NF4, FP4, "
+                    "INT8): name the 16-bit checkpoint that it was made from."
+                )
+            return data
+    return None
+
+
+def _check_request(args: RunArguments, own: dict[str, Any]) -> None:
+    """Refuse to take a 4-bit checkpoint for an INT8 one; 4 bits are the default, which says
+    nothing about what was meant."""
+    if args.load_in_8bit and not own.get("load_in_8bit"):
+        raise UserError(
+            f"load_in_8bit was asked for, but {args.model_name_or_path} is quantized to 4 bits on "
+            "disk: leave load_in_8bit out, or name the 16-bit checkpoint it was made from."
+        )
+
+
+def check_read_whole(found: dict[str, Any], name: str) -> None:
+    """Refuse a model whose weights are not those of its checkpoint, and all of them.
+
+    Args:
+        found: transformers' loading info.
+        name: of the base.
+
+    Raises:
+        UserError: tensors missing, left over, of another shape, or not converted.
+    """
+    mismatched = [
+        f"{key[0]} (stored {tuple(key[1])}, expected {tuple(key[2])})"
+        for key in found.get("mismatched_keys", ())
+    ]
+    for what, keys in (
+        ("has other shapes than its config.json says", mismatched),
+        ("lacks", found.get("missing_keys", ())),
+        ("holds what its architecture has no place for", found.get("unexpected_keys", ())),
+        ("could not be converted", found.get("error_msgs", ())),
+    ):
+        if keys:
+            raise UserError(
+                f"the base {name} was not read whole: it {what}: {_some(keys)}. Expected a causal "
+                "language model's checkpoint that belongs to its config.json; fetch it again, or "
+                "name another one."
+            )
+
+
+def _some(keys: Iterable[Any]) -> str:
+    """The first names, and how many more there are."""
+    names = sorted(map(str, keys))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name[:120] for name in names[:3]) + more
+
+
+def quantization(args: RunArguments, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """The bitsandbytes configuration that the arguments ask for."""
+    if args.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if not args.load_in_4bit:
+        return None
+    if args.bnb_4bit_quant_type not in ("nf4", "fp4"):
+        raise UserError(
+            f"expected bnb_4bit_quant_type nf4 or fp4, got {args.bnb_4bit_quant_type!r}."
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
