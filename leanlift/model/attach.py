@@ -192,9 +192,16 @@ def check_finite(model: nn.Module) -> None:
         for key, tensor in held:
             bad = not_finite(tensor)
             if bad:
+                small = base_dtype(model) == torch.float16
                 raise UserError(
-                    f"{name}.{key} has {bad} NaN or infinite weights of {tensor.numel()}: the base "
-                    "is damaged; fetch it again."
+                    f"{name}.{key} has {bad} NaN or infinite weights of {tensor.numel()}: "
+                    + (
+                        "they may be too large for float16, so load the base in bfloat16 or "
+                        "float32; or "
+                        if small
+                        else ""
+                    )
+                    + "the base is damaged, so fetch it again."
                 )
 
 
