@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import subprocess
 import time
@@ -18,18 +19,27 @@ RESULTS = Path(__file__).parent / "results"
 
 def environment() -> dict[str, str]:
     """Commit, machine and library versions, for every row of every result."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "bitsandbytes": _version("bitsandbytes"),
         "transformers": _version("transformers"),
     }
+
+
+def _commit() -> str:
+    """Of this checkout; of a copy without git, what the variable COMMIT says."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True, text=True, check=False, cwd=RESULTS.parent,
+        )  # fmt: skip
+    except OSError:  # a machine without git
+        return os.environ.get("COMMIT", "unknown")
+    return done.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def _version(package: str) -> str:

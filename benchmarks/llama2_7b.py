@@ -40,7 +40,8 @@ from leanlift.demo.run import BASE
 from leanlift.memory import MemoryMeter, static_categories
 from leanlift.optim import state_nbytes
 from leanlift.training import LiftSFTConfig, MemoryCallback, RunArguments, plan_of
-from leanlift.training.load import load_base
+from leanlift.training.base import load_model
+from leanlift.training.tokenizer import load_tokenizer
 
 GIB = 2**30
 TOKENS = 128
@@ -162,7 +163,7 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     with phase("load", follow=True):
-        model, tokenizer = load_base(args, torch.device("cpu"))
+        model = load_model(args, torch.device("cpu"))
     held = sum(static_categories(model).values())
     with phase("select", follow=True, static=held):
         get_lift_model(model, args.lift_config())
@@ -172,7 +173,7 @@ def main() -> None:
             model=model,
             args=sft,
             train_dataset=Dataset.from_list([{"text": "reverse abc is cba " * 60}] * 2),
-            processing_class=tokenizer,
+            processing_class=load_tokenizer(args.model_name_or_path),
             callbacks=[memory],
         )
         trainer.train()

@@ -93,7 +93,8 @@ def lora(model: Any, rank: int) -> Any:
     config = LoraConfig(
         r=rank, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return get_peft_model(mark_quantized(model), config)
+    # adapters in the model's dtype, as leanlift's values are: PEFT would keep them in fp32
+    return get_peft_model(mark_quantized(model), config, autocast_adapter_dtype=False)
 
 
 def lift(model: Any, config: LiftConfig) -> Any:
@@ -108,9 +109,20 @@ def shira(model: Any, rank: int) -> Any:
     config = ShiraConfig(
         r=rank, target_modules=_linears(model), task_type="CAUSAL_LM", random_seed=0
     )
+    config.mask_fn = _random_mask
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(mark_quantized(model), config)
+
+
+def _random_mask(base_layer: Any, r: int, **_: Any) -> torch.Tensor:
+    """r (m + n) random entries as a 0/1 mask [m, n], drawn where the layer is: PEFT's own takes a
+    permutation of all entries on the CPU, ten seconds a matrix."""
+    m, n = base_layer.out_features, base_layer.in_features
+    scores = torch.rand(m * n, device=base_layer.weight.device)
+    mask = torch.zeros_like(scores)
+    mask[scores.topk(r * (m + n)).indices] = 1.0
+    return mask.view(m, n)
 
 
 def _linears(model: Any) -> list[str]:

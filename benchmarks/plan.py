@@ -64,6 +64,7 @@ MODELS: dict[str, Any] = {
     ),
     "Phi-3-mini": Phi3Config(**shape(32064, 3072, 8192, 32, 32, 32)),
 }
+STEP: dict[str, Any] = {"batch": 1, "length": 2048, "optim": "sparse_adamw_8bit"}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "comfortable": ({}, {}),
     "lean": ({"quantize_ends": True}, {"in_backward": True}),
@@ -84,12 +85,17 @@ def row(name: str, setting: str, directory: Path) -> dict[str, Any]:
     config = LiftConfig(density=0.05, values_dtype="bfloat16", **lift)
     started = time.perf_counter()
     try:
-        plan = plan_memory(path, config, StepSettings(optim="sparse_adamw_8bit", **step))
+        plan = plan_memory(path, config, StepSettings(**STEP, **step))
     except UserError:  # a tied embedding cannot be on the CPU
         plan = plan_memory(
             path,
             config,
-            StepSettings(optim="sparse_adamw_8bit", **{**step, "embedding_on_cpu": False}),
+            StepSettings(
+                batch=1,
+                length=2048,
+                optim="sparse_adamw_8bit",
+                **{**step, "embedding_on_cpu": False},
+            ),
         )
     return {
         "model": name,

@@ -6,17 +6,22 @@ A part of `gpu_proof`.
 from __future__ import annotations
 
 import gc
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import leanlift
 from benchmarks.common import timed
 
 GIB = 2**30
 RANK = 64
+OWN = Path(leanlift.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -76,16 +81,27 @@ class Trainee:
             self.peaks.append(self.static + torch.cuda.max_memory_allocated() - start)
 
     def waits(self) -> str:
-        """What makes the host wait for the device in a step: "nothing", or what torch says."""
-        torch.cuda.set_sync_debug_mode("error")
+        """Where leanlift makes the host wait for the device in a step: "nothing", or the places.
+        transformers asks the attention mask for its values; that is not looked at."""
+        found: list[str] = []
+
+        def note(message: Any, *_: Any, **__: Any) -> None:
+            frames = [f for f in traceback.extract_stack() if "torch" not in Path(f.filename).parts]
+            asked = next((f for f in reversed(frames) if f.filename != __file__), None)
+            if asked is not None and OWN in Path(asked.filename).parents:
+                found.append(f"{Path(asked.filename).name}:{asked.lineno}")
+
+        torch.cuda.set_sync_debug_mode("warn")
+        shown, warnings.showwarning = warnings.showwarning, note
         try:
-            self._step()
-        except RuntimeError as error:
-            self.optimizer.zero_grad()
-            return str(error)[:80]
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                warnings.showwarning = note
+                self._step()
         finally:
+            warnings.showwarning = shown
             torch.cuda.set_sync_debug_mode("default")
-        return "nothing"
+        return ", ".join(sorted(set(found))) or "nothing"
 
     def _step(self) -> None:
         with self.around():
@@ -141,8 +157,12 @@ def lifted(
     if setting == "least" and scale.device.type == "cuda":
         embedding_to_cpu(model)
 
+        from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+        offloading = get_act_offloading_ctx_manager(model, warn_if_no_head=False)
+
         def around() -> Any:
-            return torch.autograd.graph.save_on_cpu(pin_memory=True)
+            return offloading
 
     return model, tiled_loss, optimizer, around
 

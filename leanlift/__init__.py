@@ -2,7 +2,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=...)  # stock
     model = get_lift_model(model, LiftConfig(density=0.05))
-    LiftTrainer(model=model, args=SFTConfig(...), train_dataset=rows, processing_class=tok).train()
+    LiftTrainer(model=model, args=LiftSFTConfig("run"), train_dataset=rows).train()
     save_adapter(model, "adapter")
     merge_adapter("adapter", "merged", dtype="float16")
 
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
         scale_adapter,
         unload_adapter,
     )
-    from leanlift.training import LiftTrainer, plan_memory
+    from leanlift.training import LiftSFTConfig, LiftTrainer, plan_memory
 
 __all__ = [
     "LiftConfig",
+    "LiftSFTConfig",
     "LiftTrainer",
     "UserError",
     "__version__",
@@ -52,6 +53,7 @@ __all__ = [
 
 _HOMES = {
     "LiftConfig": "leanlift.config",
+    "LiftSFTConfig": "leanlift.training",
     "LiftTrainer": "leanlift.training",
     "UserError": "leanlift.errors",
     "combine_adapters": "leanlift.adapter",

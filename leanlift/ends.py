@@ -56,6 +56,23 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Objective:
+    """What a token costs, given its log-probability ln p and those of all entries, ln p_v.
+
+    Attributes:
+        smoothing: ε of label smoothing, -(1 - ε) ln p - ε mean_v ln p_v; 0: none.
+        by_confidence: whether a token's cost is multiplied by its probability p, which is taken as
+            a constant (dynamic fine-tuning, arXiv 2508.05629).
+    """
+
+    smoothing: float = 0.0
+    by_confidence: bool = False
+
+
+LIKELIHOOD = Objective()
+
+
+@dataclass(frozen=True)
 class HeadLoss:
     """loss: a scalar. entropy: summed over the tokens. correct: tokens whose label is the most
     likely one. The latter two carry no gradient."""
@@ -71,8 +88,9 @@ def head_loss(
     head: Head,
     divisor: Tensor | float,
     tile_bytes: int = TILE_BYTES,
+    objective: Objective = LIKELIHOOD,
 ) -> HeadLoss:
-    """Summed cross-entropy over `divisor`, without the logits.
+    """Summed cost of the tokens over `divisor`, without the logits.
 
     Args:
         hidden: [T, d]; the computation has its dtype, sums are in fp32.
@@ -80,29 +98,38 @@ def head_loss(
         head: where the logits come from.
         divisor: tokens that the loss is divided by: of the whole accumulated batch, in training.
         tile_bytes: about how large a tile of logits, and one of the weight, may be.
+        objective: what a token costs: cross-entropy unless told otherwise.
     """
     if not isinstance(divisor, Tensor):  # made on the device: a copy there would be waited for
         divisor = torch.full((), divisor, device=hidden.device)
     divisor = divisor.to(hidden.device)
-    loss, entropy, correct = _HeadLoss.apply(hidden, labels, head, divisor, tile_bytes)
+    loss, entropy, correct = _HeadLoss.apply(hidden, labels, head, divisor, tile_bytes, objective)
     return HeadLoss(loss, entropy, correct)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, head: Head, divisor: Tensor, tile_bytes: int
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Head,
+        divisor: Tensor,
+        tile_bytes: int,
+        objective: Objective,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, width = hidden.shape
+        tokens, width, vocabulary = *hidden.shape, head.weight.shape[0]
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         step = max(64, tile_bytes // (wide.itemsize * max(tokens, width, 1)))
-        keeps = head.weight.shape[0] * tokens * wide.itemsize <= tile_bytes
+        keeps = vocabulary * tokens * wide.itemsize <= tile_bytes
         kept: list[Tensor] = []
         most = torch.full((tokens,), -torch.inf, dtype=wide, device=hidden.device)
-        total, weighted, own = (torch.zeros_like(most) for _ in range(3))
-        for start, stop in row_ranges(head.weight.shape[0], step):
+        total, weighted, own, mean = (torch.zeros_like(most) for _ in range(4))
+        for start, stop in row_ranges(vocabulary, step):
             logits = head.logits(hidden, head.rows(start, stop, hidden.dtype), start)
             own = torch.where(_within(labels, start, stop), _pick(logits, labels, start), own)
+            if objective.smoothing:
+                mean = mean + logits.sum(1) / vocabulary
             larger = torch.maximum(most, logits.amax(1))
             shrink = (most - larger).exp()
             share = (logits - larger.unsqueeze(1)).exp_()
@@ -113,19 +140,23 @@ class _HeadLoss(torch.autograd.Function):
             most = larger
             del logits, share  # before the next tile is made
         normalizer = most + total.log()
+        weights = (own - normalizer).exp() if objective.by_confidence else torch.ones_like(own)
         if ctx.needs_input_grad[0]:
-            gradient = _gradient(hidden, labels, head, normalizer, divisor, step, wide, kept)
+            share = weights / divisor
+            epsilon = objective.smoothing
+            gradient = _gradient(hidden, labels, head, normalizer, share, epsilon, step, kept)
             ctx.save_for_backward(gradient)
-        loss = (normalizer - own).sum() / divisor
+        wanted = own + objective.smoothing * (mean - own) if objective.smoothing else own
+        loss = ((normalizer - wanted) * weights).sum() / divisor
         entropy, correct = (normalizer - weighted / total).sum(), (own >= most).sum()
         ctx.mark_non_differentiable(entropy, correct)
         return loss, entropy, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss.to(gradient.dtype), None, None, None, None
+        return gradient * grad_loss.to(gradient.dtype), None, None, None, None, None
 
 
 def _gradient(
@@ -133,26 +164,31 @@ def _gradient(
     labels: Tensor,
     head: Head,
     normalizer: Tensor,
-    divisor: Tensor,
+    shares: Tensor,
+    smoothing: float,
     step: int,
-    wide: torch.dtype,
     kept: list[Tensor],
 ) -> Tensor:
     """d loss / d hidden [T, d] in the dtype of `hidden`, summed over tiles in fp32.
 
-    `kept` holds the logits of all tiles, or is empty; it is empty afterwards.
+    `shares` [T] is what a token's cost is multiplied by. `kept` holds the logits of all tiles, or
+    is empty; it is empty afterwards.
     """
+    wide, vocabulary = normalizer.dtype, head.weight.shape[0]
     gradient = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
-    for start, stop in row_ranges(head.weight.shape[0], step):
+    for start, stop in row_ranges(vocabulary, step):
         rows = head.rows(start, stop, hidden.dtype)
         logits = kept.pop(0) if kept else head.logits(hidden, rows, start)
         slope = (logits - normalizer.unsqueeze(1)).exp_()  # the probabilities, then minus one-hot
         place = (labels - start).clamp(0, stop - start - 1).unsqueeze(1)
-        slope.scatter_add_(1, place, -_within(labels, start, stop).to(wide).unsqueeze(1))
+        own = _within(labels, start, stop).to(wide) * (smoothing - 1)
+        slope.scatter_add_(1, place, own.unsqueeze(1))
+        if smoothing:
+            slope.sub_(smoothing / vocabulary)
         if head.softcap is not None:
             slope.mul_(logits.div_(head.softcap).square_().neg_().add_(1))
         del logits
-        gradient += slope.div_(divisor).to(hidden.dtype) @ rows
+        gradient += slope.mul_(shares.unsqueeze(1)).to(hidden.dtype) @ rows
         del slope
     return gradient.to(hidden.dtype)
 

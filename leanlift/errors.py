@@ -7,6 +7,8 @@ invariants of leanlift itself are `assert`s instead.
 
 from __future__ import annotations
 
+import errno
+
 LONGEST = 600
 """Characters of another library's message that are passed on."""
 
@@ -21,6 +23,19 @@ def first_line(error: BaseException) -> str:
     if len(said) > LONGEST:
         said = said[:LONGEST].rstrip() + " …"
     return said.rstrip(".") + "."
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that a disk or a quota is full: torch and
+    safetensors write in their own code and raise their own kinds."""
+    while error is not None:
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError) and error.errno in full:
+            return True
+        if any(words in str(error) for words in ("No space left on device", "os error 28")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class UserError(ValueError):

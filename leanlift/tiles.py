@@ -89,6 +89,28 @@ class CastTiles:
         return self.source.rows(start, stop).to(self.dtype)
 
 
+@dataclass(frozen=True)
+class ScaledTiles:
+    """A matrix times a power of two, in fp32."""
+
+    source: RowTiles
+    exponent: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.source.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return torch.ldexp(
+            self.source.rows(start, stop).float(), torch.tensor(self.exponent, device=self.device)
+        )
+
+
 def as_tiles(matrix: RowTiles | Tensor) -> RowTiles:
     """`matrix` itself, or a 2-D tensor wrapped as `DenseTiles`."""
     return DenseTiles(matrix) if isinstance(matrix, Tensor) else matrix

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import make_base, relative_error
 from torch import Tensor, nn
 
-from leanlift.ends import FrozenEmbedding, FrozenHead, Head, head_loss
+from leanlift.ends import FrozenEmbedding, FrozenHead, Head, Objective, head_loss
 from leanlift.memory import LiveBytes
 from leanlift.quantized import WeightFormat, embedding_rows, frozen_weight, requantize
 from leanlift.tiles import DenseTiles
@@ -25,8 +25,21 @@ def problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor,
     return hidden, weight, torch.randn(V).to(dtype), torch.randint(V, (T,))
 
 
+OBJECTIVES = {
+    "likelihood": Objective(),
+    "smoothed": Objective(smoothing=0.1),
+    "by confidence": Objective(by_confidence=True),
+    "both": Objective(0.3, True),
+}
+
+
 def plain(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, cap: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    cap: float | None,
+    objective: Objective = OBJECTIVES["likelihood"],
 ) -> tuple[Tensor, Tensor]:
     hidden = hidden.detach().clone().requires_grad_()
     logits = F.linear(hidden, weight, bias)
@@ -34,26 +47,31 @@ def plain(
         logits = logits.float()
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    loss = F.cross_entropy(logits, labels, reduction="sum") / 7
+    cost = F.cross_entropy(logits, labels, reduction="none", label_smoothing=objective.smoothing)
+    if objective.by_confidence:
+        cost = cost * logits.softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1).detach()
+    loss = cost.sum() / 7
     loss.backward()
     assert hidden.grad is not None
     return loss.detach(), hidden.grad
 
 
+@pytest.mark.parametrize("kind", OBJECTIVES)
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile_bytes", [1, 50_000, 4 * T * V, 2**25])  # the last two keep logits
 def test_loss_and_gradient_are_those_of_whole_logits(
-    cap: float | None, with_bias: bool, dtype: torch.dtype, tile_bytes: int
+    kind: str, cap: float | None, with_bias: bool, dtype: torch.dtype, tile_bytes: int
 ) -> None:
     hidden, weight, bias, labels = problem(dtype)
+    objective = OBJECTIVES[kind]
     used = bias if with_bias else None
     wide_bias = bias.double() if with_bias else None
-    exact, exact_grad = plain(hidden.double(), weight.double(), wide_bias, labels, cap)
-    stock, stock_grad = plain(hidden, weight, used, labels, cap)
+    exact, exact_grad = plain(hidden.double(), weight.double(), wide_bias, labels, cap, objective)
+    stock, stock_grad = plain(hidden, weight, used, labels, cap, objective)
     ours = hidden.clone().requires_grad_()
-    got = head_loss(ours, labels, Head(DenseTiles(weight), used, cap), 7, tile_bytes)
+    got = head_loss(ours, labels, Head(DenseTiles(weight), used, cap), 7, tile_bytes, objective)
     (4 * got.loss).backward()
     assert ours.grad is not None
     assert ours.grad.dtype == dtype

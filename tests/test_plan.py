@@ -24,7 +24,7 @@ from transformers import (
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.cli import main
-from leanlift.memory import MemoryMeter, StepSettings, plan_step, static_categories
+from leanlift.memory import LiveBytes, MemoryMeter, StepSettings, plan_step, static_categories
 from leanlift.model import embedding_to_cpu
 from leanlift.optim import state_nbytes
 from leanlift.quantized import Weight4bit, Weight8bit, WeightFormat, requantize
@@ -184,6 +184,51 @@ def test_the_planned_peak_is_the_measured_one_within_5_percent(
     assert abs(plan.phases["train"] / memory.peak - 1) <= 0.05, (planned, measured)
 
 
+@pytest.mark.parametrize("batch", [2, 8])
+def test_an_evaluation_needs_what_was_planned(
+    checkpoints: dict[str, Path], tmp_path: Path, batch: int
+) -> None:
+    rows = Dataset.from_list([{"text": "0123456789 is " * 40}] * 16)
+    args, sft = arguments(
+        checkpoints["llama"], approx_rank=8, eval_strategy="steps", eval_steps=1, max_length=128,
+        per_device_eval_batch_size=batch, load_in_4bit=False, gradient_checkpointing=False,
+        disable_tqdm=True, output_dir=str(tmp_path),
+    )  # fmt: skip
+    plan = plan_of(args, sft, cuda=False)
+    model = get_lift_model(load(checkpoints["llama"], "dense"), args.lift_config(), progress=False)
+    trainer = LiftTrainer(
+        model=model, args=sft, train_dataset=rows, eval_dataset=rows,
+        processing_class=make_tokenizer(),
+    )  # fmt: skip
+    trainer.evaluate()  # what is made once, such as the scratch
+    with LiveBytes() as live:
+        trainer.evaluate()
+    static = sum(plan.categories.values()) - plan.categories["activations and workspace"]
+    static -= plan.categories["gradients"]
+    assert live.peak == pytest.approx(plan.phases["evaluate"] - static, rel=0.05)
+
+
+def test_evaluation_in_large_batches_is_what_is_made_smaller_first(
+    checkpoints: dict[str, Path],
+) -> None:
+    args, sft = arguments(
+        checkpoints["llama"], approx_rank=8, eval_strategy="steps", eval_steps=1,
+        per_device_eval_batch_size=512, per_device_train_batch_size=1,
+    )  # fmt: skip
+    plan = plan_of(args, sft, cuda=False)
+    assert plan.peak_phase == "evaluate"
+    found = fit(args, sft, 0.9 * plan.needed / 2**30, cuda=False)
+    assert found.steps[0].startswith("per_device_eval_batch_size=256")
+    assert found.sft.per_device_eval_batch_size < 512
+    assert "evaluate" not in plan_of(*arguments(checkpoints["llama"]), cuda=False).phases
+
+
+def test_defaults_of_a_plan_are_those_of_a_run(checkpoints: dict[str, Path]) -> None:
+    path = checkpoints["llama"]
+    run = plan_of(RunArguments(str(path), "rows.json"), LiftSFTConfig(output_dir="x", use_cpu=True))
+    assert plan_memory(path).to_dict() == run.to_dict()
+
+
 # --- Fitting a card, and running out of it -------------------------------------------------
 
 
@@ -194,8 +239,8 @@ def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
     return (
         RunArguments(model_name_or_path=str(path), dataset_name="rows.json", **run_args),
         LiftSFTConfig(
-            output_dir="x", use_cpu=True, bf16=False, max_length=64,
-            **{"per_device_train_batch_size": 4, **sft},
+            **{"output_dir": "x", "use_cpu": True, "bf16": False, "max_length": 64,
+               "per_device_train_batch_size": 4, **sft},
         ),
     )  # fmt: skip
 

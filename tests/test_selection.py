@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -396,3 +397,80 @@ def test_more_equal_singular_values_than_a_block_is_wide_are_all_found() -> None
         best = (u[:, :100] * sigma[:100]) @ vh[:100]
         assert found.converged
         assert (found.left @ found.right.T - best).norm() <= 1e-4 * best.norm()
+
+
+# --- extreme scales ------------------------------------------------------------------------
+
+ROUTES = {"krylov": (1024, 1536), "gram": (512, 700)}
+
+
+def with_spike(weight: Tensor, ratio: float, kind: str) -> Tensor:
+    """One more singular value, `ratio` times the largest, all over the matrix, in one row, or in
+    one entry."""
+    m, n = weight.shape
+    generator = torch.Generator().manual_seed(3)
+    u = torch.randn(m, generator=generator, dtype=torch.float64)
+    v = torch.randn(n, generator=generator, dtype=torch.float64)
+    if kind != "everywhere":
+        u = torch.zeros_like(u).index_fill_(0, torch.tensor([5]), 1.0)
+    if kind == "entry":
+        v = torch.zeros_like(v).index_fill_(0, torch.tensor([7]), 1.0)
+    size = ratio * torch.linalg.matrix_norm(weight.double(), 2)
+    return (weight.double() + size * torch.outer(u / u.norm(), v / v.norm())).float()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_mask_does_not_depend_on_the_scale_of_the_matrix(route: str) -> None:
+    weight = trained_like(*ROUTES[route])
+    count = weight.numel() // 20
+    usual = select(weight, Principal(64), count)
+    assert overlap(usual, principal_oracle(weight, 64, count)) >= 0.999
+    for exponent in (-110, -60, -50, 27, 60, 110):  # exact in fp32
+        found = selection(torch.ldexp(weight, torch.tensor(exponent)), Principal(64), count)
+        assert found.converged
+        assert torch.equal(found.flat, usual), exponent
+        magnitude = select(torch.ldexp(weight, torch.tensor(exponent)), Magnitude(), count)
+        assert torch.equal(magnitude, select(weight, Magnitude(), count))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kind", ["everywhere", "row", "entry"])
+@pytest.mark.parametrize("ratio", [1e4, 1e6])
+def test_spikes_give_the_right_mask_or_are_reported(route: str, kind: str, ratio: float) -> None:
+    weight = with_spike(trained_like(*ROUTES[route]), ratio, kind)
+    count = weight.numel() // 20
+    found = selection(weight, Principal(64), count)
+    assert found.flat.numel() == count
+    right = overlap(found.flat, principal_oracle(weight, 64, count)) >= 0.999
+    assert right or not found.converged
+    if kind == "everywhere":  # whose entries are all of one size: nothing is lost
+        assert right
+        assert found.converged
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_rows_of_all_sizes_give_as_many_entries_as_asked_for(route: str) -> None:
+    m, n = ROUTES[route]
+    sizes = torch.logspace(-20, 20, m, dtype=torch.float64).unsqueeze(1)
+    weight = (trained_like(m, n).double() * sizes).float()
+    count = weight.numel() // 20
+    found = selection(weight, Principal(64), count)
+    assert found.flat.numel() == count
+    assert overlap(found.flat, principal_oracle(weight, 64, count)) >= 0.999
+    assert selection(torch.zeros(m, n), Principal(64), count).flat.numel() == count
+
+
+def test_scores_that_cannot_be_ranked_are_refused() -> None:
+    class Broken:
+        block = 1
+
+        def prepare(self, tiles: Any, count: int, tile_bytes: int) -> Any:
+            return self
+
+        converged, resolution = True, 0.0
+
+        def scores(self, start: int, stop: int) -> Tensor:
+            return torch.full((stop - start, 8), float("nan"))
+
+    with pytest.raises(UserError, match=r"gave 0 entries instead of 4"):
+        select(torch.randn(8, 8), Broken(), 4)  # type: ignore[arg-type]

@@ -216,7 +216,7 @@ def test_bf16_with_stochastic_rounding_learns_and_rounding_to_nearest_stalls(
 def test_bf16_values_need_an_optimizer_that_rounds_stochastically(
     base: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="AdamW rounds small updates of bfloat16 values away"):
+    with pytest.raises(UserError, match="adamw_torch rounds small updates of bfloat16 values away"):
         trainer_for(base, tmp_path, BF16, optim="adamw_torch").train()
     with pytest.raises(UserError, match="values_dtype among"):
         LiftConfig(values_dtype="float16")
@@ -373,7 +373,9 @@ def test_a_good_step_in_between_starts_the_count_again() -> None:
     guard.see_loss(nan)
     with pytest.raises(UserError, match="at step 6: the loss is nan, and 2 step"):
         guard.end_step(6, lambda: "there is no checkpoint yet")
-    with pytest.raises(UserError, match="max_nonfinite_steps of at least 1"):
+    with pytest.raises(
+        UserError, match="expected max_nonfinite_steps as a whole number, at least 1"
+    ):
         LiftSFTConfig(output_dir="x", max_nonfinite_steps=0, use_cpu=True, bf16=False)
 
 
@@ -423,25 +425,6 @@ def test_an_embedding_on_the_cpu_changes_nothing_but_its_place(tmp_path: Path) -
     tied = make_checkpoint(tmp_path / "tied", tied=True)
     with pytest.raises(UserError, match="tied to the output head"):
         embedding_to_cpu(get_lift_model(load(tied), LIFT, progress=False))
-
-
-def test_the_tiled_loss_is_trl_s(base: Path, tmp_path: Path) -> None:
-    ours, theirs = (trainer_for(base, tmp_path / name) for name in "ab")
-    theirs._loss = None
-    ours.train()
-    theirs.train()
-    for one, other in zip(ours.state.log_history, theirs.state.log_history, strict=True):
-        for key in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
-            assert (key in one) == (key in other)
-            if key in one:
-                assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-4, abs=1e-6), key
-    assert (learned(ours) - learned(theirs)).norm() <= 1e-4 * learned(theirs).norm()
-
-
-def test_what_needs_whole_logits_is_refused_with_quantized_ends(base: Path, tmp_path: Path) -> None:
-    trainer = trainer_for(base, tmp_path, ENDS, loss_type="dft")
-    with pytest.raises(UserError, match="quantize_ends keeps no whole logits"):
-        trainer.train()
 
 
 def test_a_second_gpu_is_left_alone(base: Path, tmp_path: Path) -> None:

@@ -395,11 +395,19 @@ def test_the_trainer_refuses_what_it_cannot_train(base: Path, tmp_path: Path) ->
         LiftTrainer(
             model=load(base), args=settings(tmp_path), train_dataset=Dataset.from_list(ROWS)
         )
-    trainer = trainer_for(
-        base, tmp_path, LiftConfig(approx_rank=8, refresh_interval=2), optim="sgd"
+    refreshed = LiftConfig(approx_rank=8, refresh_interval=2)
+    with pytest.raises(UserError, match="cannot move the state of SGD"):
+        trainer_for(base, tmp_path, refreshed, optim="sgd")
+    model = get_lift_model(load(base), refreshed, progress=False)
+    given = LiftTrainer(
+        model=model,
+        args=settings(tmp_path),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=make_tokenizer(),
+        optimizers=(torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), None),
     )
     with pytest.raises(UserError, match="cannot move the state of SGD"):
-        trainer.train()
+        given.train()
     trainer = trainer_for(base, tmp_path, LiftConfig(approx_rank=8), optim="sgd", max_steps=1)
     trainer.train()  # without a refresh any optimizer will do
 

@@ -26,7 +26,8 @@ from benchmarks.quality.methods import TARGETS
 from leanlift.checkpoint import write_json
 from leanlift.errors import UserError
 from leanlift.training import LiftSFTConfig, RunArguments, evaluate, load_rows, run, to_examples
-from leanlift.training.load import load_base
+from leanlift.training.base import load_model
+from leanlift.training.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,8 @@ def _peer(kind: str, args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any]:
     """LoRA of the same number of parameters, or full fine-tuning, on the same examples."""
     assert args.rank_budget is not None
     cuda = torch.cuda.is_available()
-    model, tokenizer = load_base(args, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    model = load_model(args, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    tokenizer = load_tokenizer(args.model_name_or_path)
     rows = load_rows(args.dataset_name)
     chat = getattr(tokenizer, "chat_template", None) is not None
     examples: Dataset = to_examples(rows, chat)

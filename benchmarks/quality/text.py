@@ -61,7 +61,7 @@ def text(
         return rows(known["train"], whole=True).batches(batch, seed)
 
     asked = [
-        Sample(tokenizer(q)["input_ids"], [], 0, a, str(last_number(a)))
+        Sample(tokenizer(q)["input_ids"], [], [], a, str(last_number(a)))
         for q, a in taught["test"]
         if last_number(a) is not None
     ][:generated]

@@ -14,13 +14,15 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
-from leanlift.errors import OutOfMemoryError, UserError
+from leanlift.errors import OutOfMemoryError, UserError, first_line, is_disk_full
 
 EXIT_USER_ERROR = 2
 EXIT_OUT_OF_MEMORY = 3
+EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    _no_telemetry()
     _quiet_libraries()
     try:
         if arguments[:1] == ["train"]:
@@ -40,24 +43,55 @@ def main(argv: Sequence[str] | None = None) -> int:
             return plan_command(arguments[1:])
         options = build_parser().parse_args(arguments)
         return int(options.run(options))
-    except UserError as error:
-        if debug:
-            raise
-        print(f"leanlift: {error}", file=sys.stderr)
-        return EXIT_OUT_OF_MEMORY if isinstance(error, OutOfMemoryError) else EXIT_USER_ERROR
-    except OSError as error:  # a full disk, a directory that may not be written
-        if debug:
-            raise
-        print(f"leanlift: {error}.", file=sys.stderr)
-        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("leanlift: interrupted.", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        said = None if debug else in_a_sentence(error)
+        if said is None:
+            raise
+        print(f"leanlift: {said[0]}", file=sys.stderr)
+        return said[1]
+
+
+def in_a_sentence(error: Exception) -> tuple[str, int] | None:
+    """What is printed of an error that has its cause outside of leanlift, and the exit code; None
+    for one that has not."""
+    if isinstance(error, OutOfMemoryError):
+        return str(error), EXIT_OUT_OF_MEMORY
+    if isinstance(error, UserError):
+        return str(error), EXIT_USER_ERROR
+    if isinstance(error, (RuntimeError, MemoryError)):  # torch is imported where these come from
+        from leanlift.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return (
+                f"out of memory: {first_line(error)} Close what else is using the device, or take "
+                "a smaller batch.",
+                EXIT_OUT_OF_MEMORY,
+            )
+    if is_disk_full(error):
+        return "the disk is full: nothing half-written was kept; make room and run it again.", 2
+    if isinstance(error, OSError):  # a directory that may not be written, a broken pipe
+        return f"{first_line(error)}", EXIT_USER_ERROR
+    return None
+
+
+class Parser(argparse.ArgumentParser):
+    """Options under their whole names alone: a new one would change what a shortened one means."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
+def path(text: str) -> str:
+    """A path or a hub name; `~` is expanded, which a shell does not after `=`."""
+    return os.path.expanduser(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of every command but `plan` and `train`, whose options come from dataclasses."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="leanlift",
         description="Fine-tune a 7B language model on one consumer GPU: a frozen 4-bit base, 5 % "
         "principal weights trained in a compact sparse store, a merged fp16 checkpoint at the end.",
@@ -67,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="the whole path on a small built-in model, on a CPU")
-    demo.add_argument("--output_dir", default="leanlift-demo", help="where the results go")
+    demo.add_argument(
+        "--output_dir", type=path, default="leanlift-demo", help="where the results go"
+    )
     demo.set_defaults(run=_demo)
 
     commands.add_parser("plan", help="what a run will need, before it is made", add_help=False)
@@ -77,18 +113,20 @@ def build_parser() -> argparse.ArgumentParser:
     add_export(commands)
 
     info = commands.add_parser("info", help="what an adapter holds")
-    info.add_argument("adapter", help="an adapter: a run's output_dir, a checkpoint, or a hub name")
+    info.add_argument(
+        "adapter", type=path, help="an adapter: a run's output_dir, a checkpoint, or a hub name"
+    )
     info.add_argument("--json", action="store_true", help="print JSON, every module included")
     info.set_defaults(run=_info)
 
     report = commands.add_parser("report", help="print where the memory of a run went")
-    report.add_argument("run_dir", metavar="RUN", help="output_dir of a training run")
+    report.add_argument("run_dir", type=path, metavar="RUN", help="output_dir of a training run")
     report.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     report.set_defaults(run=_report)
     return parser
 
 
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_eval(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="loss and greedy exact match on a file of rows",
@@ -98,10 +136,17 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     parser.add_argument(
         "--model_name_or_path",
+        type=path,
         help="the base or a merged model; default: the base that the adapter was trained on",
     )
-    parser.add_argument("--adapter", help="directory of an adapter, or a hub name")
-    parser.add_argument("--data", required=True, help=".json, .jsonl or .parquet, or a hub name")
+    parser.add_argument("--adapter", type=path, help="directory of an adapter, or a hub name")
+    parser.add_argument(
+        "--data", type=path, required=True, help=".json, .jsonl or .parquet, or a hub name"
+    )
+    parser.add_argument(
+        "--dataset_text_field",
+        help="the column of plain texts; default: as the adapter was trained, else text",
+    )
     parser.add_argument(
         "--load_in_4bit",
         action="store_true",
@@ -118,7 +163,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     parser.add_argument("--limit", type=int, help="the first so many rows alone")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", metavar="FILE", help="also write the JSON to a file")
+    parser.add_argument("--output", type=path, metavar="FILE", help="also write the JSON to a file")
     parser.set_defaults(run=_eval)
 
 
@@ -149,6 +194,14 @@ def _report(options: argparse.Namespace) -> int:
     report = load_report(options.run_dir)
     print(json.dumps(report, indent=2) if options.json else format_report(report))
     return 0
+
+
+def _no_telemetry() -> None:
+    """leanlift sends nothing to anybody, and what it is made of is not to either: TRL would report
+    the architecture and the card, datasets every file that is read. Both look at these variables
+    when they are imported."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
 
 
 def _quiet_libraries() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from os.path import expanduser
 from typing import Any
 
 from leanlift.errors import UserError
@@ -31,11 +32,15 @@ def add_export(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     export.add_argument(
-        "adapter", help="an adapter: a run's output_dir, a checkpoint, or a hub name"
+        "adapter",
+        type=expanduser,
+        help="an adapter: a run's output_dir, a checkpoint, or a hub name",
     )
-    export.add_argument("output", help="new directory for what is written")
+    export.add_argument("output", type=expanduser, help="new directory for what is written")
     export.add_argument("--format", default="merged", help="merged (default) or peft")
-    export.add_argument("--base", help="the base checkpoint; default: the one trained on")
+    export.add_argument(
+        "--base", type=expanduser, help="the base checkpoint; default: the one trained on"
+    )
     export.add_argument("--dtype", help="float16 (default), bfloat16 or float32")
     export.add_argument("--onto", help="original (default) or quantized, see above")
     export.add_argument("--max_shard_size", help='e.g. "2GB"; default 5GB')
@@ -45,7 +50,9 @@ def add_export(commands: Any) -> None:
         default=None,
         help="load the result with stock transformers and compare its logits with base + adapter",
     )
-    export.add_argument("--data", help="rows to verify with; default: those that were trained on")
+    export.add_argument(
+        "--data", type=expanduser, help="rows to verify with; default: those that were trained on"
+    )
     export.set_defaults(run=export_command)
 
     combine = commands.add_parser(
@@ -55,8 +62,12 @@ def add_export(commands: Any) -> None:
         "that several adapters have gets the weighted sum of its offsets; to one that an adapter "
         "does not have, that adapter adds nothing.",
     )
-    combine.add_argument("adapters", nargs="+", metavar="ADAPTER", help="directories or hub names")
-    combine.add_argument("--output", required=True, help="new directory for the result")
+    combine.add_argument(
+        "adapters", type=expanduser, nargs="+", metavar="ADAPTER", help="directories or hub names"
+    )
+    combine.add_argument(
+        "--output", type=expanduser, required=True, help="new directory for the result"
+    )
     combine.add_argument(
         "--weights", nargs="+", type=float, help="one number per adapter; default: 1 each, the sum"
     )
@@ -71,7 +82,7 @@ def add_export(commands: Any) -> None:
         description="Upload an adapter or a merged checkpoint. What only a resume needs "
         "(checkpoints, optimizer state) and the run's settings stay here.",
     )
-    push.add_argument("directory", help="an adapter or a merged checkpoint")
+    push.add_argument("directory", type=expanduser, help="an adapter or a merged checkpoint")
     push.add_argument("repo_id", help="user/name; made where it does not exist")
     push.add_argument("--private", action="store_true", help="make it a private one")
     push.set_defaults(run=push_command)

@@ -12,37 +12,49 @@ from typing import Any
 import torch
 from torch import nn
 
-from leanlift.adapter import open_adapter
-from leanlift.checkpoint import write_json
+from leanlift.adapter import RUN_NAME, open_adapter
+from leanlift.bounded import MOST_OF_A_STRANGER
+from leanlift.checkpoint import read_json, write_json
 from leanlift.errors import UserError
 from leanlift.layer import FrozenLinear, Scratch
 from leanlift.model import load_adapter
 from leanlift.quantized import dtype_of, frozen_weight, is_quantized
 from leanlift.training import RunArguments, load_rows
-from leanlift.training.data import check_rows
-from leanlift.training.evaluate import Evaluation, evaluate
-from leanlift.training.load import arguments_as_trained, load_base
+from leanlift.training.base import check_base_place, load_model
+from leanlift.training.evaluate import (
+    Evaluation,
+    check_options,
+    evaluate_samples,
+    to_samples,
+)
+from leanlift.training.load import arguments_as_trained
+from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
+from leanlift.training.tokens import Tokenization
 
 
 def eval_command(options: argparse.Namespace) -> int:
     """Evaluate, print the result, and write it where `--output` says."""
+    check_options(options.batch_size, options.max_new_tokens)
     args = arguments_of(options)
-    rows = load_rows(options.data)
-    check_rows(rows, "eval")  # before a load that takes minutes
+    check_base_place(args)
+    rows = load_rows(options.data, name="eval")
     if options.limit is not None:
         if options.limit < 1:
             raise UserError(f"expected a limit of at least 1, got {options.limit}.")
         rows = rows.select(range(min(options.limit, len(rows))))
+    base, revision = args.model_name_or_path, args.model_revision
+    tokenizer, how = tokenization_of(base, revision, options)
+    samples = to_samples(rows, tokenizer, how)  # before a load that takes minutes
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    model, tokenizer = load_base(args, device)
+    model = load_model(args, device)
     if options.adapter:
         load_adapter(model, options.adapter)
     else:
         _own_forwards(model)
-    result = evaluate(
+    result = evaluate_samples(
         model,
         tokenizer,
-        rows,
+        samples,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
@@ -93,6 +105,27 @@ def arguments_of(options: argparse.Namespace) -> RunArguments:
         model_revision=args.model_revision if named == args.model_name_or_path else None,
         dtype=options.dtype or args.dtype,
     )
+
+
+def tokenization_of(
+    base: str, revision: str | None, options: argparse.Namespace
+) -> tuple[Any, Tokenization]:
+    """An adapter's own tokenizer, chat template and row settings where it has them: those it was
+    trained with; else the model's."""
+    source, facts = base, {}
+    if options.adapter:
+        with open_adapter(options.adapter) as adapter:
+            directory = adapter.directory
+        if (directory / "tokenizer_config.json").is_file():
+            source = str(directory)
+        if (directory / RUN_NAME).is_file():
+            facts = read_json(directory / RUN_NAME, MOST_OF_A_STRANGER)
+    tokenizer = load_tokenizer(source, revision=revision if source == base else None)
+    rows, ends = vocabulary_rows(base, revision=revision), end_tokens(base, revision)
+    how = Tokenization.as_trained(tokenizer, facts, rows, ends)
+    if options.dataset_text_field:
+        how = replace(how, text_field=options.dataset_text_field)
+    return tokenizer, how
 
 
 def _own_forwards(model: nn.Module) -> None:

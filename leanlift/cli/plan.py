@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from leanlift.cli.train import parse_train, take_option
+from leanlift.cli.settings import asks_for_cpu, parse_train, take_option
 from leanlift.memory import format_plan
 from leanlift.memory.picture import draw
 from leanlift.training import plan_of
@@ -39,8 +39,8 @@ def plan_command(argv: Sequence[str]) -> int:
     picture, rest = take_option(rest, "--plot")
     if not any(a.startswith(("--dataset_name", "--config")) for a in rest):
         rest += ["--dataset_name", "rows.json"]
-    cuda = "--cpu" not in argv
     args, sft = parse_train(rest)
+    cuda = "--cpu" not in argv and not asks_for_cpu(rest)
     chosen: tuple[str, ...] = ()
     if card is not None:
         found = fit(args, sft, parse_card(card), cuda, _say)

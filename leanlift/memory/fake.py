@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from leanlift.config import LiftConfig
 from leanlift.ends import FrozenEmbedding, FrozenHead
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.memory.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.memory.live import LiveBytes
 from leanlift.model.ends import INT8, check_ends, embed_scale
 from leanlift.model.gated import use_gated_product
@@ -138,6 +139,7 @@ def step_peak(
     in_backward: bool,
     accumulate: bool,
     offload: bool = False,
+    whole: bool = False,
 ) -> StepBytes:
     """Bytes beyond weights, values and scratch of one forward and backward pass.
 
@@ -148,7 +150,43 @@ def step_peak(
         in_backward: whether each gradient is freed as soon as it exists.
         accumulate: whether gradients of an earlier micro-batch are there already.
         offload: whether what autograd saves is moved to the CPU.
+        whole: whether every block is run, also where they repeat.
     """
+    way = None if whole else repetition(model)
+    if way is not None:
+        laps = _laps(model, loss, batch, length, in_backward, accumulate, offload, way)
+        if repeats(laps, way):
+            return _step_bytes(whole_step(laps, way))
+    return _step_bytes(_laps(model, loss, batch, length, in_backward, accumulate, offload, None))
+
+
+def forward_peak(model: Any, loss: Loss, batch: int, length: int) -> int:
+    """Bytes beyond weights, values and scratch of a forward pass without a backward one, as in an
+    evaluation; the arguments are those of `step_peak`. What stays from block to block does not
+    grow, so the blocks that show two periods stand for all."""
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with (
+        in_part(model, repetition(model)),
+        _fused_attention(),
+        torch.no_grad(),
+        LiveBytes() as live,
+    ):
+        loss(model, ids, ids.clone())
+    return live.peak
+
+
+def _laps(
+    model: Any,
+    loss: Loss,
+    batch: int,
+    length: int,
+    in_backward: bool,
+    accumulate: bool,
+    offload: bool,
+    way: Repetition | None,
+) -> list[Lap]:
+    """The laps of a step through the blocks that `way` says; those of an earlier micro-batch first,
+    where gradients accumulate."""
     layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
     widest = max((m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)),
                  key=lambda shape: shape[0] * shape[1])  # fmt: skip
@@ -160,29 +198,43 @@ def step_peak(
         layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
         for layer in layers
     ]
-    marks: list[int] = []
     try:
-        with _fused_attention(), _offloading(offload), LiveBytes() as live:
+        with (
+            in_part(model, way),
+            _fused_attention(),
+            _offloading(offload),
+            LiveBytes() as live,
+        ):
+            laps = Laps(live)
             handles.append(
-                model.base_model.register_forward_hook(lambda *_: marks.append(_lap(live)))
+                model.base_model.register_forward_hook(lambda *_: laps.mark("hidden states"))
             )
-            for _ in range(2 if accumulate else 1):
-                marks.clear()
-                computed = loss(model, ids, ids.clone())
-                kept, over = live.current, _lap(live)
-                computed.backward()
+            with laps.at_blocks(model, way):
+                for _ in range(2 if accumulate else 1):
+                    computed = loss(model, ids, ids.clone())
+                    laps.mark("loss")
+                    with laps.backward_pass():
+                        computed.backward()
     finally:
         for handle in handles:
             handle.remove()
         for layer in layers:
             layer.values.grad = None
-    return StepBytes(forward=marks[0], loss=over, kept=kept, backward=live.peak)
+    return laps.done
 
 
-def _lap(live: LiveBytes) -> int:
-    """The peak since the last lap; the next one starts from what is alive."""
-    peak, live.peak = live.peak, live.current
-    return peak
+def _step_bytes(laps: list[Lap]) -> StepBytes:
+    """The figures of the last pass."""
+    names = [lap.mark[0] for lap in laps]
+    ends = [number for number, name in enumerate(names) if name == "done"]
+    first = ends[-2] + 1 if len(ends) > 1 else 0
+    hidden, loss = names.index("hidden states", first), names.index("loss", first)
+    return StepBytes(
+        forward=max(lap.peak for lap in laps[first : hidden + 1]),
+        loss=max(lap.peak for lap in laps[hidden + 1 : loss + 1]),
+        kept=laps[loss].end,
+        backward=max(lap.peak for lap in laps[loss + 1 :]),
+    )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.export import merge_nbytes
 from leanlift.layer import FrozenLinear, Scratch
-from leanlift.memory.fake import Loss, attach_fake, fake_tensors, step_peak
+from leanlift.memory.fake import Loss, attach_fake, fake_tensors, forward_peak, step_peak
 from leanlift.memory.measure import CATEGORIES
 from leanlift.model.ends import INT8
 from leanlift.optim import TABLES_NBYTES, adamw_nbytes
@@ -55,18 +55,22 @@ class StepSettings:
         offload: whether saved activations are moved to the CPU.
         embedding_on_cpu: whether the embedding is not on the card.
         cuda: whether the run is on a GPU; torch's AdamW works on all vectors at once there.
+        eval_batch: rows of a batch that is evaluated; 0: nothing is.
+
+    Defaults are those of `leanlift train` on a GPU.
     """
 
-    batch: int = 1
-    length: int = 2048
+    batch: int = 8
+    length: int = 1024
     dtype: str = "bfloat16"
     checkpointing: bool = True
     accumulate: int = 1
-    optim: str = "adamw_8bit"
+    optim: str = "adamw_torch"
     in_backward: bool = False
     offload: bool = False
     embedding_on_cpu: bool = False
     cuda: bool = True
+    eval_batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,10 @@ def plan_step(
             settings.accumulate > 1,
             settings.offload,
         )
+        evaluating = 0
+        if settings.eval_batch:
+            model.eval()
+            evaluating = forward_peak(model, loss, settings.eval_batch, settings.length)
     item = dtype_of(settings.dtype).itemsize
     counts = {target: config.count(shape, target) for target, shape in shapes.items()}
     entries, value = sum(counts.values()), 2 if config.values_dtype == "bfloat16" else 4
@@ -186,6 +194,8 @@ def plan_step(
         "train": train,
         "export": (0 if settings.cuda else static) + merge_nbytes(max(largest, loaded // item)),
     }
+    if settings.eval_batch:
+        phases["evaluate"] = static + evaluating
     if config.refresh_interval:
         exchange = REFRESH_PER_ENTRY * max(counts.values())
         phases["refresh"] = static + max(_selecting(config, shapes, counts, 4), exchange)

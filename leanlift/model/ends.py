@@ -74,8 +74,7 @@ def output_head(model: Any) -> Head | None:
     that is not known here (scaled, or by another module than a Linear)."""
     module = model.get_output_embeddings()
     config = model.config.get_text_config()
-    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    if any(getattr(config, name, None) not in (None, 1, 1.0) for name in scales):
+    if any(_changes_logits(name, value) for name, value in vars(config).items()):
         return None
     softcap = getattr(config, "final_logit_softcapping", None)
     if isinstance(module, FrozenHead):
@@ -84,6 +83,16 @@ def output_head(model: Any) -> Head | None:
     if type(module) is nn.Linear:
         return Head(frozen_weight(module, "the output head"), module.bias, softcap)
     return None
+
+
+def _changes_logits(name: str, value: Any) -> bool:
+    """Whether a setting of a model says that more is done to its logits than to cap them as
+    Gemma 2 does."""
+    elsewhere = name == "final_logit_softcapping" or "att" in name or "router" in name
+    if elsewhere or not isinstance(value, (int, float)):
+        return False
+    kind = any(word in name for word in ("scal", "multiplier", "cap"))
+    return kind and ("logit" in name or "head" in name or "output" in name) and value != 1
 
 
 def check_ends(model: Any) -> tuple[nn.Embedding, nn.Linear]:

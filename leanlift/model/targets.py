@@ -51,7 +51,7 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
 
 def inside_blocks(names: dict[str, nn.Module]) -> list[str]:
     """The modules inside the blocks of a model, given all of its modules by name."""
-    blocks = _block_prefixes(names)
+    blocks = _block_lists(names)
     return [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
 
 
@@ -74,8 +74,12 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_quantized(module)
 
 
-def _block_prefixes(names: dict[str, nn.Module]) -> list[str]:
-    """The outermost module lists: where a transformer keeps its blocks."""
+def block_lists(model: nn.Module) -> list[str]:
+    """The outermost module lists of a model: where a transformer keeps its blocks."""
+    return _block_lists(dict(model.named_modules()))
+
+
+def _block_lists(names: dict[str, nn.Module]) -> list[str]:
     lists = [
         name for name, module in names.items() if isinstance(module, nn.ModuleList) and len(module)
     ]

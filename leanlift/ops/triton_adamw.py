@@ -3,7 +3,8 @@
 Plain torch takes some twenty launches per chunk of 2^18 entries, of which a 7B model at 5 % has
 1,235. Here a vector takes one launch, and every entry is read and written once.
 
-The arithmetic is `optim.adamw.adamw_update`. 8-bit moments have the layout of `optim.moments`: the
+The arithmetic is `optim.adamw.adamw_update`, without fused multiply-adds: they round once where
+torch rounds twice. 8-bit moments have the layout of `optim.moments`: the
 nearest entry of an ascending table times the block's largest magnitude; a zero stays an exact
 zero, and nothing else becomes one in the second moment. Stochastic rounding draws other noise than
 torch's way, of the same distribution; it depends on the seed and the entry alone.
@@ -138,5 +139,5 @@ def adamw_step_(
             1 - lr * weight_decay, lr * correction2 / correction1, correction1 / correction2,
             EIGHT=moments.first_absmax is not None, CLAMP=step > 1,
             STOCHASTIC=seed is not None and value.dtype == torch.bfloat16, ASKS=apply is not None,
-            ROWS=ROWS,
+            ROWS=ROWS, enable_fp_fusion=False,
         )  # fmt: skip

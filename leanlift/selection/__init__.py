@@ -11,6 +11,7 @@ tile size; `Random` gives the same on every machine. Ties go to the lower positi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ from leanlift.selection.scorers import (
     Scorer,
 )
 from leanlift.selection.topk import StreamedTopK, kth_largest, topk_nbytes
-from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, as_tiles, row_ranges
+from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, ScaledTiles, as_tiles, row_ranges
 
 __all__ = [
     "Favoring",
@@ -54,7 +55,8 @@ class Selection:
 
     Attributes:
         flat: sorted int64 positions [count].
-        converged: whether the mask is the one right one.
+        converged: whether the mask is the one right one: the approximation has settled, it is
+            unique, and its smallest selected entry is more than a rounding error of the largest.
         scores: what the entries were ranked by; holds the scorer's factors.
     """
 
@@ -70,8 +72,8 @@ def select(tiles: RowTiles | Tensor, scorer: Scorer, count: int) -> Tensor:
     of b².
 
     Raises:
-        ValueError: count outside 0..m*n, a matrix with NaN or infinite entries, or sides that
-            blocks do not divide.
+        ValueError: count outside 0..m*n, a matrix with NaN or infinite entries, one whose entries
+            cannot be ranked, or sides that blocks do not divide.
     """
     return selection(tiles, scorer, count).flat
 
@@ -102,15 +104,23 @@ def selection(
         raise UserError(
             f"{name} is {m}x{n}, which blocks of {side}x{side} do not divide: use block=1."
         )
-    _refuse_non_finite(tiles, tile_bytes, name)
+    tiles = _in_range(tiles, _largest(tiles, tile_bytes, name))
     scores = scorer.prepare(tiles, count, tile_bytes)
-    if side > 1:
-        flat = _entries_of(_top(scores, (m, n), count, side, tiles.device, None).flat(), n, side)
-        return Selection(flat, scores.converged, scores)
-    top = _top(scores, (m, n), count, 1, tiles.device, _floor(scores, (m, n), count))
-    if not top.complete:  # the guess was too high
+    floor = None if side > 1 else _floor(scores, (m, n), count)
+    top = _top(scores, (m, n), count, side, tiles.device, floor)
+    if not top.complete and floor is not None:  # the guess was too high
         top = _top(scores, (m, n), count, 1, tiles.device, None)
-    return Selection(top.flat(), scores.converged, scores)
+    flat = top.flat()
+    if side > 1:
+        flat, count = _entries_of(flat, n, side), count // side**2 * side**2
+    smallest, largest = top.spread()
+    told_apart = smallest >= scores.resolution * largest
+    if flat.numel() != count:
+        raise UserError(
+            f"the selection of {name} gave {flat.numel()} entries instead of {count}: its weights "
+            "differ too much in size to be ranked; leave it out with target_modules."
+        )
+    return Selection(flat, scores.converged and told_apart, scores)
 
 
 def _top(
@@ -206,16 +216,36 @@ def selection_nbytes(
     )
 
 
-def _refuse_non_finite(tiles: RowTiles, tile_bytes: int, name: str) -> None:
-    bad = 0
+ORDINARY = 2.0**24
+"""The largest weight of a matrix lies between this and its inverse, or the matrix is scaled."""
+
+
+def _largest(tiles: RowTiles, tile_bytes: int, name: str) -> float:
+    """The largest magnitude in a matrix.
+
+    Raises:
+        UserError: entries that are NaN or infinite.
+    """
+    largest, bad = 0.0, 0
     for _, _, rows in read_blocks(tiles, tile_bytes, torch.float32):
-        if not torch.isfinite(rows.sum()):  # one NaN spoils a sum, and so may an overflow: count
+        low, high = (float(bound) for bound in torch.aminmax(rows))
+        if not (math.isfinite(low) and math.isfinite(high)):  # one NaN spoils both
             bad += int((~torch.isfinite(rows)).sum())
+        largest = max(largest, -low, high)
     if bad:
         raise UserError(
             f"{name} has {bad} NaN or infinite weights of {tiles.shape[0] * tiles.shape[1]}: "
             "the checkpoint is damaged, load another one."
         )
+    return largest
+
+
+def _in_range(tiles: RowTiles, largest: float) -> RowTiles:
+    """The matrix, or where its squares would leave the range of fp32, the matrix times a power of
+    two: which entries are largest stays the same."""
+    if largest == 0 or 1 / ORDINARY <= largest <= ORDINARY:
+        return tiles
+    return ScaledTiles(tiles, -math.frexp(largest)[1])
 
 
 def _entries_of(blocks: Tensor, n: int, side: int) -> Tensor:

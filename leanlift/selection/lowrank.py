@@ -64,12 +64,14 @@ class LowRank:
         converged: the mask had stopped moving, and singular value R + 1 is smaller than R; else
             the approximation, and so the mask, is one of many equally good ones.
         steps: sweeps over the matrix.
+        resolution: as a share of the largest score, what a score must exceed to be more than noise.
     """
 
     left: Tensor
     right: Tensor
     converged: bool
     steps: int
+    resolution: float
 
     def scores(self, start: int, stop: int) -> Tensor:
         """|W'| of rows start:stop: fp32 [stop - start, n]."""
@@ -94,7 +96,7 @@ def gram_factors(tiles: RowTiles, rank: int, tile_bytes: int) -> LowRank:
         left = torch.empty(m, rank, device=tiles.device)
         for start, stop, rows in read_blocks(tiles, tile_bytes, torch.float64):
             left[start:stop] = rows @ right
-        return LowRank(left, right.float(), has_gap(squares.flip(0), rank), steps=1)
+        return LowRank(left, right.float(), has_gap(squares.flip(0), rank), 1, RESOLUTION_GRAM)
     gram = torch.empty(m, m, dtype=torch.float64, device=tiles.device)
     for start, stop, rows in read_blocks(tiles, tile_bytes, torch.float64):
         for other_start, other_stop, others in read_blocks(tiles, tile_bytes, torch.float64, stop):
@@ -107,7 +109,7 @@ def gram_factors(tiles: RowTiles, rank: int, tile_bytes: int) -> LowRank:
     wide = torch.zeros(n, rank, dtype=torch.float64, device=tiles.device)
     for start, stop, rows in read_blocks(tiles, tile_bytes, torch.float64):
         wide.addmm_(rows.T, left[start:stop])
-    return LowRank(left.float(), wide.float(), has_gap(squares.flip(0), rank), steps=1)
+    return LowRank(left.float(), wide.float(), has_gap(squares.flip(0), rank), 1, RESOLUTION_GRAM)
 
 
 def gram_nbytes(shape: tuple[int, int], rank: int) -> int:
@@ -116,6 +118,12 @@ def gram_nbytes(shape: tuple[int, int], rank: int) -> int:
     m, n = shape
     side = min(m, n)
     return 8 * (4 * side * side + 2 * block_rows(m) * n + 2 * (m + n) * rank)
+
+
+RESOLUTION_GRAM, RESOLUTION_KRYLOV = 3e-6, 1e-4
+"""Shares of the largest score below which a score may be noise: of the fp64 squares of the Gram
+matrix, and of the fp32 products of the iteration. Masks that reach further down were seen to differ
+from the exact ones (tests, "spikes")."""
 
 
 def has_gap(squares: Tensor, rank: int) -> bool:
@@ -264,7 +272,8 @@ def krylov_factors(
         extension = None if still.reached else _or_random(space.orthonormal(following), start)
         if extension is None or steps == max_steps:
             left = space.image @ turn[:, :rank]
-            return LowRank(left, right, extension is None and has_gap(squares, rank), steps)
+            sure = extension is None and has_gap(squares, rank)
+            return LowRank(left, right, sure, steps, RESOLUTION_KRYLOV)
         if space.full:
             space.restart(turn)
             extension = space.orthonormal(extension)  # noise, where the space was nearly full

@@ -19,10 +19,17 @@ from leanlift.tiles import RowTiles, as_tiles
 
 
 class RowScores(Protocol):
-    """Non-negative fp32 scores that can be read by rows."""
+    """Non-negative fp32 scores that can be read by rows.
+
+    `converged` says whether they are the one right answer, `resolution` down to which share of the
+    largest score they are more than noise.
+    """
 
     @property
     def converged(self) -> bool: ...
+
+    @property
+    def resolution(self) -> float: ...
 
     def scores(self, start: int, stop: int) -> Tensor:
         """Scores of rows `start:stop`, [stop - start, n], in a tensor of the caller's own."""
@@ -155,6 +162,7 @@ class Gradient:
 class _MagnitudeScores:
     tiles: RowTiles
     converged: bool = True
+    resolution: float = 0.0
 
     def scores(self, start: int, stop: int) -> Tensor:
         return self.tiles.rows(start, stop).float().abs()
@@ -180,6 +188,7 @@ class _RandomScores:
     seed: int
     device: torch.device
     converged: bool = True
+    resolution: float = 0.0
 
     def scores(self, start: int, stop: int) -> Tensor:
         flat = torch.arange(start * self.n, stop * self.n, device=self.device)
@@ -255,6 +264,10 @@ class _FavoredScores:
     @property
     def converged(self) -> bool:
         return self.inner.converged
+
+    @property
+    def resolution(self) -> float:
+        return self.inner.resolution
 
     def scores(self, start: int, stop: int) -> Tensor:
         block = self.inner.scores(start, stop)  # made for this call

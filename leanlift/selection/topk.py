@@ -70,6 +70,11 @@ class StreamedTopK:
         self._compact()
         return self._flat[: self._held].long()
 
+    def spread(self) -> tuple[float, float]:
+        """The smallest and the largest score of what `flat` has returned."""
+        held = self._scores[: self._held]
+        return (float(held.min()), float(held.max())) if self._held else (0.0, 0.0)
+
     def _compact(self) -> None:
         """Cut what is held back to `count` candidates."""
         if self._held < self.count or not self.count:

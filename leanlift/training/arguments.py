@@ -7,16 +7,16 @@ TRL's SFTConfig with other defaults, which holds everything about the training l
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS, LiftConfig
 from leanlift.errors import UserError
-
-SPARSE_OPTIMIZERS = {"sparse_adamw": "float32", "sparse_adamw_8bit": "8bit"}
-"""Names of `SparseAdamW` for `optim`, and the moments it keeps."""
+from leanlift.training.checks import SPARSE_OPTIMIZERS, check_numbers
 
 
 @dataclass
@@ -164,6 +164,13 @@ class RunArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        """Expand `~` in paths: a shell does not after `=` or in a file."""
+        for name in ("model_name_or_path", "dataset_name", "eval_dataset_name", "merged_dir"):
+            given = getattr(self, name)
+            if isinstance(given, str) and given.startswith("~"):
+                setattr(self, name, os.path.expanduser(given))
+
     def lift_config(self) -> LiftConfig:
         """The LiftConfig these arguments describe.
 
@@ -246,26 +253,36 @@ class LiftSFTConfig(SFTConfig):
     warmup_steps: float = field(
         default=0.03, metadata={"help": "warm-up in steps, or below 1 as a share of all steps"}
     )
+    use_cpu: bool = field(default=False, metadata={"help": "train on the CPU, also beside a GPU"})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bf16 autocast; default: on a GPU, unless fp16 is set"},
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - as HfArgumentParser wants it
         default="none", metadata={"help": "where Trainer logs to, e.g. tensorboard or wandb"}
     )
 
     def __post_init__(self) -> None:
-        """As TRL's, which only knows transformers' optimizers.
+        """As TRL's, which only knows transformers' optimizers. Without a GPU the run is one on the
+        CPU, and without bf16 autocast unless it is asked for.
 
         Raises:
-            UserError: settings that optim_in_backward cannot go with.
+            UserError: a number out of range, or settings that optim_in_backward cannot go with.
         """
+        check_numbers(self)
+        for name in ("resume_from_checkpoint", "chat_template_path"):
+            given = getattr(self, name)
+            if isinstance(given, str) and given.startswith("~"):
+                setattr(self, name, os.path.expanduser(given))
+        if self.use_cpu or not torch.cuda.is_available():
+            self.use_cpu = True
+            self.bf16 = False if self.bf16 is None else self.bf16
         own = self.optim if self.optim in SPARSE_OPTIMIZERS else None
         if own:
             self.optim = "adamw_torch"
         super().__post_init__()
         if own:
             self.optim = own
-        if self.max_nonfinite_steps < 1:
-            raise UserError(
-                f"expected a max_nonfinite_steps of at least 1, got {self.max_nonfinite_steps}."
-            )
         if self.optim_in_backward:
             self._check_in_backward(own)
 

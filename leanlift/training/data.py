@@ -1,273 +1,308 @@
-"""From rows that people have to rows that TRL trains on.
+"""Rows made ready to train on, and what was found on the way.
 
-Four shapes of rows are understood: `messages` (chat), `prompt`/`completion`, `text`, and alpaca's
-`instruction`/`input`/`output`. All but `text` become prompt and completion, so that the loss is
-on completions only and does not depend on generation markers in a chat template. TRL does the
-tokenizing, the labels and the packing.
+`token_rows` reads and converts every row (`ExampleReader`), tokenizes the examples
+(`Tokenization`), cuts them to length and drops those without a trained token; its `LengthReport`
+says what it did. It needs a tokenizer and no model, so whatever is wrong with a row shows before
+the base is loaded. TRL then packs, shuffles and collates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-import datasets
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 
-from leanlift.errors import UserError, first_line
-
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+from leanlift._version import __version__
+from leanlift.errors import UserError
+from leanlift.training.examples import NO_ASSISTANT, NULLS, ExampleReader, columns_of
+from leanlift.training.lengths import Cut, LengthReport
+from leanlift.training.rows import (
+    Row,
+    as_dataset,
+    is_transformed,
+    is_uniform,
+    load_rows,
+    plain_rows,
 )
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-"""The prompts of Stanford Alpaca, which instruction data of this shape is commonly trained with."""
+from leanlift.training.tokens import IGNORED, Tokenization, Tokens
 
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+__all__ = [
+    "TokenRows",
+    "Worker",
+    "calibration_batches",
+    "load_rows",
+    "reader_of",
+    "to_examples",
+    "token_rows",
+    "tokenized",
+]
 
-
-def load_rows(source: str, split: str = "train") -> Dataset:
-    """Rows from a local JSON, JSONL or Parquet file, or from a dataset's hub name.
-
-    Raises:
-        UserError: missing, unreadable or empty.
-    """
-    path = Path(source)
-    kind = FILE_TYPES.get(path.suffix)
-    if kind and not path.is_file():
-        raise UserError(f"{source} does not exist: expected a JSON, JSONL or Parquet file of rows.")
-    if not kind and path.is_file():
-        raise UserError(f"{source} is no data file: expected .json, .jsonl or .parquet.")
-    try:
-        if kind:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
-        else:
-            rows = datasets.load_dataset(source, split=split)
-    except Exception as error:  # each backend raises its own kinds
-        raise UserError(f"{source} cannot be read as rows: {first_line(_cause(error))}") from error
-    if len(rows) == 0:
-        raise UserError(f"{source} holds no rows: there is nothing to train on.")
-    return rows
-
-
-def _cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-Row = dict[str, Any]
+logger = logging.getLogger("leanlift")
 
 
 @dataclass(frozen=True)
-class RowFormat:
-    """A shape of rows: the columns it needs and how a row becomes one or more examples."""
+class TokenRows:
+    """Tokenized examples, `input_ids` and `labels`, and the report about them."""
 
-    required: tuple[str, ...]
-    convert: Callable[[Row, bool], list[Row]]
-
-
-def _from_messages(row: Row, chat: bool) -> list[Row]:
-    """One example per assistant turn, each with everything before it as the prompt."""
-    turns = row["messages"]
-    return [
-        {"prompt": turns[:i], "completion": [turn]}
-        for i, turn in enumerate(turns)
-        if turn["role"] == "assistant" and i > 0
-    ]
+    data: Dataset
+    report: LengthReport
 
 
-def _from_prompt(row: Row, chat: bool) -> list[Row]:
-    return [{"prompt": row["prompt"], "completion": row["completion"]}]
-
-
-def _from_instruction(row: Row, chat: bool) -> list[Row]:
-    extra = row.get("input") or ""
-    if chat:
-        question = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
-        return [
-            {
-                "prompt": [{"role": "user", "content": question}],
-                "completion": [{"role": "assistant", "content": row["output"]}],
-            }
-        ]
-    template = ALPACA_WITH_INPUT if extra else ALPACA
-    prompt = template.format(instruction=row["instruction"], input=extra)
-    return [{"prompt": prompt, "completion": row["output"]}]
-
-
-def _from_text(row: Row, chat: bool) -> list[Row]:
-    return [{"text": row["text"]}]
-
-
-FORMATS = (
-    RowFormat(("messages",), _from_messages),
-    RowFormat(("prompt", "completion"), _from_prompt),
-    RowFormat(("instruction", "output"), _from_instruction),
-    RowFormat(("text",), _from_text),
-)
-
-
-def to_examples(rows: Dataset, chat: bool, name: str = "train") -> Dataset:
+def to_examples(
+    rows: Dataset, chat: bool, name: str = "train", text_field: str = "text"
+) -> Dataset:
     """Bring rows into one of TRL's shapes: `prompt`/`completion` or `text`.
 
     Args:
-        rows: a dataset in one of the shapes above; one that has `input_ids` is left as it is.
+        rows: a dataset in one of the shapes of `ExampleReader`; one that has `input_ids` is left
+            as it is.
         chat: whether the tokenizer has a chat template (alpaca rows then become chats).
         name: "train" or "eval", for messages.
+        text_field: the column of plain texts.
 
     Raises:
-        UserError: no rows, no known shape, or a row that lacks a column; names row and columns.
+        UserError: no rows, no known shape, or a row that cannot be used; names row and column.
     """
-    shape = check_rows(rows, name)
-    if shape is None:
+    if "input_ids" in rows.column_names:
         return rows
-    converted = [example for row in rows for example in shape.convert(row, chat)]
-    if not converted:
-        raise UserError(
-            f"no row of the {name} dataset has an assistant message: there is nothing to train on."
-        )
-    return Dataset.from_list(converted)
-
-
-def check_rows(rows: Dataset, name: str = "train") -> RowFormat | None:
-    """Find the shape of the rows and look at each one; None for rows that are tokenized already.
-
-    Raises:
-        UserError: no rows, no known shape, or a row that lacks a column.
-    """
     if len(rows) == 0:
         raise UserError(f"the {name} dataset holds no rows: there is nothing to train on.")
-    columns = set(rows.column_names)
-    if "input_ids" in columns:
-        return None
-    shape = next((fmt for fmt in FORMATS if columns.issuperset(fmt.required)), None)
-    if shape is None:
-        raise UserError(
-            f"row 0 of the {name} dataset has the columns {sorted(columns)}; expected messages, "
-            "prompt and completion, instruction and output (input optional), or text."
-        )
-    for number, row in enumerate(rows):
-        _check_row(row, shape.required, number, name)
-    return shape
+    reader = ExampleReader(name, rows.column_names, chat, text_field)
+    examples = [example for _, example in _examples(rows, reader)]
+    _refuse_nothing(len(examples), reader, len(rows))
+    lines = reader.lines(len(rows))
+    if lines:
+        logger.warning("%s: %s.", name, "; ".join(lines))
+    return Dataset.from_list(examples) if is_uniform(examples) else as_dataset(examples)
 
 
-def _check_row(row: Row, required: tuple[str, ...], number: int, name: str) -> None:
-    for column in required:
-        value = row.get(column)
-        if value is None or (column == "messages" and not _is_chat(value)):
-            found = sorted(key for key, other in row.items() if other is not None)
-            problem = "no" if value is None else "no list of role and content in"
-            raise UserError(
-                f"row {number} of the {name} dataset has {problem} {column!r} (columns found: "
-                f"{found}); every row needs {' and '.join(required)}."
-            )
+def token_rows(
+    rows: Any, how: Tokenization, name: str = "train", cut: Cut | None = None, workers: Any = None
+) -> TokenRows:
+    """Tokenize a dataset.
 
-
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(turn, dict) and turn.get("role") and turn.get("content") is not None
-        for turn in value
-    )
-
-
-def calibration_batches(
-    rows: Dataset, tokenizer: Any, max_length: int | None, count: int
-) -> list[dict[str, torch.Tensor]]:
-    """The first `count` examples as batches of one: `input_ids` and `labels` [1, T].
-
-    Labels are -100 on prompts; examples without a trained token are left out.
-    """
-    batches = []
-    for prompt, whole in tokenized(rows, tokenizer, count):
-        labels = [-100] * len(prompt) + whole[len(prompt) :]
-        whole, labels = whole[:max_length], labels[:max_length]
-        if any(label != -100 for label in labels[1:]):
-            batches.append({"input_ids": torch.tensor([whole]), "labels": torch.tensor([labels])})
-    return batches
-
-
-def tokenized(rows: Dataset, tokenizer: Any, count: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of the first `count` rows' examples: of the prompt, and of the whole."""
-    chat = getattr(tokenizer, "chat_template", None) is not None
-    for row in to_examples(rows.select(range(min(count, len(rows)))), chat, "first"):
-        yield prompt_and_whole(row, tokenizer)
-
-
-def prompt_and_whole(row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Token ids of an example's prompt, and of the example with its end token."""
-    if "text" in row:
-        return [], tokenizer(row["text"] + tokenizer.eos_token)["input_ids"]
-    if isinstance(row["prompt"], str):
-        whole = row["prompt"] + row["completion"] + tokenizer.eos_token
-        return tokenizer(row["prompt"])["input_ids"], tokenizer(whole)["input_ids"]
-    template = tokenizer.apply_chat_template
-    options = {"tokenize": True, "return_dict": False}
-    return (
-        template(row["prompt"], add_generation_prompt=True, **options),
-        template(row["prompt"] + row["completion"], **options),
-    )
-
-
-@dataclass(frozen=True)
-class LengthReport:
-    """What `max_length` does to a tokenized dataset.
-
-    Attributes:
-        rows: examples in all.
-        longest: tokens of the longest one.
-        truncated: examples longer than `max_length`, which lose their end.
-        untrained: examples without a single trained token (all labels -100), which are dropped.
-    """
-
-    name: str
-    rows: int
-    longest: int
-    truncated: int
-    untrained: int
-    max_length: int | None
-
-    def __str__(self) -> str:
-        text = f"{self.name}: {self.rows} examples, the longest has {self.longest} tokens"
-        if self.truncated:
-            text += f"; {self.truncated} are longer than max_length={self.max_length} and are cut"
-        if self.untrained:
-            text += f"; {self.untrained} have no token to train on and are dropped"
-        return text + "."
-
-
-def drop_untrained(
-    tokenized: Dataset, max_length: int | None, keep_end: bool, packing: bool, name: str
-) -> tuple[Dataset, LengthReport]:
-    """Drop examples whose labels are all -100 after truncation, and say what was found.
-
-    Packing cuts nothing off before it packs, so there only labels count, not length.
+    Args:
+        rows: a `Dataset` or list of dicts.
+        how: the tokenization.
+        name: "train" or "eval", for messages.
+        cut: to what length; by default to none.
+        workers: processes to tokenize with; None: this one.
 
     Raises:
-        UserError: nothing is left.
+        UserError: no rows, rows that cannot be used, or nothing left to train on.
     """
-    cut = None if packing or max_length is None else max_length
-    window = slice(None) if cut is None else slice(-cut, None) if keep_end else slice(None, cut)
-    keep, longest, truncated = [], 0, 0
-    for number, labels in enumerate(tokenized["labels"]):
-        longest = max(longest, len(labels))
-        truncated += max_length is not None and len(labels) > max_length
-        if any(label != -100 for label in labels[window]):
-            keep.append(number)
+    rows, worker = a_dataset(rows, name), Worker(how, name, cut or Cut())
+    columns: dict[str, Any] = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+    found = {"length": "int32", "trained": "int32", "ended": "bool", "parted": "bool"}
+    found["row"] = "int64"
+    lines: tuple[str, ...] = ()
+    given = "input_ids" in rows.column_names
+    mark = secrets.token_hex(8)  # made in memory: there is no cache to find it by
+    if given:
+        facts = (rows._fingerprint, __version__, worker.cut, replace(how, tokenizer=None))
+        mark = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]  # cached where its rows are
+        source, call = rows, {"function": worker.of_tokens, "with_indices": True}
+        if "seq_lengths" in rows.column_names:  # packed already
+            columns["seq_lengths"] = rows.features["seq_lengths"]
+    else:
+        reader = reader_of(rows, name, how)
+        pairs = list(_examples(rows, reader, as_json=True))
+        _refuse_nothing(len(pairs), reader, len(rows))
+        lines = reader.lines(len(rows))
+        source = Dataset.from_dict({"row": [n for n, _ in pairs], "json": [e for _, e in pairs]})
+        call = {"function": worker.of_json}
+    made = source.map(
+        **call,
+        remove_columns=source.column_names,
+        features=Features({**columns, **{key: Value(kind) for key, kind in found.items()}}),
+        num_proc=workers,
+        new_fingerprint=mark,
+        desc=f"Tokenizing {name} dataset",
+    ).with_format(None)
+    data, report = _drop_untrained(made, name, worker.cut, lines, given)
+    return TokenRows(data.select_columns(list(columns)), report)
+
+
+def a_dataset(rows: Any, name: str) -> Dataset:
+    """Rows as a `Dataset` that holds some.
+
+    Raises:
+        UserError: something else, nothing, or rows behind a transform of the user's.
+    """
+    if isinstance(rows, (list, tuple)):
+        rows = as_dataset(rows)
+    if not isinstance(rows, Dataset):
+        raise UserError(
+            f"the {name} dataset is a {type(rows).__name__}: expected a Dataset, an "
+            "IterableDataset or a list of dicts."
+        )
+    if len(rows) == 0:
+        raise UserError(f"the {name} dataset holds no rows: there is nothing to train on.")
+    if is_transformed(rows):
+        raise UserError(
+            f"the {name} dataset has a transform (with_transform), which may give other rows each "
+            "time: apply it with map, or give tokenized rows and dataset_kwargs="
+            '{"skip_prepare_dataset": true}.'
+        )
+    return rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
+
+
+def reader_of(rows: Any, name: str, how: Tokenization) -> ExampleReader:
+    """What converts the rows of a dataset or stream for a tokenization."""
+    whole_chats = how.completion_only is False
+    return ExampleReader(name, columns_of(rows), how.chat, how.text_field, whole_chats)
+
+
+def _examples(rows: Any, reader: ExampleReader, as_json: bool = False) -> Iterator[tuple[int, Any]]:
+    """Row number and example (or its JSON), over all rows."""
+
+    def lost(number: int) -> None:
+        reader.notes.add(NULLS, number)
+
+    for number, row in enumerate(plain_rows(rows, lost)):
+        for example in reader(row, number):
+            yield number, _to_json(example, reader, number) if as_json else example
+
+
+def _to_json(example: Row, reader: ExampleReader, number: int) -> str:
+    try:
+        return json.dumps(example)
+    except (TypeError, ValueError) as error:
+        reader.refuse(number, f"a value that JSON has no form for ({error})")
+
+
+def _refuse_nothing(examples: int, reader: ExampleReader, rows: int) -> None:
+    if examples:
+        return
+    if set(reader.notes.found) <= {NO_ASSISTANT}:
+        raise UserError(
+            f"no row of the {reader.name} dataset has an assistant message: there is nothing to "
+            "train on."
+        )
+    raise UserError(
+        f"no row of the {reader.name} dataset leaves something to train on: "
+        f"{'; '.join(reader.notes.lines(rows))}."
+    )
+
+
+class Worker:
+    """Tokenizes and cuts one example; what `Dataset.map` calls, perhaps in several processes."""
+
+    def __init__(self, how: Tokenization, name: str, cut: Cut) -> None:
+        self.how, self.name, self.cut = how, name, cut
+
+    def of_json(self, row: Row) -> Row:
+        return self.of_example(json.loads(row["json"]), row["row"])
+
+    def of_tokens(self, row: Row, number: int) -> Row:
+        made = self.of_example(row, number)
+        packs = row.get("seq_lengths")
+        if packs is not None:
+            if len(made["labels"]) != sum(packs):
+                raise UserError(
+                    f"row {number} of the {self.name} dataset is packed (it has seq_lengths), and "
+                    f"{len(made['labels'])} tokens are left of it for seq_lengths of {sum(packs)}: "
+                    f"pack to max_length={self.cut.max_length}, without padding."
+                )
+            made["seq_lengths"] = packs
+        return made
+
+    def of_example(self, example: Row, number: int) -> Row:
+        tokens = self.how(example, f"row {number} of the {self.name} dataset")
+        labels = self.cut(tokens.labels)
+        return {
+            "input_ids": self.cut(tokens.ids),
+            "labels": labels,
+            "length": len(tokens.ids),
+            "trained": sum(label != IGNORED for label in labels[1:]),
+            "ended": not self.how.ends.isdisjoint(tokens.labels),
+            "parted": tokens.parted,
+            "row": number,
+        }
+
+
+def _drop_untrained(
+    made: Dataset, name: str, cut: Cut, lines: tuple[str, ...], given: bool
+) -> tuple[Dataset, LengthReport]:
+    """Without examples of which nothing is trained: their loss would be 0 / 0."""
+    lengths, trained, numbers = made["length"][:], made["trained"][:], made["row"][:]
+    keep = [i for i, count in enumerate(trained) if count]
+    parted = [numbers[i] for i, apart in enumerate(made["parted"][:]) if apart]
+    if parted:
+        lines += (
+            f"{len(parted)} prompts end differently alone than before their completion, and are "
+            f"trained from where the two part (first: row {parted[0]})",
+        )
     report = LengthReport(
-        name, len(tokenized), longest, truncated, len(tokenized) - len(keep), max_length
+        name,
+        rows=len(made),
+        longest=max(lengths),
+        truncated=sum(cut.max_length is not None and n > cut.max_length for n in lengths),
+        untrained=len(made) - len(keep),
+        max_length=cut.max_length,
+        split=cut.split,
+        unended=0 if given else len(made) - sum(made["ended"][:]),
+        notes=lines,
     )
     if not keep:
         raise UserError(
             f"none of the {report.rows} {name} examples has a token to train on (all labels are "
-            f"-100); {truncated} are longer than max_length={max_length}: check the completions, "
-            "or raise max_length."
+            f"-100); {report.truncated} are longer than max_length={cut.max_length}: check the "
+            "completions, or raise max_length."
         )
-    return (tokenized if len(keep) == len(tokenized) else tokenized.select(keep)), report
+    return (made if len(keep) == len(made) else made.select(keep)), report
+
+
+def tokenized(
+    rows: Any, how: Tokenization, name: str = "train"
+) -> Iterator[tuple[int, Row, Tokens]]:
+    """Row number, example and tokens of each example, as they are asked for; what rows lost on the
+    way is logged after the last.
+
+    Raises:
+        UserError: no rows, rows that cannot be used, or nothing left of them.
+    """
+    rows, reader = a_dataset(rows, name), None
+    pairs: Iterator[tuple[int, Row]] = enumerate(plain_rows(rows))
+    if "input_ids" not in rows.column_names:
+        reader = reader_of(rows, name, how)
+        pairs = _examples(rows, reader)
+    count = 0
+    for number, example in pairs:
+        yield number, example, how(example, f"row {number} of the {name} dataset")
+        count += 1
+    if reader is not None:
+        _refuse_nothing(count, reader, len(rows))
+        lines = reader.lines(len(rows))
+        if lines:
+            logger.warning("%s: %s.", name, "; ".join(lines))
+
+
+def calibration_batches(
+    rows: Any, tokenizer: Any, max_length: int | None, count: int, how: Tokenization | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """The first `count` examples that train something as batches of one: `input_ids` and `labels`
+    [1, T].
+
+    Args:
+        rows: as for training.
+        tokenizer: prepared.
+        max_length: what is longer is cut.
+        count: how many.
+        how: the tokenization; by default `Tokenization.of(tokenizer)`.
+    """
+    cut, batches = Cut(max_length), []
+    for _, _, tokens in tokenized(rows, how or Tokenization.of(tokenizer)):
+        ids, labels = cut(tokens.ids), cut(tokens.labels)
+        if any(label != IGNORED for label in labels[1:]):
+            batches.append({"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])})
+        if len(batches) == count:
+            break
+    return batches

@@ -1,11 +1,12 @@
 """How well a causal LM does on rows: loss per trained token, and greedy answers.
 
-The rows are those that training takes, converted and tokenized in the same way, so that what is
+The rows are those that training takes, converted and tokenized by the same code, so that what is
 measured is what was trained. A row with an `answer` column is judged by the answer that its
 greedy text ends with, any other by the whole text.
 
 Batches are padded on the left and masked by length, never by token id, so that a pad token which
 is also the end token changes nothing; positions are counted from each row's own first token.
+Greedy is the largest logit, whatever the model's generation config says.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from trl.data_utils import common_prefix_length
 
 from leanlift.errors import UserError
-from leanlift.training.data import prompt_and_whole, to_examples
+from leanlift.training.data import a_dataset, tokenized
+from leanlift.training.rows import Row
+from leanlift.training.tokenizer import as_ids
+from leanlift.training.tokens import IGNORED, Tokenization, Tokens
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 LETTER = re.compile(r"\b[A-E]\b")
@@ -39,21 +45,27 @@ class Sample:
     Attributes:
         prompt: token ids that are given.
         whole: prompt and completion with its end token.
-        start: where the trained tokens begin in `whole`.
+        labels: as many as `whole`; -100 does not count in the loss.
         expected: the completion as text; None where there is no prompt to generate from.
         answer: what the `answer` column holds, or None.
     """
 
     prompt: list[int]
     whole: list[int]
-    start: int
+    labels: list[int]
     expected: str | None
     answer: str | None = None
 
     @property
+    def start(self) -> int:
+        """Where the first token is that counts; the very first of a text is never predicted."""
+        counted = (i for i, label in enumerate(self.labels) if i and label != IGNORED)
+        return next(counted, len(self.labels))
+
+    @property
     def trained(self) -> int:
-        """Tokens that count in the loss; the very first token of a text is never predicted."""
-        return len(self.whole) - max(1, self.start)
+        """Tokens that count in the loss."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
@@ -85,31 +97,58 @@ class Evaluation:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    rows: Dataset,
+    rows: Any,
     *,
     batch_size: int = 8,
     max_new_tokens: int = 256,
     progress: bool = True,
+    how: Tokenization | None = None,
 ) -> Evaluation:
     """Measure a model on rows.
 
     Args:
         model: a causal LM, stock or attached; its mode is restored afterwards.
         tokenizer: its tokenizer.
-        rows: in one of the shapes of `leanlift.training.data`, with or without `answer`.
+        rows: a `Dataset` or list of dicts as for training, with or without `answer`.
         batch_size: rows at a time.
         max_new_tokens: where a greedy answer is cut off; 0: the loss alone.
         progress: whether to show bars.
+        how: the tokenization; by default `Tokenization.of(tokenizer)`.
 
     Raises:
-        UserError: no rows, no known shape, or an option that makes no sense.
+        UserError: no rows, rows that cannot be used, or an option that makes no sense.
     """
+    check_options(batch_size, max_new_tokens)
+    samples = to_samples(rows, tokenizer, how)
+    return evaluate_samples(
+        model,
+        tokenizer,
+        samples,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+
+
+def check_options(batch_size: int, max_new_tokens: int) -> None:
+    """Raises a UserError for an option that makes no sense."""
     if batch_size < 1 or max_new_tokens < 0:
         raise UserError(
             f"expected a batch_size of at least 1 and max_new_tokens of 0 or more, got "
             f"{batch_size} and {max_new_tokens}."
         )
-    samples = to_samples(rows, tokenizer)
+
+
+def evaluate_samples(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    progress: bool = True,
+) -> Evaluation:
+    """`evaluate` for rows that `to_samples` has tokenized, which needs no model."""
     was_training = model.training
     model.eval()
     try:
@@ -131,32 +170,35 @@ def evaluate(
     )
 
 
-def to_samples(rows: Dataset, tokenizer: Any) -> list[Sample]:
-    """Tokenize rows as training does.
+def to_samples(rows: Any, tokenizer: Any, how: Tokenization | None = None) -> list[Sample]:
+    """Tokenize rows as training does. What rows lose on the way is logged.
 
     Raises:
-        UserError: no rows, or no known shape.
+        UserError: no rows, or rows that cannot be used.
     """
-    chat = getattr(tokenizer, "chat_template", None) is not None
+    rows, how = a_dataset(rows, "eval"), how or Tokenization.of(tokenizer)
     given = list(rows["answer"]) if "answer" in rows.column_names else None
-    if given is not None and "messages" in rows.column_names:
+    if given is not None and {"messages", "conversations"} & set(rows.column_names):
         given = None  # a chat has an answer per turn, not per row
     samples = []
-    for number, example in enumerate(to_examples(rows, chat, "eval")):
-        prompt, whole = prompt_and_whole(example, tokenizer)
-        completion = example.get("completion")
-        if isinstance(completion, list):
-            completion = completion[0]["content"]
+    for number, example, tokens in tokenized(rows, how, "eval"):
         answer = None if given is None or given[number] is None else str(given[number])
-        start = _common_prefix(prompt, whole)
-        samples.append(Sample(prompt, whole, start, completion, answer))
+        expected = _expected(example, tokens, how)
+        samples.append(Sample(tokens.prompt, tokens.ids, tokens.labels, expected, answer))
     return samples
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+def _expected(example: Row, tokens: Tokens, how: Tokenization) -> str | None:
+    """What an answer is compared with: a completion's text; of a chat's, tool calls and all, what
+    its template makes of it up to the end token."""
+    completion = example.get("completion")
+    if completion is None or not tokens.prompt:
+        return None
+    if isinstance(completion, str):
+        return completion.removesuffix(how.tokenizer.eos_token)
+    trained = tokens.ids[common_prefix_length(tokens.prompt, tokens.ids) :]
+    stop = next((at for at, token in enumerate(trained) if token in how.ends), len(trained))
+    return str(how.tokenizer.decode(trained[:stop], skip_special_tokens=True))
 
 
 @torch.no_grad()
@@ -169,12 +211,16 @@ def sum_of_losses(
     only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
     for batch in _batches(trained, lambda s: len(s.whole), batch_size, "loss", progress):
         inputs = pad_left([sample.whole for sample in batch], model.device)
-        kept = max(sample.trained for sample in batch) + 1  # one more position, to predict from
+        spans = [len(sample.whole) - sample.start for sample in batch]
+        kept = max(spans) + 1  # one more position, to predict from
         logits = model(**inputs, use_cache=False, **({"logits_to_keep": kept} if only_last else {}))
-        for sample, row, ids in zip(batch, logits.logits, inputs["input_ids"], strict=True):
-            n = sample.trained
-            total += float(F.cross_entropy(row[-n - 1 : -1].float(), ids[-n:], reduction="sum"))
-            tokens += n
+        for sample, row, n in zip(batch, logits.logits, spans, strict=True):
+            labels = torch.tensor(sample.labels[-n:], device=row.device)
+            found = F.cross_entropy(
+                row[-n - 1 : -1].float(), labels, ignore_index=IGNORED, reduction="sum"
+            )
+            total += float(found)
+            tokens += sample.trained
     return total, tokens
 
 
@@ -192,24 +238,33 @@ def greedy_answers(
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = range(len(samples))
-    for batch in _batches(order, lambda i: len(samples[i].prompt), batch_size, "answers", progress):
-        inputs = pad_left([samples[i].prompt for i in batch], model.device)
-        inputs.pop("position_ids")  # generate counts them from the mask, as pad_left does
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=ends,
-            pad_token_id=pad,
-        )
-        for i, row in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-            answers[i] = tokenizer.decode(row[:stop], skip_special_tokens=True)
+    with _greedy(model, ends, pad) as config:
+        for batch in _batches(
+            order, lambda i: len(samples[i].prompt), batch_size, "answers", progress
+        ):
+            inputs = pad_left([samples[i].prompt for i in batch], model.device)
+            inputs.pop("position_ids")  # generate counts them from the mask, as pad_left does
+            output = model.generate(
+                **inputs, generation_config=config, max_new_tokens=max_new_tokens
+            )
+            new = output[:, inputs["input_ids"].shape[1] :].tolist()
+            for i, row in zip(batch, new, strict=True):
+                stop = next((at for at, token in enumerate(row) if token in ends), len(row))
+                answers[i] = tokenizer.decode(row[:stop], skip_special_tokens=True)
     return answers
+
+
+@contextmanager
+def _greedy(model: Any, ends: list[int], pad: int) -> Iterator[GenerationConfig]:
+    """A generation config of token ids alone, also in place of the model's own: `generate` fills
+    what another one leaves open from that (penalties, beams, forced and suppressed tokens)."""
+    config = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=pad)
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    try:
+        yield config
+    finally:
+        model.generation_config = own
 
 
 def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
@@ -261,10 +316,8 @@ def last_number(text: str) -> float | None:
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Where generation stops: what the model's generation config says, and the end token."""
-    config = getattr(model, "generation_config", None)
-    said = getattr(config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(said if isinstance(said, list) else [said])}
-    return sorted(end for end in ends if end is not None)
+    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({*as_ids(tokenizer.eos_token_id), *as_ids(said)})
 
 
 def _batches(

@@ -61,12 +61,16 @@ def fit(
     Raises:
         UserError: nothing fits; says how much is missing.
     """
-    plan = plan_of(args, sft, cuda)
+    plan = least = plan_of(args, sft, cuda)
     say(f"as configured: {human(plan.needed)}")
     steps: list[str] = []
-    least = plan
-    for what, changed in changes(args, sft, cuda):
-        if plan.fits(gib):
+    pending = changes(args, sft, cuda)
+    while not plan.fits(gib):
+        if plan.peak_phase == "evaluate" and sft.per_device_eval_batch_size > 1:
+            what, changed = _smaller_evaluation(sft.per_device_eval_batch_size // 2)
+        elif (following := next(pending, None)) is not None:
+            what, changed = following
+        else:
             break
         args, sft = changed((args, sft))
         before, plan = plan.needed, plan_of(args, sft, cuda)
@@ -141,6 +145,13 @@ def _run(**changes: Any) -> Callable[[Settings], Settings]:
 
 def _loop(**changes: Any) -> Callable[[Settings], Settings]:
     return lambda settings: (settings[0], replace(settings[1], **changes))
+
+
+def _smaller_evaluation(batch: int) -> tuple[str, Callable[[Settings], Settings]]:
+    return (
+        f"per_device_eval_batch_size={batch}, the same evaluation in smaller batches",
+        _loop(per_device_eval_batch_size=batch),
+    )
 
 
 def _shorter(batch: int, accumulate: int) -> tuple[str, Callable[[Settings], Settings]]:

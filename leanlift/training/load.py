@@ -1,4 +1,4 @@
-"""Loading the base with stock transformers; every way in which that fails is one sentence."""
+"""The base of an adapter, loaded as it was trained over."""
 
 from __future__ import annotations
 
@@ -7,36 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from leanlift.adapter import Adapter
-from leanlift.errors import UserError, first_line
+from leanlift.errors import UserError
 from leanlift.training.arguments import RunArguments
-from leanlift.training.base import LOAD_FAILURES, load_model
-
-
-def load_base(
-    args: RunArguments, device: torch.device, trust_remote_code: bool = False
-) -> tuple[Any, Any]:
-    """The base model, quantized as asked for or as it is stored, and its tokenizer.
-
-    Raises:
-        UserError: as for `load_model`; a missing tokenizer, or one without an end token.
-    """
-    name = args.model_name_or_path
-    model = load_model(args, device, trust_remote_code)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=args.model_revision, trust_remote_code=trust_remote_code
-        )
-    except LOAD_FAILURES as error:
-        raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
-    if getattr(tokenizer, "eos_token", None) is None:
-        raise UserError(
-            f"the tokenizer of {name} has no end-of-sequence token: set eos_token in its "
-            "tokenizer_config.json, or the model would never learn to stop."
-        )
-    return model, tokenizer
+from leanlift.training.base import load_model
 
 
 def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.device) -> Any:
@@ -57,7 +32,7 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
 
 
 def arguments_as_trained(adapter: Adapter) -> RunArguments:
-    """What to ask `load_base` for, to get the base that an adapter was trained over; ends in INT8
+    """What to ask `load_model` for, to get the base that an adapter was trained over; ends in INT8
     are the adapter's own matter.
 
     Raises:

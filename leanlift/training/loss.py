@@ -1,19 +1,32 @@
-"""The training loss, through the tiled output head.
+"""The training loss: through the tiled output head where that is the model's own loss.
 
 TRL's own fused head wants a dense weight and works in buffers of 32,768 vocabulary entries per
-token. This loss takes a head in any storage format, and only the tokens that are trained.
+token. The tiled loss takes a head in any storage format, and only the tokens that are trained.
+It holds for models whose logits are the last hidden states times the head's weight, capped at
+most. Whether a model is one of those is not told from its name: one tiny batch has to give the
+model's own logits and loss, once as they are and once with hidden states so large that a cap, a
+scale or another norm must show. Where it does not, whole logits are made, by the model itself.
+
+Label smoothing and dynamic fine-tuning (`loss_type="dft"`) are other costs per token in the same
+tiles, not other losses.
 """
 
 from __future__ import annotations
 
+import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from leanlift.ends import head_loss
+from leanlift.ends import LIKELIHOOD, Head, Objective, head_loss
+from leanlift.errors import UserError
 from leanlift.model import output_head
+
+logger = logging.getLogger("leanlift")
 
 IGNORED = -100
 TRAINED = "trained_positions"
@@ -58,15 +71,10 @@ def trained_positions(labels: Tensor) -> Tensor:
     return next_is_trained.view(-1).nonzero().squeeze(1)
 
 
-class TiledLoss:
-    """Cross-entropy of next tokens over the trained ones, from a model's hidden states.
+class TrainingLoss(Protocol):
+    """What `LiftTrainer` computes; `last` is of the last batch, None before the first."""
 
-    Attributes:
-        last: entropy and accuracy of the last batch; None before the first.
-    """
-
-    def __init__(self) -> None:
-        self.last: LossParts | None = None
+    last: LossParts | None
 
     def __call__(self, model: Any, inputs: dict[str, Any], items: Any = None) -> Tensor:
         """Loss over `items` tokens, or over those of this batch.
@@ -77,35 +85,195 @@ class TiledLoss:
                 `MarkTrained` adds is looked up if it is missing.
             items: trained tokens of the whole accumulated batch.
         """
-        rest = {key: value for key, value in inputs.items() if key not in ("labels", TRAINED)}
-        hidden = model.base_model(**{**rest, "use_cache": False}).last_hidden_state
-        labels, places = inputs["labels"], inputs.get(TRAINED)
-        if places is None:
-            places = trained_positions(labels)
-        states = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)
-        wanted = labels.reshape(-1).index_select(0, places + 1)
-        trained = max(1, places.numel())
+        ...
+
+
+class TiledLoss:
+    """Cost of the next tokens over the trained ones, from a model's hidden states."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.last: LossParts | None = None
+
+    def __call__(self, model: Any, inputs: dict[str, Any], items: Any = None) -> Tensor:
+        hidden = model.base_model(**forwarded(inputs)).last_hidden_state
+        states, wanted = _trained(hidden, inputs)
+        trained = max(1, wanted.numel())
         head = output_head(model)
         assert head is not None
-        parts = head_loss(states, wanted, head, trained if items is None else items)
+        divisor = trained if items is None else items
+        parts = head_loss(states, wanted, head, divisor, objective=self.objective)
         self.last = LossParts(parts.entropy / trained, parts.correct / trained)
         return parts.loss
 
 
-def tiled_loss(model: Any, args: Any, custom: Any) -> TiledLoss | None:
-    """A `TiledLoss`, or None where another loss was asked for or the head is not a plain one."""
-    plain = getattr(args, "loss_type", "nll") in ("nll", "chunked_nll")
-    router = getattr(model.config, "output_router_logits", False)
-    smoothing = getattr(args, "label_smoothing_factor", 0.0)
-    if not plain or custom is not None or router or smoothing or output_head(model) is None:
+class WholeLoss:
+    """The same from the logits that the model itself makes, of all tokens at once."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.last: LossParts | None = None
+
+    def __call__(self, model: Any, inputs: dict[str, Any], items: Any = None) -> Tensor:
+        logits, wanted = _trained(model(**forwarded(inputs)).logits, inputs)
+        trained = max(1, wanted.numel())
+        with torch.no_grad():
+            chances = logits.float().log_softmax(-1)
+            entropy = -(chances.exp() * chances).sum()
+            correct = (logits.argmax(-1) == wanted).sum()
+            del chances
+        self.last = LossParts(entropy / trained, correct / trained)
+        divisor = trained if items is None else items
+        return _cost(logits.float(), wanted, self.objective) / divisor
+
+
+def forwarded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch a model is given."""
+    given = {key: value for key, value in inputs.items() if key not in ("labels", TRAINED)}
+    return {**given, "use_cache": False}
+
+
+def _trained(outputs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of outputs [B, S, d] those whose next token is trained, [T, d], and that token, [T]."""
+    labels, places = inputs["labels"], inputs.get(TRAINED)
+    if places is None:
+        places = trained_positions(labels)
+    flat = outputs.reshape(-1, outputs.shape[-1])
+    return flat.index_select(0, places), labels.reshape(-1).index_select(0, places + 1)
+
+
+def _cost(logits: Tensor, wanted: Tensor, objective: Objective) -> Tensor:
+    """Summed cost of tokens from whole logits [T, V]."""
+    costs = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=objective.smoothing)
+    if objective.by_confidence:
+        with torch.no_grad():
+            chances = -F.cross_entropy(logits, wanted, reduction="none")
+        costs = costs * chances.exp()
+    return costs.sum()
+
+
+def training_loss(
+    model: Any, args: Any, custom: Any, autocast: AbstractContextManager[Any] | None = None
+) -> TrainingLoss | None:
+    """What a model is trained on; None where TRL's own way is needed: a loss function of the
+    user's, or a router's auxiliary loss.
+
+    Args:
+        model: an attached causal LM, on its device.
+        args: an SFTConfig.
+        custom: the user's loss function, or None.
+        autocast: what the training step runs under.
+
+    Raises:
+        UserError: a router's loss beside a head whose logits TRL cannot make.
+    """
+    if custom is not None:
         return None
-    return TiledLoss()
-
-
-def loss_of_all_tokens(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
-    """The same loss with every token trained, for planning: nothing depends on what labels are."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     head = output_head(model)
-    assert head is not None
+    plain = head is not None and is_own_loss(model, head, autocast)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        if not plain:
+            raise UserError(
+                f"the logits of this {type(model).__name__} are not its hidden states times its "
+                "head's weight, which the auxiliary loss of its router cannot be trained with: set "
+                "router_aux_loss_coef=0."
+            )
+        return None
+    objective = objective_of(args)
+    if plain:
+        return TiledLoss(objective)
+    logger.warning(
+        "The logits of this %s are not its hidden states times its head's weight: they are made "
+        "whole, which takes more memory.",
+        type(model).__name__,
+    )
+    return WholeLoss(objective)
+
+
+def objective_of(args: Any) -> Objective:
+    """What a token costs under an SFTConfig."""
+    if getattr(args, "loss_type", "nll") == "dft":
+        return Objective(by_confidence=True)
+    return Objective(smoothing=getattr(args, "label_smoothing_factor", 0.0))
+
+
+LARGE = 60.0
+"""Logits that no cap in use leaves as they are."""
+
+ROUNDINGS = 4
+"""Epsilons of the largest logit by which two ways of computing it may differ: the product, the
+bias and the cap are each rounded once."""
+
+ORDER = 2e-4
+"""The same for sums in another order, as a share of the largest logit: in fp32 they are off by many
+epsilons. A cap or a scale changes a large logit by its own size."""
+
+
+@torch.no_grad()
+def is_own_loss(
+    model: Any, head: Head, autocast: AbstractContextManager[Any] | None = None
+) -> bool:
+    """Whether a model's logits and loss are those of `head` over the hidden states of its base, on
+    one tiny batch. Dropout is off meanwhile."""
+    device = next(model.parameters()).device
+    ids = (torch.arange(18, device=device) * 7 + 3).view(2, 9) % min(97, head.weight.shape[0])
+    labels = ids.clone()
+    labels[:, :3] = IGNORED
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast or nullcontext():
+            largest = _agree(model, head, ids, labels, 1.0)
+            if largest is None:
+                return False
+            return _agree(model, head, ids, labels, LARGE / max(largest, 1e-6)) is not None
+    finally:
+        model.train(was_training)
+
+
+def _agree(model: Any, head: Head, ids: Tensor, labels: Tensor, gain: float) -> float | None:
+    """The largest logit, with the base's hidden states multiplied by `gain`; None where the model
+    and the head give other logits or another loss, or the base was not asked."""
+    seen: list[Tensor] = []
+
+    def enlarge(module: Any, args: Any, output: Any) -> Any:
+        hidden = getattr(output, "last_hidden_state", None)
+        if hidden is not None:
+            seen.append(hidden * gain)
+            output.last_hidden_state = seen[-1]
+        return output
+
+    handle = model.base_model.register_forward_hook(enlarge)
+    try:
+        own = model(input_ids=ids, labels=labels, use_cache=False)
+    finally:
+        handle.remove()
+    if len(seen) != 1 or own.loss is None:
+        return None
+    hidden = seen[0]
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return head_loss(flat, labels[:, 1:].reshape(-1), head, torch.tensor(1.0)).loss
+    ours = head.logits(flat, head.rows(0, head.weight.shape[0], hidden.dtype), 0)
+    largest = float(ours.abs().max())
+    epsilon = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, own.logits.dtype))
+    bound = max(ROUNDINGS * epsilon, ORDER) * max(largest, 1.0)
+    states, wanted = _trained(ours.view(*hidden.shape[:-1], -1), {"labels": labels})
+    loss = F.cross_entropy(states, wanted)
+    same = (own.logits.reshape(ours.shape) - ours).abs().max() <= bound
+    return largest if bool(same) and abs(float(own.loss) - float(loss)) <= bound else None
+
+
+def loss_of_all_tokens(
+    model: Any, ids: Tensor, labels: Tensor, objective: Objective = LIKELIHOOD
+) -> Tensor:
+    """The loss with every token trained, for planning: nothing depends on what labels are."""
+    head, one = output_head(model), torch.tensor(1.0)
+    if head is None:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        flat = logits.reshape(-1, logits.shape[-1])
+        return _cost(flat.float(), labels[:, 1:].reshape(-1), objective)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    wanted = labels[:, 1:].reshape(-1)
+    return head_loss(flat, wanted, head, one, objective=objective).loss

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from leanlift.config import LiftConfig
+from leanlift.ends import LIKELIHOOD, Objective
 from leanlift.errors import UserError, first_line
 from leanlift.memory import MemoryPlan, StepSettings, plan_step
 from leanlift.quantized import WeightFormat, dtype_of
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.loss import loss_of_all_tokens
+from leanlift.training.loss import loss_of_all_tokens, objective_of
 
 NF4 = WeightFormat("nf4", "bfloat16", 64, double=True)
 
@@ -26,6 +28,7 @@ def plan_memory(
     quantization: WeightFormat | None = NF4,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    objective: Objective = LIKELIHOOD,
 ) -> MemoryPlan:
     """What fine-tuning a model will need, without its weights.
 
@@ -36,6 +39,7 @@ def plan_memory(
         quantization: how the Linears are held; None: in `settings.dtype`.
         attn_implementation: as in `from_pretrained`.
         trust_remote_code: as in `from_pretrained`.
+        objective: what a token costs.
 
     Raises:
         UserError: no such model, one without targets, or settings that cannot be planned.
@@ -56,12 +60,13 @@ def plan_memory(
             trust_remote_code=trust_remote_code,
         )
 
-    with _no_packing_search():
-        return plan_step(build, str(model), config, quantization, settings, loss_of_all_tokens)
+    loss = partial(loss_of_all_tokens, objective=objective)
+    with without_packing_search():
+        return plan_step(build, str(model), config, quantization, settings, loss)
 
 
 @contextmanager
-def _no_packing_search() -> Iterator[None]:
+def without_packing_search() -> Iterator[None]:
     """Without an attention mask transformers looks into the positions for packed sequences, and
     makes a whole mask where it cannot look, as under fake tensors; a real run makes none."""
     if not hasattr(masking_utils, "find_packed_sequence_indices"):
@@ -84,11 +89,12 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         dtype=dtype,
         checkpointing=bool(sft.gradient_checkpointing),
         accumulate=sft.gradient_accumulation_steps,
-        optim=str(getattr(sft.optim, "value", sft.optim)),
+        optim=_value(sft.optim),
         in_backward=sft.optim_in_backward,
         offload=bool(sft.activation_offloading),
         embedding_on_cpu=args.embedding_on_cpu,
         cuda=cuda,
+        eval_batch=0 if _value(sft.eval_strategy) == "no" else sft.per_device_eval_batch_size,
     )
     return plan_memory(
         args.model_name_or_path,
@@ -97,7 +103,13 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         format_of(args, dtype),
         args.attn_implementation,
         bool(sft.trust_remote_code),
+        objective_of(sft),
     )
+
+
+def _value(choice: Any) -> str:
+    """What an enum of transformers' says, or the name that was given."""
+    return str(getattr(choice, "value", choice))
 
 
 def format_of(args: RunArguments, dtype: str) -> WeightFormat | None:

@@ -36,11 +36,15 @@ from leanlift.model import (
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.base import check_base_place, load_model
 from leanlift.training.callbacks import last_whole_checkpoint
-from leanlift.training.data import calibration_batches, check_rows, load_rows
+from leanlift.training.checks import check_settings
+from leanlift.training.data import TokenRows, calibration_batches, load_rows
 from leanlift.training.fit import changes, fit
-from leanlift.training.load import load_base
 from leanlift.training.memory import MemoryCallback
+from leanlift.training.ready import RowsForTraining
+from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
+from leanlift.training.tokens import ROW_KEYS
 from leanlift.training.trainer import STAGING, LiftTrainer
 
 logger = logging.getLogger("leanlift")
@@ -112,16 +116,13 @@ def _run(
     output = Path(sft.output_dir or "leanlift-output")
     resume = _checkpoint_to_resume(sft, output)
     config = args.lift_config()
+    check_settings(sft, config)
     if args.merged_dir and Path(args.merged_dir).exists():
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
     if args.merge_onto not in ONTO:
         raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
-    rows = load_rows(args.dataset_name, args.dataset_split)
-    check_rows(rows)  # before a load that takes minutes
-    eval_rows = None
-    if args.eval_dataset_name:
-        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split)
-        check_rows(eval_rows, "eval")
+    check_base_place(args)
+    tokenizer, rows, eval_rows = _ready_rows(args, sft)  # before a load that takes minutes
 
     device = (
         torch.device("cuda", 0)
@@ -132,13 +133,14 @@ def _run(
     meter = MemoryMeter(device)
     meter.report.plan = None if plan is None else plan.to_dict()
     with meter.phase("load"):
-        model, tokenizer = load_base(args, device, sft.trust_remote_code)
+        model = load_model(args, device, sft.trust_remote_code)
     reached.append("select")
     with meter.phase("select", follow=True) as peak:
         if resume:
             load_adapter(model, resume, progress=True)
         elif config.selector == "gradient":
-            batches = calibration_batches(rows, tokenizer, sft.max_length, args.calibration_rows)
+            data = rows.data if isinstance(rows, TokenRows) else rows
+            batches = calibration_batches(data, tokenizer, sft.max_length, args.calibration_rows)
             get_lift_model(model, config, calibration=batches)
         else:
             get_lift_model(model, config)
@@ -200,13 +202,27 @@ def _run(
     return RunResult(model, tokenizer, meter.report, merged)
 
 
+def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> tuple[Any, Any, Any]:
+    """The tokenizer, and the rows to train and to evaluate on, ready for the trainer."""
+    rows = load_rows(args.dataset_name, args.dataset_split)
+    eval_rows = None
+    if args.eval_dataset_name:
+        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
+    base, revision = args.model_name_or_path, args.model_revision
+    tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
+    embedding = vocabulary_rows(base, sft.trust_remote_code, revision)
+    ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base, revision))
+    return tokenizer, ready.train(rows), ready.eval(eval_rows)
+
+
 def _settings(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
     """What a reader of the adapter may want to know of the run, JSON-ready."""
     own = asdict(args)
     given = own["dataset_name"]
     own["dataset_name"] = str(Path(given).absolute()) if Path(given).is_file() else given
     loop = sft.to_dict()
-    return {"leanlift_version": __version__, **own, **{key: loop[key] for key in TRAINING_KEYS}}
+    kept = {key: loop[key] for key in (*TRAINING_KEYS, *ROW_KEYS)}
+    return {"leanlift_version": __version__, **own, **kept}
 
 
 def _out_of_memory(

@@ -8,17 +8,14 @@ applied.
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import (
-    AutoTokenizer,
-)
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
@@ -51,28 +48,38 @@ from leanlift.training.callbacks import (
     Refresh,
     last_whole_checkpoint,
 )
-from leanlift.training.data import LengthReport, drop_untrained, to_examples
-from leanlift.training.loss import TRAINED, MarkTrained, tiled_loss
+from leanlift.training.checks import check_numbers, check_settings
+from leanlift.training.data import TokenRows
+from leanlift.training.eval_loss import TokenMeans, trained_tokens
+from leanlift.training.examples import columns_of
+from leanlift.training.lengths import LengthReport
+from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
+from leanlift.training.ready import Rows, RowsForTraining, drop_untrained_packs
 from leanlift.training.steps import StepGuard
+from leanlift.training.tokenizer import load_tokenizer, tell_model
 
 logger = logging.getLogger("leanlift")
 
 STAGING = ".saving"
 
+LOGGED_MEANS = ("entropy", "mean_token_accuracy")
+"""What is logged beside the loss as a mean over tokens."""
+
 
 class LiftTrainer(SFTTrainer):
     """`SFTTrainer(model, args, train_dataset, …)` for a model from `get_lift_model`.
 
-    Takes the arguments of `trl.SFTTrainer` except `peft_config`. Datasets may have `messages`,
-    `prompt`/`completion`, `text` or `instruction`/`input`/`output` columns. Gradient
-    checkpointing is non-reentrant unless `gradient_checkpointing_kwargs` says otherwise.
+    Takes the arguments of `trl.SFTTrainer` except `peft_config`. Datasets, streams and lists of
+    dicts may have `messages` (or `conversations`), `prompt`/`completion`, `text` or
+    `instruction`/`input`/`output`, or `input_ids`. Gradient checkpointing is non-reentrant unless
+    `gradient_checkpointing_kwargs` says otherwise.
 
     With `LiftSFTConfig` as `args`, `optim` may be "sparse_adamw" or "sparse_adamw_8bit", and
     `optim_in_backward` and `max_nonfinite_steps` are there; with a plain `SFTConfig` pass
     `optimizers=(SparseAdamW(...), None)`.
 
     Attributes:
-        length_reports: what `max_length` did to each dataset.
+        length_reports: what became of each dataset's rows.
         refreshes: a `RefreshReport` per mask refresh of this process.
         guard: which steps were not applied.
 
@@ -89,8 +96,8 @@ class LiftTrainer(SFTTrainer):
         self,
         model: torch.nn.Module,
         args: SFTConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
@@ -98,7 +105,10 @@ class LiftTrainer(SFTTrainer):
         claim(model)
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
-        args = args or SFTConfig(output_dir="leanlift-output")
+        args = _sft(args)
+        check_numbers(args)
+        given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
+        check_settings(args, self._lift.config, by_name=given is None)
         if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
             raise UserError(
                 "activation_offloading moves activations from a GPU to the CPU, and this run is on "
@@ -121,19 +131,29 @@ class LiftTrainer(SFTTrainer):
             )
         _make_checkpointing_safe(model, args)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                self._lift.base.name, revision=self._lift.base.revision, trust_remote_code=False
+            processing_class = load_tokenizer(
+                self._lift.base.name, revision=self._lift.base.revision
             )
-        chat = getattr(processing_class, "chat_template", None) is not None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=_examples(train_dataset, chat, "train"),
-            eval_dataset=_all_examples(eval_dataset, chat),
-            processing_class=processing_class,
-            **kwargs,
+        tokenizer = _tokenizer_of(processing_class)
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        function = kwargs.pop("formatting_func", None)
+        self._rows = RowsForTraining(tokenizer, args, _embedding_rows(model), ends, function)
+        tell_model(model, tokenizer, args)
+        self._built = False
+        with _rows_settled(args):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=self._unwrapped(self._rows.train(train_dataset), "train"),
+                eval_dataset=self._unwrapped(self._rows.eval(eval_dataset), "eval"),
+                processing_class=processing_class,
+                **kwargs,
+            )
+        self._built = True
+        self._eval_means = TokenMeans()
+        self._loss = training_loss(
+            self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
         )
-        self._loss = tiled_loss(self.model, self.args, self.compute_loss_func)
         if self._loss is not None:
             self.data_collator: Any = MarkTrained(self.data_collator)
         self._last_finite = torch.zeros((), device=self.args.device)
@@ -146,6 +166,15 @@ class LiftTrainer(SFTTrainer):
 
     # --- data ------------------------------------------------------------------------------
 
+    def _unwrapped(self, rows: Any, name: str) -> Any:
+        """What TRL shall have of ready rows; their report is kept."""
+        if isinstance(rows, dict):
+            return {key: self._unwrapped(part, key) for key, part in rows.items()}
+        if isinstance(rows, TokenRows):
+            self.length_reports[name] = rows.report
+            return rows.data
+        return rows
+
     def _prepare_dataset(
         self,
         dataset: Any,
@@ -155,18 +184,53 @@ class LiftTrainer(SFTTrainer):
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        """TRL's preparation in two passes, so that nothing is cut or dropped silently."""
-        prepare = super()._prepare_dataset
-        if not isinstance(dataset, Dataset):
-            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        uncut = copy.copy(args)
-        uncut.max_length, uncut.shuffle_dataset = None, False
-        whole = prepare(dataset, processing_class, uncut, False, formatting_func, dataset_name)
-        keep_end = args.truncation_mode == "keep_end"
-        kept, report = drop_untrained(whole, args.max_length, keep_end, packing, dataset_name)
-        self.length_reports[dataset_name] = report
-        (logger.warning if report.truncated or report.untrained else logger.info)("%s", report)
-        return prepare(kept, processing_class, args, packing, None, dataset_name)
+        """Packing and shuffling are TRL's; rows given to `evaluate` are tokenized first."""
+        if self._built:
+            ready = self._rows(dataset, dataset_name, packing)
+            dataset = self._unwrapped(ready, dataset_name)
+        packing = packing and "seq_lengths" not in columns_of(dataset)  # packed already
+        made = super()._prepare_dataset(
+            dataset, processing_class, args, packing, None, dataset_name
+        )
+        return drop_untrained_packs(made, dataset_name) if packing else made
+
+    # --- evaluation ------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """As TRL's, and keeps what the mean over tokens needs."""
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if found[0] is not None:
+            count, logged = trained_tokens(inputs), self._metrics["eval"]
+            self._eval_means.add("loss", found[0], count)
+            for name in LOGGED_MEANS:
+                if logged[name]:
+                    self._eval_means.add(name, torch.as_tensor(logged[name][-1]), count)
+        return found
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As Trainer's, with means over trained tokens instead of means of the batches' means,
+        which depend on the batch size: the best checkpoint is chosen by them."""
+        self._eval_means = TokenMeans()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self._eval_means.means(self.accelerator)
+        key = f"{metric_key_prefix}_loss"
+        if key in output.metrics and "loss" in means:
+            output.metrics[key] = means["loss"]
+        for name in LOGGED_MEANS:
+            if name in means:
+                self._metrics["eval"][name] = [means[name]]
+        return output
 
     # --- steps -----------------------------------------------------------------------------
 
@@ -191,12 +255,14 @@ class LiftTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Our own loss where it can be, so that no tile of logits is larger than it must be."""
-        if self._loss is None or return_outputs or "shift_labels" in inputs:
+        """Our own loss, but where only TRL's way will do: a loss function of the user's, or the
+        auxiliary loss of a router. Outputs, where they are asked for, take a second forward pass,
+        as TRL's do."""
+        if self._loss is None or "shift_labels" in inputs:
             if isinstance(model.get_output_embeddings(), FrozenHead):
                 raise UserError(
-                    "quantize_ends keeps no whole logits: train and evaluate with loss_type=nll or "
-                    "chunked_nll, no label smoothing and no compute_metrics."
+                    "quantize_ends keeps no dense output head: leave out compute_loss_func, and "
+                    "set router_aux_loss_coef=0 for a model with a router."
                 )
             inputs = {key: value for key, value in inputs.items() if key != TRAINED}
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -204,6 +270,9 @@ class LiftTrainer(SFTTrainer):
             with self.accelerator.autocast():
                 result = self._loss(model, inputs, num_items_in_batch)
             self._log_parts("train" if model.training else "eval", inputs)
+            if return_outputs:
+                with torch.no_grad():
+                    result = result, model(**forwarded(inputs))
         if model.training:
             loss = result[0] if isinstance(result, tuple) else result
             self.guard.see_loss(loss.detach())
@@ -329,6 +398,9 @@ class LiftTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         restore_adapter(self.model, self.state.best_model_checkpoint)
 
+    def _send_telemetry(self) -> None:
+        """None."""
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None per checkpoint: a card describes a finished model."""
 
@@ -354,11 +426,41 @@ def _make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
         model.enable_input_require_grads()
 
 
-def _examples(dataset: Any, chat: bool, name: str) -> Any:
-    return to_examples(dataset, chat, name) if isinstance(dataset, Dataset) else dataset
+@contextmanager
+def _rows_settled(args: SFTConfig) -> Iterator[None]:
+    """Hide from TRL's constructor what has been done by now: it would do it again, to tokenized
+    rows and to an embedding that cannot grow."""
+    done = {"chat_template_path": None, "eos_token": None, "assistant_only_loss": False}
+    kept = {key: getattr(args, key) for key in done}
+    for key, value in done.items():
+        setattr(args, key, value)
+    try:
+        yield
+    finally:
+        for key, value in kept.items():
+            setattr(args, key, value)
 
 
-def _all_examples(dataset: Any, chat: bool) -> Any:
-    if isinstance(dataset, dict):
-        return {name: _examples(part, chat, name) for name, part in dataset.items()}
-    return _examples(dataset, chat, "eval")
+def _sft(args: Any) -> SFTConfig:
+    """Arguments as TRL's own: of `TrainingArguments` those that it has, as TRL takes them."""
+    if args is None:
+        return LiftSFTConfig()
+    if isinstance(args, SFTConfig):
+        return args
+    return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
+
+
+def _tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
+
+
+def _embedding_rows(model: Any) -> int:
+    """Rows of the embedding, whatever holds it."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
+        return int(weight.shape[0])
+    return int(model.config.get_text_config().vocab_size)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from leanlift.adapter import RUN_NAME, Adapter, open_adapter
 from leanlift.bounded import MOST_OF_A_STRANGER
@@ -28,6 +29,8 @@ from leanlift.quantized import dtype_of
 from leanlift.tiles import row_ranges, tile_rows
 from leanlift.training.data import load_rows, tokenized
 from leanlift.training.load import load_as_trained
+from leanlift.training.tokenizer import load_tokenizer, vocabulary_rows
+from leanlift.training.tokens import Tokenization
 
 BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """The largest difference of a logit that rounding may make, as a share of the largest logit. The
@@ -101,18 +104,19 @@ def verify_merged(
 
 def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
     """Token ids [1, T] of the first examples that the adapter was trained on, cut to `TOKENS`."""
+    run = adapter.directory / RUN_NAME
+    facts = read_json(run, MOST_OF_A_STRANGER) if run.is_file() else {}
+    facts, split = facts if isinstance(facts, dict) else {}, "train"
     if data is None:
-        run = adapter.directory / RUN_NAME
-        facts = read_json(run, MOST_OF_A_STRANGER) if run.is_file() else {}
-        data = facts.get("dataset_name") if isinstance(facts, dict) else None
+        data, split = facts.get("dataset_name"), facts.get("dataset_split", split)
     if not isinstance(data, str):
         raise UserError(
             f"{adapter.directory} does not say which data it was trained on: name rows to verify "
             "with, --data rows.json."
         )
-    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
-    examples = tokenized(load_rows(data), tokenizer, PROMPTS)
-    return [torch.tensor([whole[:TOKENS]]) for _, whole in examples][:PROMPTS]
+    how = Tokenization.as_trained(load_tokenizer(merged), facts, vocabulary_rows(merged))
+    examples = tokenized(load_rows(data, str(split)), how, "first")
+    return [torch.tensor([tokens.ids[:TOKENS]]) for _, _, tokens in islice(examples, PROMPTS)]
 
 
 def _onto_original(

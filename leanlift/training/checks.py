@@ -1,0 +1,204 @@
+"""Settings that cannot be meant, or that could not be kept, refused before anything is loaded.
+
+Three kinds. Numbers outside of what they count. Settings of TRL's and Trainer's that would do
+nothing to a leanlift model, or something else than they say. Packages that a setting needs. Each
+ends in one sentence; most of them would otherwise end a run after minutes of loading, in another
+library's words, or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.integrations import get_reporting_integration_callbacks
+
+from leanlift.config import LiftConfig
+from leanlift.errors import UserError, first_line
+from leanlift.optim import check_followable
+
+SPARSE_OPTIMIZERS = {"sparse_adamw": "float32", "sparse_adamw_8bit": "8bit"}
+"""Names of `SparseAdamW` for `optim`, and the moments it keeps."""
+
+Test = Callable[[float], bool]
+AT_LEAST_1: tuple[str, Test] = ("at least 1", lambda value: value >= 1)
+NOT_NEGATIVE: tuple[str, Test] = ("0 or more", lambda value: value >= 0)
+POSITIVE: tuple[str, Test] = ("more than 0", lambda value: value > 0)
+SHARE: tuple[str, Test] = ("in [0, 1)", lambda value: 0 <= value < 1)
+
+NUMBERS: dict[str, tuple[str, Test]] = {
+    "per_device_train_batch_size": AT_LEAST_1,
+    "per_device_eval_batch_size": AT_LEAST_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "max_steps": (
+        "at least 1, or -1 for num_train_epochs",
+        lambda value: value >= 1 or value == -1,
+    ),
+    "num_train_epochs": POSITIVE,
+    "max_length": AT_LEAST_1,
+    "learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "label_smoothing_factor": SHARE,
+    "logging_steps": POSITIVE,
+    "eval_steps": POSITIVE,
+    "eval_delay": NOT_NEGATIVE,
+    "save_steps": POSITIVE,
+    "save_total_limit": AT_LEAST_1,
+    "dataset_num_proc": AT_LEAST_1,
+    "dataloader_num_workers": NOT_NEGATIVE,
+    "eval_accumulation_steps": AT_LEAST_1,
+    "torch_empty_cache_steps": AT_LEAST_1,
+    "neftune_noise_alpha": NOT_NEGATIVE,
+    "router_aux_loss_coef": NOT_NEGATIVE,
+    "pad_to_multiple_of": AT_LEAST_1,
+    "max_nonfinite_steps": AT_LEAST_1,
+}
+"""What the numbers of a training loop may be; those whose default is none may be none."""
+
+WHOLE = (
+    "_size",
+    "_num_proc",
+    "_workers",
+    "max_length",
+    "max_steps",
+    "_limit",
+    "accumulation_steps",
+    "nonfinite_steps",
+)
+"""Endings of names of whole numbers."""
+
+
+LEFT_OUT = object()
+"""A setting that this version of the library, or this kind of config, has not."""
+
+
+def check_numbers(sft: Any) -> None:
+    """Hold the numbers of an SFTConfig against `NUMBERS`.
+
+    Raises:
+        UserError: one that is no number, not finite, or out of range.
+    """
+    fields = dataclasses.fields(sft)
+    optional = {"max_length", "pad_to_multiple_of", *(f.name for f in fields if f.default is None)}
+    for name, (what, holds) in NUMBERS.items():
+        value: Any = getattr(sft, name, LEFT_OUT)
+        if value in (LEFT_OUT, "auto") or (value is None and name in optional):
+            continue
+        kinds = (int,) if name.endswith(WHOLE) else (int, float)
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not holds(value):
+            kind = "whole number" if name.endswith(WHOLE) else "number"
+            raise UserError(f"expected {name} as a {kind}, {what}; got {value!r}.")
+
+
+def check_settings(sft: Any, config: LiftConfig, by_name: bool = True) -> None:
+    """Refuse settings that a run could not keep.
+
+    Args:
+        sft: an SFTConfig.
+        config: what is trained.
+        by_name: whether the optimizer is the one that `optim` names, not an object of the user's.
+
+    Raises:
+        UserError: there is one; says which and what to do instead.
+    """
+    for wrong, advice in _unsupported(sft, config):
+        raise UserError(f"{wrong} {advice}.")
+    if by_name:
+        _check_optimizer(sft, config)
+    _check_reporting(sft)
+
+
+def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
+    """Settings that would do nothing, or not what they say, with what to do."""
+    if getattr(sft, "use_liger_kernel", False):
+        yield "use_liger_kernel puts other forwards in place of leanlift's:", "leave it out"
+    if getattr(sft, "fsdp", None) or getattr(sft, "deepspeed", None):
+        name = "fsdp" if getattr(sft, "fsdp", None) else "deepspeed"
+        yield f"{name} spreads a model over processes, and leanlift trains in one:", "leave it out"
+    if getattr(sft, "parallelism_config", None) is not None:
+        yield (
+            "parallelism_config spreads a model over GPUs, and leanlift trains on one:",
+            "leave it out",
+        )
+    if _world_size() > 1:
+        yield (
+            f"this process is one of {_world_size()}, and leanlift trains in one, on one GPU:",
+            "start it without accelerate launch or torchrun",
+        )
+    if getattr(sft, "model_init_kwargs", None):
+        yield (
+            "model_init_kwargs would be ignored: the base is loaded already, or from keys such as "
+            "dtype and attn_implementation:",
+            "use those",
+        )
+    if getattr(sft, "optim_target_modules", None):
+        yield (
+            "optim_target_modules belongs to optimizers over matrices, and leanlift's parameters "
+            "are vectors:",
+            "leave it out, and name what is trained with target_modules",
+        )
+    if getattr(sft, "do_predict", False):
+        yield "do_predict does nothing in a training run:", "use leanlift eval"
+    if getattr(sft, "loss_type", "nll") == "dft" and getattr(sft, "label_smoothing_factor", 0):
+        yield "loss_type=dft has no label smoothing:", "leave one of the two out"
+    if config.values_dtype != "float32" and getattr(sft, "fp16", False):
+        yield (
+            f"fp16 scales its loss, which {config.values_dtype} values cannot be trained with:",
+            "use bf16, or values_dtype=float32",
+        )
+
+
+def _world_size() -> int:
+    given = os.environ.get("WORLD_SIZE", "1")
+    return int(given) if given.isdigit() else 1
+
+
+def _check_optimizer(sft: Any, config: LiftConfig) -> None:
+    """Make the optimizer once, over one entry: whether its package is there, and its state can
+    follow what training does to the entries."""
+    name = str(getattr(sft.optim, "value", sft.optim))
+    if name in SPARSE_OPTIMIZERS:
+        return
+    if config.values_dtype != "float32":
+        raise UserError(
+            f"optim={name} rounds small updates of {config.values_dtype} values away: use "
+            "optim=sparse_adamw or sparse_adamw_8bit, or values_dtype=float32."
+        )
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(sft)
+        optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
+    except UserError:
+        raise
+    except Exception as error:  # each optimizer has its own way to miss a package or a setting
+        raise UserError(
+            f"optim={name} cannot be used: {first_line(error).rstrip('.')}; use adamw_torch, "
+            "adamw_8bit, sparse_adamw or sparse_adamw_8bit."
+        ) from None
+    if config.refresh_interval:
+        check_followable(optimizer)
+
+
+def _check_reporting(sft: Any) -> None:
+    """Make the callbacks of `report_to` once: whether their packages are there."""
+    wanted = sft.report_to
+    names = [wanted] if isinstance(wanted, str) else list(wanted or [])
+    try:
+        for callback in get_reporting_integration_callbacks([n for n in names if n != "none"]):
+            callback()
+    except Exception as error:  # whatever a package of somebody's does when it is not there
+        raise UserError(
+            f"report_to={', '.join(names)} cannot be used: {first_line(error).rstrip('.')}; "
+            "install the package, or set report_to=none."
+        ) from None

@@ -1,0 +1,294 @@
+"""Rows as they are in their file, whatever Arrow makes of them.
+
+A column of a `Dataset` has one Arrow type. JSON has none: two tools take different arguments, a
+content is a text here and null there. Arrow unites such structs, and what a row lacks comes back
+as null, which a chat template then prints. So JSON and JSONL are read here, and a column whose
+values Arrow would not give back as they were is kept as JSON text and decoded row by row
+(`datasets`' own Json type reads floats inexactly, and a text that looks like a number as one).
+Of rows that came as Arrow structs (Parquet, the hub, a user's own `Dataset`) a null inside a
+struct is taken for a missing key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset
+
+from leanlift.errors import UserError, first_line
+
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+Row = dict[str, Any]
+
+
+def load_rows(source: str, split: str = "train", name: str = "train") -> Dataset:
+    """Rows from a local JSON, JSONL or Parquet file, or from a dataset's hub name.
+
+    Args:
+        source: a path, or a hub name.
+        split: as `datasets` has it, slices included. A file is one split, called "train", or by
+            `name`'s default.
+        name: "train" or "eval", what the rows are for.
+
+    Raises:
+        UserError: missing, unreadable or empty, or no such split.
+    """
+    path = Path(source).expanduser()
+    kind = FILE_TYPES.get(path.suffix)
+    if kind and not path.is_file():
+        raise UserError(f"{source} does not exist: expected a JSON, JSONL or Parquet file of rows.")
+    if not kind and path.is_file():
+        raise UserError(f"{source} is no data file: expected .json, .jsonl or .parquet.")
+    try:
+        if kind == "json":
+            rows = as_dataset(_read_json(path))
+        elif kind:
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        else:
+            rows = datasets.load_dataset(source, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # each backend raises its own kinds
+        raise UserError(f"{source} cannot be read as rows: {first_line(_cause(error))}") from error
+    if len(rows) == 0:
+        raise UserError(f"{source} holds no rows: there is nothing to train on.")
+    return _part(rows, source, split, name) if kind else rows
+
+
+def _part(rows: Dataset, source: str, split: str, name: str) -> Dataset:
+    """The part of a file's rows that a split such as train[:100] asks for."""
+    called = "test" if split.startswith("test") and name == "eval" else "train"
+    try:
+        wanted = datasets.ReadInstruction.from_spec(split).to_absolute({called: len(rows)})
+        parts = [(part.from_ or 0, len(rows) if part.to is None else part.to) for part in wanted]
+    except (ValueError, AssertionError, KeyError) as error:
+        raise UserError(
+            f"{source} is a file, which is one split called {called} with {len(rows)} rows, and "
+            f"{split!r} asks for something else: expected {called}, or a slice such as "
+            f"{called}[:100] or {called}[10%:]."
+        ) from error
+    chosen = [number for start, stop in parts for number in range(start, stop)]
+    if not chosen:
+        raise UserError(f"{split!r} leaves none of the {len(rows)} rows of {source}.")
+    return rows if chosen == list(range(len(rows))) else rows.select(chosen)
+
+
+def _cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """Objects of a JSON list, or one after the other as in JSONL; a text becomes a `text` row."""
+    number = 0
+    try:
+        for value in _json_lines(path) if path.suffix == ".jsonl" else _json_values(path):
+            for row in value if isinstance(value, list) else [value]:
+                row = {"text": row} if isinstance(row, str) else row
+                if not isinstance(row, dict):
+                    raise UserError(
+                        f"row {number} of {path} is {row!r:.80}: expected an object such as "
+                        '{"prompt": "…", "completion": "…"}.'
+                    )
+                yield row
+                number += 1
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} cannot be read as rows: it is not UTF-8 ({error}).") from None
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(
+                        f"{path} cannot be read as rows: line {number} is no JSON: "
+                        f"{first_line(error)}"
+                    ) from None
+
+
+def _json_values(path: Path) -> Iterator[Any]:
+    """The values of a file, whose lines need not be values of their own."""
+    text, decoder, at = path.read_text(encoding="utf-8-sig"), json.JSONDecoder(), 0
+    while True:
+        while at < len(text) and text[at].isspace():
+            at += 1
+        if at == len(text):
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read as rows: {first_line(error)}") from None
+        yield value
+
+
+def as_dataset(rows: Iterable[Row]) -> Dataset:
+    """A `Dataset` that gives plain rows back as they are, but for columns that a row lacks: None.
+
+    Raises:
+        UserError: a row that is no dict, or holds what JSON has no form for.
+    """
+    columns: dict[str, list[Any]] = {}
+    kinds: dict[str, set[str]] = {}
+    count = 0
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"row {number} is a {type(row).__name__}: expected a dict of columns.")
+        for column, value in row.items():
+            held = columns.setdefault(column, [])
+            held.extend([None] * (number - len(held)))
+            kind = _kind(value)
+            kinds.setdefault(column, set()).add(kind)
+            held.append(_as_json(value, column, number) if kind == "json" else value)
+        count = number + 1
+    encoded = []
+    for column, held in columns.items():
+        held.extend([None] * (count - len(held)))
+        found = kinds[column] - {"null"}
+        if "json" in found or len(found) > 1:
+            encoded.append(column)
+            columns[column] = [
+                value if value is None or isinstance(value, _Json) else json.dumps(value)
+                for value in held
+            ]
+    if not columns:
+        return Dataset.from_list([{}] * count)
+    result = Dataset.from_dict(columns)
+    return result.with_transform(DecodeJson(encoded)) if encoded else result
+
+
+def _kind(value: Any) -> str:
+    """How Arrow can hold a value: "null", a scalar's type, "ids", or "json" for all else."""
+    if value is None:
+        return "null"
+    if type(value) is str:
+        return "str" if is_unicode(value) else "json"
+    if type(value) in (bool, float):
+        return type(value).__name__
+    if type(value) is int:
+        return "int" if -(2**63) <= value < 2**63 else "json"
+    plain = type(value) is list and value and all(type(item) is int for item in value)
+    return "ids" if plain and all(-(2**63) <= item < 2**63 for item in value) else "json"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is whole: JSON can hold one half of a surrogate pair, UTF-8 cannot."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def is_uniform(rows: Sequence[Row]) -> bool:
+    """Whether Arrow gives rows back as they are: all of one structure, keys in one order."""
+    forms = {_structure(row) for row in rows}
+    return len(forms) == 1 and None not in forms
+
+
+def _structure(value: Any) -> Any:
+    """Types all the way down, hashable; None where a list holds more than one."""
+    if isinstance(value, dict):
+        inner = tuple((key, _structure(item)) for key, item in value.items())
+        return None if any(form is None for _, form in inner) else inner
+    if isinstance(value, list):
+        found = {_structure(item) for item in value}
+        return None if len(found) > 1 or None in found else ("list", *found)
+    kind = _kind(value)
+    return None if kind in ("json", "null") else kind
+
+
+class _Json(str):
+    """Text that is JSON already, among values of a column that are not."""
+
+    __slots__ = ()
+
+
+def _as_json(value: Any, column: str, number: int) -> _Json:
+    try:
+        return _Json(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"row {number} has a value in {column!r} that JSON has no form for: {first_line(error)}"
+        ) from None
+
+
+class DecodeJson:
+    """The transform of a `Dataset` some of whose columns are JSON text."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = frozenset(columns)
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {
+            column: [None if value is None else json.loads(value) for value in values]
+            if column in self.columns
+            else values
+            for column, values in batch.items()
+        }
+
+
+def is_transformed(rows: Any) -> bool:
+    """Whether a `Dataset` has a transform of the user's, which may give other rows each time."""
+    form = rows.format
+    return form["type"] == "custom" and not isinstance(
+        form["format_kwargs"].get("transform"), DecodeJson
+    )
+
+
+def plain_rows(
+    rows: Iterable[Row], lost: Callable[[int], object] = lambda number: None
+) -> Iterator[Row]:
+    """Each row as a template shall see it: columns and keys that it lacks are not there.
+
+    Args:
+        rows: a `Dataset` or stream, or plain dicts, which are taken as they are.
+        lost: called with a row's number where a null was inside a tool or a tool's call and so
+            could be a missing key as well as a null that is meant.
+    """
+    features = getattr(rows, "features", None) or {}
+    structs = {column: feature for column, feature in features.items() if _has_struct(feature)}
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"row {number} is a {type(row).__name__}: expected a dict of columns.")
+        found = {column: value for column, value in row.items() if value is not None}
+        for column, feature in structs.items():
+            if column in found:
+                nulls: list[str] = []
+                inside = column if column == "tools" else ""
+                found[column] = _without_nulls(found[column], feature, nulls, inside)
+                if nulls:
+                    lost(number)
+        yield found
+
+
+def _has_struct(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return True
+    inner = [feature[0]] if isinstance(feature, list) else [getattr(feature, "feature", None)]
+    return inner[0] is not None and _has_struct(inner[0])
+
+
+def _without_nulls(value: Any, feature: Any, nulls: list[str], inside: str = "") -> Any:
+    """A value of Arrow structs without keys that are null, but for a turn's `content`."""
+    if isinstance(feature, dict) and isinstance(value, dict):
+        kept = {}
+        for key, item in value.items():
+            if item is None and key != "content":
+                if inside:
+                    nulls.append(inside)
+                continue
+            within = inside or ("tool_calls" if key == "tool_calls" else "")
+            kept[key] = _without_nulls(item, feature.get(key), nulls, within)
+        return kept
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list):
+        return [_without_nulls(item, inner, nulls, inside) for item in value]
+    return value
