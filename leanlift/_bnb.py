@@ -215,16 +215,21 @@ def _absmax_range(state: Any, first: int, last: int) -> Tensor:
 def state_8bit(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     """`(CB int8 [m, n], SCB fp32 [m])` of a `Linear8bitLt`, or None where it is not quantized.
 
-    bitsandbytes moves both from the weight to the module's state at the first forward pass.
+    bitsandbytes moves both from the weight to the module's state at the first forward pass. torch
+    moves a module by giving the weight other data, and leaves both where they were: the codes are
+    the data therefore, and the scales follow them.
     """
     holder = cast(Any, module)
-    codes = holder.weight.CB if holder.weight.CB is not None else holder.state.CB
-    scales = holder.weight.SCB if holder.weight.SCB is not None else holder.state.SCB
-    if codes is None and holder.weight.dtype == torch.int8:
-        codes = holder.weight.data
-    if codes is None or scales is None or codes.dtype != torch.int8:
+    weight = holder.weight
+    place = weight if weight.SCB is not None else holder.state
+    codes = weight.CB if weight.CB is not None else getattr(place, "CB", None)
+    if weight.data.dtype == torch.int8:
+        codes = weight.data
+    if codes is None or place.SCB is None or codes.dtype != torch.int8:
         return None
-    return codes, scales
+    if place.SCB.device != codes.device:
+        place.SCB, place.CB = place.SCB.to(codes.device), codes
+    return codes, place.SCB
 
 
 def dequantize_8bit_rows(module: nn.Module, start: int, stop: int) -> Tensor:

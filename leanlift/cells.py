@@ -26,27 +26,37 @@ from leanlift.tiles import RowTiles
 NESTED_STEP = 0.0075
 """Half the widest step of bitsandbytes' 8-bit map, as a share of its absmax (0.0070), and a bit."""
 
+FOUR_BIT_KINDS = ("nf4", "fp4")
+"""By whether the table has two zeros."""
+
+KINDS = (*FOUR_BIT_KINDS, "int8", "dense")
+
 SLACK = 0.02
 """Of a cell's width, on either side: where sums are rounded differently by device."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells at positions: low and high, fp64 [s]."""
+    """Cells at positions: low and high, fp64 [s]; kind as `WeightFormat` has it."""
 
     low: Tensor
     high: Tensor
+    kind: str = "dense"
 
-    def meet(self, other: Cells) -> Tensor:
-        """Whether the cells have a point in common: bool [s]."""
-        return (self.low <= other.high) & (other.low <= self.high)
+    def agree(self, other: Cells) -> Tensor:
+        """Whether both can be cells of one weight: bool [s].
 
-    def equal(self, other: Cells) -> Tensor:
-        """Whether they are the same cell of one form, and not its neighbour: bool [s]."""
+        They have a point in common; and where they are of one kind and about one width, they are
+        the same cell, and not neighbours.
+        """
+        meet = (self.low <= other.high) & (other.low <= self.high)
         apart = (self.low + self.high - other.low - other.high).abs() / 2
-        width = torch.minimum(self.high - self.low, other.high - other.low)
+        one, two = self.high - self.low, other.high - other.low
+        narrow, wide = torch.minimum(one, two), torch.maximum(one, two)
         size = torch.maximum(self.high.abs(), self.low.abs())
-        return apart <= width / 2 + 2e-7 * size
+        if self.kind != other.kind:
+            return meet
+        return meet & ~((wide < 2 * narrow) & (apart > narrow / 2 + 2e-7 * size))
 
 
 def dense_cells(values: Tensor, dtype: torch.dtype) -> Cells:
@@ -58,8 +68,8 @@ def dense_cells(values: Tensor, dtype: torch.dtype) -> Cells:
     return Cells(wide - reach, wide + reach)
 
 
-def four_bit_cells(stored: FourBit, flat: Tensor, dtype: torch.dtype) -> Cells:
-    """Cells of a 4-bit matrix that was quantized from `dtype`."""
+def four_bit_cells(stored: FourBit, flat: Tensor, dtype: torch.dtype, kind: str) -> Cells:
+    """Cells of a 4-bit matrix of this kind that was quantized from `dtype`."""
     flat = flat.to(stored.packed.device)
     codes = stored.packed[flat // 2].long()
     codes = torch.where(flat % 2 == 0, codes >> 4, codes & 15)
@@ -77,7 +87,7 @@ def four_bit_cells(stored: FourBit, flat: Tensor, dtype: torch.dtype) -> Cells:
     above = torch.where(at_zero, borders[zero.max() + 1], above)
     ends = torch.stack([below * (scale - doubt), below * (scale + doubt),
                         above * (scale - doubt), above * (scale + doubt)])  # fmt: skip
-    return _loosened(ends.amin(0), ends.amax(0), dtype)
+    return _loosened(ends.amin(0), ends.amax(0), dtype, kind)
 
 
 def _scales(stored: FourBit, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +108,7 @@ def eight_bit_cells(stored: EightBit, flat: Tensor, dtype: torch.dtype) -> Cells
     codes = stored.codes[flat // n, flat % n].double().cpu()
     step = stored.scales[flat // n].double().cpu() / 127
     coarser = max(dtype, torch.float16, key=lambda kind: torch.finfo(kind).eps)
-    return _loosened((codes - 0.5) * step, (codes + 0.5) * step, coarser)
+    return _loosened((codes - 0.5) * step, (codes + 0.5) * step, coarser, "int8")
 
 
 def cells_of(weight: RowTiles, flat: Tensor, dtype: torch.dtype) -> Cells:
@@ -112,7 +122,8 @@ def cells_of(weight: RowTiles, flat: Tensor, dtype: torch.dtype) -> Cells:
     stored = weight.stored() if hasattr(weight, "stored") else None
     if isinstance(stored, FourBit):
         coarser = max(dtype, weight.dtype, key=lambda kind: torch.finfo(kind).eps)
-        return four_bit_cells(stored, flat, coarser)
+        nearest = FOUR_BIT_KINDS[bool((stored.table == 0).sum() > 1)]
+        return four_bit_cells(stored, flat, coarser, nearest)
     if isinstance(stored, EightBit):
         return eight_bit_cells(stored, flat, dtype)
     return dense_cells(entries_of(weight, flat), weight.dtype)
@@ -129,8 +140,8 @@ def entries_of(weight: RowTiles, flat: Tensor) -> Tensor:
     return found
 
 
-def _loosened(low: Tensor, high: Tensor, dtype: torch.dtype) -> Cells:
+def _loosened(low: Tensor, high: Tensor, dtype: torch.dtype, kind: str) -> Cells:
     """Wider by what rounding to `dtype` first does, and by the slack."""
     eps = torch.finfo(dtype).eps / 2
     slack = SLACK * (high - low)
-    return Cells(low - low.abs() * eps - slack, high + high.abs() * eps + slack)
+    return Cells(low - low.abs() * eps - slack, high + high.abs() * eps + slack, kind)

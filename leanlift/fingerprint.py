@@ -42,6 +42,9 @@ logger = logging.getLogger("leanlift")
 
 SAMPLED_ROWS = 64
 
+Read = Callable[[str, Tensor], Cells]
+"""Cells of a base's matrix, by module name, at flat positions."""
+
 
 @dataclass(frozen=True)
 class BaseFingerprint:
@@ -216,21 +219,19 @@ def _sample_end(tensor: Tensor) -> str:
     return Sample(flat, dense_cells(values, tensor.dtype)).encode()
 
 
-def with_samples(
-    base: BaseFingerprint, masks: Mapping[str, Tensor], weight: Callable[[str], FrozenWeight]
-) -> BaseFingerprint:
+def with_samples(base: BaseFingerprint, masks: Mapping[str, Tensor], read: Read) -> BaseFingerprint:
     """A fingerprint that knows its trained matrices.
 
     Args:
         base: without them.
         masks: the sorted positions that each trains.
-        weight: gives the frozen weight of a target.
+        read: gives cells of a target.
     """
-    dtype, samples = dtype_of(base.dtype), dict(base.samples)
+    samples = dict(base.samples)
     for name, mask in masks.items():
         m, n = base.shapes[name]
         flat = positions(m * n, mask, len(masks))
-        samples[name] = Sample(flat, cells_of(weight(name), flat, dtype)).encode()
+        samples[name] = Sample(flat, read(name, flat)).encode()
     return replace(base, samples=samples)
 
 
@@ -282,11 +283,12 @@ def check_same_base(
                 f"{model.formats[name]} ({model.formats[name].dtype}): load the base in the same "
                 "format, or merge the adapter first."
             )
+    say_what_is_not_known(adapter)
     comparison = Comparison()
     other = other_end(adapter, model.sampled, model.digest, model.samples, comparison)
     dtype = dtype_of(model.dtype)
     other = other or other_matrix(
-        adapter, lambda name, flat: (cells_of(weight(name), flat, dtype), True), comparison
+        adapter, lambda name, flat: cells_of(weight(name), flat, dtype), comparison
     )
     if other or comparison.is_other:
         raise UserError(
@@ -320,33 +322,30 @@ def other_end(
         found = decode(samples[name], _LARGEST_SIDE**2, finite=False)
         if not torch.equal(recorded.flat, found.flat):
             return name
-        if not comparison.add(recorded, found.cells, same_form=False, ties=False):
+        if not comparison.add(recorded, found.cells, exact=True):
             return name
     return None
 
 
-Read = Callable[[str, Tensor], tuple[Cells, bool]]
-"""Cells of a base's matrix, by module name, at flat positions; and whether it is stored in the
-format that the adapter knows."""
-
-
 def other_matrix(adapter: BaseFingerprint, read: Read, comparison: Comparison) -> str | None:
     """The trained matrix in which a base is not the adapter's; None: it is in all that are
-    sampled. Says so where some are not."""
+    sampled."""
+    for name, (m, n) in adapter.shapes.items():
+        if name in adapter.samples:
+            recorded = decode(adapter.samples[name], m * n)
+            if not comparison.add(recorded, read(name, recorded.flat)):
+                return name
+    return None
+
+
+def say_what_is_not_known(adapter: BaseFingerprint) -> None:
+    """Log that trained matrices are not sampled, where some are not."""
     if not adapter.knows_matrices:
         logger.warning(
             "This adapter's format has no samples of the matrices that it trained: bases that "
             "differ in those alone cannot be told apart, so make sure that %s is meant.",
             adapter.name,
         )
-    for name, (m, n) in adapter.shapes.items():
-        if name in adapter.samples:
-            recorded = decode(adapter.samples[name], m * n)
-            found, same_form = read(name, recorded.flat)
-            ties = adapter.formats[name].kind != "dense"
-            if not comparison.add(recorded, found, same_form, ties):
-                return name
-    return None
 
 
 def check_common_samples(first: BaseFingerprint, second: BaseFingerprint) -> bool:
@@ -356,7 +355,7 @@ def check_common_samples(first: BaseFingerprint, second: BaseFingerprint) -> boo
         if name in first.samples and name in second.samples and second.shapes.get(name) == (m, n):
             one, two = (decode(base.samples[name], m * n) for base in (first, second))
             common = one.flat[torch.isin(one.flat, two.flat)]
-            if not comparison.add(one.at(common), two.at(common).cells, same_form=True, ties=True):
+            if not comparison.add(one.at(common), two.at(common).cells):
                 return False
     return not comparison.is_other
 

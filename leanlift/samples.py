@@ -4,10 +4,10 @@ Per tensor some positions and the cells that the weight has there (`leanlift.cel
 the matrix, and, in what is trained, at entries of the first mask. Those are what the base's own
 merge differs in; a twin that was fine-tuned by other means differs nearly everywhere.
 
-As text a sample is base64 of int64 positions, then fp32 lows, then fp32 highs. A tensor that was
-not quantized is another one if a single cell disagrees, a quantized one if more than one in fifty
-does (one may always: a tie between two codes can fall differently on another device), a model if
-more than one in two hundred does.
+As text a sample is the kind of its cells, a colon, and base64 of int64 positions, then fp32 lows,
+then fp32 highs. A norm or an embedding is another one if a single cell disagrees, a matrix if more
+than one in fifty does (of eight or more, one may: a tie between two codes can fall differently on
+another device), a model if more than one in two hundred does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leanlift.cells import Cells
+from leanlift.cells import KINDS, Cells
 
 SPREAD = 16
 """Positions of a matrix that its shape alone gives."""
@@ -48,12 +48,13 @@ class Sample:
         largest = torch.finfo(torch.float32).max
         low, high = (x.clamp(-largest, largest).float() for x in (self.cells.low, self.cells.high))
         parts = (self.flat.cpu(), low, high)
-        return base64.b64encode(b"".join(part.numpy().tobytes() for part in parts)).decode()
+        data = base64.b64encode(b"".join(part.numpy().tobytes() for part in parts)).decode()
+        return f"{self.cells.kind}:{data}"
 
     def at(self, flat: Tensor) -> Sample:
         """The part of this sample at those positions `flat`."""
         inside = torch.isin(self.flat, flat)
-        part = Cells(self.cells.low[inside], self.cells.high[inside])
+        part = Cells(self.cells.low[inside], self.cells.high[inside], self.cells.kind)
         return Sample(self.flat[inside], part)
 
 
@@ -68,10 +69,13 @@ def decode(text: str, numel: int, finite: bool = True) -> Sample:
     Raises:
         ValueError: it is no sample of such a tensor.
     """
-    if len(text) > 4 * MOST * 16 // 3 + 4:
+    if len(text) > 4 * MOST * 16 // 3 + 16:
         raise ValueError(f"expected at most {MOST} positions")
+    kind, _, coded = text.partition(":")
+    if kind not in KINDS:
+        raise ValueError(f"expected one of {', '.join(KINDS)} and a colon")
     try:
-        data = bytearray(base64.b64decode(text, validate=True))
+        data = bytearray(base64.b64decode(coded, validate=True))
     except (binascii.Error, ValueError):
         raise ValueError("expected base64") from None
     count, rest = divmod(len(data), 16)
@@ -83,7 +87,7 @@ def decode(text: str, numel: int, finite: bool = True) -> Sample:
         raise ValueError("expected sorted positions inside the tensor")
     if finite and not bool((torch.isfinite(low) & torch.isfinite(high) & (low <= high)).all()):
         raise ValueError("expected finite bounds in order")
-    return Sample(flat, Cells(low.double(), high.double()))
+    return Sample(flat, Cells(low.double(), high.double(), kind))
 
 
 def spread(numel: int, count: int) -> Tensor:
@@ -113,20 +117,20 @@ class Comparison:
     cells: int = 0
     wrong: int = 0
 
-    def add(self, recorded: Sample, found: Cells, same_form: bool, ties: bool) -> bool:
+    def add(self, recorded: Sample, found: Cells, exact: bool = False) -> bool:
         """Whether a tensor is, by its cells, the recorded one.
 
         Args:
             recorded: the sample.
             found: cells of the tensor at the sample's positions.
-            same_form: whether both were stored in one format, so that cells are equal or not.
-            ties: whether it was quantized, so that a cell may be its neighbour on another device.
+            exact: whether it was never quantized, so that no cell may disagree.
         """
-        agrees = recorded.cells.equal(found) if same_form else recorded.cells.meet(found)
+        agrees = recorded.cells.agree(found)
         wrong = int((~agrees).sum())
         self.cells += agrees.numel()
         self.wrong += wrong
-        return wrong <= (max(1, agrees.numel() // 50) if ties else 0)
+        count = agrees.numel()
+        return wrong <= (0 if exact or count < 8 else max(1, count // 50))
 
     @property
     def is_other(self) -> bool:

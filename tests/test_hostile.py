@@ -248,17 +248,20 @@ CONFIG_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
     "samples-a-list": (set_at("base", "samples", []), "samples of tensors"),
     "samples-of-others": (set_at("base", "samples", {"model": "AAAA"}), "samples of the tensors"),
     "samples-no-text": (set_at("base", "samples", {NAME: 3}), "samples of the tensors it names"),
-    "samples-no-base64": (set_at("base", "samples", NAME, "*" * 16), "expected base64"),
-    "samples-cut": (set_at("base", "samples", NAME, "AAAA"), "16 bytes a position"),
-    "samples-empty": (set_at("base", "samples", NAME, ""), "16 bytes a position"),
-    "samples-many": (set_at("base", "samples", NAME, "A" * 10**6), "at most 1024 positions"),
-    "samples-unsorted": (set_at("base", "samples", NAME, "A" * 128), "sorted positions inside"),
-    "samples-outside": (set_at("base", "samples", NAME, "/" * 64), "sorted positions inside"),
-    "samples-nan": (
-        set_at("base", "samples", NAME, "AAAAAAAAAAAAAMB/AADAfw=="),
-        "finite bounds in order",
-    ),
-    "samples-lie": (set_at("base", "samples", NAME, "AAAAAAAAAAAAAIA/AACAPw=="), "other weights"),
+    **{
+        f"samples-{what}": (set_at("base", "samples", NAME, text), match)
+        for what, text, match in (
+            ("no-kind", "AAAA", "expected one of nf4"),
+            ("no-base64", "nf4:" + "*" * 16, "expected base64"),
+            ("cut", "nf4:AAAA", "16 bytes a position"),
+            ("empty", "nf4:", "16 bytes a position"),
+            ("many", "nf4:" + "A" * 10**6, "at most 1024 positions"),
+            ("unsorted", "nf4:" + "A" * 128, "sorted positions inside"),
+            ("outside", "nf4:" + "/" * 64, "sorted positions inside"),
+            ("nan", "nf4:AAAAAAAAAAAAAMB/AADAfw==", "finite bounds in order"),
+            ("lie", "nf4:AAAAAAAAAAAAAIA/AACAPw==", "other weights"),
+        )
+    },
     "revision": (set_at("base", "revision", "main"), "a commit or null"),
     "format": (set_at("base", "formats", NAME, "kind", "nf5"), "a format of weights"),
     "shape": (set_at("base", "shapes", NAME, [64, 65]), "is 64x65; the loaded model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import (
 
 from leanlift import LiftConfig, UserError, get_lift_model, merge_adapter, save_adapter
 from leanlift.model import lift_layers
-from leanlift.quantized import frozen_weight
+from leanlift.quantized import frozen_weight, requantize
 from leanlift.training import RunArguments
 from leanlift.training.base import load_model
 
@@ -60,6 +61,8 @@ def test_a_stored_form_is_kept_whatever_the_default_is(
                 one, two = frozen_weight(module), frozen_weight(model.get_submodule(name))
                 assert one.format == two.format
                 assert torch.equal(one.rows(0, one.shape[0]), two.rows(0, two.shape[0]))
+    refused(tmp_path, "no 16-bit weights to merge onto", merged_dir="x")
+    loaded(tmp_path, merged_dir="x", merge_onto="quantized")
     if kind != "int8":
         refused(tmp_path, "quantized to 4 bits on disk", load_in_8bit=True, load_in_4bit=False)
 
@@ -287,3 +290,39 @@ def test_weights_that_are_no_numbers_are_found_wherever_they_are(
         with pytest.raises(UserError, match=r"NaN or infinite numbers|has other weights"):
             merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=path, progress=False)
         assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4", "int8"])
+def test_a_model_that_is_no_longer_its_checkpoint_is_refused(base: Path, kind: str) -> None:
+    """Another adapter merged into it in memory, say: what is trained then has no base on disk."""
+    model = load(base, kind)
+    other = load(base, "dense")
+    name = "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        other.get_submodule(name).weight.add_(0.05 * torch.randn(64, 192))
+    if kind == "dense":
+        model.set_submodule(name, other.get_submodule(name))
+    else:
+        fmt = frozen_weight(model.get_submodule(name)).format
+        weight: Any = requantize(other.get_submodule(name).weight.data, fmt, CPU)
+        model.get_submodule(name).weight = weight.module.weight
+    with pytest.raises(UserError, match=f"has other weights than .*, in {re.escape(name)}: .*Save"):
+        get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+    assert not lift_layers(model)
+
+
+def test_numbers_that_float16_has_no_room_for_are_called_that(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    shutil.copytree(base, path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"][3] = 7e4
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="too large for float16, so load the base in bfloat16"):
+        get_lift_model(load(path, "nf4", torch.float16), LiftConfig(approx_rank=8), progress=False)
+    model = get_lift_model(load(path, "nf4"), LiftConfig(approx_rank=8), progress=False)
+    save_adapter(model, tmp_path / "adapter")
+    for onto in ("original", "quantized"):
+        with pytest.raises(
+            UserError, match=r"model\.norm\.weight holds 70000, more than float16 can"
+        ):
+            merge_adapter(tmp_path / "adapter", tmp_path / "merged", onto=onto, progress=False)

@@ -31,6 +31,7 @@ from leanlift.quantized import (
     FrozenWeight,
     WeightFormat,
     dtype_of,
+    embedding_rows,
     frozen_weight,
     requantize,
     weight_tensors,
@@ -298,3 +299,35 @@ def test_a_weight_that_cannot_be_read_is_refused_by_name(
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(UserError, match="got 'int8'"):
         dtype_of("int8")
+
+
+class Elsewhere:
+    """Scales on another device than this machine has."""
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        self.scales, self.moved = scales, 0
+        self.device, self.dtype = torch.device("cuda"), scales.dtype
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        self.moved += 1
+        return self.scales.to(device)
+
+
+@pytest.mark.parametrize("forwarded", [False, True], ids=["weight", "state"])
+def test_int8_scales_follow_the_codes_wherever_torch_moves_them(forwarded: bool) -> None:
+    """torch gives the weight other data; what bitsandbytes hung beside it stays where it was."""
+    module = make_linear8bit(96, 64)
+    expected = frozen_weight(module).rows(0, 96)
+    codes, away = module.weight.data, Elsewhere(module.weight.SCB)
+    place = module.weight
+    if forwarded:
+        module.weight.CB = module.weight.SCB = None
+        place = module.state
+    place.CB, place.SCB = torch.zeros_like(codes), away  # what was left behind
+    for _ in range(2):
+        assert torch.equal(frozen_weight(module).rows(0, 96), expected)
+        ids = torch.tensor([[3, 95], [0, 3]])
+        assert torch.equal(embedding_rows(module, ids), expected[ids])
+    assert away.moved == 1
+    assert place.CB.data_ptr() == codes.data_ptr()
+    assert place.SCB.device == codes.device

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from leanlift.adapter import Adapter
-from leanlift.cells import Cells, cells_of, dense_cells, entries_of
+from leanlift.cells import Cells, dense_cells, entries_of
 from leanlift.errors import UserError
-from leanlift.fingerprint import digest_of, other_end, other_matrix
-from leanlift.quantized import WeightFormat, dtype_name, dtype_of
+from leanlift.fingerprint import digest_of, other_end, other_matrix, say_what_is_not_known
+from leanlift.quantized import dtype_name, dtype_of
 from leanlift.samples import ENDS, Comparison, Sample, spread
-from leanlift.source import SourceTensor, Stored, StoredMatrix, locate
+from leanlift.source import SourceTensor, Stored, StoredMatrix, locate, matrix_cells
 
 
 def places(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, str]:
@@ -44,6 +43,12 @@ def places(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, str]:
                 f"{name} of the base holds {dtype_name(tensor.dtype)} numbers and nothing to read "
                 "them by: name the 16-bit checkpoint with --base."
             )
+        known = adapter.base.formats[module]
+        if isinstance(tensor, StoredMatrix) and tensor.open().format != known:
+            raise UserError(
+                f"{name} of the base is quantized to {tensor.open().format}; the adapter was "
+                f"trained over {known}: name the 16-bit checkpoint with --base."
+            )
         plan[name] = module
     return plan
 
@@ -72,6 +77,7 @@ def check_base(
         UserError: norms, embedding or trained matrices are not those that were trained over.
     """
     base, comparison = adapter.base, Comparison()
+    say_what_is_not_known(base)
     located = {name: locate(name, tensors) for name in base.sampled}
     missing = [name for name, found in located.items() if found is None]
     if missing:
@@ -93,22 +99,12 @@ def check_base(
         homes = {module: tensors[name] for name, module in plan.items()}
         dtype = dtype_of(base.dtype)
 
-        def cells(module: str, flat: Tensor) -> tuple[Cells, bool]:
-            return _matrix_cells(homes[module], flat, dtype, base.formats[module])
+        def cells(module: str, flat: Tensor) -> Cells:
+            return matrix_cells(homes[module], flat, dtype)
 
         other = other_matrix(base, cells, comparison)
     if other or comparison.is_other:
         raise _other_base(adapter, directory, f"has other weights{f' in {other}' if other else ''}")
-
-
-def _matrix_cells(
-    tensor: Stored, flat: Tensor, loaded: torch.dtype, known: WeightFormat
-) -> tuple[Cells, bool]:
-    if isinstance(tensor, StoredMatrix):
-        weight = tensor.open()
-        return cells_of(weight, flat, loaded), weight.format == known
-    same = known == WeightFormat("dense", dtype_name(tensor.dtype))
-    return dense_cells(entries_of(tensor, flat), tensor.dtype), same  # type: ignore[arg-type]
 
 
 def _end_sample(tensor: Stored) -> str:

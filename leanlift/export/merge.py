@@ -212,7 +212,7 @@ class _Merge:
             yield from self._row_pieces(tensor, tensor.open(), self._offsets())
             return
         if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
-            yield self._cast(self._as_loaded(tensor.whole()), tensor)
+            yield _cast(self._as_loaded(tensor.whole(), tensor.name), self.dtype, tensor.name)
             return
         rows: RowTiles = tensor  # type: ignore[assignment]
         if self.quantized and self.module is not None:
@@ -234,35 +234,41 @@ class _Merge:
         for start, stop in row_ranges(tensor.shape[0], tile_rows(width, 4)):
             piece = rows.rows(start, stop)
             if self.module is None:
-                piece = self._as_loaded(piece)
+                piece = self._as_loaded(piece, tensor.name)
             if offsets is not None:
                 piece = piece.to(torch.float32, copy=True)
                 offsets.add_to_(piece, start, stop)
-            yield self._cast(piece, tensor)
+            yield _cast(piece, self.dtype, tensor.name)
 
-    def _as_loaded(self, piece: Tensor) -> Tensor:
+    def _as_loaded(self, piece: Tensor, name: str) -> Tensor:
         """Rounded to the dtype of loading, where the trained model is what is wanted."""
         if self.quantized and piece.is_floating_point():
-            return piece.to(dtype_of(self.adapter.base.dtype))
+            return _cast(piece, dtype_of(self.adapter.base.dtype), name)
         return piece
 
-    def _cast(self, piece: Tensor, tensor: Stored) -> Tensor:
-        if not piece.is_floating_point():
-            return piece
-        if not bool(piece.isfinite().all()):
-            raise UserError(
-                f"{tensor.name} of the base has NaN or infinite numbers: the checkpoint is "
-                "damaged; fetch it again."
-            )
-        cast = piece.to(self.dtype)
-        if bool(cast.isinf().any()):
-            largest, limit = float(piece.abs().max()), torch.finfo(self.dtype).max
-            wider = "bfloat16" if self.dtype == torch.float16 else "float32"
-            raise UserError(
-                f"{tensor.name} holds {largest:.6g}, more than {dtype_name(self.dtype)} can "
-                f"({limit:.6g}): use dtype={wider}."
-            )
-        return cast
+
+def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A piece of tensor `name` in another dtype; integers stay what they are.
+
+    Raises:
+        UserError: it is no number, or there is no such number in that dtype.
+    """
+    if not piece.is_floating_point():
+        return piece
+    if not bool(piece.isfinite().all()):
+        raise UserError(
+            f"{name} of the base has NaN or infinite numbers: the checkpoint is damaged; fetch it "
+            "again."
+        )
+    cast = piece.to(dtype)
+    if bool(cast.isinf().any()):
+        largest, limit = float(piece.abs().max()), torch.finfo(dtype).max
+        wider = "bfloat16" if dtype == torch.float16 else "float32"
+        raise UserError(
+            f"{name} holds {largest:.6g}, more than {dtype_name(dtype)} can ({limit:.6g}): use "
+            f"dtype={wider}."
+        )
+    return cast
 
 
 def _check_form(config: dict[str, Any], onto: str, directory: Path) -> None:

@@ -19,8 +19,15 @@ from leanlift.adapter import (
     open_adapter,
     write_adapter,
 )
+from leanlift.cells import Cells, cells_of
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, check_same_base, fingerprint, with_samples
+from leanlift.fingerprint import (
+    BaseFingerprint,
+    check_same_base,
+    fingerprint,
+    other_matrix,
+    with_samples,
+)
 from leanlift.layer import FrozenLinear, LiftLinear
 from leanlift.model.attach import (
     Choice,
@@ -29,12 +36,15 @@ from leanlift.model.attach import (
     base_dtype,
     base_name,
     base_revision,
+    checkpoint_of,
     lift_layers,
     lift_state,
 )
 from leanlift.model.ends import quantize_ends
 from leanlift.model.targets import find_targets, inside_blocks
-from leanlift.quantized import FrozenWeight, WeightFormat, frozen_weight
+from leanlift.quantized import FrozenWeight, WeightFormat, dtype_of, frozen_weight
+from leanlift.samples import Comparison
+from leanlift.source import check_homes, stored_cells
 from leanlift.special import SpecialTokens
 
 
@@ -67,6 +77,27 @@ def _configs(model: nn.Module) -> tuple[Any, Any]:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return text, getattr(model, "generation_config", None)
+
+
+def _check_checkpoint(adapter: Adapter, base: BaseFingerprint) -> None:
+    """Compare an adapter with the checkpoint that a model was loaded from, where that is at hand:
+    it tells more exactly than quantized weights can.
+
+    Raises:
+        UserError: it is of another base.
+    """
+    checkpoint, comparison = checkpoint_of(base), Comparison()
+    if checkpoint is None:
+        return
+    check_homes(base, checkpoint)
+    with stored_cells(checkpoint, dtype_of(base.dtype)) as stored:
+        other = other_matrix(adapter.base, stored, comparison)
+    if other or comparison.is_other:
+        raise UserError(
+            f"this adapter was trained on {adapter.base.name}; the loaded model ({base.name}) has "
+            f"the same shapes but other weights{f' in {other}' if other else ''}: load the "
+            "adapter's own base."
+        )
 
 
 def _check_special(adapter: Adapter, model: nn.Module) -> None:
@@ -107,6 +138,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         base = _live_base(model, list(adapter.base.shapes))
         # before anything of the claimed shapes is made
         check_same_base(adapter.base, base, partial(_weight, model))
+        _check_checkpoint(adapter, base)
         _check_special(adapter, model)
         offsets = adapter.layers()
         if hasattr(model, "leanlift"):
@@ -238,7 +270,12 @@ def _sampled_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
     of its base."""
     base = _live_base(model, targets)
     none = torch.empty(0, dtype=torch.int64)
-    return with_samples(base, dict.fromkeys(base.shapes, none), partial(_weight, model))
+    dtype = dtype_of(base.dtype)
+
+    def read(name: str, flat: torch.Tensor) -> Cells:
+        return cells_of(_weight(model, name), flat, dtype)
+
+    return with_samples(base, dict.fromkeys(base.shapes, none), read)
 
 
 def _keep_samples(model: nn.Module, recorded: BaseFingerprint) -> None:
@@ -266,6 +303,7 @@ def _attach(
         "Attaching",
         progress,
         lambda base: None,
+        sample=False,
     )
 
 

@@ -11,15 +11,17 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from leanlift.cells import Cells, cells_of
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, fingerprint, with_samples
+from leanlift.fingerprint import BaseFingerprint, fingerprint, other_matrix, with_samples
 from leanlift.hub import snapshot_of
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.model.ends import check_ends, quantize_ends
@@ -28,9 +30,10 @@ from leanlift.model.gradient import gradient_masks
 from leanlift.model.strangers import guard
 from leanlift.model.targets import find_targets
 from leanlift.ops import resolve
-from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized, weight_tensors
+from leanlift.quantized import FrozenWeight, dtype_of, frozen_weight, is_quantized, weight_tensors
+from leanlift.samples import Comparison
 from leanlift.selection import selection
-from leanlift.source import check_homes
+from leanlift.source import check_homes, stored_cells
 from leanlift.sparse import SegmentedIndex
 
 
@@ -114,13 +117,7 @@ def get_lift_model(
 
     targets = find_targets(model, config.target_modules)
     attach(model, config, targets, choose, "Selecting", progress, budget_is_possible)
-    state, layers = lift_state(model), lift_layers(model)
-    state.base = with_samples(
-        state.base,
-        {name: layer.index.to_flat() for name, layer in layers.items()},
-        lambda name: frozen_weight(layers[name].base, name),
-    )
-    state.selection_seconds = time.perf_counter() - started
+    lift_state(model).selection_seconds = time.perf_counter() - started
     return model
 
 
@@ -132,17 +129,19 @@ def attach(
     what: str,
     progress: bool,
     accept: Callable[[BaseFingerprint], None],
+    sample: bool = True,
 ) -> None:
     """Replace the targets of a stock model by LiftLinears at the positions that `choose` gives.
 
-    `accept` may refuse the base by raising, before anything is changed.
+    `accept` may refuse the base by raising, before anything is changed. `sample` says whether the
+    fingerprint gets samples of the targets.
     """
     check_finite(model)
     modules = dict(model.named_modules())
     base = fingerprint(model, base_name(model), base_dtype(model), targets, base_revision(model))
     accept(base)
-    checkpoint = snapshot_of(base.name, base.revision)
-    if checkpoint is not None and (checkpoint / "config.json").is_file():
+    checkpoint = checkpoint_of(base)
+    if checkpoint is not None:
         check_homes(base, checkpoint)
     if config.quantize_ends:
         check_ends(model)
@@ -154,6 +153,9 @@ def attach(
             settled = "" if choices[target].converged else ", not settled"
             bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{settled}")
 
+    if sample:
+        masks = {name: choice.index.to_flat() for name, choice in choices.items()}
+        base = _sampled(base, masks, modules, checkpoint)
     model.requires_grad_(False)
     scratch, values_dtype = Scratch(), getattr(torch, config.values_dtype)
     for name, module in modules.items():
@@ -192,9 +194,16 @@ def check_finite(model: nn.Module) -> None:
         for key, tensor in held:
             bad = not_finite(tensor)
             if bad:
+                small = base_dtype(model) == torch.float16
                 raise UserError(
-                    f"{name}.{key} has {bad} NaN or infinite weights of {tensor.numel()}: the base "
-                    "is damaged; fetch it again."
+                    f"{name}.{key} has {bad} NaN or infinite weights of {tensor.numel()}: "
+                    + (
+                        "they may be too large for float16, so load the base in bfloat16 or "
+                        "float32; or "
+                        if small
+                        else ""
+                    )
+                    + "the base is damaged, so fetch it again."
                 )
 
 
@@ -204,6 +213,44 @@ def not_finite(tensor: Tensor) -> int:
         return 0
     pieces = tensor.detach().reshape(-1).split(2**24)
     return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
+
+
+def checkpoint_of(base: BaseFingerprint) -> Path | None:
+    """Where the checkpoint of a base lies on this machine; None where it is not at hand."""
+    found = snapshot_of(base.name, base.revision)
+    return found if found is not None and (found / "config.json").is_file() else None
+
+
+def _sampled(
+    base: BaseFingerprint,
+    masks: dict[str, Tensor],
+    modules: dict[str, nn.Module],
+    checkpoint: Path | None,
+) -> BaseFingerprint:
+    """The fingerprint with samples of its targets: of the checkpoint, which has them exactly,
+    where it is at hand, else of what is in memory.
+
+    Raises:
+        UserError: the checkpoint has other weights than the model.
+    """
+    dtype = dtype_of(base.dtype)
+
+    def live(name: str, flat: Tensor) -> Cells:
+        return cells_of(frozen_weight(modules[name], name), flat, dtype)
+
+    if checkpoint is None:
+        return with_samples(base, masks, live)
+    with stored_cells(checkpoint, dtype) as stored:
+        exact = with_samples(base, masks, stored)
+    comparison = Comparison()
+    other = other_matrix(exact, live, comparison)
+    if other or comparison.is_other:
+        raise UserError(
+            f"the model has other weights than {checkpoint}, from which it was loaded"
+            f"{f', in {other}' if other else ''}: an adapter of it could not be merged. Save the "
+            "model as it is with save_pretrained, and load that."
+        )
+    return exact
 
 
 def _masks_by_gradient(

@@ -9,7 +9,15 @@ from torch import nn
 
 from leanlift.ends import FrozenEmbedding, FrozenHead, Head
 from leanlift.errors import UserError
-from leanlift.quantized import Weight8bit, WeightFormat, embedding_rows, frozen_weight, requantize
+from leanlift.quantized import (
+    Weight8bit,
+    WeightFormat,
+    embedding_rows,
+    frozen_weight,
+    is_quantized,
+    requantize,
+    weight_tensors,
+)
 
 INT8 = WeightFormat("int8", "float32")
 
@@ -56,6 +64,8 @@ def embedding_to_cpu(model: Any) -> None:
     dtype = embedding.dtype if isinstance(embedding, FrozenEmbedding) else embedding.weight.dtype
     scale = embed_scale(embedding)
     held.cpu()
+    if is_quantized(held):
+        weight_tensors(held)  # reading them once brings the scales along, and frees the old ones
     model.set_submodule(name, FrozenEmbedding(held, embedding_rows, dtype, True, scale))
 
 

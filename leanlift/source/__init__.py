@@ -1,7 +1,7 @@
 """A base checkpoint on disk, read by rows, without transformers."""
 
 from leanlift.source.checkpoint import INDEX, WEIGHTS, SourceTensor, open_checkpoint
-from leanlift.source.homes import check_homes, locate
+from leanlift.source.homes import check_homes, locate, matrix_cells, stored_cells
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
 __all__ = [
@@ -12,6 +12,8 @@ __all__ = [
     "StoredMatrix",
     "check_homes",
     "locate",
+    "matrix_cells",
     "open_checkpoint",
     "plain_view",
+    "stored_cells",
 ]

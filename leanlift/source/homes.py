@@ -7,13 +7,18 @@ names): that is found before a run, not after it.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from leanlift.cells import Cells, cells_of, dense_cells, entries_of
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint
+from leanlift.fingerprint import BaseFingerprint, Read
 from leanlift.source.checkpoint import open_checkpoint
-from leanlift.source.stored import plain_view
+from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
 
 def locate(name: str, tensors: Container[str]) -> str | None:
@@ -22,6 +27,32 @@ def locate(name: str, tensors: Container[str]) -> str | None:
         if candidate in tensors:
             return candidate
     return None
+
+
+@contextmanager
+def stored_cells(directory: Path, dtype: torch.dtype) -> Iterator[Read]:
+    """Cells of the matrices of a checkpoint, as precise as it holds them.
+
+    Args:
+        directory: of the checkpoint; every matrix that is asked for has a home there.
+        dtype: in which it is loaded.
+    """
+    with open_checkpoint(directory) as files:
+        tensors = plain_view(files)
+
+        def read(module: str, flat: Tensor) -> Cells:
+            found = locate(f"{module}.weight", tensors)
+            assert found is not None
+            return matrix_cells(tensors[found], flat, dtype)
+
+        yield read
+
+
+def matrix_cells(tensor: Stored, flat: Tensor, dtype: torch.dtype) -> Cells:
+    """Cells of a matrix of a checkpoint that is loaded in `dtype`."""
+    if isinstance(tensor, StoredMatrix):
+        return cells_of(tensor.open(), flat, dtype)
+    return dense_cells(entries_of(tensor, flat), tensor.dtype)  # type: ignore[arg-type]
 
 
 def check_homes(base: BaseFingerprint, directory: Path) -> None:

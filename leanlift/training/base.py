@@ -54,6 +54,7 @@ def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool
         own = stored_quantization(config, name)
         if own is not None:
             _check_request(args, own)
+            _check_merge(args)
         asked = None if own is not None else quantization(args, dtype)
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
@@ -145,6 +146,16 @@ def _check_request(args: RunArguments, own: dict[str, Any]) -> None:
         raise UserError(
             f"load_in_8bit was asked for, but {args.model_name_or_path} is quantized to 4 bits on "
             "disk: leave load_in_8bit out, or name the 16-bit checkpoint it was made from."
+        )
+
+
+def _check_merge(args: RunArguments) -> None:
+    """A merge onto 16-bit weights that are not there is found before training."""
+    if args.merged_dir and args.merge_onto == "original":
+        raise UserError(
+            f"{args.model_name_or_path} is quantized on disk and has no 16-bit weights to merge "
+            "onto: set merge_onto to quantized, or leave merged_dir out and name the 16-bit "
+            "checkpoint at the export."
         )
 
 

@@ -177,5 +177,7 @@ def _sparser(density: float) -> tuple[str, Callable[[Settings], Settings]]:
 def _tied(args: RunArguments) -> bool:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(args.model_name_or_path)
+    config = AutoConfig.from_pretrained(
+        args.model_name_or_path, revision=args.model_revision, trust_remote_code=False
+    )
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
