@@ -99,7 +99,7 @@ def row(name: str, changes: dict[str, Any], work: Path, arguments: Any) -> dict[
     }
     sft = LiftSFTConfig(**options)
     plan = plan_of(args, sft, cuda)
-    result = run(args, sft, plan=plan)
+    result = run(args, sft, plan=lambda: plan)
     measured = result.memory.phases["train"].tensors
     assert measured is not None
     return {

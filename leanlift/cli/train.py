@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -15,7 +16,6 @@ from leanlift.cli.settings import build_train_parser, parse_train, take_option
 from leanlift.errors import first_line
 from leanlift.memory import MemoryPlan, format_report, human
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
-from leanlift.training.base import quantization
 from leanlift.training.checks import check_settings
 from leanlift.training.fit import fit, parse_card
 
@@ -28,18 +28,13 @@ def train_command(argv: Sequence[str]) -> int:
     """Parse, run, and print what came out."""
     card, argv = take_option(list(argv), "--fit")
     args, sft = parse_train(argv)
-    check_settings(sft, args.lift_config())
-    quantization(args, torch.float32)
     cuda = torch.cuda.is_available() and not sft.use_cpu
-    if card is None:
-        plan = _plan(args, sft, cuda)
-    else:
+    planned: Callable[[], MemoryPlan | None] = partial(_plan, args, sft, cuda)
+    if card is not None:
+        check_settings(sft, args.lift_config())
         found = fit(args, sft, parse_card(card), cuda, lambda line: print(line, file=sys.stderr))
-        args, sft, plan = found.args, found.sft, found.plan
-    if plan is not None:
-        say = f"Planned peak: {human(plan.peak)} of tensors, in phase {plan.peak_phase}"
-        print(say + (f"; {human(plan.needed)} with the CUDA context." if cuda else "."))
-    result = run(args, sft, plan=plan)
+        args, sft, planned = found.args, found.sft, partial(_say, found.plan, cuda)
+    result = run(args, sft, plan=planned)
     print(format_report(result.memory.to_dict()))
     print(f"\nAdapter: {sft.output_dir}")
     if result.merged is not None:
@@ -52,7 +47,13 @@ def train_command(argv: Sequence[str]) -> int:
 def _plan(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> MemoryPlan | None:
     """The plan of a run, or None where it cannot be planned: that alone stops no run."""
     try:
-        return plan_of(args, sft, cuda)
+        return _say(plan_of(args, sft, cuda), cuda)
     except Exception as error:  # whatever a model's own code does under fake tensors
         logger.warning("This run could not be planned: %s", first_line(error))
         return None
+
+
+def _say(plan: MemoryPlan, cuda: bool) -> MemoryPlan:
+    say = f"Planned peak: {human(plan.peak)} of tensors, in phase {plan.peak_phase}"
+    print(say + (f"; {human(plan.needed)} with the CUDA context." if cuda else "."))
+    return plan

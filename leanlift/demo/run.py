@@ -77,7 +77,7 @@ def demo(output_dir: str | Path) -> None:
         save_strategy="no",
         gradient_checkpointing=False,
     )
-    result = run(args, sft, before_training=measure, plan=plan_of(args, sft, cuda=False))
+    result = run(args, sft, before_training=measure, plan=lambda: plan_of(args, sft, cuda=False))
     after = _answers(result.model, result.tokenizer, held_out, "After training")
 
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float16)

@@ -35,8 +35,9 @@ from leanlift.model import (
 )
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
+from leanlift.quantized import dtype_of
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.base import check_base_place, load_model
+from leanlift.training.base import check_base_place, load_model, quantization
 from leanlift.training.checkpointing import (
     checkpoint_to_resume,
     checkpoints,
@@ -69,11 +70,19 @@ class RunResult:
     merged: MergeReport | None
 
 
+@dataclass
+class Progress:
+    """How far a run has come: its phase, and its plan once it is made."""
+
+    phase: str = "load"
+    plan: MemoryPlan | None = None
+
+
 def run(
     args: RunArguments,
     sft: LiftSFTConfig,
     before_training: Callable[[Any, Any], None] | None = None,
-    plan: MemoryPlan | None = None,
+    plan: Callable[[], MemoryPlan | None] | None = None,
 ) -> RunResult:
     """Train as `leanlift train` does; the adapter ends up in `sft.output_dir`.
 
@@ -81,20 +90,21 @@ def run(
         args: the base, the data and the mask.
         sft: the training loop.
         before_training: called with the attached model and its tokenizer.
-        plan: what was planned, for the report and for what is said when memory runs out.
+        plan: makes the plan, for the report and for what is said when memory runs out; called
+            when settings and rows have been looked at, before the base is loaded.
 
     Raises:
         UserError: anything wrong with base, data, settings or output directory.
         OutOfMemoryError: the device was too small.
     """
-    reached = ["load"]
+    reached = Progress()
     try:
         with _timeline(args.snapshot, Path(sft.output_dir or "leanlift-output")):
             return _run(args, sft, before_training, plan, reached)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(_out_of_memory(reached[-1], error, args, sft, plan)) from error
+        raise OutOfMemoryError(_out_of_memory(reached, error, args, sft)) from error
 
 
 @contextmanager
@@ -118,10 +128,10 @@ def _run(
     args: RunArguments,
     sft: LiftSFTConfig,
     before_training: Callable[[Any, Any], None] | None,
-    plan: MemoryPlan | None,
-    reached: list[str],
+    plan: Callable[[], MemoryPlan | None] | None,
+    reached: Progress,
 ) -> RunResult:
-    """`run`, noting in `reached` which phase it has come to."""
+    """`run`, noting in `reached` how far it has come."""
     output = Path(sft.output_dir or "leanlift-output")
     found = _checkpoint_to_resume(sft, output)
     resume = None if found is None else str(found.path)
@@ -131,21 +141,22 @@ def _run(
         raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
     if args.merge_onto not in ONTO:
         raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
+    quantization(args, dtype_of(args.dtype or "float32"))
     check_base_place(args)
     ready = _ready_rows(args, sft)  # before a load that takes minutes
     told = run_settings(args, ready.data)
     if found is not None:
         check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))
+    reached.plan = None if plan is None else plan()
     with OutputLock(output):
-        return _train(args, sft, before_training, plan, reached, ready, told, resume)
+        return _train(args, sft, before_training, reached, ready, told, resume)
 
 
 def _train(
     args: RunArguments,
     sft: LiftSFTConfig,
     before_training: Callable[[Any, Any], None] | None,
-    plan: MemoryPlan | None,
-    reached: list[str],
+    reached: Progress,
     ready: ReadyRows,
     told: dict[str, Any],
     resume: str | None,
@@ -153,8 +164,8 @@ def _train(
     """The slow part of a run, after everything about its input has been looked at.
 
     Args:
-        args, sft, before_training, plan: as `run` has them.
-        reached: which phase the run has come to is added to it.
+        args, sft, before_training: as `run` has them.
+        reached: has the plan; the phase is noted in it.
         ready: what to train and to evaluate on.
         told: what the run was told, for its checkpoints.
         resume: the checkpoint to go on from, checked.
@@ -169,10 +180,10 @@ def _train(
     )
     resolve(args.ops, device)
     meter = MemoryMeter(device)
-    meter.report.plan = None if plan is None else plan.to_dict()
+    meter.report.plan = None if reached.plan is None else reached.plan.to_dict()
     with meter.phase("load"):
         model = load_model(args, device, sft.trust_remote_code)
-    reached.append("select")
+    reached.phase = "select"
     with meter.phase("select", follow=True) as peak:
         if resume:
             load_adapter(model, resume, progress=True)
@@ -213,7 +224,7 @@ def _train(
         raise
     except ValueError as error:  # settings that TRL or HF Trainer refuse
         raise UserError(f"these settings do not work: {first_line(error)}") from error
-    reached.append("train")
+    reached.phase = "train"
     with meter.phase("train") as peak:
         try:
             trainer.train(resume_from_checkpoint=resume)
@@ -229,7 +240,7 @@ def _train(
 
     merged = None
     if args.merged_dir:
-        reached.append("export")
+        reached.phase = "export"
         static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
         with meter.phase("export", follow=True, static=static):
             merged = merge_adapter(
@@ -280,13 +291,13 @@ def _settings(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
 
 
 def _out_of_memory(
-    phase: str,
+    reached: Progress,
     error: BaseException,
     args: RunArguments,
     sft: LiftSFTConfig,
-    plan: MemoryPlan | None,
 ) -> str:
     """Phase, what was asked for, what the plan had said, what would help, what is kept."""
+    phase, plan = reached.phase, reached.plan
     planned = (
         f"the plan had said {human(plan.phases.get(phase, plan.peak))} for this phase and "
         f"{human(plan.needed)} in all"
