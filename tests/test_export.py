@@ -239,7 +239,7 @@ def test_a_disk_that_is_too_small_is_found_before_the_merge(
     trained(base, tmp_path / "adapter")
     usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr("leanlift.export.directory.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs 0.0 GiB, but only 0.0 GiB are free at"):
+    with pytest.raises(UserError, match=r"needs 0.\d MiB, but only 0.0 MiB are free at"):
         merge_adapter(tmp_path / "adapter", tmp_path / "deep" / "merged")
     assert not (tmp_path / "deep").exists()
 

@@ -34,9 +34,13 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"{output.name} needs {needed / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB are "
-            f"free at {place}: make room, or name another output directory."
+            f"{output.name} needs {_size(needed)}, but only {_size(free)} are free at {place}: make "
+            "room, or name another output directory."
         )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
 
 
 def carry_over(source: Path, output: Path) -> list[str]:
