@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from leanlift import LiftConfig
 from leanlift.ends import head_loss
-from leanlift.model import get_lift_model, output_head
+from leanlift.model import claim, get_lift_model, output_head
 
 SPECTRUM = 256
 """Rank of what stands out of the noise, so that there are principal weights to find."""
@@ -98,8 +98,10 @@ def lora(model: Any, rank: int) -> Any:
 
 
 def lift(model: Any, config: LiftConfig) -> Any:
-    """leanlift on every Linear of the blocks."""
-    return get_lift_model(model, config, progress=False)
+    """leanlift on every Linear of the blocks, for a loop of one's own over `SparseAdamW`."""
+    lifted = get_lift_model(model, config, progress=False)
+    claim(lifted)
+    return lifted
 
 
 def shira(model: Any, rank: int) -> Any:

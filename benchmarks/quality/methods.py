@@ -16,6 +16,7 @@ from benchmarks.quality.base import load
 from benchmarks.quality.domain import Domain
 from benchmarks.quality.residual import exact_from_the_start, taken_out
 from leanlift import LiftConfig, get_lift_model
+from leanlift.model import claim
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CALIBRATION_BATCHES = 8
@@ -121,6 +122,7 @@ def lift(kind: str, r: int, start: str = "zero", **config: Any) -> Build:
             model = load(base, kind, device)
             get_lift_model(model, settings, progress=False, calibration=batches)
             offsets = exact_from_the_start(model, base) if start == "residual" else {}
+        claim(model)  # the loop here refreshes it
         return Prepared(model, lift=True, refresh=settings.refresh_interval, start=offsets)
 
     return build

@@ -33,13 +33,10 @@ from leanlift.model.attach import (
     Choice,
     LiftState,
     attach,
-    base_dtype,
-    base_name,
-    base_revision,
-    checkpoint_of,
     lift_layers,
     lift_state,
 )
+from leanlift.model.base import base_dtype, base_name, base_revision, checkpoint_of
 from leanlift.model.ends import quantize_ends
 from leanlift.model.targets import find_targets, inside_blocks
 from leanlift.quantized import FrozenWeight, WeightFormat, dtype_of, frozen_weight

@@ -1,0 +1,158 @@
+"""The base under a model that is attached to: whether it can be, what it is, whose it is then."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanlift.cells import Cells, cells_of
+from leanlift.errors import UserError
+from leanlift.fingerprint import BaseFingerprint, other_matrix, with_samples
+from leanlift.hub import snapshot_of
+from leanlift.quantized import dtype_of, frozen_weight, is_quantized, weight_tensors
+from leanlift.samples import Comparison
+from leanlift.source import stored_cells
+
+
+def check_attachable(model: nn.Module) -> None:
+    """Refuse what is attached to already, what another library has patched, and what is no causal
+    language model.
+
+    Raises:
+        UserError: says what it is.
+    """
+    if hasattr(model, "leanlift"):
+        raise UserError(
+            "this model has leanlift layers already: load the base again to start over."
+        )
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UserError(
+                f"this model holds layers of PEFT ({name or 'the model itself'} is a "
+                f"{type(module).__name__}): merge its adapter and load the result, or load the "
+                "base without it."
+            )
+    ends = getattr(model, "get_output_embeddings", None)
+    if ends is not None and ends() is None:
+        raise UserError(
+            f"this {type(model).__name__} has no output head over its vocabulary, so it is no "
+            "causal language model; what stands there instead would be neither trained nor saved: "
+            "load it with AutoModelForCausalLM."
+        )
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not numbers, in whatever part of a model: norms, embedding, head and
+    biases as well as matrices; of a quantized one its scales say so.
+
+    Raises:
+        UserError: NaN or infinite ones; names the tensor.
+    """
+    for name, module in model.named_modules():
+        held = list(module.named_parameters(recurse=False))
+        if is_quantized(module):
+            frozen_weight(module, name)  # refuses one that cannot be read
+            held = [(key, tensor) for key, tensor in held if key != "weight"]
+            held += [("weight", tensor) for tensor in weight_tensors(module)]
+        for key, tensor in held:
+            bad = not_finite(tensor)
+            if bad:
+                small = base_dtype(model) == torch.float16
+                raise UserError(
+                    f"{name}.{key} has {bad} NaN or infinite weights of {tensor.numel()}: "
+                    + (
+                        "they may be too large for float16, so load the base in bfloat16 or "
+                        "float32; or "
+                        if small
+                        else ""
+                    )
+                    + "the base is damaged, so fetch it again."
+                )
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many NaN or infinite numbers a tensor has, counted by pieces."""
+    if not tensor.is_floating_point() or tensor.device.type == "meta":
+        return 0
+    pieces = tensor.detach().reshape(-1).split(2**24)
+    return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
+
+
+def base_name(model: nn.Module) -> str:
+    """Where a model was loaded from."""
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+
+
+def base_revision(model: nn.Module) -> str | None:
+    """The commit that a model was loaded from, where it is known."""
+    found = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return found if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{40}", found) else None
+
+
+def base_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype the model was loaded in."""
+    dtype = getattr(model, "dtype", None)
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    return next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+
+
+def checkpoint_of(base: BaseFingerprint) -> Path | None:
+    """Where the checkpoint of a base lies on this machine; None where it is not at hand."""
+    found = snapshot_of(base.name, base.revision)
+    return found if found is not None and (found / "config.json").is_file() else None
+
+
+def with_base_samples(
+    base: BaseFingerprint,
+    masks: dict[str, Tensor],
+    modules: dict[str, nn.Module],
+    checkpoint: Path | None,
+) -> BaseFingerprint:
+    """The fingerprint with samples of its targets: of the checkpoint, which has them exactly,
+    where it is at hand, else of what is in memory.
+
+    Raises:
+        UserError: the checkpoint has other weights than the model.
+    """
+    dtype = dtype_of(base.dtype)
+
+    def live(name: str, flat: Tensor) -> Cells:
+        return cells_of(frozen_weight(modules[name], name), flat, dtype)
+
+    if checkpoint is None:
+        return with_samples(base, masks, live)
+    with stored_cells(checkpoint, dtype) as stored:
+        exact = with_samples(base, masks, stored)
+    comparison = Comparison()
+    other = other_matrix(exact, live, comparison)
+    if other or comparison.is_other:
+        raise UserError(
+            f"the model has other weights than {checkpoint}, from which it was loaded"
+            f"{f', in {other}' if other else ''}: an adapter of it could not be merged. Save the "
+            "model as it is with save_pretrained, and load that."
+        )
+    return exact
+
+
+def own_base(model: nn.Module) -> None:
+    """Drop the marks of a quantized model: HF Trainer would refuse it, TRL would cast its
+    trainable parameters to bf16, `save_pretrained` would write a quantization_config."""
+    holder: Any = model
+    for mark, unset in (
+        ("is_quantized", False),
+        ("is_loaded_in_4bit", False),
+        ("is_loaded_in_8bit", False),
+        ("hf_quantizer", None),
+        ("quantization_method", None),
+    ):
+        if getattr(model, mark, None):
+            setattr(holder, mark, unset)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
