@@ -229,6 +229,17 @@ def test_defaults_of_a_plan_are_those_of_a_run(checkpoints: dict[str, Path]) -> 
     assert plan_memory(path).to_dict() == run.to_dict()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4+double", "int8"])
+def test_a_base_that_is_quantized_on_disk_is_planned_as_it_is(
+    checkpoints: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    load(checkpoints["llama"], kind).save_pretrained(tmp_path)
+    args, sft = arguments(tmp_path, approx_rank=8, load_in_4bit=False)
+    planned = plan_of(args, sft, cuda=False).categories["base weights"]
+    model = get_lift_model(load(checkpoints["llama"], kind), LiftConfig(approx_rank=8), False)
+    assert planned == static_categories(model)["base weights"]
+
+
 # --- Fitting a card, and running out of it -------------------------------------------------
 
 

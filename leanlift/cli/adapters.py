@@ -20,7 +20,7 @@ checkpoint. There are two things to add them to, and both are honest:
 
 --format peft writes a SHiRA adapter, which stock PEFT loads without leanlift."""
 
-MERGED_ONLY = ("base", "dtype", "onto", "max_shard_size", "verify", "data")
+MERGED_ONLY = ("base", "base_revision", "dtype", "onto", "max_shard_size", "verify", "data")
 
 
 def add_export(commands: Any) -> None:
@@ -41,6 +41,7 @@ def add_export(commands: Any) -> None:
     export.add_argument(
         "--base", type=expanduser, help="the base checkpoint; default: the one trained on"
     )
+    export.add_argument("--base_revision", help="the revision of a --base on the hub")
     export.add_argument("--dtype", help="float16 (default), bfloat16 or float32")
     export.add_argument("--onto", help="original (default) or quantized, see above")
     export.add_argument("--max_shard_size", help='e.g. "2GB"; default 5GB')
@@ -122,6 +123,8 @@ def _merge(options: argparse.Namespace) -> int:
     from leanlift.export import merge_adapter
     from leanlift.memory import MemoryMeter, human
 
+    if options.base_revision is not None and options.base is None:
+        raise UserError("--base_revision belongs to a --base: give both, or neither.")
     if options.data is not None and not options.verify:
         raise UserError("--data names rows to verify with: give --verify too.")
     meter = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -130,6 +133,7 @@ def _merge(options: argparse.Namespace) -> int:
             options.adapter,
             options.output,
             base=options.base,
+            revision=options.base_revision,
             dtype=options.dtype or "float16",
             onto=options.onto or "original",
             max_shard_size=options.max_shard_size or "5GB",

@@ -16,6 +16,7 @@ from leanlift.errors import UserError, first_line
 from leanlift.memory import MemoryPlan, StepSettings, plan_step
 from leanlift.quantized import WeightFormat, dtype_of
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.base import stored_quantization
 from leanlift.training.loss import loss_of_all_tokens, objective_of
 
 NF4 = WeightFormat("nf4", "bfloat16", 64, double=True)
@@ -29,6 +30,7 @@ def plan_memory(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     objective: Objective = LIKELIHOOD,
+    revision: str | None = None,
 ) -> MemoryPlan:
     """What fine-tuning a model will need, without its weights.
 
@@ -36,9 +38,9 @@ def plan_memory(
         model: hub name, checkpoint directory, or a bare config.json.
         config: what is trained; `LiftConfig()` if not given.
         settings: the training step.
-        quantization: how the Linears are held; None: in `settings.dtype`.
-        attn_implementation: as in `from_pretrained`.
-        trust_remote_code: as in `from_pretrained`.
+        quantization: how the Linears are held; None: in `settings.dtype`. A checkpoint that is
+            quantized on disk is held as it is.
+        attn_implementation, trust_remote_code, revision: as in `from_pretrained`.
         objective: what a token costs.
 
     Raises:
@@ -46,10 +48,14 @@ def plan_memory(
     """
     config, settings = config or LiftConfig(), settings or StepSettings()
     try:
-        shape: Any = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        shape: Any = AutoConfig.from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the model {model} cannot be planned for: {first_line(error)}") from error
-    if getattr(shape, "quantization_config", None) is not None:
+    stored = stored_quantization(shape, str(model))
+    if stored is not None:
+        quantization = _stored_format(stored, settings.dtype)
         del shape.quantization_config
 
     def build() -> Any:
@@ -104,12 +110,21 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         args.attn_implementation,
         bool(sft.trust_remote_code),
         objective_of(sft),
+        args.model_revision,
     )
 
 
 def _value(choice: Any) -> str:
     """What an enum of transformers' says, or the name that was given."""
     return str(getattr(choice, "value", choice))
+
+
+def _stored_format(stored: dict[str, Any], dtype: str) -> WeightFormat:
+    """The format of a checkpoint that bitsandbytes has quantized, from its configuration."""
+    if stored.get("load_in_8bit"):
+        return WeightFormat("int8", "float32")
+    kind = str(stored.get("bnb_4bit_quant_type") or "fp4")
+    return WeightFormat(kind, dtype, 64, bool(stored.get("bnb_4bit_use_double_quant")))
 
 
 def format_of(args: RunArguments, dtype: str) -> WeightFormat | None:
