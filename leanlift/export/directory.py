@@ -34,8 +34,8 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"{output.name} needs {_size(needed)}, but only {_size(free)} are free at {place}: make "
-            "room, or name another output directory."
+            f"{output.name} needs {_size(needed)}, but only {_size(free)} are free at {place}: "
+            "make room, or name another output directory."
         )
 
 
