@@ -217,10 +217,12 @@ def test_a_finished_run_takes_no_step(base: Path, tmp_path: Path, schedule: str)
     assert_same_layers(first.model, again.model)
 
 
+@pytest.mark.parametrize("interval", [5, 3], ids=["no refresh", "a refresh"])
 def test_a_longer_run_under_a_constant_schedule_equals_an_uninterrupted_one(
-    base: Path, tmp_path: Path
+    base: Path, tmp_path: Path, interval: int
 ) -> None:
-    lift = dataclasses.replace(LIFT, refresh_interval=5)
+    """With and without a refresh due after what was the last step."""
+    lift = dataclasses.replace(LIFT, refresh_interval=interval)
     options = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     whole = trainer_for(base, tmp_path / "whole", lift, **{**SAVING, "max_steps": 9, **options})
     whole.train()

@@ -98,11 +98,18 @@ class Guard(TrainerCallback):
 
 
 class Refresh(TrainerCallback):
-    """Refreshes the mask every `interval` optimizer steps, but not after the last one."""
+    """Refreshes the mask every `interval` optimizer steps, but not after the last one; where a run
+    is made longer, that is made up for."""
 
     def __init__(self, trainer: LiftTrainer, interval: int) -> None:
         self.trainer = trainer
         self.interval = interval
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.after_the_end:
+            self.on_step_end(args, state, control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

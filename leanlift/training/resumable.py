@@ -60,10 +60,12 @@ class ResumableTrainer(SFTTrainer):
 
     Attributes:
         run_settings: more settings to keep in checkpoints and compare, JSON-ready.
+        after_the_end: whether a run is gone on with that had taken all its steps.
     """
 
     _lift: LiftState
     run_settings: dict[str, Any]
+    after_the_end: bool = False
     _staging: Path | None = None
     _data_facts: dict[str, Any] | None = None
     _settings: Settings
@@ -74,6 +76,7 @@ class ResumableTrainer(SFTTrainer):
         with OutputLock(output):
             clean(output)
             self._settings = self._settings_now()
+            self.after_the_end = False
             checkpoint = None
             if resume_from_checkpoint:
                 checkpoint = self._go_on_from(checkpoint_to_resume(output, resume_from_checkpoint))
@@ -95,6 +98,7 @@ class ResumableTrainer(SFTTrainer):
         for change in check_same_settings(found.settings, self._settings, str(found.path)):
             logger.warning("%s", change)
         logger.warning("Resuming from %s.", found.path)
+        self.after_the_end = found.last
         return str(found.path)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:

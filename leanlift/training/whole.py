@@ -52,11 +52,13 @@ class Checkpoint:
         path: its directory.
         step: optimizer steps taken.
         settings: of the run that wrote it; few where it is too old to know them.
+        last: whether its run was to end with this step, which then has had no refresh.
     """
 
     path: Path
     step: int
     settings: dict[str, Any]
+    last: bool
 
 
 def check_checkpoint(path: Path) -> Checkpoint:
@@ -70,7 +72,7 @@ def check_checkpoint(path: Path) -> Checkpoint:
     if not (path / TRAINER_STATE).is_file():
         raise UserError(f"{path} is no training checkpoint: it has no {TRAINER_STATE}.")
     settings = _check_seal(path)
-    step = _check_trainer_state(path)
+    step, steps = _check_trainer_state(path)
     counts = _check_adapter(path)
     if not _has(path, OPTIMIZER_FACTS):
         raise UserError(
@@ -79,7 +81,7 @@ def check_checkpoint(path: Path) -> Checkpoint:
         )
     _check_optimizer(path, counts, step)
     _check_loop(path, step)
-    return Checkpoint(path, step, settings or _old_settings(path))
+    return Checkpoint(path, step, settings or _old_settings(path), last=step >= steps)
 
 
 def _check_seal(path: Path) -> dict[str, Any] | None:
@@ -124,8 +126,9 @@ def _old_settings(path: Path) -> dict[str, Any]:
     return {"mask": mask, "loop": {"per_device_train_batch_size": batch}}
 
 
-def _check_trainer_state(path: Path) -> int:
-    """The step a checkpoint is of, after looking at what Trainer will take from its state."""
+def _check_trainer_state(path: Path) -> tuple[int, int]:
+    """The step a checkpoint is of and how many its run was to take, after looking at what Trainer
+    will take from its state."""
     file = path / TRAINER_STATE
     state = read_json(file)
     known = {field.name for field in fields(TrainerState)}
@@ -148,8 +151,7 @@ def _check_trainer_state(path: Path) -> int:
     )
     if not fine:
         raise UserError(f"{file} is damaged: it is not the state of step {max(0, step_of(path))}.")
-    step: int = state["global_step"]
-    return step
+    return state["global_step"], state["max_steps"]
 
 
 def _check_adapter(path: Path) -> dict[str, int]:
