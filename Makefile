@@ -1,10 +1,12 @@
 # `make demo` and `make test` do all the set-up on a fresh machine (Python 3.11 or newer).
 # torch: on Linux PyPI's build, which runs on CUDA and on the CPU. Another build or version:
 #     make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# Tests run in JOBS processes, about 1 GB each:  make test JOBS=8
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 export TOKENIZERS_PARALLELISM = false
@@ -15,7 +17,7 @@ demo: $(VENV)/installed
 	$(BIN)/leanlift demo --output_dir leanlift-demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 check: lint types contracts test
 
