@@ -56,7 +56,7 @@ class Cells:
         size = torch.maximum(self.high.abs(), self.low.abs())
         if self.kind != other.kind:
             return meet
-        return meet & ~((wide < 2 * narrow) & (apart > narrow / 2 + 2e-7 * size))
+        return meet & ~((wide <= 2 * narrow) & (apart > narrow / 2 + 2e-7 * size))
 
 
 def dense_cells(values: Tensor, dtype: torch.dtype) -> Cells:

@@ -67,7 +67,10 @@ def test_only_the_wanted_files_of_a_name_are_fetched(
     "name",
     ["no-such-directory/x", "~nobody-at-all/x", "x" * 300, "x" * 9000, "a\0b", "../x", "\ud800"],
 )
-def test_names_that_cannot_be_had_are_one_sentence(name: str) -> None:
+def test_names_that_cannot_be_had_are_one_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"the adapter .*: name a directory\."):
         copy_of(name)
 
