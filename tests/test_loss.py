@@ -168,6 +168,41 @@ def test_ends_in_int8_go_with_every_cost(base: Path, tmp_path: Path, name: str) 
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def logged(trainer: LiftTrainer, key: str = "loss") -> list[float]:
+    trainer.train()
+    return [float(entry[key]) for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["", "int8-ends"])
+def test_noise_on_embeddings_is_noise(base: Path, tmp_path: Path, ends: bool) -> None:
+    lift = replace(LIFT, quantize_ends=ends)
+    plain, noisy = (
+        logged(trainer_for(base, tmp_path / str(alpha), lift, neftune_noise_alpha=alpha))
+        for alpha in (None, 50.0)
+    )
+    assert len(plain) == len(noisy) == 6
+    assert max(abs(a - b) for a, b in zip(plain, noisy, strict=True)) > 0.01
+
+
+def test_a_router_s_coefficient_weighs_its_loss(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    sizes = {**SIZES, "vocab_size": len(tokenizer), "num_local_experts": 4}
+    losses = {}
+    for coefficient in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes))
+        trainer = LiftTrainer(
+            model=get_lift_model(model, replace(LIFT, target_modules=("q_proj",)), progress=False),
+            args=settings(tmp_path, max_steps=1, router_aux_loss_coef=coefficient),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=tokenizer,
+        )
+        losses[coefficient] = logged(trainer)[0]
+        if coefficient:
+            aux = trainer.state.log_history[0]["aux_loss"]
+    assert losses[0.5] - losses[0.0] == pytest.approx(0.5 * aux, rel=1e-3)
+
+
 def test_outputs_are_there_for_metrics(base: Path, tmp_path: Path) -> None:
     trainer = trainer_for(base, tmp_path)
     seen: list[tuple[int, ...]] = []

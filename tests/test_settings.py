@@ -286,6 +286,9 @@ commands = json.loads(sys.argv[1])
 for argv in commands:
     code = main(argv)
     assert code == 0, (argv, code)
+import leanlift.demo.run as short
+short.STEPS = short.HELD_OUT_ROWS = 2
+assert main(["demo", "--output_dir", sys.argv[2]]) == 0
 time.sleep(0.5)
 assert not asked, asked
 print("asked nobody")
@@ -314,7 +317,7 @@ def test_no_command_asks_anybody(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
     environment.pop("HF_HUB_OFFLINE")
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, json.dumps(commands)],
+        [sys.executable, "-c", OFFLINE, json.dumps(commands), str(tmp_path / "demo")],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.endswith("asked nobody\n"), done.stderr[-2000:]

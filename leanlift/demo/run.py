@@ -26,6 +26,7 @@ BASE = Path(__file__).parent / "base"
 TRAIN_ROWS = 2000
 HELD_OUT_ROWS = 100
 BATCH = 100
+STEPS = 312
 
 
 def demo(output_dir: str | Path) -> None:
@@ -71,7 +72,7 @@ def demo(output_dir: str | Path) -> None:
         bf16=False,
         learning_rate=1e-3,
         per_device_train_batch_size=16,
-        max_steps=312,
+        max_steps=STEPS,
         max_length=64,
         logging_steps=50,
         save_strategy="no",
