@@ -258,3 +258,16 @@ def test_tokenizers_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "endless" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(tmp_path / "endless")
+
+
+def test_a_tokenizer_whose_files_do_not_agree_is_one_sentence() -> None:
+    tokenizer = make_tokenizer()
+
+    class Broken(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, *args: Any, **kwargs: Any) -> Any:
+            raise Exception("Unk token `<unk>` not found in the vocabulary")
+
+    tokenizer.__class__ = Broken
+    how = Tokenization.of(tokenizer)
+    with pytest.raises(UserError, match="cannot take a text apart: Unk token"):
+        how({"text": "abc"}, "row 0")

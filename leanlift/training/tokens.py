@@ -155,7 +155,16 @@ class Tokenization:
         start = self.tokenizer.bos_token
         if self._adds_start and text.startswith(start):
             text = text.removeprefix(start)
-        return list(self.tokenizer(text=text)["input_ids"])
+        return self._ids_of(text)
+
+    def _ids_of(self, text: str) -> list[int]:
+        try:
+            return list(self.tokenizer(text=text)["input_ids"])
+        except Exception as error:  # tokenizers raises bare Exceptions where its files do not agree
+            raise UserError(
+                f"the tokenizer of {self.tokenizer.name_or_path or 'the base'} cannot take a text "
+                f"apart: {first_line(error).rstrip('.')}; its files are damaged, fetch them again."
+            ) from error
 
     def _ended(self, text: str) -> str:
         end = self.tokenizer.eos_token
@@ -166,12 +175,12 @@ class Tokenization:
     @cached_property
     def _adds_start(self) -> bool:
         """Whether the tokenizer puts the start token before a text by itself."""
-        return self.tokenizer(text="a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        return self._ids_of("a")[:1] == [self.tokenizer.bos_token_id]
 
     @cached_property
     def _adds_end(self) -> bool:
         """Whether the tokenizer puts the end token behind a text by itself."""
-        return self.tokenizer(text="a")["input_ids"][-1:] == [self.tokenizer.eos_token_id]
+        return self._ids_of("a")[-1:] == [self.tokenizer.eos_token_id]
 
     def _completed(self, prompt: list[int], ids: list[int]) -> Tokens:
         start = common_prefix_length(prompt, ids)
