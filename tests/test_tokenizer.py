@@ -69,7 +69,6 @@ def trained_by_run(base: Path, rows: Any, sft: LiftSFTConfig) -> tuple[Any, Any,
 
     def keep(trainer_model: Any, tokenizer: Any) -> None:
         from leanlift.training.data import token_rows
-        from leanlift.training.tokens import Tokenization
 
         made = token_rows(rows, Tokenization.of(tokenizer, sft))
         texts.append(tokenizer.decode(made.data[0]["input_ids"]))
