@@ -32,10 +32,11 @@ from leanlift import (
 from leanlift.adapter import open_adapter
 from leanlift.cli import main
 from leanlift.cli.info import describe, format_info
-from leanlift.export.rows import put_vocabulary
+from leanlift.export.rows import put_vocabulary, with_new_rows
 from leanlift.grown import MOST_ADDED, Grown, new_rows
 from leanlift.model import embedding_to_cpu, lift_layers, lift_state, restore_adapter
 from leanlift.quantized import dtype_of
+from leanlift.source import SourceTensor, open_checkpoint, plain_view
 from leanlift.tiles import CastTiles, DenseTiles
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
 from leanlift.training.verify import verify_merged
@@ -148,7 +149,7 @@ def test_rows_are_the_mean_and_a_signed_sum_of_sixteen(m: int, dtype: torch.dtyp
 
 def test_rows_are_rounded_once() -> None:
     """So they are the same on every machine: sums in fp64 err far less than fp32 resolves."""
-    weight = some_weight(777, 3) / 3
+    weight = some_weight(777, 3) / 3 + 1000  # the mean counts most
     exact = [[Fraction(value) for value in row] for row in weight.tolist()]
     found = new_rows(DenseTiles(weight), 780, torch.float32)
     for number, row in enumerate(found.tolist(), 777):
@@ -215,6 +216,7 @@ def test_a_reloaded_and_a_merged_model_are_the_trained_one(
         embedding = model.get_input_embeddings().weight
         assert torch.equal(embedding, stock.get_input_embeddings().weight)
         assert torch.equal(model.get_output_embeddings().weight, stock.lm_head.weight)
+        assert (model.get_output_embeddings().weight is embedding) == (ends == "tied")
     rendered = tokenizer.apply_chat_template(CHATS[0]["messages"], return_dict=False)
     assert HAVE <= max(rendered) < ROWS
 
@@ -233,6 +235,21 @@ def test_dtypes_of_file_and_model_may_differ(tmp_path: Path, stored: str, loaded
         merged = tensors[f"{name}.weight"]
         assert torch.equal(merged[HAVE:], module.weight[HAVE:].float())
         assert torch.equal(merged[:HAVE], original[f"{name}.weight"].float())
+
+
+def test_rows_of_a_merge_are_read_from_anywhere(tmp_path: Path) -> None:
+    save_adapter(grown(load(make_biased(tmp_path / "base"), "dense")), tmp_path / "adapter")
+    with open_adapter(tmp_path / "adapter") as adapter, open_checkpoint(tmp_path / "base") as files:
+        tensors = with_new_rows(adapter, plain_view(files))
+        for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+            tensor = tensors[name]
+            assert isinstance(tensor, SourceTensor)
+            whole = tensor.whole()
+            assert whole.shape == tensor.shape
+            assert torch.equal(whole[:HAVE], files[name].whole())
+            places = (0, 1, HAVE - 1, HAVE, HAVE + 1, ROWS)
+            for start, stop in [(a, b) for a in places for b in places if a < b]:
+                assert torch.equal(tensor.rows(start, stop), whole[start:stop])
 
 
 def test_shards_and_a_head_that_is_stored_though_it_is_tied(base: Path, tmp_path: Path) -> None:
