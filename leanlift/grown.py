@@ -109,7 +109,8 @@ def new_rows(weight: RowTiles, rows: int, dtype: torch.dtype) -> Tensor:
     total = torch.zeros(n, dtype=torch.float64, device=weight.device)
     for start, stop in row_ranges(m, BLOCK):
         total = total + _sum(weight.rows(start, stop).double())
-    mean, made = total / m, []
+    mean = total / torch.full_like(total, m)  # by a number, a GPU would multiply by its inverse
+    made = []
     for number in range(m, rows):
         picked = [weight.rows(p, p + 1).double() for p in _picked(number, m)]
         plus, minus = _sum(torch.cat(picked[::2])), _sum(torch.cat(picked[1::2]))
