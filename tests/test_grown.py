@@ -422,6 +422,21 @@ def test_a_damaged_number_of_rows_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("head", ["model.head", "model.layers.0.mlp.up_proj"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain-ends", "int8-ends"])
+def test_a_merge_does_not_take_another_matrix_for_the_head(
+    tmp_path: Path, quantized: bool, head: str
+) -> None:
+    base = make_checkpoint(tmp_path / "base", tied=False, intermediate=HAVE)
+    lift = LiftConfig(approx_rank=4, refresh_interval=0, quantize_ends=quantized)
+    save_adapter(grown(load(base, "dense"), lift), tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", tmp_path / "fine", progress=False)
+    edit(tmp_path / "adapter", output_head=head)
+    with pytest.raises(UserError, match=r"output head is model\.head|which embedding has grown"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", progress=False)
+    assert not (tmp_path / "merged").exists()
+
+
 def test_without_the_field_an_adapter_has_the_rows_of_its_base(
     honest: tuple[Path, Any, Any], base: Path, tmp_path: Path
 ) -> None:

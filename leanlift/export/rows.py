@@ -40,6 +40,13 @@ def with_new_rows(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, Sto
         changed[head] = embedding.shape
     if bias is not None:
         changed[bias] = (have,)
+    trained = {locate(f"{module}.weight", tensors) for module in adapter.base.shapes}
+    for name, other in tensors.items():
+        if other.shape == embedding.shape and name not in changed and name not in trained:
+            raise UserError(
+                f"{name} of the base has a row for each token, but {adapter.directory} says that "
+                f"the output head is {grown.head}: the adapter is damaged."
+            )
     result = dict(tensors)
     for name, shape in changed.items():
         tensor = tensors[name]
