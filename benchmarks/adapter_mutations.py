@@ -201,7 +201,7 @@ def config_text(chance: random.Random, files: Files) -> None:
         (
             b'"peft_type": "LEANLIFT", ',
             b'"shapes": {}, ',
-            b'"format_version": 3, ',
+            b'"format_version": 9, ',
             b"[" * 100_000,
             b'{"a":' * 100_000,
             b"9" * 5000 + b",",

@@ -65,7 +65,7 @@ def combine_adapters(
         }
         config = replace(first.config, values_dtype="float32")
         with new_directory(Path(output)) as partial:
-            write_adapter(partial, layers, config, base, 0, first.special)
+            write_adapter(partial, layers, config, base, 0, first.special, first.grown)
 
 
 def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
@@ -89,6 +89,11 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
                 f"{other.directory} was trained over {base.name} in another form than "
                 f"{adapters[0].directory} ({first.name}): only adapters of one base, loaded in one "
                 "format, can be combined."
+            )
+        if other.grown != adapters[0].grown:
+            raise UserError(
+                f"{other.directory} and {adapters[0].directory} were trained with other numbers of "
+                "rows in the embedding: only adapters with as many can be combined."
             )
     return replace(first, shapes=shapes, formats=formats, samples=samples)
 

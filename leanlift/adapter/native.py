@@ -21,6 +21,7 @@ from leanlift.checkpoint import TensorFile, write_json, write_tensors
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
+from leanlift.grown import Grown
 from leanlift.quantized import dtype_of
 from leanlift.sparse import SegmentedIndex, index_nbytes
 from leanlift.special import SpecialTokens
@@ -28,8 +29,10 @@ from leanlift.special import SpecialTokens
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""1 has no samples of the base, no revision and no special tokens."""
+GROWN_VERSION = 3
+READABLE = (1, 2, 3)
+"""1 has no samples of the base, no revision and no special tokens. 3 has an embedding with more
+rows than the base's, which a reader of 2 would not give it."""
 PARTS = ("values", "index.columns", "index.counts")
 SETTLED = ".settled"
 
@@ -42,21 +45,32 @@ class Facts:
     base: BaseFingerprint
     refreshes: int
     special: SpecialTokens = field(default_factory=SpecialTokens)
+    grown: Grown | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.grown is None else GROWN_VERSION,
             "leanlift_version": __version__,
             "base_model_name_or_path": self.base.name,
             "refreshes": self.refreshes,
             "lift": self.config.to_dict(),
             "base": self.base.to_dict(),
             "special_tokens": self.special.to_dict(),
+            **({} if self.grown is None else self.grown.to_dict()),
         }
 
     def adapter(self, directory: Path, form: str, read: Callable[[str], LayerOffsets]) -> Adapter:
         """An adapter of which these are the facts; see `Adapter` for the arguments."""
-        return Adapter(directory, form, self.config, self.base, self.refreshes, self.special, read)
+        return Adapter(
+            directory,
+            form,
+            self.config,
+            self.base,
+            self.refreshes,
+            self.special,
+            read,
+            self.grown,
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], path: Path) -> Facts:
@@ -69,7 +83,7 @@ class Facts:
         if type(version) is not int or version not in READABLE:
             raise UserError(
                 f"{path} has adapter format {version!r:.80}; this leanlift reads formats "
-                f"{READABLE[0]} to {FORMAT_VERSION}: upgrade leanlift."
+                f"{READABLE[0]} to {READABLE[-1]}: upgrade leanlift."
             )
         refreshes = data.get("refreshes", 0)
         if type(refreshes) is not int or refreshes < 0:
@@ -82,7 +96,7 @@ class Facts:
             special = SpecialTokens()
             if "special_tokens" in data:
                 special = SpecialTokens.from_dict(data["special_tokens"])
-            return cls(config, base, refreshes, special)
+            return cls(config, base, refreshes, special, Grown.from_dict(data))
         except KeyError as error:
             raise UserError(f"{path} is damaged: it lacks {error}.") from None
         except UserError as error:
@@ -96,6 +110,7 @@ def write_adapter(
     base: BaseFingerprint,
     refreshes: int,
     special: SpecialTokens,
+    grown: Grown | None = None,
 ) -> None:
     """Write both files, each whole or not at all; the same content gives the same bytes."""
     tensors: dict[str, Tensor] = {}
@@ -103,7 +118,7 @@ def write_adapter(
         tensors |= _tensors(name, offsets.active)
         if offsets.settled is not None:
             tensors |= _tensors(name + SETTLED, offsets.settled)
-    facts = Facts(config, base, refreshes, special).to_dict()
+    facts = Facts(config, base, refreshes, special, grown).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
     write_json(directory / CONFIG_NAME, {"peft_type": "LEANLIFT", **facts})
 
@@ -139,9 +154,7 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
         offsets.check_disjoint(f"{name} in {tensors.path}")
         return offsets
 
-    return Adapter(
-        directory, "leanlift", facts.config, facts.base, facts.refreshes, facts.special, read
-    )
+    return facts.adapter(directory, "leanlift", read)
 
 
 LARGEST_INDEX = 128

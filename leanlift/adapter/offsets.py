@@ -11,6 +11,7 @@ from torch import Tensor
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
+from leanlift.grown import Grown
 from leanlift.sparse import SegmentedIndex, add_offsets_, find_positions
 from leanlift.special import SpecialTokens
 
@@ -76,6 +77,7 @@ class Adapter:
         refreshes: mask refreshes it went through.
         special: the special tokens that it was trained with.
         read: gives one module's offsets.
+        grown: rows that its embedding has beyond the base's, if any.
     """
 
     directory: Path
@@ -85,6 +87,7 @@ class Adapter:
     refreshes: int
     special: SpecialTokens
     read: Callable[[str], LayerOffsets]
+    grown: Grown | None = None
 
     def layer(self, name: str) -> LayerOffsets:
         """The offsets of one module, on the CPU.

@@ -90,8 +90,13 @@ def plan_shira(adapter: Adapter) -> ShiraPlan:
     """Find the rank and the tensors of an adapter's SHiRA form.
 
     Raises:
-        UserError: a damaged adapter, or entries that have no room in PEFT's form.
+        UserError: a damaged adapter, or entries or rows that have no room in PEFT's form.
     """
+    if adapter.grown is not None:
+        raise UserError(
+            f"{adapter.directory} was trained with an embedding of {adapter.grown.rows} rows, more "
+            "than its base's, and PEFT's SHiRA has no place for them: merge it instead."
+        )
     shapes = adapter.base.shapes
     entries = {name: _counts(adapter.layer(name)) for name in shapes}
     rank = shira_rank(shapes, {name: sum(counts) for name, counts in entries.items()})
@@ -192,6 +197,8 @@ def read_shira(
             raise UserError(
                 f"{path} and {WEIGHTS_NAME} beside it do not speak of the same modules."
             )
+        if facts.grown is not None:
+            raise UserError(f"{path} is damaged: PEFT's form has no place for embedding_rows.")
     else:
         if live_base is None:
             raise UserError(

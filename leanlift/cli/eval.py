@@ -113,16 +113,17 @@ def tokenization_of(
     """An adapter's own tokenizer, chat template and row settings where it has them: those it was
     trained with; else the model's."""
     source, facts = base, {}
+    rows = vocabulary_rows(base, revision=revision)
     if options.adapter:
         with open_adapter(options.adapter) as adapter:
             directory = adapter.directory
+            rows = rows if adapter.grown is None else adapter.grown.rows
         if (directory / "tokenizer_config.json").is_file():
             source = str(directory)
         if (directory / RUN_NAME).is_file():
             facts = read_json(directory / RUN_NAME, MOST_OF_A_STRANGER)
     tokenizer = load_tokenizer(source, revision=revision if source == base else None)
-    rows, ends = vocabulary_rows(base, revision=revision), end_tokens(base, revision)
-    how = Tokenization.as_trained(tokenizer, facts, rows, ends)
+    how = Tokenization.as_trained(tokenizer, facts, rows, end_tokens(base, revision))
     if options.dataset_text_field:
         how = replace(how, text_field=options.dataset_text_field)
     return tokenizer, how

@@ -53,6 +53,7 @@ def describe(adapter: str | Path) -> dict[str, Any]:
             "values_dtype": opened.config.values_dtype,
             "selector": opened.config.selector,
             "refreshes": opened.refreshes,
+            "embedding_rows": None if opened.grown is None else opened.grown.rows,
             "entries": entries,
             "settled": sum(module["settled"] for module in modules),
             "density": entries / weights,
@@ -74,6 +75,7 @@ def format_info(data: dict[str, Any]) -> str:
         f"{data['values_dtype']}), {data['settled']:,} settled after {data['refreshes']} refreshes",
         f"chosen by {data['selector']}, over {', '.join(data['base_formats'])}; "
         f"{human(data['bytes_on_disk'])} on disk",
+        *_rows(data["embedding_rows"]),
         "",
         f"{'largest changes':<44}{'entries':>12}{'density':>9}{'norm':>11}{'largest':>11}",
     ]
@@ -85,6 +87,10 @@ def format_info(data: dict[str, Any]) -> str:
     if len(modules) > SHOWN:
         lines.append(f"… and {len(modules) - SHOWN} more (--json has all)")
     return "\n".join(lines)
+
+
+def _rows(rows: int | None) -> list[str]:
+    return [] if rows is None else [f"over an embedding that has grown to {rows:,} rows"]
 
 
 def _largest(store: Store) -> float:

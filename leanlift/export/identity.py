@@ -53,12 +53,12 @@ def places(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, str]:
     return plan
 
 
-def embedding_rows_of(adapter: Adapter, tensors: dict[str, Stored]) -> int | None:
-    """How many rows the base's embedding has; None where it is not known."""
+def embedding_of(adapter: Adapter, tensors: dict[str, Stored]) -> Stored | None:
+    """The tensor of the base's embedding; None where it is not known."""
     for name in adapter.base.sampled:
         found = locate(name, tensors)
         if found is not None and len(tensors[found].shape) == 2:
-            return tensors[found].shape[0]
+            return tensors[found]
     return None
 
 

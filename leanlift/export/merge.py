@@ -31,7 +31,8 @@ from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_j
 from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
 from leanlift.export.directory import carry_over, check_space, write_config
-from leanlift.export.identity import check_base, embedding_rows_of, places
+from leanlift.export.identity import check_base, embedding_of, places
+from leanlift.export.rows import put_vocabulary, with_new_rows
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.hub import local_copy
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
@@ -98,6 +99,7 @@ def merge_adapter(
             plan = places(opened, tensors)
             check_base(opened, tensors, plan, source_dir)
             kept = kept_in_fp32(tensors)
+            tensors = with_new_rows(opened, tensors)
             specs = [
                 TensorSpec(name, t.shape, t.dtype if name in kept else target)
                 for name, t in tensors.items()
@@ -183,7 +185,8 @@ def _write_small_files(
         logger.warning(
             "Not copied into the merge, being links out of %s: %s.", source, ", ".join(skipped)
         )
-    rows = embedding_rows_of(adapter, tensors)
+    embedding = embedding_of(adapter, tensors)
+    rows = None if embedding is None else embedding.shape[0]
     write_tokenizer(source, adapter.directory, output, rows)
     tokens = trained_tokens(adapter.directory, adapter.special)
     if rows is not None and tokens.largest >= rows:
@@ -192,6 +195,8 @@ def _write_small_files(
             f"but the base's embedding has {rows} rows: the adapter is damaged."
         )
     put_tokens(tokens, config, output)
+    if adapter.grown is not None:
+        put_vocabulary(adapter.grown.rows, config)
     write_config(config, output, dtype)
 
 

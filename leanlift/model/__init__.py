@@ -8,6 +8,7 @@ from leanlift.model.adapters import (
     unload_adapter,
 )
 from leanlift.model.attach import LiftState, get_lift_model, lift_layers, lift_state, use_ops
+from leanlift.model.embedding import embedding_size, grow_embedding
 from leanlift.model.ends import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
 from leanlift.model.strangers import claim
@@ -16,8 +17,10 @@ __all__ = [
     "LiftState",
     "RefreshReport",
     "claim",
+    "embedding_size",
     "embedding_to_cpu",
     "get_lift_model",
+    "grow_embedding",
     "lift_layers",
     "lift_state",
     "load_adapter",

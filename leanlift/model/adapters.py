@@ -28,6 +28,7 @@ from leanlift.fingerprint import (
     other_matrix,
     with_samples,
 )
+from leanlift.grown import Grown
 from leanlift.layer import FrozenLinear, LiftLinear
 from leanlift.model.attach import (
     Choice,
@@ -37,6 +38,12 @@ from leanlift.model.attach import (
     lift_state,
 )
 from leanlift.model.base import base_dtype, base_name, base_revision, checkpoint_of
+from leanlift.model.embedding import (
+    embedding_size,
+    grow_embedding,
+    head_name,
+    rows_to_grow_to,
+)
 from leanlift.model.ends import quantize_ends
 from leanlift.model.targets import find_targets, inside_blocks
 from leanlift.quantized import FrozenWeight, WeightFormat, dtype_of, frozen_weight
@@ -66,7 +73,12 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         for store in learned.stores:
             check_values(store.values, layers[name].values.dtype, f"{name}.values of this model")
     special = SpecialTokens.of(*_configs(model))
-    write_adapter(Path(directory), offsets, state.config, state.base, state.refreshes, special)
+    grown = None
+    if state.embedding_rows is not None:
+        grown = Grown(state.embedding_rows, head_name(model))
+    write_adapter(
+        Path(directory), offsets, state.config, state.base, state.refreshes, special, grown
+    )
 
 
 def _configs(model: nn.Module) -> tuple[Any, Any]:
@@ -100,11 +112,44 @@ def _check_checkpoint(adapter: Adapter, base: BaseFingerprint) -> None:
 def _check_special(adapter: Adapter, model: nn.Module) -> None:
     """Refuse ids that the model has no embedding for: generation would pad with them."""
     size = getattr(_configs(model)[0], "vocab_size", None)
+    if adapter.grown is not None:
+        size = adapter.grown.rows
     if isinstance(size, int) and adapter.special.largest >= size:
         raise UserError(
             f"{adapter.directory} says that it was trained with a special token "
             f"{adapter.special.largest}, but the model's vocabulary has {size}: the adapter is "
             "damaged."
+        )
+
+
+def _check_rows(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse an adapter whose embedding has another number of rows than the model has, or can get.
+
+    Rows beyond the adapter's would answer to tokens that it does not know.
+    """
+    grown, state = adapter.grown, getattr(model, "leanlift", None)
+    if grown is not None and grown.head != head_name(model):
+        raise UserError(
+            f"{adapter.directory} says that the output head is {grown.head}, but the model's is "
+            f"{head_name(model)}: the adapter is damaged."
+        )
+    if isinstance(state, LiftState) and state.embedding_rows is not None:
+        _check_same_rows(adapter, state)
+    elif grown is not None:
+        grown.check(embedding_size(model), str(adapter.directory))
+        rows_to_grow_to(model, grown.rows)
+
+
+def _check_same_rows(adapter: Adapter, state: LiftState) -> None:
+    wanted = None if adapter.grown is None else adapter.grown.rows
+    if wanted != state.embedding_rows:
+        one, two = (
+            f"{rows} rows" if rows is not None else "the base's rows"
+            for rows in (wanted, state.embedding_rows)
+        )
+        raise UserError(
+            f"{adapter.directory} was trained with {one} in the embedding, but the model has "
+            f"{two}: load the base again, and the adapter into it."
         )
 
 
@@ -137,6 +182,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         check_same_base(adapter.base, base, partial(_weight, model))
         _check_checkpoint(adapter, base)
         _check_special(adapter, model)
+        _check_rows(model, adapter)
         offsets = adapter.layers()
         if hasattr(model, "leanlift"):
             _replace(model, adapter, offsets, base)
@@ -163,6 +209,7 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
     state, layers = lift_state(model), lift_layers(model)
     with open_adapter(directory) as adapter:
         check_same_base(adapter.base, state.base, partial(_weight, model))
+        _check_same_rows(adapter, state)
         if adapter.config.values_dtype != state.config.values_dtype:
             raise UserError(
                 f"{directory} has {adapter.config.values_dtype} offsets, but the model trains "
@@ -301,6 +348,7 @@ def _attach(
         progress,
         lambda base: None,
         sample=False,
+        embedding_rows=None if adapter.grown is None else adapter.grown.rows,
     )
 
 
@@ -314,6 +362,9 @@ def _replace(
             f"{adapter.directory} was trained over an embedding and head in 16 bits, but the model "
             "holds them in INT8: load the base again."
         )
+    if adapter.grown is not None and state.embedding_rows is None:
+        grow_embedding(model, adapter.grown.rows)
+        state.embedding_rows = adapter.grown.rows
     if adapter.config.quantize_ends and not state.ends_quantized:
         base = replace(base, formats={**base.formats, **quantize_ends(model)})
         state.ends_quantized = True

@@ -30,6 +30,7 @@ from leanlift.model.base import (
     own_base,
     with_base_samples,
 )
+from leanlift.model.embedding import grow_embedding, rows_to_grow_to, with_more_rows
 from leanlift.model.ends import check_ends, quantize_ends
 from leanlift.model.gated import use_gated_product
 from leanlift.model.gradient import gradient_masks
@@ -52,6 +53,7 @@ class LiftState:
         scratch: the buffer that all layers share.
         refreshes: mask refreshes so far.
         ends_quantized: whether the embedding and the head are held in INT8.
+        embedding_rows: of an embedding with more rows than the base's; None: it has those.
         unconverged: targets whose selection had not settled when it was last made.
         selection_seconds: how long the first selection took.
         claimed: whether whoever trains the model knows what its config asks for.
@@ -62,6 +64,7 @@ class LiftState:
     scratch: Scratch
     refreshes: int = 0
     ends_quantized: bool = False
+    embedding_rows: int | None = None
     unconverged: list[str] = field(default_factory=list)
     selection_seconds: float = 0.0
     claimed: bool = False
@@ -80,6 +83,7 @@ def get_lift_model(
     config: LiftConfig | None = None,
     progress: bool = True,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
+    embedding_rows: int | None = None,
 ) -> Any:
     """Select the principal weights of `model` and make them, and only them, trainable.
 
@@ -91,19 +95,23 @@ def get_lift_model(
         progress: whether to show a bar over the layers.
         calibration: for `selector="gradient"`: batches with `input_ids` and `labels`, gone
             through several times.
+        embedding_rows: how many rows the embedding and the head need, `len(tokenizer)` where
+            tokens were added to it. Missing ones are made of the base's (`leanlift.grown`),
+            frozen, and come back wherever the adapter is loaded or merged.
 
     Returns:
         The same model object, changed in place.
 
     Raises:
         UserError: no target, a target that cannot be read, a budget that selects nothing, NaN
-            weights. The model is unchanged then.
+            weights, an embedding that cannot grow. The model is unchanged then.
     """
     config = config or LiftConfig()
     started = time.perf_counter()
     check_attachable(model)
     if config.selector == "gradient":
-        masks = _masks_by_gradient(model, config, calibration or (), progress)
+        with with_more_rows(model, embedding_rows):
+            masks = _masks_by_gradient(model, config, calibration or (), progress)
 
         def choose(name: str, weight: FrozenWeight) -> Choice:
             return Choice(SegmentedIndex.from_flat(masks[name], weight.shape), converged=True)
@@ -121,7 +129,16 @@ def get_lift_model(
             config.count(shape, target)
 
     targets = find_targets(model, config.target_modules)
-    attach(model, config, targets, choose, "Selecting", progress, budget_is_possible)
+    attach(
+        model,
+        config,
+        targets,
+        choose,
+        "Selecting",
+        progress,
+        budget_is_possible,
+        embedding_rows=embedding_rows,
+    )
     lift_state(model).selection_seconds = time.perf_counter() - started
     return model
 
@@ -135,11 +152,13 @@ def attach(
     progress: bool,
     accept: Callable[[BaseFingerprint], None],
     sample: bool = True,
+    embedding_rows: int | None = None,
 ) -> None:
     """Replace the targets of a stock model by LiftLinears at the positions that `choose` gives.
 
     `accept` may refuse the base by raising, before anything is changed. `sample` says whether the
-    fingerprint gets samples of the targets.
+    fingerprint gets samples of the targets. The embedding grows to `embedding_rows` where it has
+    fewer, after the fingerprint of the base has been taken.
     """
     check_finite(model)
     modules = dict(model.named_modules())
@@ -150,6 +169,7 @@ def attach(
         check_homes(base, checkpoint)
     if config.quantize_ends:
         check_ends(model)
+    embedding_rows = rows_to_grow_to(model, embedding_rows)
     choices: dict[str, Choice] = {}
     with tqdm(targets, desc=what, unit="matrix", disable=not progress) as bar:
         for target in bar:
@@ -170,13 +190,20 @@ def attach(
         elif name in base.formats:  # quantized, but not trained
             model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
     use_gated_product(model)
+    if embedding_rows is not None:
+        grow_embedding(model, embedding_rows)
     if config.quantize_ends:
         base = replace(base, formats={**base.formats, **quantize_ends(model)})
     own_base(model)
     holder: Any = model
     unconverged = [name for name, choice in choices.items() if not choice.converged]
     holder.leanlift = LiftState(
-        config, base, scratch, ends_quantized=config.quantize_ends, unconverged=unconverged
+        config,
+        base,
+        scratch,
+        ends_quantized=config.quantize_ends,
+        embedding_rows=embedding_rows,
+        unconverged=unconverged,
     )
     holder.print_trainable_parameters = partial(print_trainable_parameters, model)
     guard(model)

@@ -102,7 +102,7 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         cuda=cuda,
         eval_batch=0 if _value(sft.eval_strategy) == "no" else sft.per_device_eval_batch_size,
     )
-    return plan_memory(
+    plan = plan_memory(
         args.model_name_or_path,
         args.lift_config(),
         settings,
@@ -112,6 +112,12 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         objective_of(sft),
         args.model_revision,
     )
+    template = sft.chat_template_path
+    if template is not None and not Path(template).expanduser().is_file():
+        plan.notes.append(
+            "rows that the embedding may get for tokens of chat_template_path are not counted."
+        )
+    return plan
 
 
 def _value(choice: Any) -> str:

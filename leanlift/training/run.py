@@ -52,7 +52,12 @@ from leanlift.training.lock import LOCK_NAME, OutputLock
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.ready import RowsForTraining
 from leanlift.training.settings import check_same_settings, run_settings, settings_of
-from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
+from leanlift.training.tokenizer import (
+    end_tokens,
+    load_tokenizer,
+    rows_for_template,
+    vocabulary_rows,
+)
 from leanlift.training.tokens import ROW_KEYS
 from leanlift.training.trainer import LiftTrainer
 from leanlift.training.whole import Checkpoint, check_checkpoint
@@ -191,9 +196,9 @@ def _train(
             batches = calibration_batches(
                 ready.data, tokenizer, sft.max_length, args.calibration_rows
             )
-            get_lift_model(model, config, calibration=batches)
+            get_lift_model(model, config, calibration=batches, embedding_rows=ready.embedding_rows)
         else:
-            get_lift_model(model, config)
+            get_lift_model(model, config, embedding_rows=ready.embedding_rows)
     use_ops(model, args.ops)
     if args.embedding_on_cpu:
         embedding_to_cpu(model)
@@ -256,11 +261,13 @@ def _train(
 
 @dataclass(frozen=True)
 class ReadyRows:
-    """The tokenizer, and the rows to train and to evaluate on, ready for the trainer."""
+    """The tokenizer, and the rows to train and to evaluate on, ready for the trainer; and how many
+    rows the embedding needs for its tokens, if it has fewer."""
 
     tokenizer: Any
     rows: Any
     eval_rows: Any
+    embedding_rows: int | None = None
 
     @property
     def data(self) -> Any:
@@ -276,8 +283,9 @@ def _ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     base, revision = args.model_name_or_path, args.model_revision
     tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
     embedding = vocabulary_rows(base, sft.trust_remote_code, revision)
-    ready = RowsForTraining(tokenizer, sft, embedding, end_tokens(base, revision))
-    return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows))
+    needed = None if embedding is None else rows_for_template(tokenizer, sft, embedding)
+    ready = RowsForTraining(tokenizer, sft, needed or embedding, end_tokens(base, revision))
+    return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed)
 
 
 def _settings(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:

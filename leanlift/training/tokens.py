@@ -275,7 +275,8 @@ class Tokenization:
                 raise UserError(
                     f"{where} has a {kind}, {text!r}, with the id {highest}, and the base's "
                     f"embedding has {self.rows} rows: the tokenizer and the base do not belong "
-                    "together."
+                    "together, or its tokens were added and need get_lift_model(model, config, "
+                    f"embedding_rows={highest + 1})."
                 )
             if lowest < 0:
                 raise UserError(f"{where} has a {kind} with the id {lowest}.")

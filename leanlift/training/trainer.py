@@ -21,6 +21,7 @@ from leanlift.memory import resident_peak
 from leanlift.model import (
     RefreshReport,
     claim,
+    embedding_size,
     lift_state,
 )
 from leanlift.optim import (
@@ -129,7 +130,7 @@ class LiftTrainer(ResumableTrainer):
         tokenizer = _tokenizer_of(processing_class)
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         function = kwargs.pop("formatting_func", None)
-        self._rows = RowsForTraining(tokenizer, args, _embedding_rows(model), ends, function)
+        self._rows = RowsForTraining(tokenizer, args, embedding_size(model), ends, function)
         tell_model(model, tokenizer, args)
         self._built = False
         with _rows_settled(args):
@@ -385,11 +386,3 @@ def _tokenizer_of(processing_class: Any) -> Any:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = processing_class.chat_template
     return tokenizer
-
-
-def _embedding_rows(model: Any) -> int:
-    """Rows of the embedding, whatever holds it."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.dim() == 2:
-        return int(weight.shape[0])
-    return int(model.config.get_text_config().vocab_size)

@@ -24,7 +24,7 @@ from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import read_json
 from leanlift.errors import UserError
 from leanlift.export import MergeReport
-from leanlift.model import load_adapter, scale_adapter
+from leanlift.model import grow_embedding, load_adapter, scale_adapter
 from leanlift.quantized import dtype_of
 from leanlift.tiles import row_ranges, tile_rows
 from leanlift.training.data import load_rows, tokenized
@@ -124,6 +124,8 @@ def _onto_original(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of the base, and of the base with the offsets added to its modules."""
     model = _load(merged.base, merged.dtype)
+    if adapter.grown is not None:
+        grow_embedding(model, adapter.grown.rows)
     before = _logits(model, prompts)
     for name, (m, n) in adapter.base.shapes.items():
         weight, offsets = model.get_submodule(name).weight.data, adapter.layer(name)
