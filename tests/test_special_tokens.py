@@ -20,6 +20,7 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
+from leanlift.export.tokens import _vocabulary
 from leanlift.special import SpecialTokens
 
 STALE = {
@@ -270,3 +271,21 @@ def test_links_out_of_a_base_are_not_followed(
     assert "Not copied into the merge" in caplog.text
     assert (merged / "again.txt").read_text() == "mine"
     assert not (merged / "again.txt").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"added_tokens": 7},
+        {"added_tokens": [None, 3, {"content": "x", "id": [1]}, {"content": "y", "id": "2"}]},
+        {"model": {"vocab": {"a": [1], "b": None, "c": True, "d": -4, "e": 2.5, "f": 9}}},
+        {"model": {"vocab": [["a", 0.1], "b", [], [3]]}},
+        {"model": []},
+    ],
+)
+def test_a_vocabulary_of_odd_values_is_read_past_them(tmp_path: Path, damage: Any) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(damage))
+    for token, number in _vocabulary(tmp_path / "tokenizer.json"):
+        assert isinstance(token, str)
+        assert type(number) is int
+        assert number >= 0

@@ -187,13 +187,14 @@ def _largest_id(file: Path) -> int:
 def _vocabulary(file: Path) -> Iterator[tuple[str, int]]:
     """Tokens and ids of a tokenizer.json; nothing where there is none."""
     data = _object(file)
-    for entry in data.get("added_tokens") or ():
+    added = data.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("content"), str):
             yield from ((entry["content"], i) for i in as_ids(entry.get("id")))
     model = data.get("model")
     pieces = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(pieces, dict):
-        yield from ((token, i) for token, i in pieces.items() if as_ids(i))
+        yield from ((token, i) for token, i in pieces.items() if type(i) is int and i >= 0)
     elif isinstance(pieces, list):  # a unigram model: pairs of piece and score
         for number, piece in enumerate(pieces):
             if isinstance(piece, list) and piece and isinstance(piece[0], str):
