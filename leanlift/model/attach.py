@@ -121,6 +121,7 @@ def get_lift_model(
             config.count(shape, target)
 
     targets = find_targets(model, config.target_modules)
+    config.check_patterns(targets)
     attach(model, config, targets, choose, "Selecting", progress, budget_is_possible)
     lift_state(model).selection_seconds = time.perf_counter() - started
     return model
