@@ -131,7 +131,7 @@ def test_nothing_is_loaded_for_a_run_that_cannot_be(
     module = sys.modules["leanlift.training.run"]  # the package has a function of that name
     monkeypatch.setattr(module, "load_model", lambda *args: pytest.fail("loaded"))
     out = tmp_path / "out"
-    assert train(base, out, *(text.format(out=out) for text in options)) == 2
+    assert train(base, out, *(text.replace("{out}", str(out)) for text in options)) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
 
