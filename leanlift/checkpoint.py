@@ -78,9 +78,16 @@ def new_directory(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_tree(temporary)
-        if path.exists():  # empty, as was seen above; Windows renames onto no directory
-            path.rmdir()
-        os.replace(temporary, path)
+        try:
+            if path.exists():  # empty, as was seen above; Windows renames onto no directory
+                path.rmdir()
+            os.replace(temporary, path)
+        except OSError:
+            if not (path.is_dir() and any(path.iterdir())):
+                raise
+            raise UserError(
+                f"another process has written {path} meanwhile: what it wrote was kept."
+            ) from None
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

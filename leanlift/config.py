@@ -7,11 +7,11 @@ below take plain arguments.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from leanlift.errors import UserError
+from leanlift.errors import MaskError, UserError
 from leanlift.selection import (
     Magnitude,
     Principal,
@@ -202,13 +202,32 @@ class LiftConfig:
             )
         else:
             budget, count = f"density={self.density}", count_by_density(shape, self.density)
+        if any(side % self.block for side in shape):
+            raise MaskError(
+                f"{name} is {shape[0]}x{shape[1]}, which blocks of {self.block}x{self.block} do "
+                "not divide: use block=1."
+            )
         count -= count % self.block**2
         if not 1 <= count <= shape[0] * shape[1]:
-            raise UserError(
+            raise MaskError(
                 f"{budget} selects {count} entries of {name} ({shape[0]}x{shape[1]}); "
                 f"expected 1 to {shape[0] * shape[1]}."
             )
         return count
+
+    def check_patterns(self, targets: Iterable[str]) -> None:
+        """Refuse a density of its own for something that is not trained.
+
+        Raises:
+            UserError: a pattern that matches none of the targets.
+        """
+        names = list(targets)
+        for pattern in self.density_pattern:
+            if not any(re.match(_whole_name(pattern), name) for name in names):
+                raise MaskError(
+                    f"the density_pattern {pattern!r:.200} matches none of the {len(names)} "
+                    "modules that are trained: leave it out, or see target_modules."
+                )
 
     def settled_bound(self, count: int) -> int | None:
         """Entries that may be settled in a matrix with `count` trained ones; None: no bound."""

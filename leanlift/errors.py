@@ -18,6 +18,9 @@ def first_line(error: BaseException) -> str:
     those that follow, as long as one ends in a colon: it announces them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError):  # its text is the key as Python writes it
+        key = str(error.args[0]) if error.args else said
+        said = key if " " in key else f"there is no {key!r}"
     if said.endswith(":"):
         said = " ".join(lines).rstrip(":")
     if len(said) > LONGEST:
@@ -40,6 +43,10 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 class UserError(ValueError):
     """An input that cannot be used; the message says what to do about it."""
+
+
+class MaskError(UserError):
+    """What is to be trained is not in a model of these shapes: no weight is needed to see it."""
 
 
 class OutOfMemoryError(UserError):

@@ -293,3 +293,35 @@ def test_the_best_checkpoint_is_chosen_by_it(model: Any, tmp_path: Path) -> None
     )
     trainer.train()
     assert trainer.state.best_metric == pytest.approx(oracle(model, ROWS)[0], rel=1e-5)
+
+
+# --- streams ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_all_tokens_of_a_stream_are_trained_and_evaluated(
+    model: Any, tmp_path: Path, size: int, packing: bool
+) -> None:
+    """Libraries cut the tensors of a stream's batches by rows."""
+    found = []
+    stream = Dataset.from_list(ROWS).to_iterable_dataset()
+    for rows, measured in ((ROWS, ROWS), (ROWS, stream), (stream, stream)):
+        trainer = trainer_of(
+            model,
+            tmp_path,
+            rows,
+            eval_dataset=measured,
+            packing=packing,
+            train_sampling_strategy="sequential",
+            per_device_train_batch_size=size,
+            per_device_eval_batch_size=size,
+            learning_rate=0.0,
+            logging_steps=1,
+        )
+        evaluated = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        (step,) = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        found.append((evaluated, step["loss"], step["grad_norm"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)

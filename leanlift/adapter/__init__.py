@@ -6,7 +6,13 @@ UserError. Modules are read one at a time, so a merge never holds a whole adapte
 """
 
 from leanlift.adapter.combine import combine_adapters
-from leanlift.adapter.native import CONFIG_NAME, WEIGHTS_NAME, check_values, write_adapter
+from leanlift.adapter.native import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    check_adapter_place,
+    check_values,
+    write_adapter,
+)
 from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
 from leanlift.adapter.read import RUN_NAME, open_adapter
 from leanlift.adapter.shira import FACTS_NAME, plan_shira, write_shira
@@ -19,6 +25,7 @@ __all__ = [
     "Adapter",
     "LayerOffsets",
     "Store",
+    "check_adapter_place",
     "check_values",
     "combine_adapters",
     "open_adapter",

@@ -112,7 +112,12 @@ def write_adapter(
     special: SpecialTokens,
     grown: Grown | None = None,
 ) -> None:
-    """Write both files, each whole or not at all; the same content gives the same bytes."""
+    """Write both files, each whole or not at all; the same content gives the same bytes.
+
+    Raises:
+        UserError: not into such a place.
+    """
+    check_adapter_place(directory)
     tensors: dict[str, Tensor] = {}
     for name, offsets in layers.items():
         tensors |= _tensors(name, offsets.active)
@@ -121,6 +126,23 @@ def write_adapter(
     facts = Facts(config, base, refreshes, special, grown).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
     write_json(directory / CONFIG_NAME, {"peft_type": "LEANLIFT", **facts})
+
+
+def check_adapter_place(directory: str | Path) -> None:
+    """Refuse to write an adapter where it cannot lie, or would do harm: stock transformers takes a
+    model that has an adapter_config.json beside it for an adapter of PEFT's.
+
+    Raises:
+        UserError: it is a file, or holds a model.
+    """
+    place = Path(directory)
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{place} is no directory to write an adapter into: choose another one.")
+    if (place / "config.json").is_file():
+        raise UserError(
+            f"{place} holds a model, which nothing would load with an adapter beside it: choose "
+            "another directory."
+        )
 
 
 def _tensors(prefix: str, store: Store) -> dict[str, Tensor]:

@@ -122,6 +122,7 @@ def _merge(options: argparse.Namespace) -> int:
 
     from leanlift.export import merge_adapter
     from leanlift.memory import MemoryMeter, human
+    from leanlift.training.base import check_loads
 
     if options.base_revision is not None and options.base is None:
         raise UserError("--base_revision belongs to a --base: give both, or neither.")
@@ -137,6 +138,7 @@ def _merge(options: argparse.Namespace) -> int:
             dtype=options.dtype or "float16",
             onto=options.onto or "original",
             max_shard_size=options.max_shard_size or "5GB",
+            check=check_loads,
         )
     choice = "the 16-bit weights of" if merged.onto == "original" else "the dequantized weights of"
     print(

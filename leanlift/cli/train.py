@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from leanlift.cli.settings import build_train_parser, parse_train, take_option
-from leanlift.errors import first_line
+from leanlift.errors import MaskError, first_line
 from leanlift.memory import MemoryPlan, format_report, human
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
 from leanlift.training.checks import check_settings
@@ -45,9 +45,15 @@ def train_command(argv: Sequence[str]) -> int:
 
 
 def _plan(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> MemoryPlan | None:
-    """The plan of a run, or None where it cannot be planned: that alone stops no run."""
+    """The plan of a run, or None where it cannot be planned: that alone stops no run.
+
+    Raises:
+        UserError: what is to be trained is not there; loading the base would not change that.
+    """
     try:
         return _say(plan_of(args, sft, cuda), cuda)
+    except MaskError:
+        raise
     except Exception as error:  # whatever a model's own code does under fake tensors
         logger.warning("This run could not be planned: %s", first_line(error))
         return None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def merge_adapter(
     max_shard_size: str | int = "5GB",
     progress: bool = True,
     revision: str | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> MergeReport:
     """Write base + adapter as a plain checkpoint.
 
@@ -81,6 +82,8 @@ def merge_adapter(
         progress: whether to show a bar over the tensors.
         revision: of a `base` that is a hub name; by default its main branch. The base that the
             adapter names is taken at the commit that it was trained over.
+        check: is called with the directory of a base that is not quantized, before anything is
+            written; raises where the base could not be loaded.
 
     Raises:
         UserError: a damaged adapter, another base, a quantized base checkpoint, a value that
@@ -96,6 +99,8 @@ def merge_adapter(
             tensors = plain_view(files)
             config = read_json(source_dir / "config.json")
             _check_form(config, onto, source_dir)
+            if check is not None and "quantization_config" not in config:
+                check(source_dir)
             plan = places(opened, tensors)
             check_base(opened, tensors, plan, source_dir)
             kept = kept_in_fp32(tensors)

@@ -94,6 +94,7 @@ def attach_fake(
         The shape of every target.
     """
     targets = find_targets(model, config.target_modules)
+    config.check_patterns(targets)
     head = model.get_output_embeddings()
     model.requires_grad_(False)
     scratch = Scratch(always=True) if scratch is None else scratch

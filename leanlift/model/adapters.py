@@ -45,7 +45,7 @@ from leanlift.model.embedding import (
     rows_to_grow_to,
 )
 from leanlift.model.ends import quantize_ends
-from leanlift.model.targets import find_targets, inside_blocks
+from leanlift.model.targets import inside_blocks
 from leanlift.quantized import FrozenWeight, WeightFormat, dtype_of, frozen_weight
 from leanlift.samples import Comparison
 from leanlift.source import check_homes, stored_cells
@@ -274,7 +274,7 @@ def _live_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
     modules = dict(model.named_modules())
     state = getattr(model, "leanlift", None)
     if not isinstance(state, LiftState):
-        inside = set(find_targets(model, tuple(targets)))
+        inside = set(inside_blocks(modules))
         found = [name for name in targets if name in inside]
         return fingerprint(model, base_name(model), base_dtype(model), found, base_revision(model))
     inside = {name for name in inside_blocks(modules) if not _is_in_a_layer(name, modules)}

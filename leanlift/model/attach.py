@@ -129,6 +129,7 @@ def get_lift_model(
             config.count(shape, target)
 
     targets = find_targets(model, config.target_modules)
+    config.check_patterns(targets)
     attach(
         model,
         config,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
-from leanlift.errors import UserError
+from leanlift.errors import MaskError, UserError
 from leanlift.quantized import is_quantized
 
 
@@ -21,7 +21,8 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
         wanted: "all-linear", "attention", "mlp", or endings of module names.
 
     Raises:
-        UserError: nothing matches, or the blocks hold weights that leanlift cannot train.
+        UserError: nothing matches, or an ending does not, or the blocks hold weights that leanlift
+            cannot train.
     """
     names = dict(model.named_modules())
     inside = inside_blocks(names)
@@ -37,16 +38,18 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
             )
         return found
     endings = (wanted,) if isinstance(wanted, str) else wanted
-    found = [
-        name for name in inside if any(name == end or name.endswith(f".{end}") for end in endings)
-    ]
-    if not found:
+    unmatched = [end for end in endings if not any(_ends_in(name, end) for name in inside)]
+    if unmatched or not endings:
         linears = sorted({name.rpartition(".")[2] for name in inside if _is_linear(names[name])})
-        raise UserError(
-            f"target_modules={list(endings)} matches nothing inside the blocks of this "
+        raise MaskError(
+            f"target_modules={unmatched} matches nothing inside the blocks of this "
             f"{type(model).__name__}: its Linears there are called {linears}."
         )
-    return found
+    return [name for name in inside if any(_ends_in(name, end) for end in endings)]
+
+
+def _ends_in(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
 
 
 def inside_blocks(names: dict[str, nn.Module]) -> list[str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from leanlift.errors import UserError, first_line
@@ -22,18 +21,6 @@ from leanlift.memory import is_out_of_memory
 from leanlift.quantized import dtype_of, frozen_weight, is_quantized
 from leanlift.source import open_checkpoint
 from leanlift.training.arguments import RunArguments
-
-LOAD_FAILURES = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    SafetensorError,
-    ImportError,
-)
-"""What transformers raises where a checkpoint, or what it needs, is not there or not whole."""
 
 
 def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool = False) -> Any:
@@ -70,7 +57,7 @@ def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool
         )
     except UserError:
         raise
-    except LOAD_FAILURES as error:
+    except Exception as error:  # each config class and quantizer has its own ways to refuse
         if is_out_of_memory(error):
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
@@ -80,6 +67,32 @@ def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool
             frozen_weight(module, path)  # has the shape that it should have, and can be read
     model.config._commit_hash = cached_commit(name, args.model_revision)
     return model
+
+
+def check_loads(directory: Path) -> None:
+    """Whether stock transformers would read a 16-bit checkpoint whole, from its headers alone:
+    what is merged onto it would be read as it is.
+
+    A model whose code comes with its checkpoint is not looked at, since that would run it.
+
+    Raises:
+        UserError: it would not.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if "auto_map" in config.to_dict():
+            return
+        _, found = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            device_map="meta",
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:
+        raise UserError(f"the base {directory} cannot be loaded: {first_line(error)}") from error
+    check_read_whole(found, str(directory))
 
 
 def check_base_place(args: RunArguments) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from leanlift.config import LiftConfig
@@ -117,11 +117,14 @@ def check_settings(sft: Any, config: LiftConfig, by_name: bool = True) -> None:
         raise UserError(f"{wrong} {advice}.")
     if by_name:
         _check_optimizer(sft, config)
+        _check_schedule(sft)
     _check_reporting(sft)
 
 
 def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
     """Settings that would do nothing, or not what they say, with what to do."""
+    if sft.output_dir == "":
+        yield "output_dir is an empty text:", "name a directory, or leave it out"
     if getattr(sft, "use_liger_kernel", False):
         yield "use_liger_kernel puts other forwards in place of leanlift's:", "leave it out"
     if getattr(sft, "fsdp", None) or getattr(sft, "deepspeed", None):
@@ -149,6 +152,11 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
             "are vectors:",
             "leave it out, and name what is trained with target_modules",
         )
+    if getattr(sft, "load_best_model_at_end", False) and _value(sft.eval_strategy) == "no":
+        yield (
+            "load_best_model_at_end needs evaluations to tell the best by:",
+            "set eval_strategy and eval_dataset_name, or leave it out",
+        )
     if getattr(sft, "do_predict", False):
         yield "do_predict does nothing in a training run:", "use leanlift eval"
     if getattr(sft, "loss_type", "nll") == "dft" and getattr(sft, "label_smoothing_factor", 0):
@@ -170,6 +178,11 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
             f"fp16 scales its loss, which {config.values_dtype} values cannot be trained with:",
             "use bf16, or values_dtype=float32",
         )
+
+
+def _value(choice: Any) -> str:
+    """What an enum of transformers' says, or the name that was given."""
+    return str(getattr(choice, "value", choice))
 
 
 def _world_size() -> int:
@@ -200,6 +213,25 @@ def _check_optimizer(sft: Any, config: LiftConfig) -> None:
         ) from None
     if config.refresh_interval:
         check_followable(optimizer)
+
+
+def _check_schedule(sft: Any) -> None:
+    """Make the schedule once: whether it is one, and takes its settings."""
+    name, options = sft.lr_scheduler_type, sft.lr_scheduler_kwargs or {}
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    try:
+        get_scheduler(
+            name,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=10,
+            scheduler_specific_kwargs=options,
+        )
+    except Exception as error:  # each schedule has its own way to miss a setting
+        raise UserError(
+            f"lr_scheduler_type={getattr(name, 'value', name)} with lr_scheduler_kwargs="
+            f"{options!r:.100} cannot be used: {first_line(error)}"
+        ) from None
 
 
 def _check_reporting(sft: Any) -> None:

@@ -21,7 +21,7 @@ from datasets import Dataset, Features, List, Value
 
 from leanlift._version import __version__
 from leanlift.errors import UserError
-from leanlift.training.examples import NO_ASSISTANT, NULLS, ExampleReader, columns_of
+from leanlift.training.examples import NO_ASSISTANT, NULLS, ExampleReader, Notes, columns_of
 from leanlift.training.lengths import Cut, LengthReport
 from leanlift.training.rows import (
     Row,
@@ -102,6 +102,7 @@ def token_rows(
     columns: dict[str, Any] = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
     found = {"length": "int32", "trained": "int32", "ended": "bool", "parted": "bool"}
     found["row"] = "int64"
+    noted = {"left_out": List(Value("string"))}
     lines: tuple[str, ...] = ()
     given = "input_ids" in rows.column_names
     mark = secrets.token_hex(8)  # made in memory: there is no cache to find it by
@@ -121,11 +122,13 @@ def token_rows(
     made = source.map(
         **call,
         remove_columns=source.column_names,
-        features=Features({**columns, **{key: Value(kind) for key, kind in found.items()}}),
+        features=Features({**columns, **noted, **{k: Value(kind) for k, kind in found.items()}}),
         num_proc=workers,
         new_fingerprint=mark,
         desc=f"Tokenizing {name} dataset",
     ).with_format(None)
+    if not given:
+        lines += _left_out(made, len(rows))
     data, report = _drop_untrained(made, name, worker.cut, lines, given)
     return TokenRows(data.select_columns(list(columns)), report)
 
@@ -224,8 +227,18 @@ class Worker:
             "trained": sum(label != IGNORED for label in labels[1:]),
             "ended": not self.how.ends.isdisjoint(tokens.labels),
             "parted": tokens.parted,
+            "left_out": tokens.left_out,
             "row": number,
         }
+
+
+def _left_out(made: Dataset, rows: int) -> tuple[str, ...]:
+    """What templates left out, for a report over so many rows."""
+    notes = Notes()
+    for number, lost in zip(made["row"][:], made["left_out"][:], strict=True):
+        for what in lost:
+            notes.add(what, number)
+    return notes.lines(rows)
 
 
 def _drop_untrained(
@@ -274,13 +287,16 @@ def tokenized(
     if "input_ids" not in rows.column_names:
         reader = reader_of(rows, name, how)
         pairs = _examples(rows, reader)
-    count = 0
+    count, lost = 0, Notes()
     for number, example in pairs:
-        yield number, example, how(example, f"row {number} of the {name} dataset")
+        tokens = how(example, f"row {number} of the {name} dataset")
+        for what in tokens.left_out:
+            lost.add(what, number)
+        yield number, example, tokens
         count += 1
     if reader is not None:
         _refuse_nothing(count, reader, len(rows))
-        lines = reader.lines(len(rows))
+        lines = (*reader.lines(len(rows)), *lost.lines(len(rows)))
         if lines:
             logger.warning("%s: %s.", name, "; ".join(lines))
 

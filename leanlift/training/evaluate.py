@@ -28,6 +28,7 @@ from trl.data_utils import common_prefix_length
 
 from leanlift.errors import UserError
 from leanlift.training.data import a_dataset, tokenized
+from leanlift.training.positions import check_positions
 from leanlift.training.rows import Row
 from leanlift.training.tokenizer import as_ids
 from leanlift.training.tokens import IGNORED, Tokenization, Tokens
@@ -149,11 +150,17 @@ def evaluate_samples(
     progress: bool = True,
 ) -> Evaluation:
     """`evaluate` for rows that `to_samples` has tokenized, which needs no model."""
+    asked = [s for s in samples if s.expected is not None and s.prompt and max_new_tokens]
+    longest = max((len(sample.whole) for sample in samples), default=0)
+    answered = max((len(sample.prompt) + max_new_tokens for sample in asked), default=0)
+    check_positions(model, longest, "the longest row", "leave longer ones out")
+    check_positions(
+        model, answered, "the longest prompt with its answer", "set a lower max_new_tokens"
+    )
     was_training = model.training
     model.eval()
     try:
         total, tokens = sum_of_losses(model, samples, batch_size, progress)
-        asked = [s for s in samples if s.expected is not None and s.prompt and max_new_tokens]
         answers = greedy_answers(model, tokenizer, asked, batch_size, max_new_tokens, progress)
     finally:
         model.train(was_training)
@@ -238,15 +245,13 @@ def greedy_answers(
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = range(len(samples))
-    with _greedy(model, ends, pad) as config:
+    with _greedy(model, ends, pad, max_new_tokens) as config:
         for batch in _batches(
             order, lambda i: len(samples[i].prompt), batch_size, "answers", progress
         ):
             inputs = pad_left([samples[i].prompt for i in batch], model.device)
             inputs.pop("position_ids")  # generate counts them from the mask, as pad_left does
-            output = model.generate(
-                **inputs, generation_config=config, max_new_tokens=max_new_tokens
-            )
+            output = model.generate(**inputs, generation_config=config)
             new = output[:, inputs["input_ids"].shape[1] :].tolist()
             for i, row in zip(batch, new, strict=True):
                 stop = next((at for at, token in enumerate(row) if token in ends), len(row))
@@ -255,10 +260,12 @@ def greedy_answers(
 
 
 @contextmanager
-def _greedy(model: Any, ends: list[int], pad: int) -> Iterator[GenerationConfig]:
+def _greedy(model: Any, ends: list[int], pad: int, new: int) -> Iterator[GenerationConfig]:
     """A generation config of token ids alone, also in place of the model's own: `generate` fills
     what another one leaves open from that (penalties, beams, forced and suppressed tokens)."""
-    config = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=pad)
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=ends, pad_token_id=pad
+    )
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     try:

@@ -42,6 +42,11 @@ class LengthReport:
     unended: int = 0
     notes: tuple[str, ...] = ()
 
+    @property
+    def kept(self) -> int:
+        """Tokens of the longest one as it is trained."""
+        return self.longest if self.max_length is None else min(self.longest, self.max_length)
+
     def __str__(self) -> str:
         text = f"{self.name}: {self.rows} examples, the longest has {self.longest} tokens"
         if self.truncated:

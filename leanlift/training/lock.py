@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from leanlift.adapter import check_adapter_place
 from leanlift.checkpoint import is_running
 from leanlift.errors import UserError
 
@@ -125,8 +126,9 @@ def make_output(directory: str | Path) -> None:
     """Make an output directory, where it is not there.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: it cannot be made, or is no place for an adapter.
     """
+    check_adapter_place(directory)
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -42,6 +42,25 @@ class LossParts:
     accuracy: Tensor
 
 
+class Places:
+    """Positions [T] in a batch, on the way from its collator to its loss.
+
+    No tensor: of a batch's tensors all libraries think that their first dimension is its rows, and
+    accelerate cuts those of a stream that is evaluated to that length.
+    """
+
+    def __init__(self, positions: Tensor) -> None:
+        self.positions = positions
+
+    def to(self, *args: Any, **kwargs: Any) -> Places:
+        """On another device; takes what `Tensor.to` takes."""
+        return Places(self.positions.to(*args, **kwargs))
+
+    def pin_memory(self, *args: Any) -> Places:
+        """In memory that a GPU reads by itself."""
+        return Places(self.positions.pin_memory())
+
+
 class MarkTrained:
     """A data collator that also says which tokens are trained, as `trained_positions` does.
 
@@ -56,7 +75,7 @@ class MarkTrained:
         batch = self.collator(examples)
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.dim() == 2:
-            batch[TRAINED] = trained_positions(labels)
+            batch[TRAINED] = Places(trained_positions(labels))
         return batch
 
     def __getattr__(self, name: str) -> Any:
@@ -136,9 +155,8 @@ def forwarded(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _trained(outputs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Of outputs [B, S, d] those whose next token is trained, [T, d], and that token, [T]."""
-    labels, places = inputs["labels"], inputs.get(TRAINED)
-    if places is None:
-        places = trained_positions(labels)
+    labels, marked = inputs["labels"], inputs.get(TRAINED)
+    places = trained_positions(labels) if marked is None else marked.positions
     flat = outputs.reshape(-1, outputs.shape[-1])
     return flat.index_select(0, places), labels.reshape(-1).index_select(0, places + 1)
 

@@ -51,20 +51,28 @@ def plan_memory(
         shape: Any = AutoConfig.from_pretrained(
             model, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+        stored = stored_quantization(shape, str(model))
+    except UserError:
+        raise
+    except Exception as error:  # a config.json may hold anything, and each class has its own checks
         raise UserError(f"the model {model} cannot be planned for: {first_line(error)}") from error
-    stored = stored_quantization(shape, str(model))
     if stored is not None:
         quantization = _stored_format(stored, settings.dtype)
         del shape.quantization_config
 
     def build() -> Any:
-        return AutoModelForCausalLM.from_config(
-            shape,
-            dtype=dtype_of(settings.dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
+        dtype = dtype_of(settings.dtype)
+        try:
+            return AutoModelForCausalLM.from_config(
+                shape,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        except Exception as error:
+            raise UserError(
+                f"the model {model} cannot be planned for: {first_line(error)}"
+            ) from error
 
     loss = partial(loss_of_all_tokens, objective=objective)
     with without_packing_search():

@@ -142,8 +142,10 @@ def _run(
     resume = None if found is None else str(found.path)
     config = args.lift_config()
     check_settings(sft, config)
-    if args.merged_dir and Path(args.merged_dir).exists():
-        raise UserError(f"merged_dir {args.merged_dir} already exists: choose another directory.")
+    _check_merged_dir(args, output)
+    evaluates = str(getattr(sft.eval_strategy, "value", sft.eval_strategy)) != "no"
+    if evaluates and not args.eval_dataset_name:
+        raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
     if args.merge_onto not in ONTO:
         raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
     quantization(args, dtype_of(args.dtype or "float32"))
@@ -257,6 +259,19 @@ def _train(
             )
         save_report(meter.report, output)
     return RunResult(model, tokenizer, meter.report, merged)
+
+
+def _check_merged_dir(args: RunArguments, output: Path) -> None:
+    """A place for the merge that is free, and will still be when training has ended."""
+    if not args.merged_dir:
+        return
+    merged = Path(args.merged_dir)
+    if merged.exists():
+        raise UserError(f"merged_dir {merged} already exists: choose another directory.")
+    if merged.resolve() in (output.resolve(), *output.resolve().parents):
+        raise UserError(
+            f"merged_dir {merged} is, or holds, output_dir {output}: choose another directory."
+        )
 
 
 @dataclass(frozen=True)

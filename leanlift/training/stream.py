@@ -53,6 +53,8 @@ class _StreamWorker:
         for number, row in zip(numbers, plain_rows(_Few(given, self.features)), strict=True):
             for example in self._read(row, number):
                 found = self.worker.of_example(example, number)
+                for what in found["left_out"]:
+                    self._say_once(what, number)
                 if found["trained"]:
                     made["input_ids"].append(found["input_ids"])
                     made["labels"].append(found["labels"])
@@ -64,8 +66,15 @@ class _StreamWorker:
         known = set(self.reader.notes.found)
         examples = self.reader(row, number)
         for what in set(self.reader.notes.found) - known:
-            logger.warning("row %d of the %s dataset: %s.", number, self.reader.name, what)
+            self._log(what, number)
         return examples
+
+    def _say_once(self, what: str, number: int) -> None:
+        if self.reader is not None and self.reader.notes.add(what, number):
+            self._log(what, number)
+
+    def _log(self, what: str, number: int) -> None:
+        logger.warning("row %d of the %s dataset: %s.", number, self.worker.name, what.rstrip(","))
 
 
 class _Few(list):

@@ -20,6 +20,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length
 
 from leanlift.errors import UserError, first_line
+from leanlift.training.left_out import left_out
 from leanlift.training.rows import Row
 from leanlift.training.tokenizer import as_ids, check_end_token
 
@@ -37,12 +38,14 @@ class Tokens(NamedTuple):
         ids: of the whole.
         labels: as many; -100 is not trained.
         parted: whether the whole does not begin with the prompt.
+        left_out: what of the row its chat template left out, in words.
     """
 
     prompt: list[int]
     ids: list[int]
     labels: list[int]
     parted: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,14 +204,17 @@ class Tokenization:
             **(example.get("chat_template_kwargs") or {}),
         }
         if "messages" in example:
-            whole = self._render(example["messages"], where, options, marked=self.assistant_only)
+            before_turns, turns = [], example["messages"]
+            whole = self._render(turns, where, options, marked=self.assistant_only)
             ids = whole["input_ids"]
             tokens = Tokens([], ids, list(ids))
         else:
-            before = self._render(example["prompt"], where, options, add_generation_prompt=True)
-            turns = example["prompt"] + example["completion"]
+            before_turns = example["prompt"]
+            before = self._render(before_turns, where, options, add_generation_prompt=True)
+            turns = before_turns + example["completion"]
             whole = self._render(turns, where, options, marked=self.assistant_only)
             tokens = self._completed(list(before["input_ids"]), whole["input_ids"])
+        tokens = tokens._replace(left_out=self._left_out(turns, len(before_turns), options))
         if not self.assistant_only:
             return tokens
         marks = whole.get("assistant_masks", ())
@@ -240,6 +246,12 @@ class Tokenization:
                 f"{where} cannot be put into the chat template: {first_line(error)}"
             ) from error
         return {key: list(value) for key, value in found.items()}
+
+    def _left_out(self, turns: list[Row], trained: int, options: dict[str, Any]) -> tuple[str, ...]:
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        said = {key: value for key, value in options.items() if key != "chat_template"}
+        template = self.template or self.tokenizer.get_chat_template(tools=said["tools"])
+        return tuple(sorted(left_out(turns, trained, said, text, template)))
 
     # --- tokens ------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ from leanlift.training.examples import columns_of
 from leanlift.training.lengths import LengthReport
 from leanlift.training.lock import make_output
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
+from leanlift.training.positions import check_positions
 from leanlift.training.ready import Rows, RowsForTraining, drop_untrained_packs
 from leanlift.training.resumable import ResumableTrainer
 from leanlift.training.steps import StepGuard, clip_to_norm_, total_norm
@@ -143,6 +144,8 @@ class LiftTrainer(ResumableTrainer):
                 **kwargs,
             )
         self._built = True
+        for name in self.length_reports:
+            self._check_positions(name)
         self._eval_means = TokenMeans()
         self._loss = training_loss(
             self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
@@ -165,8 +168,14 @@ class LiftTrainer(ResumableTrainer):
             return {key: self._unwrapped(part, key) for key, part in rows.items()}
         if isinstance(rows, TokenRows):
             self.length_reports[name] = rows.report
+            if self._built:
+                self._check_positions(name)
             return rows.data
         return rows
+
+    def _check_positions(self, name: str) -> None:
+        longest, what = self.length_reports[name].kept, f"the longest row of the {name} dataset"
+        check_positions(self.model, longest, what, "set max_length")
 
     def _prepare_dataset(
         self,
