@@ -12,9 +12,9 @@ from leanlift.training.loss import IGNORED, TRAINED
 
 def trained_tokens(inputs: Any) -> Tensor | int:
     """How many tokens of a batch are trained; on its device where counting needs it."""
-    marked = inputs.get(TRAINED)
-    if marked is not None:
-        return int(marked.positions.numel())
+    places = inputs.get(TRAINED)
+    if places is not None:
+        return int(places.numel())
     labels = inputs.get("labels")
     if labels is None:
         return 1

@@ -241,6 +241,8 @@ def greedy_answers(
     progress: bool = False,
 ) -> list[str]:
     """The greedy text after each prompt, up to the end token, in the order of `samples`."""
+    if not samples:
+        return []
     answers = [""] * len(samples)
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

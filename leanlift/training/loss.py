@@ -13,7 +13,6 @@ tiles, not other losses.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -42,25 +41,6 @@ class LossParts:
     accuracy: Tensor
 
 
-class Places:
-    """Positions [T] in a batch, on the way from its collator to its loss.
-
-    No tensor: of a batch's tensors all libraries think that their first dimension is its rows, and
-    accelerate cuts those of a stream that is evaluated to that length.
-    """
-
-    def __init__(self, positions: Tensor) -> None:
-        self.positions = positions
-
-    def to(self, *args: Any, **kwargs: Any) -> Places:
-        """On another device; takes what `Tensor.to` takes."""
-        return Places(self.positions.to(*args, **kwargs))
-
-    def pin_memory(self, *args: Any) -> Places:
-        """In memory that a GPU reads by itself."""
-        return Places(self.positions.pin_memory())
-
-
 class MarkTrained:
     """A data collator that also says which tokens are trained, as `trained_positions` does.
 
@@ -75,7 +55,7 @@ class MarkTrained:
         batch = self.collator(examples)
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.dim() == 2:
-            batch[TRAINED] = Places(trained_positions(labels))
+            batch[TRAINED] = trained_positions(labels)
         return batch
 
     def __getattr__(self, name: str) -> Any:
@@ -155,8 +135,9 @@ def forwarded(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _trained(outputs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Of outputs [B, S, d] those whose next token is trained, [T, d], and that token, [T]."""
-    labels, marked = inputs["labels"], inputs.get(TRAINED)
-    places = trained_positions(labels) if marked is None else marked.positions
+    labels, places = inputs["labels"], inputs.get(TRAINED)
+    if places is None:
+        places = trained_positions(labels)
     flat = outputs.reshape(-1, outputs.shape[-1])
     return flat.index_select(0, places), labels.reshape(-1).index_select(0, places + 1)
 
@@ -264,9 +245,7 @@ def _agree(model: Any, head: Head, ids: Tensor, labels: Tensor, gain: float) -> 
 
     handle = model.base_model.register_forward_hook(enlarge)
     try:
-        routed = "output_router_logits" in inspect.signature(model.forward).parameters
-        without = {"output_router_logits": False} if routed else {}  # its loss comes on top
-        own = model(input_ids=ids, labels=labels, use_cache=False, **without)
+        own = model(input_ids=ids, labels=labels, use_cache=False)
     finally:
         handle.remove()
     if len(seen) != 1 or own.loss is None:

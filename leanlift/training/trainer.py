@@ -110,6 +110,9 @@ class LiftTrainer(ResumableTrainer):
         if args.n_gpu > 1:  # Trainer would replicate the model, and our layers share their scratch
             logger.warning("Training on one GPU, %s, of %d.", args.device, args.n_gpu)
             args._n_gpu = 1
+        # One process has nothing to dispatch; and accelerate would cut all tensors of a batch to
+        # its rows, the positions of trained tokens among them.
+        args.accelerator_config.dispatch_batches = False
         self.length_reports: dict[str, LengthReport] = {}
         self.refreshes: list[RefreshReport] = []
         self.guard = StepGuard(
