@@ -13,6 +13,7 @@ tiles, not other losses.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -138,6 +139,7 @@ def _trained(outputs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     labels, places = inputs["labels"], inputs.get(TRAINED)
     if places is None:
         places = trained_positions(labels)
+    places = places.to(outputs.device)  # where they are already, unless a loop left them behind
     flat = outputs.reshape(-1, outputs.shape[-1])
     return flat.index_select(0, places), labels.reshape(-1).index_select(0, places + 1)
 
@@ -245,7 +247,9 @@ def _agree(model: Any, head: Head, ids: Tensor, labels: Tensor, gain: float) -> 
 
     handle = model.base_model.register_forward_hook(enlarge)
     try:
-        own = model(input_ids=ids, labels=labels, use_cache=False)
+        routed = "output_router_logits" in inspect.signature(model.forward).parameters
+        without = {"output_router_logits": False} if routed else {}  # its loss comes on top
+        own = model(input_ids=ids, labels=labels, use_cache=False, **without)
     finally:
         handle.remove()
     if len(seen) != 1 or own.loss is None:

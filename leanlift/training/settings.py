@@ -61,6 +61,10 @@ NOT_KEPT = (
 )  # fmt: skip
 """Beginnings of keys that are nobody's business, have no effect, or are changed by TRL itself."""
 
+OF_THE_ORDER = ("split_batches", "even_batches", "use_seedable_sampler")
+"""What of accelerate's settings decides which rows come when; others are changed while a trainer is
+built."""
+
 CONSTANT = ("constant", "constant_with_warmup")
 """Schedules that do not depend on the number of steps."""
 
@@ -80,8 +84,12 @@ def settings_of(
         data: what identifies the data.
     """
     mask = lift.to_dict()
+    loop = {k: v for k, v in args.to_dict().items() if not k.startswith(NOT_KEPT)}
+    if isinstance(loop.get("accelerator_config"), dict):
+        held = loop["accelerator_config"]
+        loop["accelerator_config"] = {key: held[key] for key in OF_THE_ORDER if key in held}
     sections = {
-        "loop": {k: v for k, v in args.to_dict().items() if not k.startswith(NOT_KEPT)},
+        "loop": loop,
         "mask": mask,
         "run": {key: value for key, value in (run or {}).items() if key not in mask},
         "data": dict(data or {}),
