@@ -71,11 +71,10 @@ class DenseTiles:
 
 
 @dataclass(frozen=True)
-class CastTiles:
-    """A matrix read in another dtype."""
+class _Derived:
+    """A matrix whose rows are made from another one's."""
 
     source: RowTiles
-    dtype: torch.dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,26 +83,24 @@ class CastTiles:
     @property
     def device(self) -> torch.device:
         return self.source.device
+
+
+@dataclass(frozen=True)
+class CastTiles(_Derived):
+    """A matrix read in another dtype."""
+
+    dtype: torch.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.source.rows(start, stop).to(self.dtype)
 
 
 @dataclass(frozen=True)
-class ScaledTiles:
+class ScaledTiles(_Derived):
     """A matrix times a power of two, in fp32."""
 
-    source: RowTiles
     exponent: int
     dtype: torch.dtype = torch.float32
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.source.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         return torch.ldexp(

@@ -71,9 +71,10 @@ def in_a_sentence(error: Exception) -> tuple[str, int] | None:
                 EXIT_OUT_OF_MEMORY,
             )
     if is_disk_full(error):
-        return "the disk is full: nothing half-written was kept; make room and run it again.", 2
+        said = "the disk is full: nothing half-written was kept; make room and run it again."
+        return said, EXIT_USER_ERROR
     if isinstance(error, OSError):  # a directory that may not be written, a broken pipe
-        return f"{first_line(error)}", EXIT_USER_ERROR
+        return first_line(error), EXIT_USER_ERROR
     return None
 
 
