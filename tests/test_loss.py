@@ -96,6 +96,27 @@ def test_the_training_loss_is_the_model_s_own(
     assert loss.last.mean_entropy.isfinite()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_cap_that_no_small_logit_shows_is_found(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attached("llama", dtype)
+    assert type(training_loss(model, settings(tmp_path), None)) is TiledLoss
+    stock = type(model).forward
+
+    def capped(self: Any, **inputs: Any) -> Any:
+        out = stock(self, **inputs)
+        out.logits = 30 * torch.tanh(out.logits.float() / 30).to(out.logits.dtype)
+        labels = inputs["labels"][:, 1:].reshape(-1)
+        flat = out.logits[:, :-1].float().reshape(len(labels), -1)
+        out.loss = torch.nn.functional.cross_entropy(flat, labels, ignore_index=-100)
+        return out
+
+    assert model(**batch()).logits.abs().max() < 3  # which the cap leaves nearly as they are
+    monkeypatch.setattr(type(model), "forward", capped)
+    assert type(training_loss(model, settings(tmp_path), None)) is WholeLoss
+
+
 @pytest.mark.parametrize("family", ["llama", "granite: scaled"])
 @pytest.mark.parametrize("name", ["label_smoothing_factor", "loss_type"])
 def test_smoothing_and_dft_against_their_definitions(
