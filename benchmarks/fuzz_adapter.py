@@ -9,7 +9,7 @@ files with wrong content. Each is read; every fifth is also loaded onto a live m
 attached in turn, and every tenth merged.
 
 Claim: each outcome is a `UserError`, or a load whose content passes a check of its own: positions
-sorted, distinct and inside the matrix, active and settled ones disjoint, finite offsets, counts
+sorted, distinct and inside the matrix, active and retired ones disjoint, finite offsets, counts
 that agree, and the same dense matrix as a plain reading of the file gives. After a refusal the
 live model computes the same bits as before, no output directory exists, and nothing was written
 or executed anywhere. A case that asks for more than 2 GiB, or for more than 20 s, counts as failed.
@@ -119,7 +119,7 @@ def files_of(directory: Path) -> Files:
 
 
 def valid_adapters(base: Path, work: Path) -> dict[str, Files]:
-    """The three forms of one adapter, some of whose entries are settled."""
+    """The three forms of one adapter, some of whose entries are retired."""
     model = get_lift_model(load(base), LiftConfig(density=0.08, approx_rank=4), progress=False)
     for layer in lift_layers(model).values():
         layer.values.data.normal_(std=0.05)
@@ -171,7 +171,7 @@ def check_layer(offsets: LayerOffsets, expected: Any) -> None:
     """
     flats = [check_store(store) for store in offsets.stores]
     if len(np.unique(np.concatenate(flats))) != sum(flat.size for flat in flats):
-        raise InvalidContentError("entries both active and settled")
+        raise InvalidContentError("entries both active and retired")
     m, n = offsets.active.index.shape
     dense = np.zeros(m * n, np.float32)
     for flat, store in zip(flats, offsets.stores, strict=True):
@@ -269,10 +269,10 @@ class Bench:
             raise
         expected = plain_reading(files, self.shapes)
         for name, layer in lift_layers(model).items():
-            settled = None
-            if layer.settled_index is not None and layer.settled_values is not None:
-                settled = Store(layer.settled_index, layer.settled_values)
-            check_layer(LayerOffsets(Store(layer.index, layer.values), settled), expected[name])
+            retired = None
+            if layer.retired_index is not None and layer.retired_values is not None:
+                retired = Store(layer.retired_index, layer.retired_values)
+            check_layer(LayerOffsets(Store(layer.index, layer.values), retired), expected[name])
         logits(model)
         if attached:
             self.attached = load_adapter(copy.deepcopy(self.stock), self.valid)

@@ -96,8 +96,8 @@ class Run:
         found = []
         for layer in lift_layers(self.trainer.model).values():
             found += [layer.index.to_flat(), layer.values.detach()]
-            if layer.settled_index is not None and layer.settled_values is not None:
-                found += [layer.settled_index.to_flat(), layer.settled_values]
+            if layer.retired_index is not None and layer.retired_values is not None:
+                found += [layer.retired_index.to_flat(), layer.retired_values]
         return [tensor.clone() for tensor in found]
 
     def go_on(self, output: Path, from_path: bool) -> None:

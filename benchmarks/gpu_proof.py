@@ -48,7 +48,7 @@ def selection(scale: Scale, trainee: Trainee) -> Rows:
     state, layers = lift_state(trainee.model), lift_layers(trainee.model)
     rows: Rows = [
         {"what": f"{len(layers)} matrices, s", "value": round(state.selection_seconds, 2)},
-        {"what": "not settled", "value": len(state.unconverged)},
+        {"what": "not converged", "value": len(state.unconverged)},
     ]
     for name in ("self_attn.q_proj", "mlp.down_proj"):
         layer = next(layer for n, layer in layers.items() if n.endswith(name))

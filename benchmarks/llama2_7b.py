@@ -8,7 +8,7 @@ exports a merged fp16 checkpoint. Per phase: the peak of live tensor bytes again
 peak of anonymous resident memory (sampled every 50 ms), seconds. Weights have a slowly falling
 spectrum, as trained ones do; a flat one would have no principal weights to find.
 
-The step's plan is one without settled entries, which a run has only after its first refresh; the
+The step's plan is one without retired entries, which a run has only after its first refresh; the
 refresh's plan has room for them. Loading is not spread over threads here, so that every tensor of
 it is seen.
 """

@@ -108,7 +108,7 @@ def main() -> None:
     optimizer.step()
     with LiveBytes() as live:
         report, seconds = timed(lambda: refresh_mask(model, optimizer))
-    record("refresh", seconds, live, churn=round(report.churn, 4), settled=report.settled)
+    record("refresh", seconds, live, churn=round(report.churn, 4), retired=report.retired)
 
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"

@@ -183,7 +183,7 @@ def measure(steps: int, work: Path) -> list[dict[str, Any]]:
     record("matrices", len(layers))
     record("entries", sum(layer.index.count for layer in layers.values()))
     record("selection, s", round(seconds, 1))
-    record("not settled", len(model.leanlift.unconverged), 0)
+    record("not converged", len(model.leanlift.unconverged), 0)
     for question in QUESTIONS:
         record(f"NF4 before: {question}", answer(model, tokenizer, question))
     losses, seconds = timed(lambda: train(model, tokenizer, steps, work / "run"))

@@ -24,7 +24,8 @@ from leanlift.selection import (
 SELECTORS = ("principal", "magnitude", "random", "gradient")
 ALL_LINEAR = "all-linear"
 TARGET_PRESETS = (ALL_LINEAR, "attention", "mlp")
-LARGEST_LIMIT = 1e6  # times the trained entries: far beyond what any density leaves to settle
+FORMER_NAMES = {"settled_limit": "retired_limit"}
+LARGEST_LIMIT = 1e6  # times the trained entries: far beyond what any density leaves to retire
 MOST_PATTERNS, LONGEST_PATTERN = 64, 256  # compiled as they are read, from anyone's file
 VALUES_DTYPES = ("float32", "bfloat16")
 
@@ -46,11 +47,11 @@ class LiftConfig:
         refresh_interval: optimizer steps between two selections from the current weights; 0:
             the mask is chosen once. The paper takes 10 to 2000, mostly 400. Measured, refreshes
             change what is learned by less than the seeds do and keep a little more of the source;
-            the default is 0 because settled entries take memory.
+            the default is 0 because retired entries take memory.
         refresh_margin: hysteresis; at a refresh the scores of active entries count 1 + margin
             times, so that an entry leaves only where a newcomer beats it by the margin. 0: the
             method as published; not measured.
-        settled_limit: entries that may be settled (let go by refreshes, their offsets kept), as a
+        retired_limit: entries that may be retired (let go by refreshes, their offsets kept), as a
             share of the trained ones, in each matrix; None: no bound. At the bound a refresh
             admits fewer newcomers. 0.5 is our choice: the store then costs at most about a fifth
             of what the trained entries and their fp32 optimizer state do.
@@ -85,7 +86,7 @@ class LiftConfig:
     approx_rank: int = 64
     refresh_interval: int = 0
     refresh_margin: float = 0.0
-    settled_limit: float | None = 0.5
+    retired_limit: float | None = 0.5
     selector: str = "principal"
     block: int = 1
     target_modules: str | tuple[str, ...] = ALL_LINEAR
@@ -148,10 +149,10 @@ class LiftConfig:
             raise UserError(
                 f"expected a refresh_margin of 0 or more, got {self.refresh_margin}: try 0.1."
             )
-        if self.settled_limit is not None and not 0 <= self.settled_limit <= LARGEST_LIMIT:
+        if self.retired_limit is not None and not 0 <= self.retired_limit <= LARGEST_LIMIT:
             raise UserError(
-                "expected a settled_limit of 0 or more, or none, and no more than "
-                f"{LARGEST_LIMIT:g}; got {self.settled_limit}: try 0.5."
+                "expected a retired_limit of 0 or more, or none, and no more than "
+                f"{LARGEST_LIMIT:g}; got {self.retired_limit}: try 0.5."
             )
         if self.selector not in SELECTORS:
             raise UserError(f"expected a selector among {SELECTORS}, got {self.selector!r}.")
@@ -229,9 +230,9 @@ class LiftConfig:
                     "modules that are trained: leave it out, or see target_modules."
                 )
 
-    def settled_bound(self, count: int) -> int | None:
-        """Entries that may be settled in a matrix with `count` trained ones; None: no bound."""
-        return None if self.settled_limit is None else int(self.settled_limit * count)
+    def retired_bound(self, count: int) -> int | None:
+        """Entries that may be retired in a matrix with `count` trained ones; None: no bound."""
+        return None if self.retired_limit is None else int(self.retired_limit * count)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -246,6 +247,7 @@ class LiftConfig:
         """
         if not isinstance(data, dict):
             raise UserError(f"expected the keys of a LiftConfig, got {data!r:.80}.")
+        data = {FORMER_NAMES.get(key, key): value for key, value in data.items()}
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -280,7 +282,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "approx_rank": ("a whole number", _is_int),
     "refresh_interval": ("a whole number", _is_int),
     "refresh_margin": ("a number", _is_number),
-    "settled_limit": ("a number or none", lambda v: v is None or _is_number(v)),
+    "retired_limit": ("a number or none", lambda v: v is None or _is_number(v)),
     "selector": ("a name", _is_text),
     "block": ("a whole number", _is_int),
     "target_modules": (

@@ -193,12 +193,12 @@ class LiftLinear(FrozenLinear):
     Attributes:
         values: Parameter [k], the active offsets in the order of `index`; zero at first. Its
             gradient has its dtype.
-        settled_index, settled_values: offsets that a mask change took out of training; they stay
+        retired_index, retired_values: offsets that a mask change took out of training; they stay
             part of the effective weight. None while there are none.
         scale: what all offsets are multiplied by: 1.0 unless someone turns an adapter up or down.
     """
 
-    settled_values: Tensor | None
+    retired_values: Tensor | None
 
     def __init__(
         self,
@@ -215,13 +215,13 @@ class LiftLinear(FrozenLinear):
         self.values = nn.Parameter(
             torch.zeros(index.count, dtype=values_dtype, device=weight.device)
         )
-        self.settled_index: SegmentedIndex | None = None
-        self.register_buffer("settled_values", None)
+        self.retired_index: SegmentedIndex | None = None
+        self.register_buffer("retired_values", None)
         self.scale = 1.0
 
     @property
     def effective(self) -> EffectiveTiles:
-        """W_eff = D(Q) + settled + active offsets, as RowTiles in fp32."""
+        """W_eff = D(Q) + retired + active offsets, as RowTiles in fp32."""
         return EffectiveTiles(self)
 
     def _carrier(self, x: Tensor) -> Tensor | None:
@@ -230,11 +230,11 @@ class LiftLinear(FrozenLinear):
         return _KeepInput.apply(x, self.values, self, self.values_gradient)
 
     def offsets(self, start: int, stop: int) -> list[Offsets]:
-        """The active and the settled offsets of rows `start:stop`."""
+        """The active and the retired offsets of rows `start:stop`."""
         stores = [offsets_of(self.index, self.values.detach(), start, stop, self.scale)]
-        if self.settled_index is not None and self.settled_values is not None:
-            settled = self.settled_index, self.settled_values
-            stores.append(offsets_of(*settled, start, stop, self.scale))
+        if self.retired_index is not None and self.retired_values is not None:
+            retired = self.retired_index, self.retired_values
+            stores.append(offsets_of(*retired, start, stop, self.scale))
         return stores
 
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
@@ -245,7 +245,7 @@ class LiftLinear(FrozenLinear):
     @property
     def version(self) -> tuple[float, ...]:
         """Changes whenever the effective weight does."""
-        return self.values._version, id(self.index), id(self.settled_values), self.scale
+        return self.values._version, id(self.index), id(self.retired_values), self.scale
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
@@ -272,42 +272,42 @@ class LiftLinear(FrozenLinear):
         """
         if flat.numel() != self.index.count:
             raise ValueError(f"expected {self.index.count} positions, got {flat.numel()}")
-        change = change_mask(self.index.to_flat(), self.values.detach(), flat, *self.settled())
+        change = change_mask(self.index.to_flat(), self.values.detach(), flat, *self.retired())
         self.index = SegmentedIndex.from_flat(change.flat, self.index.shape)
         self.values.copy_(change.values)
-        self.set_settled(change.settled_flat, change.settled_values)
+        self.set_retired(change.retired_flat, change.retired_values)
         return change
 
-    def set_settled(self, flat: Tensor, values: Tensor) -> None:
-        """Replace the settled store by `values` at sorted, distinct positions `flat`.
+    def set_retired(self, flat: Tensor, values: Tensor) -> None:
+        """Replace the retired store by `values` at sorted, distinct positions `flat`.
 
         Raises:
             ValueError: a position that is trained: an entry has one offset.
         """
         empty = flat.numel() == 0
         if not empty and bool((find_positions(self.index.to_flat(), flat) >= 0).any()):
-            raise ValueError("expected settled positions outside the mask, got one that is trained")
-        self.settled_index = None if empty else SegmentedIndex.from_flat(flat, self.index.shape)
-        self.settled_values = None if empty else values.to(self.values.device, self.values.dtype)
+            raise ValueError("expected retired positions outside the mask, got one that is trained")
+        self.retired_index = None if empty else SegmentedIndex.from_flat(flat, self.index.shape)
+        self.retired_values = None if empty else values.to(self.values.device, self.values.dtype)
 
-    def settled(self) -> tuple[Tensor, Tensor]:
-        """Positions and offsets of the settled store, both empty where there is none."""
-        if self.settled_index is None or self.settled_values is None:
+    def retired(self) -> tuple[Tensor, Tensor]:
+        """Positions and offsets of the retired store, both empty where there is none."""
+        if self.retired_index is None or self.retired_values is None:
             device = self.values.device
             return torch.empty(0, dtype=torch.int64, device=device), self.values.new_empty(0)
-        return self.settled_index.to_flat(), self.settled_values
+        return self.retired_index.to_flat(), self.retired_values
 
     @property
-    def settled_nbytes(self) -> int:
-        """Bytes of the settled store: its index and offsets."""
-        if self.settled_index is None or self.settled_values is None:
+    def retired_nbytes(self) -> int:
+        """Bytes of the retired store: its index and offsets."""
+        if self.retired_index is None or self.retired_values is None:
             return 0
-        return self.settled_index.nbytes + self.settled_values.nbytes
+        return self.retired_index.nbytes + self.retired_values.nbytes
 
     def get_extra_state(self) -> Tensor:
         """A digest of the positions, uint8 [32], for state dicts: values alone say nothing."""
         digest = hashlib.sha256()
-        for index in (self.index, self.settled_index):
+        for index in (self.index, self.retired_index):
             for part in () if index is None else (index.columns, index.counts):
                 digest.update(part.cpu().numpy().tobytes())
         return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).clone()
@@ -321,8 +321,8 @@ class LiftLinear(FrozenLinear):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LiftLinear:
         super()._apply(fn, recurse)
         self.index = self.index.map(fn)
-        if self.settled_index is not None:
-            self.settled_index = self.settled_index.map(fn)
+        if self.retired_index is not None:
+            self.retired_index = self.retired_index.map(fn)
         return self
 
 

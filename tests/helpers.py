@@ -130,11 +130,11 @@ def random_inputs(
 
 
 def effective_oracle(lift: LiftLinear) -> Tensor:
-    """D(Q) + settled + active offsets, dense, in fp64."""
+    """D(Q) + retired + active offsets, dense, in fp64."""
     dense = lift.weight_tiles.rows(0, lift.out_features).double().clone().view(-1)
     dense[lift.index.to_flat()] += lift.values.detach().double()
-    if lift.settled_index is not None and lift.settled_values is not None:
-        dense[lift.settled_index.to_flat()] += lift.settled_values.double()
+    if lift.retired_index is not None and lift.retired_values is not None:
+        dense[lift.retired_index.to_flat()] += lift.retired_values.double()
     return dense.view(lift.out_features, lift.in_features)
 
 

@@ -49,21 +49,21 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 
 
-def layer_on(base: nn.Linear, active: torch.Tensor, settled: torch.Tensor) -> LiftLinear:
+def layer_on(base: nn.Linear, active: torch.Tensor, retired: torch.Tensor) -> LiftLinear:
     """A layer with random offsets at these positions."""
     weight = frozen_weight(base)
     index = SegmentedIndex.from_flat(active, weight.shape)
     lift = LiftLinear(base, weight, index, Scratch("triton"))
     lift.values.data.normal_(std=0.2)
-    lift.set_settled(settled, 0.2 * torch.randn(settled.numel()))
+    lift.set_retired(retired, 0.2 * torch.randn(retired.numel()))
     return lift
 
 
-def split(m: int, n: int, active: float, settled: float) -> tuple[torch.Tensor, torch.Tensor]:
+def split(m: int, n: int, active: float, retired: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Disjoint random positions, as shares of the matrix."""
     order = torch.randperm(m * n, generator=torch.Generator().manual_seed(3))
     first = int(active * m * n)
-    last = first + int(settled * m * n)
+    last = first + int(retired * m * n)
     return order[:first].sort().values, order[first:last].sort().values
 
 
@@ -83,9 +83,9 @@ def test_effective_weights_are_the_references(
     assert torch.equal(ours, reference)
 
 
-@pytest.mark.parametrize(("active", "settled"), [(0, 0), (1, 0), (0.5, 0.5), (0, 1), (0.9, 0.02)])
-def test_empty_and_full_masks(active: float, settled: float) -> None:
-    lift = layer_on(make_linear4bit(20, 600), *split(20, 600, active, settled))
+@pytest.mark.parametrize(("active", "retired"), [(0, 0), (1, 0), (0.5, 0.5), (0, 1), (0.9, 0.02)])
+def test_empty_and_full_masks(active: float, retired: float) -> None:
+    lift = layer_on(make_linear4bit(20, 600), *split(20, 600, active, retired))
     ours = lift.effective_weight(torch.float32).clone()
     lift.scratch.implementation = "torch"
     assert torch.equal(ours, lift.effective_weight(torch.float32))

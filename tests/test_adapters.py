@@ -80,7 +80,7 @@ def test_padding_is_counted_and_changes_nothing(base: Path, tmp_path: Path) -> N
     model = trained(base, tmp_path / "adapter", density=0.03)
     done = export_peft(tmp_path / "adapter", tmp_path / "peft", progress=False)
     layers = lift_layers(model).values()
-    entries = sum(x.index.count + (x.settled_index.count if x.settled_index else 0) for x in layers)
+    entries = sum(x.index.count + (x.retired_index.count if x.retired_index else 0) for x in layers)
     room = sum(done.rank * (x.in_features + x.out_features) for x in layers)
     assert (done.entries, done.padding) == (entries, room - entries)
     assert done.padding > 0

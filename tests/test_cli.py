@@ -37,7 +37,7 @@ OWN_OPTIONS = {
     "approx_rank",
     "refresh_interval",
     "refresh_margin",
-    "settled_limit",
+    "retired_limit",
     "values_dtype",
     "quantize_ends",
     "embedding_on_cpu",

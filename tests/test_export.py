@@ -21,14 +21,14 @@ KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
 
 
 def trained(base: Path, adapter: Path, kind: str = "nf4+double", **config: Any) -> Any:
-    """A model with random offsets, some of them settled, and its saved adapter."""
+    """A model with random offsets, some of them retired, and its saved adapter."""
     model = get_lift_model(load(base, kind), LiftConfig(approx_rank=8, **config), progress=False)
     torch.manual_seed(1)
     for layer in lift_layers(model).values():
         layer.values.data.normal_(std=0.05)
     refresh_mask(model)
     for layer in lift_layers(model).values():
-        assert layer.settled_index is not None
+        assert layer.retired_index is not None
         layer.values.data.add_(0.02 * torch.randn_like(layer.values))
     save_adapter(model, adapter)
     return model.eval()
@@ -84,7 +84,7 @@ def test_onto_original_is_the_base_with_the_offsets(tmp_path: Path, kind: str, t
     before = logits(expected)
     for name, layer in layers.items():
         weight = expected.get_submodule(name).weight.data
-        for store in (layer.index, layer.values), (layer.settled_index, layer.settled_values):
+        for store in (layer.index, layer.values), (layer.retired_index, layer.retired_values):
             weight.view(-1)[store[0].to_flat()] += store[1].detach()
     assert torch.equal(logits(stock), logits(expected))
     assert (logits(stock) - before).abs().max() > 0.1 * before.abs().max()

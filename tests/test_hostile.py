@@ -130,7 +130,7 @@ TENSOR_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "signed-columns": ("own", {f"{NAME}__index__columns": lambda t: t.char()}, "1-D uint8"),
     "nan": ("own", {f"{NAME}__values": at(3, float("nan"))}, "NaN or infinite"),
     "infinite": ("own", {f"{NAME}__values": at(3, float("-inf"))}, "NaN or infinite"),
-    "nan-settled": ("own", {"settled__values": at(0, float("nan"))}, "NaN or infinite"),
+    "nan-retired": ("own", {"settled__values": at(0, float("nan"))}, "NaN or infinite"),
     "row-outside": ("peft", {"shira_indices": at((0, 0), 64)}, "positions outside its 64x64"),
     "row-negative": ("peft", {"shira_indices": at((0, 0), -1)}, "positions outside its 64x64"),
     "column-far-outside": ("bare", {"shira_indices": at((1, 0), 2**31 - 1)}, "positions outside"),
@@ -150,13 +150,13 @@ def test_tensors_that_lie_are_refused(victim: Victim, tmp_path: Path, case: str)
     victim.refuses(adapter, match)
 
 
-def test_entries_both_active_and_settled_are_refused(victim: Victim, tmp_path: Path) -> None:
+def test_entries_both_active_and_retired_are_refused(victim: Victim, tmp_path: Path) -> None:
     adapter = victim.put("own", tmp_path / "adapter")
     tensors = load_file(adapter / WEIGHTS)
     for part in ("values", "index.columns", "index.counts"):
         tensors[f"{NAME}.settled.{part}"] = tensors[f"{NAME}.{part}"].clone()
     save_file(tensors, adapter / WEIGHTS)
-    victim.refuses(adapter, "both active and settled")
+    victim.refuses(adapter, "both active and retired")
 
 
 def test_sums_that_overflow_are_refused(victim: Victim, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ CONFIG_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
     "density-text": (set_at("lift", "density", "0.05"), "density to be a number"),
     "density-nan": (set_at("lift", "density", float("nan")), r"density in \(0, 1\]"),
     "seed-huge": (set_at("lift", "selection_seed", 2**63), "selection_seed to be a whole number"),
-    "limit-huge": (set_at("lift", "settled_limit", 1e308), "settled_limit of 0 or more"),
+    "limit-huge": (set_at("lift", "retired_limit", 1e308), "retired_limit of 0 or more"),
     "pattern-flags": (set_at("lift", "density_pattern", {"(?i)a": 0.1}), "no regular expression"),
     "refreshes": (set_at("refreshes", -1), "a count of refreshes"),
     "version": (set_at("format_version", [1]), "has adapter format"),

@@ -156,8 +156,8 @@ def test_wrong_shapes_are_refused() -> None:
         lift(torch.zeros(3, 65))
     with pytest.raises(ValueError, match="expected 156 positions, got 3"):
         lift.change_mask(torch.arange(3))
-    with pytest.raises(ValueError, match="expected settled positions outside the mask"):
-        lift.set_settled(lift.index.to_flat()[:1], torch.ones(1))
+    with pytest.raises(ValueError, match="expected retired positions outside the mask"):
+        lift.set_retired(lift.index.to_flat()[:1], torch.ones(1))
 
 
 # --- the mask changes -----------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_wrong_shapes_are_refused() -> None:
 
 @each_base
 def test_a_mask_change_leaves_the_effective_weight_as_it_is(kind: str) -> None:
-    """Round after round of training and changes; settled entries take part in everything."""
+    """Round after round of training and changes; retired entries take part in everything."""
     lift = make_lift(make_base(kind, 65, 48, bias=True))
     values, count = lift.values, lift.index.count
     for _ in range(4):
@@ -174,8 +174,8 @@ def test_a_mask_change_leaves_the_effective_weight_as_it_is(kind: str) -> None:
         score = torch.rand(65 * 48)
         score[lift.index.to_flat()[::2]] += 1
         score[lift.index.to_flat()[1::2]] -= 1
-        if lift.settled_index is not None:
-            score[lift.settled_index.to_flat()[::4]] += 1
+        if lift.retired_index is not None:
+            score[lift.retired_index.to_flat()[::4]] += 1
         wanted = score.topk(count).indices.sort().values
         change = lift.change_mask(wanted)
         assert change.churn == 0.5
@@ -183,7 +183,7 @@ def test_a_mask_change_leaves_the_effective_weight_as_it_is(kind: str) -> None:
         assert torch.equal(lift.index.to_flat(), wanted)
         assert torch.equal(lift.effective.rows(0, 65), before)
         assert_as_good_as_plain_torch(lift, *random_inputs(lift))
-    assert lift.settled()[0].numel() > count
+    assert lift.retired()[0].numel() > count
 
 
 @each_base
@@ -266,8 +266,8 @@ def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
     monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192), density=density)
     trained = set(lift.index.to_flat().tolist())
-    settled = torch.tensor([flat for flat in range(0, 320 * 192, 997) if flat not in trained])
-    lift.set_settled(settled, torch.ones(settled.numel()))
+    retired = torch.tensor([flat for flat in range(0, 320 * 192, 997) if flat not in trained])
+    lift.set_retired(retired, torch.ones(retired.numel()))
     before = [t.clone() for t in weight_tensors(lift.base)]
     own = lift.effective_weight(dtype)
     lift.scratch.always = True

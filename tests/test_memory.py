@@ -98,15 +98,15 @@ def test_static_bytes_are_those_of_the_storage_formats(tmp_path: Path, kind: str
     entries = sum(layer.index.count for layer in layers.values())
     assert got["values"] == 4 * entries
     assert got["index"] == sum(layer.index.nbytes for layer in layers.values())
-    assert got["settled entries"] == got["gradients"] == got["scratch"] == 0
+    assert got["retired entries"] == got["gradients"] == got["scratch"] == 0
     assert got["embeddings and head"] == 2 * model.config.vocab_size * 64 * 4
     assert got["norms and other"] >= 5 * 64 * 4
     for layer in layers.values():
         layer.values.data.normal_()
     refresh_mask(model)
-    settled = [layer for layer in layers.values() if layer.settled_index is not None]
-    assert static_categories(model)["settled entries"] == sum(
-        layer.settled_index.nbytes + 4 * layer.settled_index.count for layer in settled
+    retired = [layer for layer in layers.values() if layer.retired_index is not None]
+    assert static_categories(model)["retired entries"] == sum(
+        layer.retired_index.nbytes + 4 * layer.retired_index.count for layer in retired
     )
 
 

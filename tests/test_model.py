@@ -283,7 +283,7 @@ def test_loading_onto_a_patched_model_replaces_its_entries(base: Path, tmp_path:
     refresh_mask(model)
     load_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
-    assert all(layer.settled_index is None for layer in lift_layers(model).values())
+    assert all(layer.retired_index is None for layer in lift_layers(model).values())
     kept = [layer.values for layer in lift_layers(model).values()]
     assert all(a is b for a, b in zip(parameters, kept, strict=True))
 

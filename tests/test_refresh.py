@@ -1,4 +1,4 @@
-"""Hysteresis and the bound on settled entries, against plain loops."""
+"""Hysteresis and the bound on retired entries, against plain loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from leanlift import LiftConfig, UserError, get_lift_model, refresh_mask
 from leanlift.model import lift_layers
 from leanlift.selection import Favoring, Magnitude, Principal, scores_of, select, selection
-from leanlift.sparse import SegmentedIndex, bounded_mask, settled_nbytes
+from leanlift.sparse import SegmentedIndex, bounded_mask, retired_nbytes
 from leanlift.training import RunArguments
 
 assert ROWS
@@ -63,7 +63,7 @@ def test_an_entry_leaves_only_where_a_newcomer_beats_it_by_the_margin(
 def test_a_refresh_heeds_the_margin(base: Path) -> None:
     churn = []
     for margin in (0.0, 0.2, 1e6):
-        config = LiftConfig(density=0.1, approx_rank=4, refresh_margin=margin, settled_limit=None)
+        config = LiftConfig(density=0.1, approx_rank=4, refresh_margin=margin, retired_limit=None)
         model = get_lift_model(load(base), config, progress=False)
         torch.manual_seed(0)
         for layer in lift_layers(model).values():
@@ -110,7 +110,7 @@ def test_scores_are_those_that_a_selection_ranks_by(block: int) -> None:
 def by_hand(
     old: dict[int, float],
     new: set[int],
-    settled: set[int],
+    retired: set[int],
     bound: int,
     score: Tensor,
     block: int,
@@ -129,11 +129,11 @@ def by_hand(
         went.setdefault(unit(entry), []).append(entry)
     best = sorted(came, key=lambda u: (-float(score[u]), u))
     weakest = sorted(went, key=lambda u: (float(score[u]), -u))
-    pairs, size = 0, len(settled)
+    pairs, size = 0, len(retired)
     bound = max(bound, size)
     for number, (one, other) in enumerate(zip(best, weakest, strict=True), start=1):
         size += sum(old[entry] != 0 for entry in went[other])
-        size -= sum(entry in settled for entry in came[one])
+        size -= sum(entry in retired for entry in came[one])
         if size <= bound:
             pairs = number
     mask = set(new & set(old))
@@ -173,13 +173,13 @@ def test_the_bound_holds_back_what_the_rule_says(seed: int) -> None:
     outside[old] = False
     outside = outside.nonzero().squeeze(1)
     keep = torch.rand(outside.numel(), generator=generator) < 0.3
-    settled = outside[keep]
-    bound = settled.numel() + number(old.numel()) - number(8)
-    got = bounded_mask(old, values, new, settled, bound, columns, block, lambda u: score[u])
+    retired = outside[keep]
+    bound = retired.numel() + number(old.numel()) - number(8)
+    got = bounded_mask(old, values, new, retired, bound, columns, block, lambda u: score[u])
     wanted, held = by_hand(
         dict(zip(old.tolist(), values.tolist(), strict=True)),
         set(new.tolist()),
-        set(settled.tolist()),
+        set(retired.tolist()),
         bound,
         score,
         block,
@@ -210,7 +210,7 @@ def test_twenty_refreshes_of_a_drifting_model_keep_the_bound_and_lose_nothing(
     base: Path, block: int, margin: float
 ) -> None:
     config = LiftConfig(
-        density=0.1, approx_rank=4, block=block, settled_limit=0.3, refresh_margin=margin
+        density=0.1, approx_rank=4, block=block, retired_limit=0.3, refresh_margin=margin
     )
     model = get_lift_model(load(base), config, progress=False)
     layers = lift_layers(model)
@@ -226,15 +226,15 @@ def test_twenty_refreshes_of_a_drifting_model_keep_the_bound_and_lose_nothing(
         held += report.held_back
         for name, layer in layers.items():
             assert layer.index.count == counts[name]
-            kept = layer.settled()[0]
+            kept = layer.retired()[0]
             assert kept.numel() <= int(0.3 * layer.index.count)
-            assert layer.settled_nbytes <= settled_nbytes(
+            assert layer.retired_nbytes <= retired_nbytes(
                 layer.index.shape, int(0.3 * layer.index.count)
             )
             assert not torch.isin(kept, layer.index.to_flat()).any()
             assert torch.equal(layer.effective.rows(0, layer.out_features), before[name]), name
-        assert report.settled == sum(layer.settled()[0].numel() for layer in layers.values())
-        assert report.settled_nbytes == sum(layer.settled_nbytes for layer in layers.values())
+        assert report.retired == sum(layer.retired()[0].numel() for layer in layers.values())
+        assert report.retired_nbytes == sum(layer.retired_nbytes for layer in layers.values())
     assert held > 0
 
 
@@ -246,12 +246,12 @@ def test_the_rule_of_bytes_is_that_of_the_tensors() -> None:
     outside = free.nonzero().view(-1)
     for count in (0, 1, 5000):
         flat = outside[torch.randperm(outside.numel())[:count]].sort().values
-        layer.set_settled(flat, torch.ones(count))
-        assert layer.settled_nbytes == settled_nbytes(shape, count)
+        layer.set_retired(flat, torch.ones(count))
+        assert layer.retired_nbytes == retired_nbytes(shape, count)
 
 
 def test_without_margin_and_bound_a_refresh_is_the_plain_selection(base: Path) -> None:
-    plain = LiftConfig(density=0.1, approx_rank=4, settled_limit=None)
+    plain = LiftConfig(density=0.1, approx_rank=4, retired_limit=None)
     model = get_lift_model(load(base), plain, progress=False)
     for layer in lift_layers(model).values():
         layer.values.data.normal_(0, 0.1)
@@ -267,31 +267,31 @@ def test_without_margin_and_bound_a_refresh_is_the_plain_selection(base: Path) -
 def test_a_full_store_is_said_once(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lift = LiftConfig(density=0.1, approx_rank=8, refresh_interval=2, settled_limit=0.01)
+    lift = LiftConfig(density=0.1, approx_rank=8, refresh_interval=2, retired_limit=0.01)
     trainer = trainer_for(base, tmp_path, lift, learning_rate=3e-2, max_steps=11)
     with caplog.at_level(logging.WARNING, "leanlift"):
         trainer.train()
     assert sum(report.held_back > 0 for report in trainer.refreshes) >= 2
     said = [r.getMessage() for r in caplog.records if "held" in r.getMessage()]
     assert len(said) == 1
-    assert "settled_limit=0.01" in said[0]
+    assert "retired_limit=0.01" in said[0]
     logged = [entry for entry in trainer.state.log_history if "refresh_held_back" in entry]
     assert [entry["refresh_held_back"] for entry in logged] == [
         report.held_back for report in trainer.refreshes
     ]
-    assert all(entry["refresh_settled_bytes"] > 0 for entry in logged[1:])
+    assert all(entry["refresh_retired_bytes"] > 0 for entry in logged[1:])
 
 
 def test_settings_out_of_range_are_refused() -> None:
     for changes, message in (
         ({"refresh_margin": -0.1}, "refresh_margin of 0 or more, got -0.1"),
         ({"refresh_margin": float("nan")}, "refresh_margin of 0 or more"),
-        ({"settled_limit": -1.0}, "settled_limit of 0 or more, or none"),
-        ({"settled_limit": float("inf")}, "settled_limit of 0 or more, or none"),
+        ({"retired_limit": -1.0}, "retired_limit of 0 or more, or none"),
+        ({"retired_limit": float("inf")}, "retired_limit of 0 or more, or none"),
     ):
         with pytest.raises(UserError, match=message):
             LiftConfig(**changes)  # type: ignore[arg-type]
     args = {"model_name_or_path": "x", "dataset_name": "y"}
-    assert RunArguments(**args).lift_config().settled_limit == 0.5
-    assert RunArguments(**args, settled_limit=-1).lift_config().settled_limit is None
+    assert RunArguments(**args).lift_config().retired_limit == 0.5
+    assert RunArguments(**args, retired_limit=-1).lift_config().retired_limit is None
     assert RunArguments(**args, refresh_margin=0.2).lift_config().refresh_margin == 0.2

@@ -196,14 +196,14 @@ Store = dict[int, int]
 
 @st.composite
 def stores_and_mask(draw: st.DrawFn) -> tuple[Store, Store, list[int]]:
-    """(active, settled, new mask): active and settled share no position."""
+    """(active, retired, new mask): active and retired share no position."""
     patterns = st.sampled_from(SPECIAL_BITS) | st.integers(0, 0x7F7FFFFF)
     order = draw(st.permutations(range(PLACES)))
     count = draw(st.integers(0, 20))
-    settled = draw(st.integers(0, PLACES - count))
+    retired = draw(st.integers(0, PLACES - count))
     wanted = draw(st.permutations(range(PLACES)))[:count]
     active = {place: draw(patterns) for place in order[:count]}
-    asleep = {place: draw(patterns) for place in order[count : count + settled]}
+    asleep = {place: draw(patterns) for place in order[count : count + retired]}
     return active, asleep, sorted(wanted)
 
 
@@ -225,7 +225,7 @@ def _is_zero(pattern: int) -> bool:
 @examples(300)
 @given(case=stores_and_mask())
 def test_a_mask_change_loses_nothing(case: tuple[Store, Store, list[int]]) -> None:
-    """Against a dict: survivors bit for bit, leavers settle, the returning get theirs back."""
+    """Against a dict: survivors bit for bit, leavers retire, the returning get theirs back."""
     active, asleep, wanted = case
     change = change_mask(
         *_tensors(active), torch.tensor(wanted, dtype=torch.int64), *_tensors(asleep)
@@ -235,7 +235,7 @@ def test_a_mask_change_loses_nothing(case: tuple[Store, Store, list[int]]) -> No
     left = {p: v for p, v in active.items() if p not in expected and not _is_zero(v)}
     remain = {p: v for p, v in asleep.items() if p not in expected}
     assert _store(change.flat, change.values) == expected
-    assert _store(change.settled_flat, change.settled_values) == left | remain
+    assert _store(change.retired_flat, change.retired_values) == left | remain
 
     old = sorted(active)
     source = [old.index(place) if place in active else -1 for place in wanted]
@@ -248,13 +248,13 @@ def test_a_small_mask_change_by_hand() -> None:
         old_flat=torch.tensor([2, 5, 7, 9]),
         old_values=torch.tensor([0.5, 0.0, -1.0, 2.0]),
         new_flat=torch.tensor([1, 3, 7, 8]),
-        settled_flat=torch.tensor([3, 6]),
-        settled_values=torch.tensor([0.25, 4.0]),
+        retired_flat=torch.tensor([3, 6]),
+        retired_values=torch.tensor([0.25, 4.0]),
     )
     assert change.values.tolist() == [0.0, 0.25, -1.0, 0.0]
     assert change.source.tolist() == [-1, -1, 2, -1]
-    assert change.settled_flat.tolist() == [2, 6, 9]
-    assert change.settled_values.tolist() == [0.5, 4.0, 2.0]
+    assert change.retired_flat.tolist() == [2, 6, 9]
+    assert change.retired_values.tolist() == [0.5, 4.0, 2.0]
     assert change.churn == 0.75
 
 
@@ -262,6 +262,6 @@ def test_going_there_and_back_restores_every_offset() -> None:
     flat, other = random_flat(20, 20, 60, seed=1), random_flat(20, 20, 60, seed=2)
     values, nothing = torch.randn(60), torch.empty(0, dtype=torch.int64)
     there = change_mask(flat, values, other, nothing, torch.empty(0))
-    back = change_mask(there.flat, there.values, flat, there.settled_flat, there.settled_values)
+    back = change_mask(there.flat, there.values, flat, there.retired_flat, there.retired_values)
     assert torch.equal(bits(back.values), bits(values))
-    assert back.settled_flat.numel() == 0
+    assert back.retired_flat.numel() == 0

@@ -159,9 +159,9 @@ def test_bf16_values_train_refresh_save_and_resume(base: Path, tmp_path: Path) -
     whole.train()
     layers = lift_layers(whole.model).values()
     assert all(layer.values.dtype == torch.bfloat16 for layer in layers)
-    settled = [layer.settled_values for layer in layers if layer.settled_values is not None]
-    assert settled
-    assert all(values.dtype == torch.bfloat16 for values in settled)
+    retired = [layer.retired_values for layer in layers if layer.retired_values is not None]
+    assert retired
+    assert all(values.dtype == torch.bfloat16 for values in retired)
     (tmp_path / "run" / "checkpoint-10").rename(tmp_path / "whole")
     resumed = trainer_for(base, tmp_path / "run", BF16, **saving)
     resumed.train(resume_from_checkpoint=True)

@@ -83,7 +83,7 @@ def simulate(
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Masked AdamW on dense float64 weights, as plainly as it can be written.
 
-    Settled entries are the weights that the mask no longer covers: they just stay. Newcomers have
+    Retired entries are the weights that the mask no longer covers: they just stay. Newcomers have
     m = 0, v = the largest of their matrix, and a first update of at most the learning rate.
 
     Returns:
@@ -148,7 +148,7 @@ def test_sixty_steps_equal_a_dense_masked_adamw_in_float64(
 ) -> None:
     """With three refreshes inside. The bands: relative norm of the difference of each effective
     weight, and of what was learned alone."""
-    lift = LiftConfig(density=0.05, approx_rank=RANK, refresh_interval=INTERVAL, settled_limit=None)
+    lift = LiftConfig(density=0.05, approx_rank=RANK, refresh_interval=INTERVAL, retired_limit=None)
     model = get_lift_model(load(base), lift, progress=False)
     layers = lift_layers(model)
     start = {name: layer.effective.rows(0, layer.out_features) for name, layer in layers.items()}
@@ -202,10 +202,10 @@ def assert_same_layers(model: Any, other: Any) -> None:
     ):
         assert torch.equal(one.values, two.values), name
         assert torch.equal(one.index.to_flat(), two.index.to_flat()), name
-        assert (one.settled_index is None) == (two.settled_index is None)
-        if one.settled_index is not None and two.settled_index is not None:
-            assert torch.equal(one.settled_index.to_flat(), two.settled_index.to_flat())
-            assert torch.equal(one.settled_values, two.settled_values)
+        assert (one.retired_index is None) == (two.retired_index is None)
+        if one.retired_index is not None and two.retired_index is not None:
+            assert torch.equal(one.retired_index.to_flat(), two.retired_index.to_flat())
+            assert torch.equal(one.retired_values, two.retired_values)
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ class Runner:
             "answers": self._answers(prepared.model),
             "refreshes": len(churn),
             "churn": round(sum(churn) / len(churn), 5) if churn else "",
-            "settled_bytes": trained.refreshes[-1].settled_nbytes if churn else "",
+            "retired_bytes": trained.refreshes[-1].retired_nbytes if churn else "",
             **change(prepared.model, whole),
             **self._merges(method, prepared),
         }

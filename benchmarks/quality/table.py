@@ -204,13 +204,13 @@ def _kept_at(rows: list[Row], level: float, kind: str = "exact") -> float | None
 def _refreshes(finals: dict[str, list[Row]]) -> str:
     return _markdown(
         "Refresh:",
-        ["", "refreshes", "churn of each", "settled bytes", "target exact", "source exact"],
+        ["", "refreshes", "churn of each", "retired bytes", "target exact", "source exact"],
         (
             [
                 name,
                 of[0]["refreshes"],
                 _spread(of, "churn"),
-                f"{int(of[0]['settled_bytes']):,}",
+                f"{int(of[0]['retired_bytes']):,}",
                 _spread(of, "end_test_exact"),
                 _spread(of, "end_kept_exact"),
             ]

@@ -3,7 +3,7 @@
 An entry that several adapters have gets the weighted sum of its offsets; one that only some have
 gets what those say, the others counting as zero. Sums are formed in fp32, in the order of the
 adapters. So `add` is weights of 1, `average` weights of 1/n, and one adapter alone with a weight
-is that adapter scaled. What was settled in any of them is an entry like the others afterwards.
+is that adapter scaled. What was retired in any of them is an entry like the others afterwards.
 """
 
 from __future__ import annotations

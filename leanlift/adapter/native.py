@@ -34,7 +34,8 @@ READABLE = (1, 2, 3)
 """1 has no samples of the base, no revision and no special tokens. 3 has an embedding with more
 rows than the base's, which a reader of 2 would not give it."""
 PARTS = ("values", "index.columns", "index.counts")
-SETTLED = ".settled"
+RETIRED = ".settled"
+"""After a target's name: where its retired entries are, by the word of the first format."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,8 @@ def write_adapter(
     tensors: dict[str, Tensor] = {}
     for name, offsets in layers.items():
         tensors |= _tensors(name, offsets.active)
-        if offsets.settled is not None:
-            tensors |= _tensors(name + SETTLED, offsets.settled)
+        if offsets.retired is not None:
+            tensors |= _tensors(name + RETIRED, offsets.retired)
     facts = Facts(config, base, refreshes, special, grown).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
     write_json(directory / CONFIG_NAME, {"peft_type": "LEANLIFT", **facts})
@@ -157,7 +158,7 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
         UserError: a damaged config, or tensors that it does not name.
     """
     facts = Facts.from_dict(data, directory / CONFIG_NAME)
-    prefixes = {p for name in facts.base.shapes for p in (name, name + SETTLED)}
+    prefixes = {p for name in facts.base.shapes for p in (name, name + RETIRED)}
     for key in tensors.names:
         if not any(key.endswith(f".{p}") and key[: -len(p) - 1] in prefixes for p in PARTS):
             raise UserError(
@@ -170,9 +171,9 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
     def read(name: str) -> LayerOffsets:
         shape = facts.base.shapes[name]
         active = _read_store(tensors, name, shape, dtype)
-        if not any(f"{name}{SETTLED}.{part}" in tensors.names for part in PARTS):
+        if not any(f"{name}{RETIRED}.{part}" in tensors.names for part in PARTS):
             return LayerOffsets(active, None)
-        offsets = LayerOffsets(active, _read_store(tensors, name + SETTLED, shape, dtype))
+        offsets = LayerOffsets(active, _read_store(tensors, name + RETIRED, shape, dtype))
         offsets.check_disjoint(f"{name} in {tensors.path}")
         return offsets
 
@@ -204,7 +205,7 @@ def _read_store(
     tensors: TensorFile, name: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> Store:
     values, columns, counts = (tensors.get(f"{name}.{part}") for part in PARTS)
-    if not name.endswith(SETTLED):  # settled entries are as few as they are
+    if not name.endswith(RETIRED):  # retired entries are as few as they are
         check_backed(shape, values.numel(), f"{name} in {tensors.path}")
     check_values(values, dtype, f"{name}.values in {tensors.path}")
     try:

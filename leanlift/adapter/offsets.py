@@ -18,7 +18,7 @@ from leanlift.special import SpecialTokens
 
 @dataclass(frozen=True)
 class Store:
-    """Offsets at positions: one layer's active or settled entries. `values` is 1-D [k]."""
+    """Offsets at positions: one layer's active or retired entries. `values` is 1-D [k]."""
 
     index: SegmentedIndex
     values: Tensor
@@ -33,12 +33,12 @@ class LayerOffsets:
     """What one layer has learned."""
 
     active: Store
-    settled: Store | None
+    retired: Store | None
 
     @property
     def stores(self) -> tuple[Store, ...]:
-        """The active entries, and the settled ones where there are any."""
-        return (self.active,) if self.settled is None else (self.active, self.settled)
+        """The active entries, and the retired ones where there are any."""
+        return (self.active,) if self.retired is None else (self.active, self.retired)
 
     @property
     def count(self) -> int:
@@ -46,18 +46,18 @@ class LayerOffsets:
         return sum(store.index.count for store in self.stores)
 
     def check_disjoint(self, what: str) -> None:
-        """Refuse entries that are active and settled at once: they would count twice, and a
+        """Refuse entries that are active and retired at once: they would count twice, and a
         refresh could not tell which of the two to keep.
 
         Raises:
             UserError: there are some; `what` says where.
         """
-        if self.settled is None:
+        if self.retired is None:
             return
-        active, settled = self.active.index.to_flat(), self.settled.index.to_flat()
-        both = int((find_positions(active, settled) >= 0).sum())
+        active, retired = self.active.index.to_flat(), self.retired.index.to_flat()
+        both = int((find_positions(active, retired) >= 0).sum())
         if both:
-            raise UserError(f"{what} has {both} entries that are both active and settled.")
+            raise UserError(f"{what} has {both} entries that are both active and retired.")
 
     def add_to_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop` to `rows`, in place."""

@@ -6,7 +6,7 @@ with one r for all modules, so shorter lists are padded with zeros at (0, 0); po
 twice are added up. 12 bytes an entry with fp32 offsets, where leanlift's own form has 5.1.
 
 What PEFT has no place for goes to `leanlift.json` beside it: the fingerprint of the base, the
-LiftConfig, and how many entries of each module are active and settled (they come in that order,
+LiftConfig, and how many entries of each module are active and retired (they come in that order,
 each sorted). An adapter without that file, trained by PEFT itself, is read over a live model,
 which then says what the base is.
 
@@ -62,7 +62,7 @@ class ShiraPlan:
 
     Attributes:
         rank: r, of all modules.
-        entries: per module, how many are active and how many settled.
+        entries: per module, how many are active and how many retired.
         specs: the tensors, in the order of the file.
     """
 
@@ -225,8 +225,8 @@ def read_shira(
         flat, weight = _read_entries(tensors, name, shape, dtype)
         if split is None:
             return LayerOffsets(_added_up(flat, weight, shape, f"{name} in {tensors.path}"), None)
-        active, settled = split[name]
-        return _split_up(flat, weight, shape, active, settled, f"{name} in {tensors.path}")
+        active, retired = split[name]
+        return _split_up(flat, weight, shape, active, retired, f"{name} in {tensors.path}")
 
     return Adapter(
         directory, "shira", facts.config, facts.base, facts.refreshes, facts.special, read
@@ -294,13 +294,13 @@ def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int], what: str) -
 
 
 def _split_up(
-    flat: Tensor, weight: Tensor, shape: tuple[int, int], active: int, settled: int, what: str
+    flat: Tensor, weight: Tensor, shape: tuple[int, int], active: int, retired: int, what: str
 ) -> LayerOffsets:
-    """Entries in the order in which `write_shira` has them: active, settled, padding."""
-    count = active + settled
+    """Entries in the order in which `write_shira` has them: active, retired, padding."""
+    count = active + retired
     if count > flat.numel() or bool(flat[count:].any()) or bool(weight[count:].any()):
         raise UserError(
-            f"{what} has other entries than the {active} active and {settled} settled ones that "
+            f"{what} has other entries than the {active} active and {retired} retired ones that "
             f"{FACTS_NAME} speaks of."
         )
     try:
@@ -309,7 +309,7 @@ def _split_up(
     except ValueError as error:
         raise UserError(f"the positions of {what} are broken: {error}.") from None
     offsets = LayerOffsets(
-        Store(index, weight[:active]), Store(rest, weight[active:count]) if settled else None
+        Store(index, weight[:active]), Store(rest, weight[active:count]) if retired else None
     )
     offsets.check_disjoint(what)
     return offsets

@@ -36,7 +36,7 @@ def describe(adapter: str | Path) -> dict[str, Any]:
                     "module": name,
                     "shape": list(shape),
                     "entries": offsets.active.index.count,
-                    "settled": 0 if offsets.settled is None else offsets.settled.index.count,
+                    "retired": 0 if offsets.retired is None else offsets.retired.index.count,
                     "density": offsets.active.index.count / (shape[0] * shape[1]),
                     "largest": max(_largest(store) for store in stores),
                     "norm": sum(float(s.values.double().square().sum()) for s in stores) ** 0.5,
@@ -55,7 +55,7 @@ def describe(adapter: str | Path) -> dict[str, Any]:
             "refreshes": opened.refreshes,
             "embedding_rows": None if opened.grown is None else opened.grown.rows,
             "entries": entries,
-            "settled": sum(module["settled"] for module in modules),
+            "retired": sum(module["retired"] for module in modules),
             "density": entries / weights,
             "bytes_on_disk": sum(
                 (opened.directory / file).stat().st_size
@@ -72,7 +72,7 @@ def format_info(data: dict[str, Any]) -> str:
     lines = [
         f"{data['adapter']}: {len(modules)} modules of {data['base']}",
         f"{data['entries']:,} entries ({data['density']:.2%} of their weights, "
-        f"{data['values_dtype']}), {data['settled']:,} settled after {data['refreshes']} refreshes",
+        f"{data['values_dtype']}), {data['retired']:,} retired after {data['refreshes']} refreshes",
         f"chosen by {data['selector']}, over {', '.join(data['base_formats'])}; "
         f"{human(data['bytes_on_disk'])} on disk",
         *_rows(data["embedding_rows"]),

@@ -73,7 +73,7 @@ CATEGORIES = (
     "norms and other",
     "index",
     "values",
-    "settled entries",
+    "retired entries",
     "gradients",
     "optimizer state",
     "scratch",
@@ -106,9 +106,9 @@ def static_categories(model: nn.Module) -> dict[str, int]:
         elif module is not None:
             ends.extend(parameter.data for parameter in module.parameters())
     values = [layer.values.data for layer in layers]
-    settled = [layer.settled_values for layer in layers if layer.settled_values is not None]
-    settled_index = [layer.settled_index for layer in layers if layer.settled_index is not None]
-    counted = {t.untyped_storage().data_ptr() for t in (*frozen, *ends, *values, *settled)}
+    retired = [layer.retired_values for layer in layers if layer.retired_values is not None]
+    retired_index = [layer.retired_index for layer in layers if layer.retired_index is not None]
+    counted = {t.untyped_storage().data_ptr() for t in (*frozen, *ends, *values, *retired)}
     other = [
         tensor.data
         for tensor in (*model.parameters(), *model.buffers())
@@ -120,7 +120,7 @@ def static_categories(model: nn.Module) -> dict[str, int]:
         "norms and other": tensor_bytes(other),
         "index": sum(layer.index.nbytes for layer in layers),
         "values": tensor_bytes(values),
-        "settled entries": tensor_bytes(settled) + sum(index.nbytes for index in settled_index),
+        "retired entries": tensor_bytes(retired) + sum(index.nbytes for index in retired_index),
         "gradients": tensor_bytes(layer.values.grad for layer in layers),
         "scratch": layers[0].scratch.nbytes if layers else 0,
     }

@@ -23,7 +23,7 @@ from leanlift.model.ends import INT8
 from leanlift.optim import TABLES_NBYTES, adamw_nbytes
 from leanlift.quantized import WeightFormat, dtype_of
 from leanlift.selection import selection_nbytes
-from leanlift.sparse import index_nbytes, settled_nbytes
+from leanlift.sparse import index_nbytes, retired_nbytes
 
 CARDS_GIB = (6, 8, 12, 16, 24, 48)
 CONTEXT = int(0.55 * 2**30)
@@ -177,7 +177,7 @@ def plan_step(
         "norms and other": other,
         "index": sum(index_nbytes(shapes[t], count) for t, count in counts.items()),
         "values": value * entries,
-        "settled entries": _settled(config, shapes, counts, value),
+        "retired entries": _retired(config, shapes, counts, value),
         "optimizer state": optimizer_nbytes(settings.optim, list(counts.values()), value),
         "scratch": item * max(m * n for m, n in linears) if scratch.always else 0,
     }
@@ -295,15 +295,15 @@ def _needs_scratch(fmt: WeightFormat | None, settings: StepSettings) -> bool:
     return settings.cuda or not fresh
 
 
-def _settled(
+def _retired(
     config: LiftConfig, shapes: dict[str, tuple[int, int]], counts: dict[str, int], value: int
 ) -> int:
-    """The settled stores when they are full; without a bound, as large as the mask itself."""
+    """The retired stores when they are full; without a bound, as large as the mask itself."""
     if not config.refresh_interval:
         return 0
-    bounds = {name: config.settled_bound(count) for name, count in counts.items()}
+    bounds = {name: config.retired_bound(count) for name, count in counts.items()}
     return sum(
-        settled_nbytes(shapes[name], counts[name] if bound is None else bound, value)
+        retired_nbytes(shapes[name], counts[name] if bound is None else bound, value)
         for name, bound in bounds.items()
     )
 

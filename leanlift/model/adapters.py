@@ -53,7 +53,7 @@ from leanlift.special import SpecialTokens
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
-    """Write the adapter of `model`: positions, offsets, settled entries, config, fingerprint.
+    """Write the adapter of `model`: positions, offsets, retired entries, config, fingerprint.
 
     Raises:
         UserError: nothing is attached to the model, or its offsets are scaled or not finite; what
@@ -154,10 +154,10 @@ def _check_same_rows(adapter: Adapter, state: LiftState) -> None:
 
 
 def _offsets(layer: LiftLinear) -> LayerOffsets:
-    settled = None
-    if layer.settled_index is not None and layer.settled_values is not None:
-        settled = Store(layer.settled_index, layer.settled_values)
-    return LayerOffsets(Store(layer.index, layer.values.detach()), settled)
+    retired = None
+    if layer.retired_index is not None and layer.retired_values is not None:
+        retired = Store(layer.retired_index, layer.retired_values)
+    return LayerOffsets(Store(layer.index, layer.values.detach()), retired)
 
 
 def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:
@@ -398,8 +398,8 @@ def _put(layer: LiftLinear, offsets: LayerOffsets) -> None:
     layer.index = offsets.active.index.map(lambda tensor: tensor.to(device))
     layer.values.copy_(offsets.active.values)
     layer.scale = 1.0
-    settled = offsets.settled
-    if settled is None:
-        layer.set_settled(torch.empty(0, dtype=torch.int64), torch.empty(0))
+    retired = offsets.retired
+    if retired is None:
+        layer.set_retired(torch.empty(0, dtype=torch.int64), torch.empty(0))
     else:
-        layer.set_settled(settled.index.to_flat().to(device), settled.values)
+        layer.set_retired(retired.index.to_flat().to(device), retired.values)

@@ -54,7 +54,7 @@ class LiftState:
         refreshes: mask refreshes so far.
         ends_quantized: whether the embedding and the head are held in INT8.
         embedding_rows: of an embedding with more rows than the base's; None: it has those.
-        unconverged: targets whose selection had not settled when it was last made.
+        unconverged: targets whose selection had not converged when it was last made.
         selection_seconds: how long the first selection took.
         claimed: whether whoever trains the model knows what its config asks for.
     """
@@ -176,8 +176,8 @@ def attach(
         for target in bar:
             started = time.perf_counter()
             choices[target] = choose(target, frozen_weight(modules[target], target))
-            settled = "" if choices[target].converged else ", not settled"
-            bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{settled}")
+            note = "" if choices[target].converged else ", not converged"
+            bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{note}")
 
     if sample:
         masks = {name: choice.index.to_flat() for name, choice in choices.items()}

@@ -1,8 +1,8 @@
 """Choosing the mask again from the current weights, layer by layer.
 
-Survivors keep value and moments, leavers settle (their offset stays in the model), newcomers
-start from their settled offset or zero, with a state that keeps their first steps small. Two
-settings keep the settled store small: a margin by which a newcomer must beat the entry whose
+Survivors keep value and moments, leavers retire (their offset stays in the model), newcomers
+start from their retired offset or zero, with a state that keeps their first steps small. Two
+settings keep the retired store small: a margin by which a newcomer must beat the entry whose
 place it takes, and a bound at which newcomers that would need more room are held back.
 """
 
@@ -29,16 +29,16 @@ class RefreshReport:
 
     Attributes:
         churn: share of all entries that were replaced.
-        settled: entries that are no longer trained but hold an offset, after the refresh.
-        settled_nbytes: bytes of the settled stores, index and offsets.
-        held_back: newcomers that were not admitted, because a settled store was full.
+        retired: entries that are no longer trained but hold an offset, after the refresh.
+        retired_nbytes: bytes of the retired stores, index and offsets.
+        held_back: newcomers that were not admitted, because a retired store was full.
         seconds: wall time.
-        unconverged: targets whose selection did not settle.
+        unconverged: targets whose selection did not converge.
     """
 
     churn: float
-    settled: int
-    settled_nbytes: int
+    retired: int
+    retired_nbytes: int
     held_back: int
     seconds: float
     unconverged: tuple[str, ...]
@@ -54,7 +54,7 @@ def refresh_mask(model: nn.Module, optimizer: Optimizer | None = None) -> Refres
     """
     state = lift_state(model)
     started = time.perf_counter()
-    replaced = total = settled = settled_nbytes = held_back = 0
+    replaced = total = retired = retired_nbytes = held_back = 0
     unconverged = []
     for name, layer in lift_layers(model).items():
         mask, converged = _choose(layer, name, state.config)
@@ -65,15 +65,15 @@ def refresh_mask(model: nn.Module, optimizer: Optimizer | None = None) -> Refres
             follow_entries(optimizer, layer.values, change.source)
         replaced += int((change.source < 0).sum())
         total += layer.index.count
-        settled += change.settled_flat.numel()
-        settled_nbytes += layer.settled_nbytes
+        retired += change.retired_flat.numel()
+        retired_nbytes += layer.retired_nbytes
         held_back += mask.held_back
     state.refreshes += 1
     state.unconverged = unconverged
     return RefreshReport(
         churn=replaced / total,
-        settled=settled,
-        settled_nbytes=settled_nbytes,
+        retired=retired,
+        retired_nbytes=retired_nbytes,
         held_back=held_back,
         seconds=time.perf_counter() - started,
         unconverged=tuple(unconverged),
@@ -81,12 +81,12 @@ def refresh_mask(model: nn.Module, optimizer: Optimizer | None = None) -> Refres
 
 
 def _choose(layer: LiftLinear, name: str, config: LiftConfig) -> tuple[BoundedMask, bool]:
-    """The layer's next mask, and whether its selection settled."""
+    """The layer's next mask, and whether its selection converged."""
     scorer, index = config.scorer(), layer.index
     if config.refresh_margin:
         scorer = Favoring(scorer, index, config.refresh_margin)
     chosen = selection(layer.effective, scorer, index.count, name, config.selection_tile_bytes)
-    bound = config.settled_bound(index.count)
+    bound = config.retired_bound(index.count)
     if bound is None:
         return BoundedMask(chosen.flat, 0), chosen.converged
 
@@ -97,7 +97,7 @@ def _choose(layer: LiftLinear, name: str, config: LiftConfig) -> tuple[BoundedMa
         index.to_flat(),
         layer.values.detach(),
         chosen.flat,
-        layer.settled()[0],
+        layer.retired()[0],
         bound,
         index.shape[1],
         scorer.block,

@@ -55,7 +55,7 @@ class Selection:
 
     Attributes:
         flat: sorted int64 positions [count].
-        converged: whether the mask is the one right one: the approximation has settled, it is
+        converged: whether the mask is the one right one: the approximation has converged, it is
             unique, and its smallest selected entry is more than a rounding error of the largest.
         scores: what the entries were ranked by; holds the scorer's factors.
     """

@@ -42,7 +42,7 @@ NARROW, NARROWEST = 3, 24
 
 LIMIT = 6
 """Times w columns held before the subspace is cut back to its best directions (a thick restart).
-Weights like trained ones are settled by then, so most matrices never restart."""
+Weights like trained ones have converged by then, so most matrices never restart."""
 
 KEPT = 2
 """Times w directions that a restart keeps: more than the R wanted, which is what lets a slow
@@ -356,10 +356,10 @@ class _Stillness:
         if self._previous is not None:
             same = float((mask & self._previous).sum())
             self._changes.append(1.0 - same / self.count)
-            self.reached = self._settled(self._changes[-self.WINDOW :])
+            self.reached = self._still(self._changes[-self.WINDOW :])
         self._previous = mask
 
-    def _settled(self, changes: list[float]) -> bool:
+    def _still(self, changes: list[float]) -> bool:
         now, earlier = changes[-1], changes[-2::-1]
         if not earlier or now > 10 * self.tolerance:
             return False

@@ -68,7 +68,7 @@ class Principal:
         block: b; above 1, scores are summed over b x b blocks and whole blocks are taken (the
             paper's structured variant, b = 4).
         tolerance: share of the mask that may still be wrong when the Krylov iteration stops, as
-            estimated from how fast a sample of it settles.
+            estimated from how fast a sample of it comes to rest.
         max_steps: sweeps over the matrix after which the iteration gives up and says so.
         seed: of the Krylov start; where there is a gap behind rank R the result does not depend
             on it beyond rounding.

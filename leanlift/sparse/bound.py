@@ -1,6 +1,6 @@
-"""Keeping the settled store within a bound, by admitting fewer newcomers.
+"""Keeping the retired store within a bound, by admitting fewer newcomers.
 
-Every entry that leaves the mask with an offset takes a place in the settled store; every newcomer
+Every entry that leaves the mask with an offset takes a place in the retired store; every newcomer
 that returns from it frees one. Where a new mask would need more places than there are, the best
 newcomers take the places of the weakest leavers, pair by pair, for as long as the store keeps its
 bound; the other leavers stay active and the other newcomers are held back. Nothing is pushed out.
@@ -32,19 +32,19 @@ def bounded_mask(
     old_flat: Tensor,
     old_values: Tensor,
     new_flat: Tensor,
-    settled_flat: Tensor,
+    retired_flat: Tensor,
     bound: int,
     columns: int,
     block: int,
     unit_scores: Callable[[Tensor], Tensor],
 ) -> BoundedMask:
-    """`new_flat`, or as much of it as keeps at most `bound` entries settled.
+    """`new_flat`, or as much of it as keeps at most `bound` entries retired.
 
     Args:
         old_flat, old_values: the active entries and their offsets, [k].
         new_flat: the entries that were selected, [k]; like all positions sorted, distinct int64.
-        settled_flat: positions of the settled store.
-        bound: entries that may be settled afterwards. A store that is over it already (an older
+        retired_flat: positions of the retired store.
+        bound: entries that may be retired afterwards. A store that is over it already (an older
             run's, without a bound) may not grow.
         columns: n.
         block: b, the side of a unit; both masks are made of whole units.
@@ -54,15 +54,15 @@ def bounded_mask(
     entering = new_flat[find_positions(old_flat, new_flat) < 0]
     left = find_positions(new_flat, old_flat) < 0
     leaving, settling = old_flat[left], old_values[left] != 0
-    returning = find_positions(settled_flat, entering) >= 0
-    settled = settled_flat.numel()
-    bound = max(bound, settled)
-    if settled + int(settling.sum()) - int(returning.sum()) <= bound:
+    returning = find_positions(retired_flat, entering) >= 0
+    retired = retired_flat.numel()
+    bound = max(bound, retired)
+    if retired + int(settling.sum()) - int(returning.sum()) <= bound:
         return BoundedMask(new_flat, 0)
     came = _Units(entering, returning, columns, block)
     went = _Units(leaving, settling, columns, block)
     best, weakest = rank_units(unit_scores(came.units), unit_scores(went.units))
-    after = settled + torch.cumsum(went.weights[weakest] - came.weights[best], 0)
+    after = retired + torch.cumsum(went.weights[weakest] - came.weights[best], 0)
     fits = (after <= bound).nonzero()
     pairs = int(fits[-1]) + 1 if fits.numel() else 0
     admitted, stays = came.entries(best[:pairs]), went.entries(weakest[pairs:])
@@ -83,8 +83,8 @@ def rank_units(entering: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
     return best, weakest
 
 
-def settled_nbytes(shape: tuple[int, int], bound: int, itemsize: int = 4) -> int:
-    """Bytes of a settled store with `bound` entries of `itemsize` bytes: index and offsets."""
+def retired_nbytes(shape: tuple[int, int], bound: int, itemsize: int = 4) -> int:
+    """Bytes of a retired store with `bound` entries of `itemsize` bytes: index and offsets."""
     return index_nbytes(shape, bound) + itemsize * bound if bound else 0
 
 

@@ -1,7 +1,7 @@
-"""What happens to offsets when the mask changes: survivors stay, leavers settle, newcomers start.
+"""What happens to offsets when the mask changes: survivors stay, leavers retire, newcomers start.
 
 All position arrays here are flat, sorted, distinct int64. Nothing is dropped: an entry that
-leaves keeps the offset it reached in the settled store and gets it back when it returns.
+leaves keeps the offset it reached in the retired store and gets it back when it returns.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ class MaskChange:
     """The result of replacing one mask by another of the same count.
 
     flat: the new positions [k]. values: their offsets [k]. source: for each new entry the place
-    it had in the old order, -1 for a newcomer [k]. settled_flat, settled_values: the entries
+    it had in the old order, -1 for a newcomer [k]. retired_flat, retired_values: the entries
     that are no longer active but hold an offset.
     """
 
     flat: Tensor
     values: Tensor
     source: Tensor
-    settled_flat: Tensor
-    settled_values: Tensor
+    retired_flat: Tensor
+    retired_values: Tensor
 
     @property
     def churn(self) -> float:
@@ -37,33 +37,33 @@ def change_mask(
     old_flat: Tensor,
     old_values: Tensor,
     new_flat: Tensor,
-    settled_flat: Tensor,
-    settled_values: Tensor,
+    retired_flat: Tensor,
+    retired_values: Tensor,
 ) -> MaskChange:
     """Move offsets from the old mask to the new one.
 
-    Survivors keep their offset bit for bit. Newcomers start from their settled offset, or zero.
-    Leavers join the settled store, unless their offset is exactly zero: then there is nothing
+    Survivors keep their offset bit for bit. Newcomers start from their retired offset, or zero.
+    Leavers join the retired store, unless their offset is exactly zero: then there is nothing
     to keep.
     """
     source = find_positions(old_flat, new_flat)
-    returning = find_positions(settled_flat, new_flat)
+    returning = find_positions(retired_flat, new_flat)
     values = torch.zeros(new_flat.numel(), dtype=old_values.dtype, device=old_values.device)
     stay = source >= 0
     values[stay] = old_values[source[stay]]
     back = (returning >= 0) & ~stay
-    values[back] = settled_values[returning[back]]
+    values[back] = retired_values[returning[back]]
 
     left = (find_positions(new_flat, old_flat) < 0) & (old_values != 0)
-    remain = find_positions(new_flat, settled_flat) < 0
-    flat = torch.cat([old_flat[left], settled_flat[remain]])
+    remain = find_positions(new_flat, retired_flat) < 0
+    flat = torch.cat([old_flat[left], retired_flat[remain]])
     order = torch.argsort(flat)
     return MaskChange(
         flat=new_flat,
         values=values,
         source=source,
-        settled_flat=flat[order],
-        settled_values=torch.cat([old_values[left], settled_values[remain]])[order],
+        retired_flat=flat[order],
+        retired_values=torch.cat([old_values[left], retired_values[remain]])[order],
     )
 
 

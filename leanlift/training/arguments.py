@@ -88,10 +88,10 @@ class RunArguments:
         default=LiftConfig.refresh_margin,
         metadata={"help": "an entry is replaced only by one whose score is so much larger"},
     )
-    settled_limit: float | None = field(
-        default=LiftConfig.settled_limit,
+    retired_limit: float | None = field(
+        default=LiftConfig.retired_limit,
         metadata={
-            "help": "settled entries (let go by refreshes, offsets kept) per trained one, at most; "
+            "help": "retired entries (let go by refreshes, offsets kept) per trained one, at most; "
             "a negative number: no bound"
         },
     )
@@ -184,7 +184,7 @@ class RunArguments:
             approx_rank=self.approx_rank,
             refresh_interval=self.refresh_interval,
             refresh_margin=self.refresh_margin,
-            settled_limit=None if _negative(self.settled_limit) else self.settled_limit,
+            retired_limit=None if _negative(self.retired_limit) else self.retired_limit,
             selector=self.selector,
             block=self.block,
             target_modules=self.target_modules[0] if preset else tuple(self.target_modules),

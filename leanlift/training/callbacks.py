@@ -121,10 +121,10 @@ class Refresh(TrainerCallback):
         report = refresh_mask(self.trainer.model, self.trainer.optimizer)
         if report.held_back and not any(past.held_back for past in self.trainer.refreshes):
             logger.warning(
-                "The settled entries have reached their bound (settled_limit=%s): the refresh at "
-                "step %d held %d newcomers back, and later ones will too. Raise settled_limit for "
+                "The retired entries have reached their bound (retired_limit=%s): the refresh at "
+                "step %d held %d newcomers back, and later ones will too. Raise retired_limit for "
                 "more room, or refresh_margin for fewer changes.",
-                self.trainer._lift.config.settled_limit,
+                self.trainer._lift.config.retired_limit,
                 step,
                 report.held_back,
             )
@@ -133,8 +133,8 @@ class Refresh(TrainerCallback):
             control,
             {
                 "refresh_churn": report.churn,
-                "refresh_settled": report.settled,
-                "refresh_settled_bytes": report.settled_nbytes,
+                "refresh_retired": report.retired,
+                "refresh_retired_bytes": report.retired_nbytes,
                 "refresh_held_back": report.held_back,
                 "refresh_seconds": report.seconds,
             },

@@ -386,7 +386,7 @@ def _base_bytes(model: Any) -> int:
 
 
 def _say_refreshes(refreshes: list[RefreshReport], meter: MemoryMeter) -> None:
-    """Churn and settled entries of each refresh of this process, for the report."""
+    """Churn and retired entries of each refresh of this process, for the report."""
     if not refreshes:
         return
     last = refreshes[-1]
@@ -394,7 +394,7 @@ def _say_refreshes(refreshes: list[RefreshReport], meter: MemoryMeter) -> None:
     shown = "" if len(refreshes) <= 10 else f" (the last 10 of {len(refreshes)})"
     meter.report.notes.append(
         f"refresh: {len(refreshes)} in {sum(r.seconds for r in refreshes):.1f} s; churn{shown} "
-        f"{churn}; {last.settled:,} entries settled in {human(last.settled_nbytes)}, "
+        f"{churn}; {last.retired:,} entries retired in {human(last.retired_nbytes)}, "
         f"{sum(r.held_back for r in refreshes):,} newcomers held back."
     )
 
@@ -404,11 +404,11 @@ def _say_selection(model: Any, meter: MemoryMeter) -> None:
     unconverged = state.unconverged
     meter.report.notes.append(
         f"selection: {len(state.base.shapes)} matrices in {state.selection_seconds:.1f} s, "
-        f"{len(unconverged)} not settled."
+        f"{len(unconverged)} not converged."
     )
     if unconverged:
         logger.warning(
-            "The selection of %d matrices did not settle (no gap in their spectrum at "
+            "The selection of %d matrices did not converge (no gap in their spectrum at "
             "approx_rank): %s. Their masks are one choice among equals.",
             len(unconverged),
             ", ".join(unconverged[:3]) + (", …" if len(unconverged) > 3 else ""),

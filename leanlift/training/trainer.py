@@ -137,7 +137,7 @@ class LiftTrainer(ResumableTrainer):
         self._rows = RowsForTraining(tokenizer, args, embedding_size(model), ends, function)
         tell_model(model, tokenizer, args)
         self._built = False
-        with _rows_settled(args):
+        with _rows_retired(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -369,7 +369,7 @@ def _make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
 
 
 @contextmanager
-def _rows_settled(args: SFTConfig) -> Iterator[None]:
+def _rows_retired(args: SFTConfig) -> Iterator[None]:
     """Hide from TRL's constructor what has been done by now: it would do it again, to tokenized
     rows and to an embedding that cannot grow."""
     done = {"chat_template_path": None, "eos_token": None, "assistant_only_loss": False}

@@ -1,0 +1,22 @@
+"""What a person reads: numbers in words, bars, tables, and the terminal they go to.
+
+Numbers have at most three digits and a unit. Everything returns plain text, but `console`, which
+imports rich when it is asked for: a command that prints one sentence does not pay for it.
+"""
+
+from leanlift.screen.numbers import count, duration, gib, loss, share, size
+from leanlift.screen.pictures import bar, sparkline
+from leanlift.screen.terminal import console, table
+
+__all__ = [
+    "bar",
+    "console",
+    "count",
+    "duration",
+    "gib",
+    "loss",
+    "share",
+    "size",
+    "sparkline",
+    "table",
+]
