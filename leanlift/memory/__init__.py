@@ -1,5 +1,6 @@
 """Where the memory went."""
 
+from leanlift.measured import REPORT_NAME, load_report
 from leanlift.memory.live import LiveBytes
 from leanlift.memory.measure import (
     CATEGORIES,
@@ -12,14 +13,7 @@ from leanlift.memory.measure import (
     tensor_bytes,
 )
 from leanlift.memory.plan import CARDS_GIB, MemoryPlan, StepSettings, plan_step
-from leanlift.memory.report import (
-    REPORT_NAME,
-    format_plan,
-    format_report,
-    human,
-    load_report,
-    save_report,
-)
+from leanlift.memory.report import format_plan, format_report, human, save_report
 
 __all__ = [
     "CARDS_GIB",

@@ -1,0 +1,91 @@
+"""What a run has measured of its memory, `memory.json`, read as anyone may have written it.
+
+Without torch: what only shows a report starts at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from leanlift.bounded import MOST_OF_A_STRANGER
+from leanlift.errors import UserError
+from leanlift.files import read_json
+
+REPORT_NAME = "memory.json"
+LARGEST = 2**60
+PER_ENTRY = ("index", "values", "optimizer state")
+
+
+def load_report(run: str | Path) -> dict[str, Any]:
+    """The report of a run directory.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = Path(run) / REPORT_NAME
+    if not path.is_file():
+        raise UserError(f"{run} holds no {REPORT_NAME}: expected the output_dir of a training run.")
+    data = read_json(path, MOST_OF_A_STRANGER)
+    wrong = _wrong_in(data)
+    if wrong:
+        raise UserError(f"{path} is no memory report: expected {wrong}; run the training again.")
+    return data
+
+
+def _wrong_in(data: Any) -> str | None:
+    """What a report, which anyone may have written, does not have as it should; None: nothing."""
+    if not isinstance(data, dict):
+        return "an object"
+    phases, categories, plan = (data.get(key) for key in ("phases", "categories", "plan"))
+    tests = {
+        "device as a line of text": is_line(data.get("device")),
+        "bytes by category": _is_bytes_by_name(categories),
+        "peaks by phase": isinstance(phases, dict)
+        and all(is_line(name) and _is_peak(peak) for name, peak in phases.items()),
+        "a count of entries": data.get("entries") is None or _is_size(data["entries"]),
+        "notes as lines of text": _is_lines(data.get("notes", [])),
+        "a plan of bytes by category and by phase": plan is None or _is_plan(plan),
+    }
+    wrong = next((what for what, holds in tests.items() if not holds), None)
+    if wrong is None and data.get("entries") and categories:
+        lacking = [name for name in PER_ENTRY if name not in categories]
+        wrong = f"bytes of {lacking[0]}" if lacking else None
+    return wrong
+
+
+def is_line(text: Any) -> bool:
+    """One line that a terminal can be shown."""
+    return isinstance(text, str) and len(text) <= 4096 and text.isprintable()
+
+
+def _is_lines(lines: Any) -> bool:
+    return isinstance(lines, list) and all(map(is_line, lines))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def _is_bytes_by_name(sizes: Any) -> bool:
+    return isinstance(sizes, dict) and all(is_line(k) and _is_size(v) for k, v in sizes.items())
+
+
+def _is_peak(peak: Any) -> bool:
+    if not isinstance(peak, dict):
+        return False
+    seconds: Any = peak.get("seconds")
+    return (
+        type(seconds) in (int, float)
+        and 0 <= seconds <= LARGEST
+        and all(
+            key in peak and (peak[key] is None or _is_size(peak[key]))
+            for key in ("tensors", "reserved", "resident")
+        )
+    )
+
+
+def _is_plan(plan: Any) -> bool:
+    return isinstance(plan, dict) and all(
+        _is_bytes_by_name(plan.get(key)) for key in ("categories", "phases")
+    )
