@@ -5,6 +5,7 @@ Without torch: what only shows a report starts at once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def _wrong_in(data: Any) -> str | None:
         "bytes by category": _is_bytes_by_name(categories),
         "peaks by phase": isinstance(phases, dict)
         and all(is_line(name) and _is_peak(peak) for name, peak in phases.items()),
+        "the device's bytes": data.get("capacity") is None or _is_size(data["capacity"]),
         "a count of entries": data.get("entries") is None or _is_size(data["entries"]),
         "notes as lines of text": _is_lines(data.get("notes", [])),
         "a plan of bytes by category and by phase": plan is None or _is_plan(plan),
@@ -89,3 +91,62 @@ def _is_plan(plan: Any) -> bool:
     return isinstance(plan, dict) and all(
         _is_bytes_by_name(plan.get(key)) for key in ("categories", "phases")
     )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A planned and a measured size; `off`: (planned - measured) / measured, None where the two
+    cannot be compared."""
+
+    name: str
+    planned: int | None
+    measured: int
+    off: float | None
+
+
+SMALLEST_COMPARED = 2**20
+"""Bytes; below, a share says nothing: allocators round, and nobody runs out of memory there."""
+
+WITHIN_TRAINING = ("train", "refresh", "evaluate")
+"""Phases of a plan that a CUDA device's one peak of training covers."""
+
+
+def categories_compared(report: dict[str, Any]) -> list[Difference]:
+    """The training step's categories that there are, planned against measured, and their sum as
+    "peak"."""
+    plan = report.get("plan") or {"categories": {}}
+    planned: dict[str, int] = plan["categories"]
+    measured: dict[str, int] = report["categories"]
+    rows = [
+        _difference(name, planned.get(name), nbytes)
+        for name, nbytes in measured.items()
+        if nbytes or planned.get(name)
+    ]
+    if not rows:
+        return []
+    total = sum(planned.get(name, 0) for name in measured) if planned else None
+    return [*rows, _difference("peak", total, sum(measured.values()))]
+
+
+def phases_compared(report: dict[str, Any]) -> list[Difference]:
+    """The phases whose peak was measured. A merge is planned for the CPU, so one that was measured
+    on a card is not compared."""
+    plan = report.get("plan") or {"phases": {}}
+    on_card = report["device"] != "cpu"
+    rows = []
+    for name, peak in report["phases"].items():
+        if peak["tensors"] is None:
+            continue
+        planned = plan["phases"].get(name)
+        if on_card and name == "export":
+            planned = None
+        if on_card and name == "train" and planned is not None:
+            planned = max(plan["phases"].get(part, 0) for part in WITHIN_TRAINING)
+        rows.append(_difference(name, planned, peak["tensors"]))
+    return rows
+
+
+def _difference(name: str, planned: int | None, measured: int) -> Difference:
+    comparable = planned is not None and min(planned, measured) >= SMALLEST_COMPARED
+    off = (planned - measured) / measured if comparable and planned is not None else None
+    return Difference(name, planned, measured, off)

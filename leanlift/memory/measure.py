@@ -8,6 +8,7 @@ activations and workspace.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -54,6 +55,7 @@ class MemoryReport:
         categories: bytes of the training step by category.
         notes: how a figure was obtained, where that is not obvious.
         plan: what had been planned, as `MemoryPlan.to_dict` has it; None: nothing.
+        capacity: bytes that the device has; None where this machine cannot tell.
     """
 
     device: str
@@ -62,6 +64,7 @@ class MemoryReport:
     entries: int = 0
     notes: list[str] = field(default_factory=list)
     plan: dict[str, Any] | None = None
+    capacity: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -137,7 +140,7 @@ class MemoryMeter:
         self.device = device
         self.cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if self.cuda else "cpu"
-        self.report = MemoryReport(device=name)
+        self.report = MemoryReport(device=name, capacity=capacity_of(device))
 
     def allocated_peak(self) -> int:
         """Peak allocated bytes on CUDA since the phase began."""
@@ -197,6 +200,15 @@ class MemoryMeter:
             peak.reserved = torch.cuda.max_memory_reserved(self.device)
         else:
             peak.resident = resident_peak()
+
+
+def capacity_of(device: torch.device) -> int | None:
+    """Bytes of a CUDA device, or of this machine's memory; None where that cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
