@@ -68,7 +68,7 @@ class AdapterFacts:
     Attributes:
         base: the name of its base.
         dtype: in which the base was loaded.
-        formats: storage formats of the trained matrices, e.g. ("nf4+double",).
+        formats: storage formats of what is trained or quantized, e.g. ("nf4+double",).
         values_dtype, selector: of its LiftConfig.
         refreshes: that it went through.
         embedding_rows: of an embedding that has grown, else None.
@@ -119,7 +119,7 @@ def read_adapter(directory: Path) -> AdapterFacts:
     return AdapterFacts(
         base["name"],
         base["dtype"],
-        tuple(sorted({_format(base["formats"][name]) for name in shapes})),
+        tuple(sorted(set(map(_format, base["formats"].values())))),
         lift.get("values_dtype", "float32"),
         lift.get("selector", "principal"),
         data.get("refreshes", 0),
@@ -159,9 +159,10 @@ def _wrong_in(data: dict[str, Any]) -> str | None:
             and len(shapes) > 0
             and all(_is_module(name) and _is_shape(shape) for name, shape in shapes.items())
         ),
-        "formats of trained matrices": lambda: (
+        "formats of matrices": lambda: (
             isinstance(formats, dict)
-            and all(name in formats and _is_format(formats[name]) for name in shapes or ())
+            and set(shapes or ()) <= set(formats)
+            and all(map(_is_format, formats.values()))
         ),
         "values_dtype and selector as words": lambda: all(
             is_line(lift.get(key, "")) for key in ("values_dtype", "selector")

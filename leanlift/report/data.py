@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,25 +177,16 @@ def _curve(directory: Path) -> Curve:
             if _is_number(log.get(key)):
                 points.append((step, float(log[key])))
         if _is_number(log.get("refresh_churn")):
-            retired, held = (log.get(f"refresh_{key}") for key in ("retired", "held_back"))
-            curve.refreshes.append(
-                RefreshFacts(
-                    step,
-                    min(1.0, max(0.0, float(log["refresh_churn"]))),
-                    retired if _is_step(retired) else 0,
-                    held if _is_step(held) else 0,
-                )
-            )
+            churn = min(1.0, max(0.0, float(log["refresh_churn"])))
+            counts = [_step_or_0(log.get(f"refresh_{key}")) for key in ("retired", "held_back")]
+            curve.refreshes.append(RefreshFacts(step, churn, *counts))
     times = [log.get("train_runtime") for log in logs if isinstance(log, dict)]
-    seconds = next((float(t) for t in reversed(times) if _is_number(t) and t >= 0), None)
-    return Curve(
-        curve.loss,
-        curve.eval_loss,
-        curve.learning_rate,
-        curve.refreshes,
-        last if _is_step(last) else 0,
-        seconds,
-    )
+    known = [float(time) for time in times if _is_number(time)]  # type: ignore[arg-type]
+    return replace(curve, steps=_step_or_0(last), seconds=known[-1] if known else None)
+
+
+def _step_or_0(value: Any) -> int:
+    return int(value) if _is_step(value) else 0
 
 
 def _is_step(value: Any) -> bool:

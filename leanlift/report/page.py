@@ -6,6 +6,8 @@ A policy in the page itself forbids scripts and requests, should a word ever get
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from leanlift.files import replacing
 from leanlift.measured import categories_compared, phases_compared
 from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Answers, Curve, Run
-from leanlift.report.maps import Grid, grid_of, mean_of, share_of
+from leanlift.report.maps import grid_of, mean_of, share_of
 from leanlift.report.svg import Bars, Line, bar_chart, column_chart, heat_map, line_chart
 from leanlift.report.text import format_words, off, refresh_words
 from leanlift.screen import count, duration, loss, share, size
@@ -39,12 +41,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chart:
-    """A card of the page; one without a picture is its text alone."""
+    """A card of the page."""
 
     title: str
     text: str
-    svg: Markup | None = None
-    wide: bool = False
+    svg: Markup
 
 
 def write_page(run: Run, file: str | Path | None = None) -> Path:
@@ -95,6 +96,7 @@ def page(run: Run) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["units"] = units
     return environment.get_template("page.html.jinja").render(
         name=run.name,
         about=_about(run),
@@ -106,6 +108,11 @@ def page(run: Run) -> str:
         settings=run.settings,
         notes=[*(run.memory or {}).get("notes", []), *run.missing],
     )
+
+
+def units(text: str) -> str:
+    """A number and its unit stay on one line."""
+    return re.sub(r"(?<=\d) (?=(?:%|[KMGT]iB|B|k|M|T|s|min|h)(?:\W|$))", "\u00a0", text)
 
 
 def _about(run: Run) -> str:
@@ -174,7 +181,7 @@ def _curves(curve: Curve) -> list[Chart]:
         charts.append(Chart("Loss", text, Markup(line_chart(lines, "Loss", loss, marks))))
     if curve.learning_rate:
         rates = [Line("learning rate", curve.learning_rate, "a")]
-        svg = line_chart(rates, "Learning rate", lambda rate: f"{rate:.3g}")
+        svg = line_chart(rates, "Learning rate", "{:.3g}".format, log_from=math.inf)
         charts.append(Chart("Learning rate", "As the schedule had it.", Markup(svg)))
     if curve.refreshes:
         points = [(float(refresh.step), refresh.churn) for refresh in curve.refreshes]
@@ -225,33 +232,35 @@ def _short(category: str) -> str:
 
 
 def _maps(adapter: AdapterFacts) -> list[Chart]:
+    """Shares and changes by layer and kind of matrix; shares that are all alike need no picture."""
     grid = grid_of(adapter)
     if not grid.kinds:
         return []
-    charts = [_share_map(grid)]
-    changes = grid.values(mean_of)
-    most = max(value for row in changes for value in row if value is not None)
+    shares, changes = grid.values(share_of), grid.values(mean_of)
+    low, high = _range(shares)
+    charts, title = [], "Where the trained entries lie"
+    by = "by layer (down) and kind of matrix"
+    if high - low < 0.02 * high:
+        alike = f"The same share of every matrix is trained, {share(high)}. "
+        title = f"{title}, and how far they moved"
+    else:
+        alike = ""
+        text = f"Trained share of each matrix, {by}: from {share(low)} (pale) to {share(high)}."
+        svg = heat_map(grid.layers, grid.kinds, shares, "Trained share", share)
+        charts.append(Chart(title, text, Markup(svg)))
+        title = "How far they moved"
+    low, high = _range(changes)
     text = (
-        "Mean absolute change of the trained and retired entries, by layer (down) and kind of "
-        f"matrix; full colour: {loss(most)}. Point at a cell to read it."
+        f"{alike}Mean absolute change of trained and retired entries, {by}: from {loss(low)} "
+        f"(pale) to {loss(high)}."
     )
-    svg = heat_map(grid.layers, grid.kinds, changes, "Mean change by layer and kind", loss)
-    charts.append(Chart("How far they moved", text, Markup(svg)))
-    return charts
+    svg = heat_map(grid.layers, grid.kinds, changes, "Mean change", loss)
+    return [*charts, Chart(title, text, Markup(svg))]
 
 
-def _share_map(grid: Grid) -> Chart:
-    title = "Where the trained entries lie"
-    shares = grid.values(share_of)
-    found = [value for row in shares for value in row if value is not None]
-    if max(found) - min(found) < 0.02 * max(found):
-        return Chart(title, f"The same share of every matrix is trained: {share(max(found))}.")
-    text = (
-        "Trained share of each matrix, by layer (down) and kind; full colour: "
-        f"{share(max(found))}. Point at a cell to read it."
-    )
-    svg = heat_map(grid.layers, grid.kinds, shares, "Trained share by layer and kind", share)
-    return Chart(title, text, Markup(svg))
+def _range(cells: list[list[float | None]]) -> tuple[float, float]:
+    found = [value for row in cells for value in row if value is not None]
+    return min(found), max(found)
 
 
 def _changes(adapter: AdapterFacts) -> list[list[str]]:

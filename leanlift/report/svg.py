@@ -17,8 +17,6 @@ WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 30
 MOST_POINTS = 400
 LOG_FROM = 20.0
-"""Largest over smallest value from which an axis is logarithmic."""
-
 Format = Callable[[float], str]
 Points = Sequence[tuple[float, float]]
 
@@ -41,7 +39,11 @@ class Bars:
 
 
 def line_chart(
-    lines: Sequence[Line], title: str, shown: Format, marks: Sequence[float] = ()
+    lines: Sequence[Line],
+    title: str,
+    shown: Format,
+    marks: Sequence[float] = (),
+    log_from: float = LOG_FROM,
 ) -> str:
     """Curves over steps; `marks` are steps with a dashed line.
 
@@ -50,11 +52,12 @@ def line_chart(
         title: for readers that see no picture.
         shown: writes a value of the vertical axis.
         marks: steps to mark.
+        log_from: largest over smallest value from which the axis is logarithmic.
     """
     thinned = [Line(line.name, thin(line.points), line.css) for line in lines if line.points]
     xs = [x for line in thinned for x, _ in line.points]
     ys = [y for line in thinned for _, y in line.points]
-    logarithmic = min(ys) > 0 and max(ys) / min(ys) > LOG_FROM
+    logarithmic = min(ys) > 0 and max(ys) / min(ys) > log_from
     across = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
     low, high = (min(ys), max(ys)) if logarithmic else _padded(min(ys), max(ys))
     rise = _log(math.log10) if logarithmic else _same
@@ -144,7 +147,7 @@ def heat_map(
     rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[float | None]],
     title: str, shown: Format,
 ) -> str:  # fmt: skip
-    """A grid of values from 0 (pale) to the largest (full); None is left empty.
+    """A grid of values from the smallest (pale) to the largest (full); None is left empty.
 
     Args:
         rows, columns: their names.
@@ -152,9 +155,11 @@ def heat_map(
         title: for readers that see no picture.
         shown: writes a value.
     """
-    most = max((value for row in cells for value in row if value is not None), default=0.0) or 1.0
+    found = [value for row in cells for value in row if value is not None]
+    least, most = min(found, default=0.0), max(found, default=0.0)
     left, top, tall = 34, 58, 13
-    wide = (WIDTH - left - 6) / len(columns)
+    wide = (WIDTH - left - 40) / len(columns)
+    strength = _scale(least, most, 0.1, 1.0)
     parts = []
     for number, name in enumerate(columns):
         x = left + (number + 0.5) * wide
@@ -172,7 +177,7 @@ def heat_map(
             parts.append(
                 f'<rect class="fill heat" x="{left + at * wide:.1f}" y="{y}" '
                 f'width="{wide - 1:.1f}" height="{tall - 1}" '
-                f'fill-opacity="{0.06 + 0.94 * max(0.0, value) / most:.3f}">'
+                f'fill-opacity="{strength(value):.3f}">'
                 f"{_title(f'{name}, {columns[at]}: {shown(value)}')}</rect>"
             )
     return _svg(parts, top + tall * len(rows) + 4, title)

@@ -135,19 +135,19 @@ def _header(file: BinaryIO) -> dict[str, Spec]:
 
 
 def _spec(name: str, entry: Any, begin: int, room: int) -> Spec:
-    shape = entry.get("shape") if isinstance(entry, dict) else None
-    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
-    whole = (
+    entry = entry if isinstance(entry, dict) else {}
+    shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), entry.get("dtype")
+    if not (
         isinstance(shape, list)
         and len(shape) <= 8
-        and entry.get("dtype") in WIDTHS
+        and isinstance(dtype, str)
+        and dtype in WIDTHS
         and isinstance(offsets, list)
         and len(offsets) == 2
         and all(type(size) is int and 0 <= size <= 2**40 for size in (*shape, *offsets))
-    )
-    if not whole:
+    ):
         raise ValueError(f"its header says nothing usable of {name[:80]!r}")
-    spec = Spec(entry["dtype"], tuple(shape), begin + offsets[0])
+    spec = Spec(dtype, tuple(shape), begin + offsets[0])
     if spec.nbytes != offsets[1] - offsets[0] or offsets[1] > room:
         raise ValueError(f"{name[:80]!r} does not lie in it")
     return spec

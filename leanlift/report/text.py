@@ -12,7 +12,7 @@ from leanlift.report.data import Curve, Points, Run
 from leanlift.screen import bar, count, duration, loss, share, size, sparkline, table
 
 WIDTH = 80
-LABEL = 18
+LABEL = 18  # columns of what stands before a text
 MOST_REFRESHES = 6
 LONGEST_NOTE = 320
 FORMATS = {
@@ -61,7 +61,7 @@ def refresh_words(curve: Curve) -> str:
     return text + "."
 
 
-def _labelled(label: str, text: str) -> list[str]:
+def labelled(label: str, text: str) -> list[str]:
     """A label, and text that goes on below itself."""
     return textwrap.wrap(
         text,
@@ -78,8 +78,8 @@ def _adapter(adapter: AdapterFacts) -> list[str]:
         f"{len(adapter.matrices)} matrices, chosen by {adapter.selector}"
     )
     return [
-        *_labelled("base", f"{adapter.base}, held in {format_words(adapter.formats)}"),
-        *_labelled("trained", trained),
+        *labelled("base", f"{adapter.base}, held in {format_words(adapter.formats)}"),
+        *labelled("trained", trained),
     ]
 
 
@@ -89,7 +89,7 @@ def _curve(curve: Curve) -> list[str]:
         if points:
             lines += [f"{label:<{LABEL}}{_course(points)}"]
     if curve.refreshes:
-        lines += _labelled("refreshes", refresh_words(curve))
+        lines += labelled("refreshes", refresh_words(curve))
     return lines
 
 
@@ -107,7 +107,7 @@ def _times(memory: dict[str, Any]) -> list[str]:
     if not phases:
         return []
     times = ", ".join(f"{name} {duration(peak['seconds'])}" for name, peak in phases.items())
-    return _labelled("time", times)
+    return labelled("time", times)
 
 
 def _categories(memory: dict[str, Any]) -> list[str]:
