@@ -7,7 +7,6 @@ A policy in the page itself forbids scripts and requests, should a word ever get
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Answers, Curve, Run
 from leanlift.report.maps import grid_of, mean_of, share_of
 from leanlift.report.svg import Bars, Line, bar_chart, column_chart, heat_map, line_chart
-from leanlift.report.text import format_words, off, refresh_words
+from leanlift.report.text import format_words, off, refresh_words, units
 from leanlift.screen import count, duration, loss, share, size
 
 PAGE_NAME = "report.html"
@@ -108,11 +107,6 @@ def page(run: Run) -> str:
         settings=run.settings,
         notes=[*(run.memory or {}).get("notes", []), *run.missing],
     )
-
-
-def units(text: str) -> str:
-    """A number and its unit stay on one line."""
-    return re.sub(r"(?<=\d) (?=(?:%|[KMGT]iB|B|k|M|T|s|min|h)(?:\W|$))", "\u00a0", text)
 
 
 def _about(run: Run) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +36,7 @@ def report_text(run: Run) -> str:
         lines += _times(run.memory)
         lines += ["", *_categories(run.memory), "", *_phases(run.memory)]
         lines += _notes(run.memory, run.curve)
-    lines += [wrapped for text in run.missing for wrapped in ("", *textwrap.wrap(text, WIDTH))]
+    lines += [line for text in run.missing for line in ("", *wrapped(text))]
     lines += ["", f"With curves and maps: leanlift report {run.directory} --html"]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -61,15 +62,28 @@ def refresh_words(curve: Curve) -> str:
     return text + "."
 
 
+def units(text: str) -> str:
+    """A number and its unit stay on one line."""
+    return re.sub(r"(?<=\d) (?=(?:%|[KMGT]iB|B|k|M|T|s|min|h)(?:\W|$))", "\u00a0", text)
+
+
+def wrapped(text: str, label: str = "") -> list[str]:
+    """Lines of at most 80 columns; paths are not broken, nor numbers from their units."""
+    indent = " " * LABEL if label else ""
+    lines = textwrap.wrap(
+        units(text),
+        WIDTH,
+        initial_indent=f"{label:<{LABEL}}" if label else "",
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+    return [line.replace("\u00a0", " ") for line in lines]
+
+
 def labelled(label: str, text: str) -> list[str]:
     """A label, and text that goes on below itself."""
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=f"{label:<{LABEL}}",
-        subsequent_indent=" " * LABEL,
-        break_on_hyphens=False,
-    )
+    return wrapped(text, label)
 
 
 def _adapter(adapter: AdapterFacts) -> list[str]:
@@ -167,4 +181,4 @@ def _notes(memory: dict[str, Any], curve: Curve | None) -> list[str]:
     told = curve is not None and bool(curve.refreshes)
     notes = [n for n in memory.get("notes", []) if not (told and n.startswith("refresh:"))]
     short = [note if len(note) <= LONGEST_NOTE else note[:LONGEST_NOTE] + " …" for note in notes]
-    return [line for note in short[:8] for line in ("", *textwrap.wrap(note, WIDTH))]
+    return [line for note in short[:8] for line in ("", *wrapped(note))]
