@@ -96,7 +96,7 @@ def _is_plan(plan: Any) -> bool:
 @dataclass(frozen=True)
 class Difference:
     """A planned and a measured size; `off`: (planned - measured) / measured, None where the two
-    cannot be compared."""
+    cannot be compared: there is one of them alone, one is small, or the plan is an upper bound."""
 
     name: str
     planned: int | None
@@ -106,6 +106,9 @@ class Difference:
 
 SMALLEST_COMPARED = 2**20
 """Bytes; below, a share says nothing: allocators round, and nobody runs out of memory there."""
+
+BOUNDED = ("retired entries",)
+"""Categories of which a plan knows the most that they can become."""
 
 WITHIN_TRAINING = ("train", "refresh", "evaluate")
 """Phases of a plan that a CUDA device's one peak of training covers."""
@@ -147,6 +150,7 @@ def phases_compared(report: dict[str, Any]) -> list[Difference]:
 
 
 def _difference(name: str, planned: int | None, measured: int) -> Difference:
-    comparable = planned is not None and min(planned, measured) >= SMALLEST_COMPARED
-    off = (planned - measured) / measured if comparable and planned is not None else None
+    off = None
+    if planned is not None and name not in BOUNDED and min(planned, measured) >= SMALLEST_COMPARED:
+        off = (planned - measured) / measured
     return Difference(name, planned, measured, off)

@@ -28,6 +28,7 @@ from leanlift.report.adapter import AdapterFacts, read_adapter
 Points = list[tuple[float, float]]
 """(step, value) in the order in which they were logged."""
 
+LEFT_OUT = "Left out: "
 MOST_SAMPLES = 200
 LONGEST_TEXT = 2000
 """Characters of a sample's text that are kept."""
@@ -116,7 +117,7 @@ def read_run(run: str | Path) -> Run:
         try:
             return read()
         except UserError as error:
-            missing.append(f"Left out: {error}")
+            missing.append(f"{LEFT_OUT}{error}")
             return None
 
     memory = part(REPORT_NAME, lambda: load_report(directory), "No memory was measured here.")
@@ -125,7 +126,8 @@ def read_run(run: str | Path) -> Run:
     adapter = part(CONFIG_NAME, lambda: _adapter(directory), "There is no adapter here.")
     answers = part(PREDICTIONS_NAME, lambda: _answers(directory), "")
     if memory is None and curve is None and adapter is None:
-        raise UserError(f"nothing in {run} can be shown. {missing[0]}")
+        why = next(text for text in missing if text.startswith(LEFT_OUT))
+        raise UserError(f"nothing in {run} can be shown: {why.removeprefix(LEFT_OUT)}")
     return Run(directory, memory, curve, settings or {}, adapter, answers or [], missing)
 
 
