@@ -95,20 +95,29 @@ def _is_plan(plan: Any) -> bool:
 
 @dataclass(frozen=True)
 class Difference:
-    """A planned and a measured size; `off`: (planned - measured) / measured, None where the two
-    cannot be compared: there is one of them alone, one is small, or the plan is an upper bound."""
+    """A planned and a measured size.
+
+    Attributes:
+        name: of the category or phase.
+        planned: None where there is no plan for the same thing.
+        measured: bytes.
+        within: whether the plan is an upper bound that holds.
+        off: (planned - measured) / measured; None where that says nothing: nothing was planned, or
+            a bound that holds, or the size is small.
+    """
 
     name: str
     planned: int | None
     measured: int
+    within: bool
     off: float | None
 
 
 SMALLEST_COMPARED = 2**20
-"""Bytes; below, a share says nothing: allocators round, and nobody runs out of memory there."""
+"""Bytes; below, a share says nothing of a plan: nobody runs out of memory there."""
 
-BOUNDED = ("retired entries",)
-"""Categories of which a plan knows the most that they can become."""
+BOUNDS = ("retired entries", "load", "select", "refresh", "export")
+"""What is planned at its most."""
 
 WITHIN_TRAINING = ("train", "refresh", "evaluate")
 """Phases of a plan that a CUDA device's one peak of training covers."""
@@ -132,25 +141,27 @@ def categories_compared(report: dict[str, Any]) -> list[Difference]:
 
 
 def phases_compared(report: dict[str, Any]) -> list[Difference]:
-    """The phases whose peak was measured. A merge is planned for the CPU, so one that was measured
-    on a card is not compared."""
+    """The phases whose peak was measured, planned against measured where both are of the same
+    thing: on a CPU what the loader holds in between is not followed, and a merge is planned for
+    the CPU."""
     plan = report.get("plan") or {"phases": {}}
-    on_card = report["device"] != "cpu"
-    rows = []
-    for name, peak in report["phases"].items():
-        if peak["tensors"] is None:
-            continue
-        planned = plan["phases"].get(name)
-        if on_card and name == "export":
-            planned = None
-        if on_card and name == "train" and planned is not None:
-            planned = max(plan["phases"].get(part, 0) for part in WITHIN_TRAINING)
-        rows.append(_difference(name, planned, peak["tensors"]))
-    return rows
+    planned: dict[str, int] = dict(plan["phases"])
+    if report["device"] == "cpu":
+        planned.pop("load", None)
+    else:
+        planned.pop("export", None)
+        if "train" in planned:
+            planned["train"] = max(planned.get(part, 0) for part in WITHIN_TRAINING)
+    return [
+        _difference(name, planned.get(name), peak["tensors"])
+        for name, peak in report["phases"].items()
+        if peak["tensors"] is not None
+    ]
 
 
 def _difference(name: str, planned: int | None, measured: int) -> Difference:
-    off = None
-    if planned is not None and name not in BOUNDED and min(planned, measured) >= SMALLEST_COMPARED:
-        off = (planned - measured) / measured
-    return Difference(name, planned, measured, off)
+    if planned is None or measured < SMALLEST_COMPARED:
+        return Difference(name, planned, measured, False, None)
+    if name in BOUNDS and measured <= planned:
+        return Difference(name, planned, measured, True, None)
+    return Difference(name, planned, measured, False, (planned - measured) / measured)

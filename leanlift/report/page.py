@@ -21,7 +21,7 @@ from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Answers, Curve, Run
 from leanlift.report.maps import grid_of, mean_of, share_of
 from leanlift.report.svg import Bars, Line, bar_chart, column_chart, heat_map, line_chart
-from leanlift.report.text import format_words, off, refresh_words, units
+from leanlift.report.text import difference, format_words, refresh_words, units
 from leanlift.screen import count, duration, loss, share, size
 
 PAGE_NAME = "report.html"
@@ -146,7 +146,7 @@ def _memory_figures(memory: dict[str, Any]) -> list[Figure]:
     rows = categories_compared(memory)
     if rows:
         peak = rows[-1]
-        note = "" if peak.off is None else f"planned {size(peak.planned)}, {off(peak.off)}"
+        note = "" if peak.off is None else f"planned {size(peak.planned)}, {difference(peak)}"
         figures.append(Figure("Peak of training", size(peak.measured), note))
     if "train" in memory["phases"]:
         seconds = memory["phases"]["train"]["seconds"]

@@ -34,7 +34,7 @@ def report_text(run: Run) -> str:
         lines += _curve(run.curve)
     if run.memory is not None:
         lines += _times(run.memory)
-        lines += ["", *_categories(run.memory), "", *_phases(run.memory)]
+        lines += ["", *memory_table(run.memory), "", *_phases(run.memory)]
         lines += _notes(run.memory, run.curve)
     lines += [line for text in run.missing for line in ("", *wrapped(text))]
     lines += ["", f"With curves and maps: leanlift report {run.directory} --html"]
@@ -124,7 +124,8 @@ def _times(memory: dict[str, Any]) -> list[str]:
     return labelled("time", times)
 
 
-def _categories(memory: dict[str, Any]) -> list[str]:
+def memory_table(memory: dict[str, Any]) -> list[str]:
+    """What the peak of training was made of, as a table of 80 columns."""
     rows = categories_compared(memory)
     if not rows:
         return ["The memory of training by category was not measured."]
@@ -165,15 +166,17 @@ def _phases(memory: dict[str, Any]) -> list[str]:
 def _planned(row: Difference, shown: bool) -> list[str]:
     if not shown:
         return []
-    return [size(row.planned), "" if row.off is None else off(row.off)]
+    return [size(row.planned), difference(row)]
 
 
-def off(difference: float) -> str:
-    """How far a plan is off, with its sign: "+1.2 %", "exact"."""
-    if difference == 0:
-        return "exact"
-    sign = "+" if difference > 0 else "−"
-    return sign + share(abs(difference))
+def difference(row: Difference) -> str:
+    """How far a plan is off: "+1.2 %", "exact", "within" a bound; nothing where that says
+    nothing."""
+    if row.off is None:
+        return "within" if row.within else ""
+    if abs(row.off) < 0.0005:
+        return "exact" if row.off == 0 else "±0 %"
+    return ("+" if row.off > 0 else "−") + share(abs(row.off))
 
 
 def _notes(memory: dict[str, Any], curve: Curve | None) -> list[str]:
