@@ -91,7 +91,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.directory.resolve().name or str(self.directory)
+        """Its directory's, with the one above where that says more."""
+        whole = self.directory.resolve()
+        if whole.name == "run" or whole.name.startswith("checkpoint-"):
+            return f"{whole.parent.name}/{whole.name}"
+        return whole.name or str(self.directory)
 
 
 def read_run(run: str | Path) -> Run:

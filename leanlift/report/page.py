@@ -22,7 +22,7 @@ from leanlift.report.data import Answers, Curve, Run
 from leanlift.report.maps import grid_of, mean_of, share_of
 from leanlift.report.svg import Bars, Line, bar_chart, column_chart, heat_map, line_chart
 from leanlift.report.text import difference, format_words, refresh_words, units
-from leanlift.screen import count, duration, loss, share, size
+from leanlift.screen import count, duration, loss, share, short_name, size
 
 PAGE_NAME = "report.html"
 MADE_BY = '<meta name="generator" content="leanlift report">'
@@ -114,7 +114,7 @@ def _about(run: Run) -> str:
     if adapter is None:
         return str(run.directory)
     return (
-        f"{adapter.base}, held in {format_words(adapter.formats)}. Of "
+        f"{short_name(adapter.base)}, held in {format_words(adapter.formats)}. Of "
         f"{len(adapter.matrices)} matrices, {share(adapter.entries, adapter.weights)} of the "
         f"entries are trained, chosen by {adapter.selector}; the rest stays as it is."
     )
