@@ -22,7 +22,8 @@ from leanlift.report.data import Answers, Curve, Run
 from leanlift.report.maps import grid_of, mean_of, share_of
 from leanlift.report.svg import Bars, Line, bar_chart, column_chart, heat_map, line_chart
 from leanlift.report.text import difference, format_words, refresh_words, units
-from leanlift.screen import count, duration, loss, share, short_name, size
+from leanlift.screen import count, duration, loss, share, size
+from leanlift.screen.names import short_name
 
 PAGE_NAME = "report.html"
 MADE_BY = '<meta name="generator" content="leanlift report">'
