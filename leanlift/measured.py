@@ -47,6 +47,7 @@ def _wrong_in(data: Any) -> str | None:
         "the device's bytes": data.get("capacity") is None or _is_size(data["capacity"]),
         "a count of entries": data.get("entries") is None or _is_size(data["entries"]),
         "notes as lines of text": _is_lines(data.get("notes", [])),
+        "versions by name": _is_names(data.get("versions") or {}),
         "a plan of bytes by category and by phase": plan is None or _is_plan(plan),
     }
     wrong = next((what for what, holds in tests.items() if not holds), None)
@@ -71,6 +72,10 @@ def _is_size(value: Any) -> bool:
 
 def _is_bytes_by_name(sizes: Any) -> bool:
     return isinstance(sizes, dict) and all(is_line(k) and _is_size(v) for k, v in sizes.items())
+
+
+def _is_names(names: Any) -> bool:
+    return isinstance(names, dict) and all(is_line(k) and is_line(v) for k, v in names.items())
 
 
 def _is_peak(peak: Any) -> bool:

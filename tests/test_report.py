@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from html import escape, unescape
 from html.parser import HTMLParser
@@ -23,6 +25,7 @@ from snapshots import assert_screen
 from test_cli import complaint
 from tiny import load, make_checkpoint
 
+from benchmarks.adapter_mutations import MUTATIONS
 from leanlift import LiftConfig, UserError, get_lift_model, refresh_mask, save_adapter
 from leanlift.adapter import open_adapter
 from leanlift.cli import main
@@ -74,6 +77,7 @@ MEMORY: dict[str, Any] = {
         "phases": {"load": 4 * GIB, "select": 4.4 * GIB, "train": 6.67 * GIB, "export": GIB},
     },
     "capacity": 12 * GIB,
+    "versions": {"python": "3.12.4", "torch": "2.13.0"},
 }  # fmt: skip
 STATE: dict[str, Any] = {
     "global_step": 800,
@@ -324,6 +328,31 @@ HOSTILE: list[Any] = [
 ]  # fmt: skip
 
 
+def shown_or_refused(run: Path) -> str:
+    """The sentence of a run that is refused; nothing for one that has a page."""
+    try:
+        check_page(page(read_run(run)))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_mutated_adapter_is_shown_or_refused(adapter: Path, tmp_path: Path) -> None:
+    files = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    outcomes: Counter[str] = Counter()
+    for number in range(150):
+        chance, damaged = random.Random(number), dict(files)
+        chance.choice(MUTATIONS)(chance, damaged)
+        for file in tmp_path.iterdir():
+            file.unlink()
+        for name, data in damaged.items():
+            (tmp_path / name).write_bytes(data)
+        said = shown_or_refused(tmp_path)
+        outcomes["refused" if said else "shown"] += 1
+        assert len(said) < 1500
+    assert min(outcomes["shown"], outcomes["refused"]) > 10
+
+
 def places_in(data: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     found = [before] if before else []
     if isinstance(data, (dict, list)):
@@ -419,6 +448,7 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, capsys: pytest.CaptureFi
     assert "prefers-color-scheme: dark" in html
     for word in ("Loss", "Learning rate", "Refreshes", "Memory by phase", "Largest changes",
                  "Answers", "before: 0 of 1 right; after: 1 of 1 right", "Settings", "2048",
+                 "torch 2.13.0",
                  "down_proj"):  # fmt: skip
         assert word in html, word
     assert main(["report", str(run), "--html"]) == 0  # a page of ours is replaced

@@ -9,11 +9,13 @@ activations and workspace.
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ class MemoryReport:
         notes: how a figure was obtained, where that is not obvious.
         plan: what had been planned, as `MemoryPlan.to_dict` has it; None: nothing.
         capacity: bytes that the device has; None where this machine cannot tell.
+        versions: of Python and of the libraries that decide what a run does.
     """
 
     device: str
@@ -65,6 +68,7 @@ class MemoryReport:
     notes: list[str] = field(default_factory=list)
     plan: dict[str, Any] | None = None
     capacity: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -140,7 +144,9 @@ class MemoryMeter:
         self.device = device
         self.cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if self.cuda else "cpu"
-        self.report = MemoryReport(device=name, capacity=capacity_of(device))
+        self.report = MemoryReport(
+            device=name, capacity=capacity_of(device), versions=versions_here()
+        )
 
     def allocated_peak(self) -> int:
         """Peak allocated bytes on CUDA since the phase began."""
@@ -209,6 +215,18 @@ def capacity_of(device: torch.device) -> int | None:
     with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
+
+
+LIBRARIES = ("leanlift", "torch", "transformers", "trl", "bitsandbytes", "triton")
+
+
+def versions_here() -> dict[str, str]:
+    """Versions of Python and of what is installed of `LIBRARIES`."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -106,6 +106,7 @@ def page(run: Run) -> str:
         answers=_shown(run.answers),
         answers_text=_answers_text(run.answers),
         settings=run.settings,
+        versions=_versions(run),
         notes=[*(run.memory or {}).get("notes", []), *run.missing],
     )
 
@@ -119,6 +120,14 @@ def _about(run: Run) -> str:
         f"{len(adapter.matrices)} matrices, {share(adapter.entries, adapter.weights)} of the "
         f"entries are trained, chosen by {adapter.selector}; the rest stays as it is."
     )
+
+
+def _versions(run: Run) -> str:
+    """Versions that the run was made with, as one line; of older runs, leanlift's alone."""
+    found = dict((run.memory or {}).get("versions") or {})
+    if not found and "leanlift_version" in run.settings:
+        found = {"leanlift": run.settings["leanlift_version"]}
+    return ", ".join(f"{name} {version}" for name, version in list(found.items())[:20])
 
 
 def _figures(run: Run) -> list[Figure]:
