@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,8 +131,10 @@ def _measured_rows(
     rows = []
     if options.base_as_stored:
         stored = replace(args, load_in_4bit=False, load_in_8bit=False)
+        _say(f"Loading {base}, as it is stored …")
         found = measured(load_model(stored, device), "base as stored")
         rows.append(Row("base as stored", "as stored", base, None, "as stored", found))
+    _say(f"Loading {base} …")
     model = load_model(args, device)
     if options.adapter:
         load_adapter(model, options.adapter)
@@ -146,10 +149,17 @@ def _measured_rows(
         rows.append(Row("model", words, base, None, form, measured(model, "model")))
     if options.merged:
         del model
+        _say(f"Loading {options.merged} …")
         merged = load_model(_merged(options, args), device)
         found = measured(merged, "merged")
         rows.append(Row("merged", "as stored", options.merged, None, "as stored", found))
     return rows
+
+
+def _say(line: str) -> None:
+    """What is being waited for, to somebody who is there."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
 
 
 def _merged(options: argparse.Namespace, args: RunArguments) -> RunArguments:

@@ -392,7 +392,8 @@ def _batches(
 ) -> Iterator[list[Any]]:
     """Batches of similar length, the longest first: what does not fit shows at once."""
     ordered = sorted(items, key=length, reverse=True)
-    with tqdm(total=len(ordered), desc=what, unit="row", disable=None if progress else True) as bar:
+    shown = None if progress else True  # None: on a terminal alone
+    with tqdm(total=len(ordered), desc=what, unit="row", leave=False, disable=shown) as bar:
         for start in range(0, len(ordered), size):
             batch = ordered[start : start + size]
             yield batch
