@@ -16,9 +16,10 @@ from torch import nn
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.export import merge_nbytes
-from leanlift.layer import FrozenLinear, Scratch
+from leanlift.layer import FrozenLinear
 from leanlift.memory.fake import Loss, attach_fake, fake_tensors, forward_peak, step_peak
 from leanlift.memory.measure import CATEGORIES
+from leanlift.memory.pieces import FirstPiecesScratch
 from leanlift.model.ends import INT8
 from leanlift.optim import TABLES_NBYTES, adamw_nbytes
 from leanlift.quantized import WeightFormat, dtype_of
@@ -149,7 +150,7 @@ def plan_step(
     with fake_tensors():
         model = build()
         ends, loaded, other = _unquantized(model, config.quantize_ends, settings)
-        scratch = Scratch(always=_needs_scratch(fmt, settings))
+        scratch = FirstPiecesScratch(always=_needs_scratch(fmt, settings))
         shapes = attach_fake(model, config, fmt, settings.embedding_on_cpu, scratch)
         linears = _linear_shapes(model)
         if settings.checkpointing:
