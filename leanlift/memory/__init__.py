@@ -11,7 +11,7 @@ from leanlift.memory.measure import (
     static_categories,
     tensor_bytes,
 )
-from leanlift.memory.plan import CARDS_GIB, MemoryPlan, StepSettings, plan_step
+from leanlift.memory.plan import CARDS_GIB, Known, MemoryPlan, least_nbytes, plan_step
 from leanlift.memory.report import (
     REPORT_NAME,
     format_plan,
@@ -20,11 +20,13 @@ from leanlift.memory.report import (
     load_report,
     save_report,
 )
+from leanlift.memory.rules import StepSettings
 
 __all__ = [
     "CARDS_GIB",
     "CATEGORIES",
     "REPORT_NAME",
+    "Known",
     "LiveBytes",
     "MemoryMeter",
     "MemoryPlan",
@@ -35,6 +37,7 @@ __all__ = [
     "format_report",
     "human",
     "is_out_of_memory",
+    "least_nbytes",
     "load_report",
     "plan_step",
     "resident_peak",

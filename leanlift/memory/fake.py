@@ -9,6 +9,7 @@ whose temporaries have a rule of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ def forward_peak(model: Any, loss: Loss, batch: int, length: int) -> int:
     """Bytes beyond weights, values and scratch of a forward pass without a backward one, as in an
     evaluation; the arguments are those of `step_peak`. What stays from block to block does not
     grow, so the blocks that show two periods stand for all."""
+    _take_scratch(model)
     ids = torch.zeros(batch, length, dtype=torch.long)
     with (
         in_part(model, repetition(model)),
@@ -193,12 +195,8 @@ def _laps(
     """The laps of a step through the blocks that `way` says. Gradients of an earlier micro-batch,
     where they accumulate, are there before it, and in no lap."""
     layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
-    widest = max((m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)),
-                 key=lambda shape: shape[0] * shape[1])  # fmt: skip
+    _take_scratch(model)
     ids = torch.zeros(batch, length, dtype=torch.long)
-    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-    if layers[0].scratch.always:  # there from the step before
-        layers[0].scratch.take(*widest, dtype, torch.device("cpu"))
     handles = [
         layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
         for layer in layers
@@ -227,6 +225,15 @@ def _laps(
         for layer in layers:
             layer.values.grad = None
     return laps.done
+
+
+def _take_scratch(model: Any) -> None:
+    """Let a scratch that is always used be there already, as from the step before."""
+    linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    if linears[0].scratch.always:
+        widest = max((m.weight_tiles.shape for m in linears), key=math.prod)
+        dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+        linears[0].scratch.take(*widest, dtype, torch.device("cpu"))
 
 
 def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:

@@ -269,15 +269,20 @@ def _agree(model: Any, head: Head, ids: Tensor, labels: Tensor, gain: float) -> 
 
 
 def loss_of_all_tokens(
-    model: Any, ids: Tensor, labels: Tensor, objective: Objective = LIKELIHOOD
+    model: Any,
+    ids: Tensor,
+    labels: Tensor,
+    objective: Objective = LIKELIHOOD,
+    trained: int | None = None,
 ) -> Tensor:
-    """The loss with every token trained, for planning: nothing depends on what labels are."""
+    """The loss with so many tokens trained, by default every one, for planning: nothing depends on
+    which they are, nor on what labels are."""
+    places = torch.zeros(labels[:, 1:].numel() if trained is None else trained, dtype=torch.int64)
+    inputs = {"labels": labels, TRAINED: places}
     head, one = output_head(model), torch.tensor(1.0)
     if head is None:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        flat = logits.reshape(-1, logits.shape[-1])
-        return _cost(flat.float(), labels[:, 1:].reshape(-1), objective)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    wanted = labels[:, 1:].reshape(-1)
+        logits, wanted = _trained(model(input_ids=ids, use_cache=False).logits, inputs)
+        return _cost(logits.float(), wanted, objective)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    flat, wanted = _trained(hidden, inputs)
     return head_loss(flat, wanted, head, one, objective=objective).loss
