@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from leanlift import LiftConfig
+from leanlift.ends import Head, Objective, head_loss
 from leanlift.layer import LiftLinear, Scratch
 from leanlift.memory import LiveBytes, blocks
 from leanlift.memory.fake import (
@@ -30,8 +31,9 @@ from leanlift.memory.fake import (
     forward_peak,
     step_peak,
 )
-from leanlift.memory.pieces import FirstPiecesScratch
+from leanlift.memory.pieces import FirstPiecesScratch, first_tiles
 from leanlift.quantized import WeightDense, WeightFormat, empty_weight
+from leanlift.tiles import DenseTiles
 from leanlift.training.loss import loss_of_all_tokens
 from leanlift.training.plan import without_packing_search
 
@@ -207,3 +209,22 @@ def test_gradients_that_are_there_already_count_like_an_earlier_pass() -> None:
             loss_of_all_tokens(model, ids, ids.clone()).backward()
     scratch = 4 * 64 * 160  # made in the first pass here, before a step in a plan
     assert live.peak - scratch == planned.peak
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("tokens", "width"), [(3000, 64), (100, 2048), (20, 64)])
+def test_the_first_tiles_of_a_vocabulary_have_the_peak_of_all(
+    tokens: int, width: int, smoothing: float
+) -> None:
+    def peak(part: bool) -> int:
+        with fake_tensors():
+            head = Head(DenseTiles(torch.empty(130_000, width)), torch.empty(130_000), 30.0)
+            head = first_tiles(head, tokens, width) if part else head
+            hidden = torch.empty(tokens, width, requires_grad=True)
+            labels = torch.zeros(tokens, dtype=torch.int64)
+            with LiveBytes() as live:
+                made = head_loss(hidden, labels, head, 1.0, objective=Objective(smoothing))
+                made.loss.backward()
+            return live.peak
+
+    assert peak(part=True) == peak(part=False) > 0

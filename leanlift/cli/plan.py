@@ -54,7 +54,7 @@ def plan_command(argv: Sequence[str]) -> int:
         for line in chosen:
             print(f"changed: {line}")
     if picture is not None:
-        draw({"plan": plan.categories}, picture)
+        draw({"plan": plan.categories}, picture, "x")
         _say(f"Wrote {picture}")
     return 0
 

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from leanlift.errors import UserError, first_line
 from leanlift.training import LiftSFTConfig, RunArguments
+from leanlift.training.arguments import command_defaults
 
 SHOWN = (
     "output_dir",
@@ -90,7 +91,7 @@ def parse_train(argv: list[str]) -> tuple[RunArguments, LiftSFTConfig]:
         raise SystemExit(0)
     given, settings, argv = _given(argv)
     _check_given(given)
-    settings = _defaults(given) | settings
+    settings = command_defaults(given) | settings
     for action in parser._actions:
         if action.dest in settings:
             action.required = False
@@ -190,11 +191,6 @@ def _check_given(given: dict[str, Any]) -> None:
     """Refuse what cannot be meant together."""
     if given.get("load_in_4bit") and given.get("load_in_8bit"):
         raise UserError("load_in_4bit and load_in_8bit exclude each other: choose one.")
-
-
-def _defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """What follows from other settings, where nothing else is said."""
-    return {"eval_strategy": "epoch"} if given.get("eval_dataset_name") else {}
 
 
 # --- the YAML file --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from leanlift.cli.settings import build_train_parser, parse_train, take_option
 from leanlift.errors import MaskError, first_line
 from leanlift.memory import MemoryPlan, format_report, human
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
+from leanlift.training.batches import Batches
 from leanlift.training.checks import check_settings
 from leanlift.training.fit import fit, parse_card
 
@@ -29,12 +30,11 @@ def train_command(argv: Sequence[str]) -> int:
     card, argv = take_option(list(argv), "--fit")
     args, sft = parse_train(argv)
     cuda = torch.cuda.is_available() and not sft.use_cpu
-    planned: Callable[[], MemoryPlan | None] = partial(_plan, args, sft, cuda)
     if card is not None:
         check_settings(sft, args.lift_config())
         found = fit(args, sft, parse_card(card), cuda, lambda line: print(line, file=sys.stderr))
-        args, sft, planned = found.args, found.sft, partial(_say, found.plan, cuda)
-    result = run(args, sft, plan=planned)
+        args, sft = found.args, found.sft
+    result = run(args, sft, plan=partial(_plan, args, sft, cuda))
     print(format_report(result.memory.to_dict()))
     print(f"\nAdapter: {sft.output_dir}")
     if result.merged is not None:
@@ -44,14 +44,16 @@ def train_command(argv: Sequence[str]) -> int:
     return 0
 
 
-def _plan(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> MemoryPlan | None:
+def _plan(
+    args: RunArguments, sft: LiftSFTConfig, cuda: bool, batches: Batches
+) -> MemoryPlan | None:
     """The plan of a run, or None where it cannot be planned: that alone stops no run.
 
     Raises:
         UserError: what is to be trained is not there; loading the base would not change that.
     """
     try:
-        return _say(plan_of(args, sft, cuda), cuda)
+        return _say(plan_of(args, sft, cuda, batches), cuda)
     except MaskError:
         raise
     except Exception as error:  # whatever a model's own code does under fake tensors

@@ -11,10 +11,11 @@ from leanlift.memory.measure import (
     static_categories,
     tensor_bytes,
 )
-from leanlift.memory.plan import CARDS_GIB, Known, MemoryPlan, least_nbytes, plan_step
+from leanlift.memory.pieces import first_tiles
+from leanlift.memory.plan import CARDS_GIB, MOMENTS, Known, MemoryPlan, least_nbytes, plan_step
+from leanlift.memory.plan_screen import format_plan
 from leanlift.memory.report import (
     REPORT_NAME,
-    format_plan,
     format_report,
     human,
     load_report,
@@ -25,6 +26,7 @@ from leanlift.memory.rules import StepSettings
 __all__ = [
     "CARDS_GIB",
     "CATEGORIES",
+    "MOMENTS",
     "REPORT_NAME",
     "Known",
     "LiveBytes",
@@ -33,6 +35,7 @@ __all__ = [
     "MemoryReport",
     "PhasePeak",
     "StepSettings",
+    "first_tiles",
     "format_plan",
     "format_report",
     "human",

@@ -9,16 +9,19 @@ the peak; a test holds it against that of all pieces, to the byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from leanlift.ends import TILE_BYTES as HEAD_TILE_BYTES
+from leanlift.ends import Head
 from leanlift.layer import TILE_BYTES, Scratch
 from leanlift.ops import IndexPart, Offsets, TileOps
 from leanlift.ops.parts import Source, Take
 from leanlift.ops.reference import TorchOps
 from leanlift.ops.sampled import TOKENS
-from leanlift.tiles import tile_rows
+from leanlift.tiles import RowTiles, tile_rows
 
 PIECES = 2
 
@@ -49,6 +52,46 @@ class FirstPieces(TorchOps):
     ) -> None:
         tokens = PIECES * TOKENS
         super().sampled_product(left[:tokens], right[:tokens], part, out, take)
+
+
+def first_tiles(head: Head, tokens: int, width: int) -> Head:
+    """A head with the vocabulary of the first tiles that the loss goes over, and no fewer entries
+    than make it go over tiles at all.
+
+    Args:
+        head: of the model.
+        tokens: that the loss is over.
+        width: of a hidden state.
+    """
+    step = max(64, HEAD_TILE_BYTES // (4 * max(tokens, width, 1)))
+    rows = max(PIECES * step, HEAD_TILE_BYTES // (4 * max(1, tokens)) + 1)
+    if rows >= head.weight.shape[0]:
+        return head
+    bias = None if head.bias is None else head.bias[:rows]
+    return replace(head, weight=_FirstRows(head.weight, rows), bias=bias)
+
+
+@dataclass(frozen=True)
+class _FirstRows:
+    """The first rows of a matrix, as RowTiles."""
+
+    source: RowTiles
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.count, self.source.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.source.rows(start, stop)
 
 
 class FirstPiecesScratch(Scratch):

@@ -146,7 +146,8 @@ def plan_step(
         config: what is trained.
         fmt: how the Linears are quantized; None: not at all.
         settings: the training step.
-        loss: what the step computes: `fake.Loss` that also takes the number of trained tokens.
+        loss: what the step computes: `fake.Loss` that also takes how many tokens are
+            `trained`, and whether rows are `padded`.
         known: of earlier plans for this model and loss, which are run once; added to.
 
     Raises:
@@ -196,9 +197,9 @@ def plan_step(
 
 def least_nbytes(
     build: Callable[[], Any], config: LiftConfig, fmt: WeightFormat | None, settings: StepSettings
-) -> int:
-    """What a run needs at the very least, the CUDA context included: all but activations. Known
-    from shapes alone, in a moment; no plan of these settings says less.
+) -> tuple[int, str]:
+    """What a run needs at the very least, the CUDA context included and activations left out, and
+    at which moment. Known from shapes alone; no plan of these settings says less.
 
     Args:
         build, config, fmt, settings: as `plan_step` has them.
@@ -209,8 +210,9 @@ def least_nbytes(
     gradients = 0 if settings.in_backward else held["values"]
     updating = update_nbytes(settings, list(counts.values()), value_nbytes(config))
     phases = before_training(config, settings, shapes, held)
-    least = max(*phases.values(), sum(held.values()) + gradients + updating)
-    return least + (CONTEXT if settings.cuda else 0)
+    phases["optimizer's step"] = sum(held.values()) + gradients + updating
+    moment = max(phases, key=phases.__getitem__)
+    return phases[moment] + (CONTEXT if settings.cuda else 0), moment
 
 
 def _attached(
@@ -242,7 +244,7 @@ def _training(
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             moving = step_peak(
                 model.train(),
-                partial(loss, trained=settings.trained),
+                partial(loss, trained=settings.trained, padded=settings.padded),
                 settings.batch,
                 settings.length,
                 settings.in_backward,
@@ -266,12 +268,14 @@ def _evaluating(
     if not settings.eval_batch:
         return 0
     length, trained = settings.eval_length or settings.length, settings.eval_trained
+    padded = settings.eval_padded
     same = replace(settings, batch=settings.eval_batch, length=length, trained=trained)
+    same = replace(same, padded=padded)
     key = ("evaluate", *_what_decides(config, fmt, same))
     if key not in known:
         with fake_tensors():
             _, model = _attached(build, config, fmt, settings)
-            counted = partial(loss, trained=trained)
+            counted = partial(loss, trained=trained, padded=padded)
             known[key] = forward_peak(model.eval(), counted, settings.eval_batch, length)
     return int(known[key])
 
@@ -290,6 +294,7 @@ def _what_decides(
         eval_batch=0,
         eval_length=None,
         eval_trained=None,
+        eval_padded=False,
     )
     return repr(alike), repr(fmt), repr(step), str(config.block)
 
@@ -302,6 +307,7 @@ def _holds_for(
         "rows": settings.batch,
         "tokens": settings.length,
         "trained_tokens": settings.trained,
+        "padded": settings.padded,
         "accumulation": settings.accumulate,
         "base": "as stored" if fmt is None else fmt.kind,
         "double_quantization": fmt is not None and fmt.double,

@@ -44,6 +44,7 @@ class StepSettings:
         cuda: whether the run is on a GPU; torch's AdamW works on all vectors at once there.
         eval_batch: rows of a batch that is evaluated; 0: nothing is.
         eval_length, eval_trained: its tokens, and those that count; None: as in training, all.
+        padded, eval_padded: whether rows of a batch are padded, which takes a mask.
 
     Defaults are those of `LiftSFTConfig` on a GPU.
     """
@@ -62,6 +63,8 @@ class StepSettings:
     trained: int | None = None
     eval_length: int | None = None
     eval_trained: int | None = None
+    padded: bool = False
+    eval_padded: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Numbers have at most three digits and a unit. Everything returns plain text, but
 imports rich when it is asked for: a command that prints one sentence does not pay for it.
 """
 
+from leanlift.screen.names import short_name
 from leanlift.screen.numbers import count, duration, gib, loss, share, size
 from leanlift.screen.pictures import bar, sparkline
 from leanlift.screen.terminal import console, table
@@ -16,6 +17,7 @@ __all__ = [
     "gib",
     "loss",
     "share",
+    "short_name",
     "size",
     "sparkline",
     "table",

@@ -26,12 +26,17 @@ from leanlift.training.tokens import IGNORED
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows and padded tokens of a micro-batch, and how many of its tokens are trained (None: not
-    known, perhaps all)."""
+    """Rows of a micro-batch and tokens of each.
+
+    Attributes:
+        trained: how many of its tokens are trained; None: not known, perhaps all.
+        padded: whether rows are shorter than the longest, which takes a mask.
+    """
 
     rows: int
     tokens: int
     trained: int | None = None
+    padded: bool = False
 
     def __str__(self) -> str:
         text = f"{self.rows} row{'s' * (self.rows != 1)} of {count(self.tokens)} tokens"
@@ -68,8 +73,10 @@ def worst_batch(rows: Any, size: int, sft: Any, packing: bool) -> Batch | None:
     lengths, trained = lengths_of(rows.data)
     size = min(size, len(lengths))
     longest, multiple = int(lengths.max()), sft.pad_to_multiple_of or 1
+    tokens = -(-longest // multiple) * multiple
     most = int(np.partition(trained, -size)[-size:].sum())
-    return Batch(size, -(-longest // multiple) * multiple, most)
+    padded = tokens > longest or (size > 1 and int(lengths.min()) < longest)
+    return Batch(size, tokens, most, padded)
 
 
 def lengths_of(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -96,14 +103,16 @@ class LargestBatch:
         self._records: list[tuple[int, Batch]] = []
 
     def see(self, inputs: Mapping[str, Any], step: int) -> None:
-        """Note a batch of the step after `step`; its sizes are known on the host."""
+        """Note a batch of the step after `step`. Its sizes are known on the host; whether it is
+        padded is asked of a CPU alone, and taken for granted of several rows on a GPU."""
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             return
         self._first = step if self._first is None else self._first
-        trained = inputs.get(TRAINED)
+        trained, mask = inputs.get(TRAINED), inputs.get("attention_mask")
         rows, tokens = ids.shape
-        found = Batch(rows, tokens, None if trained is None else trained.numel())
+        padded = mask is not None and (rows > 1 if ids.device.type != "cpu" else not mask.all())
+        found = Batch(rows, tokens, None if trained is None else trained.numel(), bool(padded))
         if not self._records or _size(found) > _size(self._records[-1][1]):
             self._records.append((step - self._first, found))
 

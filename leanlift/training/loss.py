@@ -25,6 +25,7 @@ from torch import Tensor
 
 from leanlift.ends import LIKELIHOOD, Head, Objective, head_loss
 from leanlift.errors import UserError
+from leanlift.memory import first_tiles
 from leanlift.model import output_head
 
 logger = logging.getLogger("leanlift")
@@ -274,15 +275,20 @@ def loss_of_all_tokens(
     labels: Tensor,
     objective: Objective = LIKELIHOOD,
     trained: int | None = None,
+    padded: bool = False,
 ) -> Tensor:
     """The loss with so many tokens trained, by default every one, for planning: nothing depends on
-    which they are, nor on what labels are."""
+    which they are, nor on what labels are. A mask makes a difference only where rows are padded."""
     places = torch.zeros(labels[:, 1:].numel() if trained is None else trained, dtype=torch.int64)
     inputs = {"labels": labels, TRAINED: places}
+    given = {"input_ids": ids, "use_cache": False}
+    if padded:
+        given["attention_mask"] = torch.ones_like(ids)
     head, one = output_head(model), torch.tensor(1.0)
     if head is None:
-        logits, wanted = _trained(model(input_ids=ids, use_cache=False).logits, inputs)
+        logits, wanted = _trained(model(**given).logits, inputs)
         return _cost(logits.float(), wanted, objective)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = model.base_model(**given).last_hidden_state
     flat, wanted = _trained(hidden, inputs)
+    head = first_tiles(head, *flat.shape)
     return head_loss(flat, wanted, head, one, objective=objective).loss

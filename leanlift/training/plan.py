@@ -17,6 +17,7 @@ from leanlift.ends import LIKELIHOOD, Objective
 from leanlift.errors import UserError, first_line
 from leanlift.memory import Known, MemoryPlan, StepSettings, least_nbytes, plan_step
 from leanlift.quantized import WeightFormat, dtype_of
+from leanlift.screen import size
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import stored_quantization
 from leanlift.training.batches import Batch, Batches
@@ -177,8 +178,8 @@ def plan_of(
     return plan
 
 
-def least_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> int:
-    """What a run needs without its activations, in bytes: known in a moment; see `least_nbytes`."""
+def least_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> tuple[int, str]:
+    """What a run needs without its activations, in bytes, and when; see `least_nbytes`."""
     settings = step_settings(args, sft, cuda, Batches())
     base = FakeBase.of(
         args.model_name_or_path,
@@ -196,12 +197,14 @@ def step_settings(
 ) -> StepSettings:
     """The training step of a run."""
     allowed = sft.max_length or 2048
-    train = batches.train or Batch(sft.per_device_train_batch_size, allowed)
-    evaluation = batches.eval or Batch(sft.per_device_eval_batch_size, allowed)
+    rows, eval_rows = sft.per_device_train_batch_size, sft.per_device_eval_batch_size
+    train = batches.train or Batch(rows, allowed, None, rows > 1 and not sft.packing)
+    evaluation = batches.eval or Batch(eval_rows, allowed, None, eval_rows > 1)
     return StepSettings(
         batch=train.rows,
         length=train.tokens,
         trained=train.trained,
+        padded=train.padded,
         dtype=args.dtype or ("bfloat16" if cuda else "float32"),
         checkpointing=bool(sft.gradient_checkpointing),
         accumulate=sft.gradient_accumulation_steps,
@@ -213,21 +216,38 @@ def step_settings(
         eval_batch=0 if _value(sft.eval_strategy) == "no" else evaluation.rows,
         eval_length=evaluation.tokens,
         eval_trained=evaluation.trained,
+        eval_padded=evaluation.padded,
     )
 
 
 def plan_of_what_was_measured(
-    args: RunArguments, sft: LiftSFTConfig, cuda: bool, largest: Batch | None
-) -> MemoryPlan | None:
-    """The plan for the largest batch of the steps that were measured; None where it cannot be
-    planned: a report without a comparison is still one."""
-    if largest is None:
-        return None
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    cuda: bool,
+    plan: MemoryPlan,
+    worst: Batches,
+    largest: Batch | None,
+) -> MemoryPlan:
+    """The plan for the largest batch of the steps that were measured, and what it says of that.
+
+    Args:
+        args, sft, cuda: of the run.
+        plan: the one that was made before it, for the batches `worst`.
+        largest: the largest batch in what was measured; None: not known.
+    """
+    if largest is None or largest == worst.train:
+        return plan
     try:
-        return plan_of(args, sft, cuda, Batches(largest))
+        made = plan_of(args, sft, cuda, Batches(largest, worst.eval))
     except Exception as error:  # whatever a model's own code does under fake tensors
         logger.warning("What was measured could not be planned: %s", first_line(error))
-        return None
+        return plan
+    was = f"for {worst.train}, the largest batch that could occur," if worst.train else "before it"
+    made.notes.append(
+        f"planned: for {largest}, the largest batch among the steps measured; {was} the run was "
+        f"planned to peak at {size(plan.peak)}."
+    )
+    return made
 
 
 def _value(choice: Any) -> str:

@@ -38,6 +38,7 @@ from leanlift.optim import state_nbytes
 from leanlift.quantized import dtype_of
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import check_base_place, load_model, quantization
+from leanlift.training.batches import Batches, worst_batches
 from leanlift.training.checkpointing import (
     checkpoint_to_resume,
     checkpoints,
@@ -49,7 +50,8 @@ from leanlift.training.checks import check_settings
 from leanlift.training.data import TokenRows, calibration_batches, load_rows
 from leanlift.training.fit import changes, fit
 from leanlift.training.lock import LOCK_NAME, OutputLock
-from leanlift.training.memory import MemoryCallback
+from leanlift.training.memory import FOLLOWED_STEPS, MemoryCallback
+from leanlift.training.plan import plan_of_what_was_measured
 from leanlift.training.ready import RowsForTraining
 from leanlift.training.settings import check_same_settings, run_settings, settings_of
 from leanlift.training.tokenizer import (
@@ -87,7 +89,7 @@ def run(
     args: RunArguments,
     sft: LiftSFTConfig,
     before_training: Callable[[Any, Any], None] | None = None,
-    plan: Callable[[], MemoryPlan | None] | None = None,
+    plan: Callable[[Batches], MemoryPlan | None] | None = None,
 ) -> RunResult:
     """Train as `leanlift train` does; the adapter ends up in `sft.output_dir`.
 
@@ -96,7 +98,8 @@ def run(
         sft: the training loop.
         before_training: called with the attached model and its tokenizer.
         plan: makes the plan, for the report and for what is said when memory runs out; called
-            when settings and rows have been looked at, before the base is loaded.
+            with the worst batches that can occur, when settings and rows have been looked at,
+            before the base is loaded.
 
     Raises:
         UserError: anything wrong with base, data, settings or output directory.
@@ -133,7 +136,7 @@ def _run(
     args: RunArguments,
     sft: LiftSFTConfig,
     before_training: Callable[[Any, Any], None] | None,
-    plan: Callable[[], MemoryPlan | None] | None,
+    plan: Callable[[Batches], MemoryPlan | None] | None,
     reached: Progress,
 ) -> RunResult:
     """`run`, noting in `reached` how far it has come."""
@@ -154,9 +157,10 @@ def _run(
     told = run_settings(args, ready.data)
     if found is not None:
         check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))
-    reached.plan = None if plan is None else plan()
+    worst = worst_batches(ready.rows, ready.eval_rows, sft)
+    reached.plan = None if plan is None else plan(worst)
     with OutputLock(output):
-        return _train(args, sft, before_training, reached, ready, told, resume)
+        return _train(args, sft, before_training, reached, ready, told, resume, worst)
 
 
 def _train(
@@ -167,6 +171,7 @@ def _train(
     ready: ReadyRows,
     told: dict[str, Any],
     resume: str | None,
+    worst: Batches,
 ) -> RunResult:
     """The slow part of a run, after everything about its input has been looked at.
 
@@ -176,6 +181,7 @@ def _train(
         ready: what to train and to evaluate on.
         told: what the run was told, for its checkpoints.
         resume: the checkpoint to go on from, checked.
+        worst: the largest batches that can occur.
     """
     output = Path(sft.output_dir or "leanlift-output")
     config = args.lift_config()
@@ -238,6 +244,10 @@ def _train(
         finally:
             memory.close()
     peak.tensors = peak.tensors or memory.peak
+    if reached.plan is not None:  # hold what was measured against the batches that it was
+        seen = trainer.largest.within(None if meter.cuda else FOLLOWED_STEPS)
+        compared = plan_of_what_was_measured(args, sft, meter.cuda, reached.plan, worst, seen)
+        meter.report.plan = compared.to_dict()
     _say_refreshes(trainer.refreshes, meter)
     with keeping_what_was_good("the adapter", output):
         trainer.save_model()
