@@ -65,6 +65,7 @@ def even_index(shape: tuple[int, int], count: int) -> EvenIndex:
         shape=shape,
         columns=torch.empty(count, dtype=torch.uint8),
         counts=torch.empty(m, -(-n // SEGMENT), dtype=torch.uint8),
+        ends=torch.empty(m, dtype=torch.int32),
         anchors=torch.empty(0, dtype=torch.int64),
     )
 
