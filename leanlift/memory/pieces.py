@@ -105,6 +105,11 @@ def _rows_of(store: Offsets, start: int, stop: int) -> Offsets:
     """The offsets of some of a store's rows, over which they are spread evenly."""
     part, total, rows = store.part, store.values.numel(), store.part.counts.shape[0]
     first, last = (total * row // rows for row in (start, stop))
-    counts, columns = part.counts[start:stop], part.columns[first:last]
-    piece = IndexPart(columns, counts, part.segment, part.width)
+    piece = replace(
+        part,
+        columns=part.columns[first:last],
+        counts=part.counts[start:stop],
+        ends=part.ends[start:stop],
+        first=part.first + first,
+    )
     return Offsets(piece, store.values[first:last], store.scale)
