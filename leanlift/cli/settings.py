@@ -79,6 +79,15 @@ def asks_for_cpu(argv: list[str]) -> bool:
     return bool(_given(argv)[0].get("use_cpu"))
 
 
+def given_settings(argv: list[str]) -> dict[str, Any]:
+    """What the file and the flags say, by key; flags override the file.
+
+    Raises:
+        UserError: as `parse_train`.
+    """
+    return dict(_given(argv)[0])
+
+
 def parse_train(argv: list[str]) -> tuple[RunArguments, LiftSFTConfig]:
     """Arguments from a YAML file and flags.
 

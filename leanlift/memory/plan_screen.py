@@ -18,12 +18,13 @@ WIDTH = 80
 TERMS = {
     "index": "where the trained entries are in their matrices",
     "values": "their offsets from the base: what is trained",
-    "retired entries": "trained once and let go by a refresh; their offsets are kept",
+    "retired entries": "trained once, let go by a refresh; offsets are kept",
     "gradients": "one for each trained entry, none for the rest",
     "optimizer state": "two running means for each trained entry",
-    "scratch": "one matrix of the base, unpacked; all layers use it in turn",
-    "activations and workspace": "what the backward pass needs, and temporary tensors",
+    "scratch": "one matrix, unpacked: the layers take turns",
+    "activations and workspace": "kept for the backward pass, and temporary tensors",
 }
+"""What a reader may not know, in at most 53 characters."""
 
 BASES = {"nf4": "NF4", "fp4": "FP4", "int8": "INT8"}
 

@@ -5,7 +5,7 @@ imports rich when it is asked for: a command that prints one sentence does not p
 """
 
 from leanlift.screen.names import short_name
-from leanlift.screen.numbers import count, duration, gib, loss, share, size
+from leanlift.screen.numbers import count, duration, gib, loss, parse_card, share, size
 from leanlift.screen.pictures import bar, sparkline
 from leanlift.screen.terminal import console, table
 
@@ -16,6 +16,7 @@ __all__ = [
     "duration",
     "gib",
     "loss",
+    "parse_card",
     "share",
     "short_name",
     "size",

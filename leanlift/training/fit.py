@@ -15,10 +15,12 @@ from typing import Any
 
 from leanlift.errors import UserError
 from leanlift.memory import MOMENTS, Known, MemoryPlan
-from leanlift.screen import short_name, size
+from leanlift.screen import parse_card, short_name, size
 from leanlift.training.arguments import SPARSE_OPTIMIZERS, LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batch, Batches
 from leanlift.training.plan import FakeBase, least_of, plan_of
+
+__all__ = ["Change", "Fit", "Taken", "changes", "fit", "parse_card", "useful_changes"]
 
 Settings = tuple[RunArguments, LiftSFTConfig]
 LEAST_DENSITY = 0.01
@@ -50,9 +52,13 @@ class Change:
             loop |= {name: on for name in CHECKPOINTING if hasattr(sft, name)}
         return replace(args, **run) if run else args, replace(sft, **loop) if loop else sft
 
+    @property
+    def named(self) -> str:
+        """The settings as flags are written."""
+        return " and ".join(f"{key}={_text(value)}" for key, value in self.keys.items())
+
     def __str__(self) -> str:
-        keys = (f"{key}={_text(value)}" for key, value in self.keys.items())
-        return f"{' and '.join(keys)}, {self.cost}"
+        return f"{self.named}, {self.cost}"
 
 
 @dataclass(frozen=True)
@@ -90,22 +96,6 @@ class Fit:
     def steps(self) -> tuple[str, ...]:
         """A line per change: what was changed, what it costs, what it brought."""
         return tuple(map(str, self.taken))
-
-
-def parse_card(text: str) -> float:
-    """GiB of a card from "8GB", "8 GiB" or "8".
-
-    Raises:
-        UserError: not a size.
-    """
-    number = text.strip().lower().removesuffix("b").removesuffix("gi").removesuffix("g").strip()
-    try:
-        gib = float(number)
-    except ValueError:
-        gib = 0.0
-    if not 0 < gib < 1e6:
-        raise UserError(f"expected the size of a card such as 8GB, got {text!r}.")
-    return gib
 
 
 class _Search:
@@ -192,7 +182,7 @@ def useful_changes(
     promising = sorted(choices, key=lambda change: -_at_most(change, plan))[: most + 1]
     found = []
     for change in promising:
-        changed = search.plan(change((args, sft)), str(change).partition(",")[0])
+        changed = search.plan(change((args, sft)), change.named)
         found.append(Taken(change, plan.needed, changed.needed))
     worth = [taken for taken in found if taken.saved >= LEAST_GAIN * plan.needed]
     return sorted(worth, key=lambda taken: -taken.saved)[:most]
@@ -302,23 +292,19 @@ def _best(
         search: makes the plans.
     """
     low, high = -1, len(choices) - 1
-    above, found = plan, (choices[-1], search.plan(choices[-1](settings), _tried(choices[-1])))
+    above, found = plan, (choices[-1], search.plan(choices[-1](settings), choices[-1].named))
     if not search.fits(found[1]):
         return found
     while high - low > 1:
         over, span = above.needed - search.gib * 2**30, above.needed - found[1].needed
         guess = low + math.ceil((high - low) * over / max(1, span))
         middle = min(max(guess, low + 1), high - 1)
-        made = search.plan(choices[middle](settings), _tried(choices[middle]))
+        made = search.plan(choices[middle](settings), choices[middle].named)
         if search.fits(made):
             high, found = middle, (choices[middle], made)
         else:
             low, above = middle, made
     return found
-
-
-def _tried(change: Change) -> str:
-    return str(change).partition(", ")[0]
 
 
 def _smaller(batches: Batches | None, sft: LiftSFTConfig) -> Batches | None:
