@@ -97,6 +97,17 @@ class Guard(TrainerCallback):
         return last_checkpoint(self.trainer.args.output_dir)
 
 
+class LastEvaluation(TrainerCallback):
+    """Evaluates after the last step, whatever else is asked for; where an epoch ends with it and
+    is evaluated, that is enough."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != "epoch":
+            control.should_evaluate = True
+
+
 class Refresh(TrainerCallback):
     """Refreshes the mask every `interval` optimizer steps, but not after the last one; where a run
     is made longer, that is made up for."""
@@ -121,9 +132,10 @@ class Refresh(TrainerCallback):
         report = refresh_mask(self.trainer.model, self.trainer.optimizer)
         if report.held_back and not any(past.held_back for past in self.trainer.refreshes):
             logger.warning(
-                "The retired entries have reached their bound (retired_limit=%s): the refresh at "
-                "step %d held %d newcomers back, and later ones will too. Raise retired_limit for "
-                "more room, or refresh_margin for fewer changes.",
+                "The store of retired entries (trained once, let go, offset kept) is full "
+                "(retired_limit=%s): the refresh at step %d could not take %d new entries, and "
+                "later ones will not either. Raise retired_limit for more room, or refresh_margin "
+                "for fewer changes.",
                 self.trainer._lift.config.retired_limit,
                 step,
                 report.held_back,
