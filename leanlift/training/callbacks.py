@@ -110,11 +110,16 @@ class LastEvaluation(TrainerCallback):
 
 class Refresh(TrainerCallback):
     """Refreshes the mask every `interval` optimizer steps, but not after the last one; where a run
-    is made longer, that is made up for."""
+    is made longer, that is made up for.
+
+    Attributes:
+        progress: whether a bar is shown over the layers.
+    """
 
     def __init__(self, trainer: LiftTrainer, interval: int) -> None:
         self.trainer = trainer
         self.interval = interval
+        self.progress = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -129,7 +134,7 @@ class Refresh(TrainerCallback):
         if not self.interval or step % self.interval or step >= state.max_steps:
             return
         self._check_offsets(step)
-        report = refresh_mask(self.trainer.model, self.trainer.optimizer)
+        report = refresh_mask(self.trainer.model, self.trainer.optimizer, self.progress)
         if report.held_back and not any(past.held_back for past in self.trainer.refreshes):
             logger.warning(
                 "The store of retired entries (trained once, let go, offset kept) is full "

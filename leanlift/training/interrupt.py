@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leanlift.errors import Interrupted
+from leanlift.training.checkpointing import checkpoints
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -29,14 +30,14 @@ class Interrupt:
 
     Attributes:
         asked: the signal that asked to stop after the present step; None: none has.
-        moment: what is said to be interrupted.
+        moment: says what is interrupted, and what is kept.
         stepping: whether there is a step to finish.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.asked: signal.Signals | None = None
-        self.moment = "before training began; nothing is saved"
+        self.moment: Callable[[], str] = lambda: "before training began; nothing is saved"
         self.stepping = False
 
     @contextmanager
@@ -63,7 +64,7 @@ class Interrupt:
             return
         for each in SIGNALS:  # should the way out take long, the next one ends the process
             signal.signal(each, signal.SIG_DFL)
-        raise self.stopped(f"interrupted {self.moment}.", found)
+        raise self.stopped(f"interrupted {self.moment()}.", found)
 
     def stopped(self, said: str, found: signal.Signals | None = None) -> Interrupted:
         """The end of the run, as an exception."""
@@ -88,7 +89,7 @@ class StopAfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.interrupt.stepping = True
-        self.interrupt.moment = "while it trained"
+        self.interrupt.moment = lambda: f"while it trained; {_last(args.output_dir)}"
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,3 +110,9 @@ class StopAfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.interrupt.stepping = False
+
+
+def _last(output: str | None) -> str:
+    """The last checkpoint, by its name alone: there is no time to look into it."""
+    found = checkpoints(output or ".")
+    return f"the last checkpoint is {found[-1][1]}" if found else "there is no checkpoint"

@@ -210,14 +210,14 @@ def _train(job: Job, ready: ReadyRows, told: dict[str, Any], resume: str | None)
     if job.before_training is not None:
         job.before_training(model, ready.tokenizer)
     trainer, watch = _trained(job, model, ready, told, meter, resume)
-    job.interrupt.moment = "before the adapter was saved"
+    job.interrupt.moment = lambda: "before the adapter was saved"
     note_refreshes(trainer.refreshes, meter)
     with job.screen.phase("Saving the adapter"), keeping_what_was_good("the adapter", output):
         trainer.save_model()
         trainer.save_state()
         save_report(meter.report, output)
         write_json(output / RUN_NAME, settings_for_reader(args, sft))
-    job.interrupt.moment = f"after training; the adapter is saved in {output}"
+    job.interrupt.moment = lambda: f"after training; the adapter is saved in {output}"
     merged = _merge(job, model, trainer, meter)
     job.screen.summary(_summary(job, ready, trainer, watch, meter, merged))
     return RunResult(model, ready.tokenizer, meter.report, merged)
@@ -289,7 +289,7 @@ def _trained(
                 train_dataset=ready.rows,
                 eval_dataset=ready.eval_rows,
                 processing_class=ready.tokenizer,
-                callbacks=[memory, *extra, stop, watch],
+                callbacks=[memory, *extra, watch, stop],
                 run_settings=told,
             )
     except UserError:
@@ -361,6 +361,7 @@ def _summary(
         eval_rows=None if data is None else len(data),
         memory=replace(watch.memory(), peak=peak),
         refreshes=watch.refreshes,
+        refresh_seconds=watch.refresh_seconds,
         churn=watch.churn,
         places=places_of(job.output, Path(str(merged.output)) if merged else None),
         commands=next_commands(job.args, job.output),

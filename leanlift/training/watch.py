@@ -30,6 +30,7 @@ class Watch(TrainerCallback):
         before, after: evaluation loss before the first step, and the last one after it; None:
             there was none.
         refreshes, churn: how many there were, and the churn of the last.
+        refresh_seconds: how long those of this process took.
         tokens, seconds: trained on, and spent in training, in this process.
     """
 
@@ -47,6 +48,7 @@ class Watch(TrainerCallback):
         self.before: float | None = None
         self.after: float | None = None
         self.refreshes = 0
+        self.refresh_seconds = 0.0
         self.churn: float | None = None
         self.tokens: int | None = None
         self.seconds = 0.0
@@ -106,7 +108,7 @@ class Watch(TrainerCallback):
         except TypeError:  # a stream
             total = None
         left = (self.clock() - begun) / done * (total - done - 1) if total and done else None
-        self.screen.progress(done + 1, total, left)
+        self.screen.progress("evaluating", done + 1, total, left)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,7 +144,7 @@ class Watch(TrainerCallback):
         )
 
     def _on_loss(self, state: TrainerState, logs: dict[str, Any]) -> None:
-        now, speed = self._training_time(), None
+        now, speed = self._training_time() - self.refresh_seconds, None
         if logs.get("num_tokens") is not None:
             tokens, at = self._logged
             self.tokens = int(logs["num_tokens"])
@@ -156,6 +158,7 @@ class Watch(TrainerCallback):
     def _on_refresh(self, state: TrainerState, logs: dict[str, Any]) -> None:
         self.refreshes += 1
         self.churn = float(logs["refresh_churn"])
+        self.refresh_seconds += float(logs["refresh_seconds"])
         following = state.global_step + self.interval
         self.screen.refresh(
             Refresh(

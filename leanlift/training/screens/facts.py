@@ -146,8 +146,9 @@ class Summary:
         before, after: losses on evaluation rows; None: there are none.
         eval_rows: how many rows that are.
         memory: at the end.
-        refreshes: how often the trained entries were chosen again; churn of the last.
-        churn: of the last refresh.
+        refreshes: how often the trained entries were chosen again.
+        refresh_seconds: how long that took, in this process.
+        churn: share of them that the last refresh changed.
         places: what lies where.
         commands: what to run next.
     """
@@ -163,6 +164,7 @@ class Summary:
     eval_rows: int | None
     memory: Memory
     refreshes: int
+    refresh_seconds: float
     churn: float | None
     places: tuple[Place, ...]
     commands: tuple[str, ...]
@@ -185,8 +187,10 @@ class Screen(Protocol):
     def phase(self, what: str) -> AbstractContextManager[None]:
         """A part of the run that may take longer than a second."""
 
-    def progress(self, done: float, total: float | None, seconds_left: float | None) -> None:
-        """How far the present phase, or an evaluation, has come."""
+    def progress(
+        self, what: str, done: float, total: float | None, seconds_left: float | None
+    ) -> None:
+        """How far something has come: a part of the present phase, or between two steps."""
 
     def first_row(self, row: FirstRow) -> None: ...
 

@@ -50,10 +50,12 @@ class JsonScreen:
         self._phase = None
         self._write("phase", what=what, state="done", took=round(self.clock() - begun, 3))
 
-    def progress(self, done: float, total: float | None, seconds_left: float | None) -> None:
+    def progress(
+        self, what: str, done: float, total: float | None, seconds_left: float | None
+    ) -> None:
         if self.clock() - self._said >= EVERY:
             self._said = self.clock()
-            what = self._phase or "evaluating"
+            what = self._phase or what
             self._write("progress", what=what, done=done, total=total, seconds_left=seconds_left)
 
     def first_row(self, row: FirstRow) -> None:

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from tqdm import std
 from transformers import PrinterCallback, ProgressCallback
 
+from leanlift.training.callbacks import Refresh
 from leanlift.training.screens.facts import Screen
 
 
@@ -34,17 +35,21 @@ def shown(screen: Screen) -> Iterator[None]:
 
 
 def silence(trainer: Any) -> None:
-    """Take away what HF Trainer shows by itself."""
+    """Take away what HF Trainer shows by itself, and let refreshes say how far they are."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Refresh):
+            callback.progress = True
 
 
 @contextmanager
 def folded_bars(
-    progress: Callable[[float, float | None, float | None], None],
+    progress: Callable[[str, float, float | None, float | None], None],
 ) -> Iterator[None]:
     """Within it a tqdm draws nothing; how far it has come is given to `progress`."""
-    made, drawn = std.tqdm.__init__, std.tqdm.display
+    kept = {name: vars(std.tqdm)[name] for name in ("__init__", "display")}
+    made = std.tqdm.__init__
 
     def make(self: Any, *args: Any, **options: Any) -> None:
         if len(args) < 5:  # file is the fifth
@@ -60,14 +65,15 @@ def folded_bars(
             if not speed and facts["elapsed"]:
                 speed = (done - facts["initial"]) / facts["elapsed"]
             left = (total - done) / speed if total and speed else None
-            progress(done, total, left)
+            progress(str(self.desc or "").rstrip(": "), done, total, left)
         return True
 
     std.tqdm.__init__, std.tqdm.display = make, display
     try:
         yield
     finally:
-        std.tqdm.__init__, std.tqdm.display = made, drawn
+        for name, held in kept.items():
+            setattr(std.tqdm, name, held)
 
 
 @contextmanager
@@ -95,7 +101,8 @@ def whole_lines(note: Callable[[Iterable[str]], None]) -> Iterator[None]:
 
 
 def _handlers() -> list[logging.StreamHandler[Any]]:
-    """Every handler of every logger that writes to a stream; a file is none."""
+    """Every handler of every logger that holds a stream; a file is none, and one that asks for
+    sys.stderr each time holds none."""
     known = [logging.root, *logging.root.manager.loggerDict.values()]
     found = {
         id(handler): handler
@@ -104,6 +111,7 @@ def _handlers() -> list[logging.StreamHandler[Any]]:
         for handler in logger.handlers
         if isinstance(handler, logging.StreamHandler)
         and not isinstance(handler, logging.FileHandler)
+        and "stream" in vars(handler)
     }
     return list(found.values())
 

@@ -63,7 +63,7 @@ class PanelScreen:
         self.clock = clock
         self._live: Live | None = None
         self._phase: tuple[str, float] | None = None
-        self._progress: tuple[float, float | None, float | None] | None = None
+        self._progress: tuple[str, float, float | None, float | None] | None = None
         self._step: Step | None = None
         self._logged: Step | None = None
         self._losses: list[float] = []
@@ -100,8 +100,10 @@ class PanelScreen:
             line = Text.assemble(("✓ ", "green"), what, (f"  {duration(took)}", "dim"))
             self.console.print(line)
 
-    def progress(self, done: float, total: float | None, seconds_left: float | None) -> None:
-        self._progress = (done, total, seconds_left)
+    def progress(
+        self, what: str, done: float, total: float | None, seconds_left: float | None
+    ) -> None:
+        self._progress = (what, done, total, seconds_left)
 
     def first_row(self, row: FirstRow) -> None:
         colour = self.console.color_system is not None
@@ -128,8 +130,8 @@ class PanelScreen:
             self._print(step_line(step))
 
     def refresh(self, refresh: Refresh) -> None:
-        self._refresh = refresh
-        self._print(f"step {refresh.step}: {refresh_line(refresh)}", "cyan")
+        self._refresh, self._progress = refresh, None
+        self._print(refresh_line(refresh), "cyan")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._progress = None
@@ -175,9 +177,9 @@ class PanelScreen:
 
     def _how_far(self, instead: str) -> str:
         """The progress of a phase as a bar with the time that is left."""
-        if self._progress is None or not self._progress[1]:
+        if self._progress is None or not self._progress[2]:
             return instead
-        done, total, left = self._progress
+        _, done, total, left = self._progress
         assert total is not None
         drawn = f"{bar(done, total, 20):<20}"
         text = f"{drawn} {count(done)} of {count(total)}"
@@ -191,7 +193,7 @@ class PanelScreen:
             Text.assemble(
                 (drawn, "cyan"),
                 f" {share(step.step, step.steps):>6}   ",
-                (left or "– left", "bold"),
+                (left or "time left: –", "bold"),
             )
         )
         if logged is not None and logged.loss is not None:
@@ -203,12 +205,12 @@ class PanelScreen:
             speed = logged.tokens_per_second
             shown = "–" if speed is None else f"{count(round(speed))} tokens/s"
             learning = "–" if logged.learning_rate is None else rate(logged.learning_rate)
-            lines.append(_fact("rate", f"{learning:<8}{shown}"))
+            lines.append(_fact("speed", f"{shown}, learning rate {learning}"))
         lines.append(_fact("memory", memory_words(step.memory)))
         if self._refresh is not None:
             lines.append(_fact("refresh", refresh_words(self._refresh)))
         if self._progress is not None:
-            lines.append(_fact("evaluating", self._how_far("")))
+            lines.append(_fact(self._progress[0], self._how_far("")))
         if self._stopping:
             lines.append(Text(self._stopping, style="bold yellow"))
         for line in lines:

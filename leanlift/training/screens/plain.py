@@ -55,13 +55,15 @@ class PlainScreen:
         yield
         self._phase = ""
 
-    def progress(self, done: float, total: float | None, seconds_left: float | None) -> None:
+    def progress(
+        self, what: str, done: float, total: float | None, seconds_left: float | None
+    ) -> None:
         if self.clock() - self._said < EVERY:
             return
         self._said = self.clock()
         whole = f" of {count(total)}" if total else ""
         left = f", {duration(seconds_left)} left" if seconds_left is not None else ""
-        self._print(f"{self._phase or 'evaluating'}: {count(done)}{whole}{left}")
+        self._print(f"{self._phase or what}: {count(done)}{whole}{left}")
 
     def first_row(self, row: FirstRow) -> None:
         for before, pieces in first_row_lines(row):
@@ -78,7 +80,7 @@ class PlainScreen:
             self._said = self.clock()
 
     def refresh(self, refresh: Refresh) -> None:
-        self._print(f"step {refresh.step}: {refresh_line(refresh)}")
+        self._print(refresh_line(refresh))
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._print(evaluation_line(evaluation))

@@ -19,7 +19,9 @@ class QuietScreen:
     def phase(self, what: str) -> Iterator[None]:
         yield
 
-    def progress(self, done: float, total: float | None, seconds_left: float | None) -> None: ...
+    def progress(
+        self, what: str, done: float, total: float | None, seconds_left: float | None
+    ) -> None: ...
 
     def first_row(self, row: FirstRow) -> None: ...
 

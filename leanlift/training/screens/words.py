@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import textwrap
+import unicodedata
 from pathlib import Path
 
 from leanlift.screen import count, duration, loss, share, size
@@ -33,7 +34,7 @@ def header_lines(header: Header) -> list[str]:
             f"{entries} ({share(header.entries, header.weights)}): the trained entries of "
             f"{header.matrices} matrices; all else is frozen",
         ),
-        *_wrapped("rows", _rows(header)),
+        *_wrapped("data", _rows(header)),
         *_wrapped("steps", _steps(header)),
         *_wrapped("memory", _planned(header)),
         *_wrapped("time", "– (told once the first steps are timed)"),
@@ -83,20 +84,40 @@ def first_row_lines(row: FirstRow, marks: bool = True) -> list[tuple[str, list[t
     Returns:
         Lines: what stands before them, and their pieces.
     """
-    room = (WIDTH - LABEL) * FIRST_ROW_LINES
     parts = [(_on_one_line(text), trained) for text, trained in row.parts]
+    wide = any(_columns(letter) > 1 for text, _ in parts for letter in text)
+    room = (WIDTH - LABEL) * FIRST_ROW_LINES // (2 if wide else 1)
     each = max(24, room // max(1, len(parts)) - 4)
     over = sum(len(text) for text, _ in parts) + 2 * len(parts) > room
     cells = [(_cut(text, each) if over else text, trained) for text, trained in parts[: room // 28]]
     if marks:
         cells = [(f"⟦{text}⟧" if trained else text, trained) for text, trained in cells]
     characters = [(letter, trained) for text, trained in cells for letter in text]
-    width = WIDTH - LABEL
-    rows = [characters[at : at + width] for at in range(0, len(characters), width)]
     return [
         ("first row".ljust(LABEL) if not i else " " * LABEL, _pieces(line))
-        for i, line in enumerate(rows[:FIRST_ROW_LINES])
+        for i, line in enumerate(_lines(characters, WIDTH - LABEL)[:FIRST_ROW_LINES])
     ]
+
+
+def _lines(characters: list[tuple[str, bool]], width: int) -> list[list[tuple[str, bool]]]:
+    """Lines that end after a space where there is one near their end."""
+    lines, start = [], 0
+    while start < len(characters):
+        stop, taken = start, 0
+        while stop < len(characters) and taken + _columns(characters[stop][0]) <= width:
+            taken += _columns(characters[stop][0])
+            stop += 1
+        if stop < len(characters):
+            near = [i for i in range(max(start, stop - 20), stop) if characters[i][0] == " "]
+            stop = near[-1] + 1 if near else stop
+        lines.append(characters[start:stop])
+        start = stop
+    return lines
+
+
+def _columns(letter: str) -> int:
+    """What a character takes on a terminal."""
+    return 2 if unicodedata.east_asian_width(letter) in "WF" else 1
 
 
 def _pieces(characters: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
@@ -139,7 +160,7 @@ def step_line(step: Step) -> str:
         parts.append(f"lr {rate(step.learning_rate):<7}")
     if step.tokens_per_second is not None:
         parts.append(f"{count(round(step.tokens_per_second))} tokens/s")
-    if step.seconds_left is not None:
+    if step.seconds_left is not None and step.step < step.steps:
         parts.append(f"{duration(step.seconds_left)} left")
     return "   ".join(parts).rstrip()
 
@@ -174,10 +195,10 @@ def refresh_words(refresh: Refresh) -> str:
 
 def refresh_line(refresh: Refresh) -> str:
     """A refresh, and what became of the entries that it let go."""
-    text = f"refresh: {share(refresh.churn)} of the trained entries changed"
+    text = f"step {refresh.step}: {share(refresh.churn)} of the trained entries changed"
     if refresh.retired:
-        text += f"; {count(refresh.retired)} are retired (offset kept)"
-    return f"{text}, {duration(refresh.seconds)}"
+        text += f", {count(refresh.retired)} retired (offset kept)"
+    return text
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
@@ -189,7 +210,7 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 def summary_lines(summary: Summary) -> list[str]:
     """The end of a run."""
-    time = f"{count(summary.steps)} steps in {duration(summary.in_all)}"
+    time = f"{summary.steps:,} steps in {duration(summary.in_all)}"
     if summary.tokens and summary.seconds:
         time += f", {count(round(summary.tokens / summary.seconds))} tokens/s"
     lines = [*_wrapped("trained", time)]
@@ -203,7 +224,8 @@ def summary_lines(summary: Summary) -> list[str]:
         lines += _wrapped("evaluation", shown)
     lines += _wrapped("memory", _peak_words(summary.memory))
     if summary.refreshes:
-        text = f"{summary.refreshes}, the last changed {share(summary.churn or 0)} of the entries"
+        text = f"{summary.refreshes} in {duration(summary.refresh_seconds)}, the last changed "
+        text += f"{share(summary.churn or 0)} of the trained entries"
         lines += _wrapped("refreshes", text)
     for place in summary.places:
         held = f" ({size(place.nbytes)})" if place.nbytes is not None else ""
