@@ -211,7 +211,7 @@ class Screen(Protocol):
         """Whole lines that a library or leanlift's log has written."""
 
     def stopped(self, step: int, steps: int, checkpoint: str | None, command: str | None) -> None:
-        """The run has stopped early, as it was told to."""
+        """The run has stopped early, as it was told to; the exception that ends it says so too."""
 
     def summary(self, summary: Summary) -> None: ...
 

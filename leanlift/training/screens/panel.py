@@ -30,7 +30,6 @@ from leanlift.training.screens.words import (
     refresh_words,
     row_note,
     step_line,
-    stopped_lines,
     summary_lines,
 )
 
@@ -83,7 +82,7 @@ class PanelScreen:
 
     def close(self) -> None:
         if self._live is not None:
-            self._phase = self._step = self._progress = None
+            self._clear()
             self._live.stop()
             self._live = None
 
@@ -145,17 +144,19 @@ class PanelScreen:
             self._print(line, "yellow")
 
     def stopped(self, step: int, steps: int, checkpoint: str | None, command: str | None) -> None:
-        self._step = None
-        self._end(stopped_lines(step, steps, checkpoint, command))
+        self._clear()
 
     def summary(self, summary: Summary) -> None:
-        self._step = None
-        self._end(summary_lines(summary))
-
-    def _end(self, lines: list[str]) -> None:
+        self._clear()
         self.console.print()
-        for line in lines:
+        for line in summary_lines(summary):
             self.console.print(_labelled(line), soft_wrap=True)
+
+    def _clear(self) -> None:
+        """Nothing is drawn any more."""
+        self._phase = self._step = self._progress = None
+        if self._live is not None:
+            self._live.refresh()  # what is printed next is followed by what was drawn last
 
     def _print(self, line: str, style: str = "") -> None:
         self.console.print(Text(line, style=style))
@@ -188,12 +189,13 @@ class PanelScreen:
     def _panel(self, step: Step) -> Panel:
         logged, lines = self._logged, []
         left = f"{duration(step.seconds_left)} left" if step.seconds_left is not None else ""
+        left = "" if step.step >= step.steps else left or "time left: –"
         drawn = f"{bar(step.step, step.steps, BAR):<{BAR}}"
         lines.append(
             Text.assemble(
                 (drawn, "cyan"),
                 f" {share(step.step, step.steps):>6}   ",
-                (left or "time left: –", "bold"),
+                (left, "bold"),
             )
         )
         if logged is not None and logged.loss is not None:

@@ -18,7 +18,6 @@ from leanlift.training.screens.words import (
     refresh_line,
     row_note,
     step_line,
-    stopped_lines,
     summary_lines,
 )
 
@@ -94,7 +93,7 @@ class PlainScreen:
         self._print(*lines)
 
     def stopped(self, step: int, steps: int, checkpoint: str | None, command: str | None) -> None:
-        self._print("", *stopped_lines(step, steps, checkpoint, command))
+        """Said by the exception that ends the run."""
 
     def summary(self, summary: Summary) -> None:
         self._print("", *summary_lines(summary))

@@ -28,7 +28,7 @@ def header_lines(header: Header) -> list[str]:
     """What is about to be trained, on what, and what it will take."""
     entries = f"{count(header.entries)} of {count(header.weights)} weights"
     return [
-        *_wrapped("model", header.model),
+        *_wrapped("model", header.model, whole=True),
         *_wrapped(
             "trained",
             f"{entries} ({share(header.entries, header.weights)}): the trained entries of "
@@ -54,8 +54,7 @@ def _rows(header: Header) -> str:
 
 def _steps(header: Header) -> str:
     effective = header.batch * header.accumulate
-    rows = "row" if effective == 1 else "rows"
-    text = f"{header.steps:,} of {effective} {rows} each"
+    text = f"{header.steps:,}, each of {effective} {'row' if effective == 1 else 'rows'}"
     if header.accumulate > 1:
         text += f" ({header.accumulate} × {header.batch})"
     if header.rows:
@@ -229,9 +228,9 @@ def summary_lines(summary: Summary) -> list[str]:
         lines += _wrapped("refreshes", text)
     for place in summary.places:
         held = f" ({size(place.nbytes)})" if place.nbytes is not None else ""
-        lines += _wrapped(place.what, f"{place.path}{held}")
+        lines += _wrapped(place.what, f"{place.path}{held}", whole=True)
     for i, command in enumerate(summary.commands):
-        lines += _wrapped("next" if not i else "", command, copied=True)
+        lines += _wrapped("next" if not i else "", command, whole=True)
     return lines
 
 
@@ -252,9 +251,9 @@ def stopped_lines(step: int, steps: int, checkpoint: str | None, command: str | 
     return lines
 
 
-def _wrapped(label: str, text: str, copied: bool = False) -> list[str]:
-    """A fact behind its label; what is to be copied, and paths, are not broken."""
-    if copied:
+def _wrapped(label: str, text: str, whole: bool = False) -> list[str]:
+    """A fact behind its label; what is copied, as commands and paths are, stays whole."""
+    if whole:
         return [f"{label:<{LABEL}}{text}".rstrip()]
     lines = textwrap.wrap(text, WIDTH - LABEL, break_long_words=False, break_on_hyphens=False)
     return [f"{label if not i else '':<{LABEL}}{line}" for i, line in enumerate(lines or [""])]
