@@ -21,6 +21,7 @@ from leanlift.cli import main
 from leanlift.cli import train as command
 from leanlift.errors import Interrupted
 from leanlift.training import LiftSFTConfig, RunArguments, run
+from leanlift.training.interrupt import Interrupt
 from leanlift.training.lock import LOCK_NAME
 from leanlift.training.screens import QuietScreen, Step
 
@@ -199,6 +200,25 @@ def test_in_another_thread_signals_stay_what_they_were(
     thread.join()
     assert set(seen) == {before}
     assert adapter(tmp_path / "run")
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent_and_can_be_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A terminal gives Ctrl-C to every process of a run."""
+    said: list[str] = []
+    raised: list[int] = []
+    interrupt = Interrupt(said.append)
+    interrupt.stepping = True
+    monkeypatch.setattr(interrupt, "_process", -1)
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    with handlers_are_put_back(), interrupt.heard():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert (said, raised, interrupt.asked) == ([], [], None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert raised == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_the_last_step_is_the_end_of_a_run(base: Path, rows: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ heard in the main thread alone; elsewhere they stay whoever's they are.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ class Interrupt:
         self.asked: signal.Signals | None = None
         self.moment: Callable[[], str] = lambda: "before training began; nothing is saved"
         self.stepping = False
+        self._process = os.getpid()
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -57,6 +59,9 @@ class Interrupt:
 
     def _hear(self, number: int, frame: Any) -> None:
         found = signal.Signals(number)
+        if os.getpid() != self._process:
+            self._in_a_child(found)
+            return
         if self.stepping and self.asked is None:
             self.asked = found
             name = SIGNALS[found]
@@ -65,6 +70,13 @@ class Interrupt:
         for each in SIGNALS:  # should the way out take long, the next one ends the process
             signal.signal(each, signal.SIG_DFL)
         raise self.stopped(f"interrupted {self.moment()}.", found)
+
+    def _in_a_child(self, found: signal.Signals) -> None:
+        """A worker has these handlers from its parent: Ctrl-C, which the terminal gives to all,
+        is the parent's to hear; who ends the worker alone means it."""
+        if found != signal.SIGINT:
+            signal.signal(found, signal.SIG_DFL)
+            signal.raise_signal(found)
 
     def stopped(self, said: str, found: signal.Signals | None = None) -> Interrupted:
         """The end of the run, as an exception."""
