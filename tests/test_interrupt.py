@@ -23,7 +23,7 @@ from leanlift.errors import Interrupted
 from leanlift.training import LiftSFTConfig, RunArguments, run
 from leanlift.training.interrupt import Interrupt
 from leanlift.training.lock import LOCK_NAME
-from leanlift.training.screens import QuietScreen, Step
+from leanlift.training.screens import QuietScreen, Step, Summary
 
 STEPS = 8
 
@@ -79,6 +79,7 @@ class Impatient(QuietScreen):
         self.said: list[str] = []
         self.evaluated: list[int] = []
         self.stopped_with: tuple[Any, ...] | None = None
+        self.ended: Summary | None = None
 
     def _send(self) -> None:
         for number in self.numbers:
@@ -103,6 +104,9 @@ class Impatient(QuietScreen):
 
     def stopped(self, *facts: Any) -> None:
         self.stopped_with = facts
+
+    def summary(self, summary: Summary) -> None:
+        self.ended = summary
 
 
 @contextmanager
@@ -140,8 +144,10 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     sft.resume_from_checkpoint = "true"
     again = Impatient(0)
     run(args, sft, screen=again)
-    assert again.evaluated[-1] == STEPS
-    assert 0 not in again.evaluated
+    assert again.evaluated == [step for step in (3, 6, STEPS) if step > at]
+    assert again.ended is not None
+    assert again.ended.before is not None, "of the first part of the run"
+    assert again.ended.steps == STEPS
     resumed = adapter(out)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)

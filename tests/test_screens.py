@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import io
 import json
 import logging
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from snapshots import assert_screen
+from snapshots import SCREENS, assert_screen
 from tqdm import std
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -123,7 +124,7 @@ def middle(screen: Screen, clock: Clock) -> None:
         screen.step(step(number))
         screen.step(step(number, loss, **speed))
     screen.refresh(REFRESH)
-    screen.note(["Step 401 is not applied: a gradient is not finite."])
+    screen.note(["Step 401 is not applied: the loss is nan. Training goes on."])
     screen.step(step(401))
 
 
@@ -425,3 +426,14 @@ def test_only_screens_print() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert "print" not in names, file
+
+
+def test_every_screen_has_its_picture() -> None:
+    """Drawn by `docs/pictures.py`; its text is looked for, since rich's drawing may change."""
+    docs = Path(__file__).parents[1] / "docs" / "pictures"
+    for screen in SCREENS.glob("*.txt"):
+        drawn = html.unescape((docs / f"{screen.stem}.svg").read_text(encoding="utf-8"))
+        words = set(re.findall(r"[\w./→-]{3,}", screen.read_text(encoding="utf-8")))
+        text = re.sub(r"<[^>]*>", "", drawn)
+        assert [word for word in words if word not in text] == []
+        assert "http" not in drawn.replace("http://www.w3.org/2000/svg", "")
