@@ -213,7 +213,7 @@ def step_settings(
         offload=bool(sft.activation_offloading),
         embedding_on_cpu=args.embedding_on_cpu,
         cuda=cuda,
-        eval_batch=0 if _value(sft.eval_strategy) == "no" else evaluation.rows,
+        eval_batch=evaluation.rows if _evaluates(args, sft) else 0,
         eval_length=evaluation.tokens,
         eval_trained=evaluation.trained,
         eval_padded=evaluation.padded,
@@ -248,6 +248,11 @@ def plan_of_what_was_measured(
         f"planned to peak at {size(plan.peak)}."
     )
     return made
+
+
+def _evaluates(args: RunArguments, sft: LiftSFTConfig) -> bool:
+    """Rows to evaluate on are, before and after training, whatever the strategy."""
+    return bool(args.eval_dataset_name) or _value(sft.eval_strategy) != "no"
 
 
 def _value(choice: Any) -> str:
