@@ -132,6 +132,9 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--fit", help="choose settings for a card of this size, e.g. 8GB")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="look at everything, plan, and train nothing"
+    )
     parser.add_argument("--config", help="a YAML file with any of these keys")
     parser.add_argument(
         "--help", "-h", action="store_true", help="show the options that matter most"
@@ -139,7 +142,7 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
     parser.add_argument("--help_all", action="store_true", help="show every option there is")
     if not show_all:
         own = {field.name for field in dataclasses.fields(RunArguments)}
-        shown = {*own, *SHOWN, "fit", "config", "help", "help_all"}
+        shown = {*own, *SHOWN, "fit", "dry_run", "config", "help", "help_all"}
         for action in parser._actions:
             negative = action.option_strings and action.option_strings[0].startswith("--no")
             if action.dest not in shown or negative:
@@ -240,7 +243,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     actions = {
         action.dest: action
         for action in reversed(build_train_parser()._actions)  # a --no_x comes after its --x
-        if action.dest not in ("help", "help_all", "config", "fit")
+        if action.dest not in ("help", "help_all", "config", "fit", "dry_run")
     }
     kinds = {**get_type_hints(RunArguments), **get_type_hints(LiftSFTConfig)}
     for key, value in settings.items():

@@ -14,8 +14,16 @@ from leanlift.memory.measure import (
     tensor_bytes,
 )
 from leanlift.memory.pieces import first_tiles
-from leanlift.memory.plan import CARDS_GIB, MOMENTS, Known, MemoryPlan, least_nbytes, plan_step
-from leanlift.memory.plan_screen import format_plan
+from leanlift.memory.plan import (
+    CARDS_GIB,
+    MOMENTS,
+    Known,
+    MemoryPlan,
+    least_nbytes,
+    plan_step,
+    shapes_of,
+)
+from leanlift.memory.plan_screen import format_plan, peak_line
 from leanlift.memory.report import (
     REPORT_NAME,
     format_report,
@@ -45,10 +53,12 @@ __all__ = [
     "least_nbytes",
     "load_report",
     "machine_nbytes",
+    "peak_line",
     "plan_step",
     "resident_now",
     "resident_peak",
     "save_report",
+    "shapes_of",
     "static_categories",
     "tensor_bytes",
 ]

@@ -204,8 +204,7 @@ def least_nbytes(
     Args:
         build, config, fmt, settings: as `plan_step` has them.
     """
-    with fake_tensors():
-        shapes, _ = _attached(build, config, fmt, settings)
+    shapes = shapes_of(build, config, fmt, settings)
     held, counts = held_nbytes(config, fmt, settings, shapes), entries_of(config, shapes)
     gradients = 0 if settings.in_backward else held["values"]
     updating = update_nbytes(settings, list(counts.values()), value_nbytes(config))
@@ -213,6 +212,14 @@ def least_nbytes(
     phases["optimizer's step"] = sum(held.values()) + gradients + updating
     moment = max(phases, key=phases.__getitem__)
     return phases[moment] + (CONTEXT if settings.cuda else 0), moment
+
+
+def shapes_of(
+    build: Callable[[], Any], config: LiftConfig, fmt: WeightFormat | None, settings: StepSettings
+) -> Shapes:
+    """The targets and other shapes of a model, without a step; the arguments are `plan_step`'s."""
+    with fake_tensors():
+        return _attached(build, config, fmt, settings)[0]
 
 
 def _attached(

@@ -105,14 +105,14 @@ def label(plan: dict[str, Any], category: str) -> str:
     return category
 
 
-def peak_line(plan: dict[str, Any]) -> list[str]:
+def peak_line(plan: dict[str, Any], width: int = WIDTH) -> list[str]:
     """When it is, and what a card needs besides."""
     text = f"The peak is {MOMENTS[plan['peak_moment']]}."
     if plan["context"]:
         text += (
             f" CUDA itself takes {size(plan['context'])} of a card: {size(plan['needed'])} in all."
         )
-    return _wrapped(text)
+    return textwrap.wrap(text, width)
 
 
 def cards(plan: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 from leanlift.config import LiftConfig
 from leanlift.ends import LIKELIHOOD, Objective
 from leanlift.errors import UserError, first_line
-from leanlift.memory import Known, MemoryPlan, StepSettings, least_nbytes, plan_step
+from leanlift.memory import Known, MemoryPlan, StepSettings, least_nbytes, plan_step, shapes_of
 from leanlift.quantized import WeightFormat, dtype_of
 from leanlift.screen import size
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
@@ -180,6 +180,16 @@ def plan_of(
 
 def least_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> tuple[int, str]:
     """What a run needs without its activations, in bytes, and when; see `least_nbytes`."""
+    return least_nbytes(*_shaped(args, sft, cuda))
+
+
+def targets_of(args: RunArguments, sft: LiftSFTConfig) -> dict[str, tuple[int, int]]:
+    """The matrices that a run trains, and their shapes."""
+    return shapes_of(*_shaped(args, sft, False)).targets
+
+
+def _shaped(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> tuple[Any, ...]:
+    """What a model's shapes follow from: (build, config, format, settings)."""
     settings = step_settings(args, sft, cuda, Batches())
     base = FakeBase.of(
         args.model_name_or_path,
@@ -188,8 +198,7 @@ def least_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> tuple
         args.model_revision,
     )
     fmt = base.format(format_of(args, settings.dtype), settings.dtype)
-    build = partial(base.build, settings.dtype)
-    return least_nbytes(build, args.lift_config(), fmt, settings)
+    return partial(base.build, settings.dtype), args.lift_config(), fmt, settings
 
 
 def step_settings(
