@@ -1,4 +1,4 @@
-"""Make the pictures of `docs/screens`: every screen that a test holds, as it looks in a terminal.
+"""Make the pictures of `docs/pictures`: every screen that a test holds, as it looks in a terminal.
 
     python docs/pictures.py [--page RUN]
 
@@ -25,7 +25,7 @@ from rich.text import Text
 
 DOCS = Path(__file__).parent
 TEXTS = DOCS.parent / "tests" / "screens"
-PICTURES = DOCS / "screens"
+PICTURES = DOCS / "pictures"
 WIDTH = 80
 
 THEME = TerminalTheme(
@@ -55,11 +55,15 @@ FRAME = """<svg class="rich-terminal" viewBox="0 0 {width} {height}"
 
 ACCENTS = (
     (r"[▏▎▍▌▋▊▉█▁▂▃▄▅▆▇]+", "blue"),
-    (r"✓", "green"),
+    (r"⟦[^⟧]*⟧", "bold green"),
+    (r"✓|fits, \S+ GiB free", "green"),
     (r"✗|lacks \S+ GiB", "red"),
-    (r"fits, \S+ GiB free", "green"),
-    (r"─+", "bright_black"),
-    (r"^  leanlift .*|^      --.*", "magenta"),
+    (r"[─│╭╮╰╯]+", "bright_black"),
+    (r"^evaluation (after|before).*", "magenta"),
+    (r"^step \d+: .*", "cyan"),
+    (r"^(leanlift: |│ Ctrl-C: |Step \d+ is not).*", "yellow"),
+    (r"leanlift (report|eval|export|train|plan|init|demo|info|chat)\b.*", "magenta"),
+    (r"^      --.*", "magenta"),
 )
 """What a terminal may show in colour; the texts themselves have none."""
 

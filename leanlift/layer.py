@@ -58,6 +58,7 @@ class Scratch:
         self.implementation = implementation
         self.always = always
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._ops: tuple[Any, Any] = (None, None)
 
     def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialized contiguous [rows, columns] view."""
@@ -71,7 +72,10 @@ class Scratch:
 
     def ops(self, device: torch.device) -> TileOps:
         """What the implementation means on `device`."""
-        return tile_ops(self.implementation, device)
+        key = (self.implementation, device)
+        if self._ops[0] != key:
+            self._ops = key, tile_ops(*key)
+        return self._ops[1]
 
     @property
     def nbytes(self) -> int:
@@ -81,8 +85,8 @@ class Scratch:
         return memo.setdefault(id(self), Scratch(self.implementation, self.always))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is lent out is not worth pickling."""
-        return {**self.__dict__, "_buffers": {}}
+        """What is lent out, and the module behind the operations, are not worth pickling."""
+        return {**self.__dict__, "_buffers": {}, "_ops": (None, None)}
 
 
 class FrozenLinear(nn.Module):
@@ -109,14 +113,7 @@ class FrozenLinear(nn.Module):
         self.weight_tiles = weight
         self.scratch = scratch
         self.observer: Callable[[Tensor, Tensor], None] | None = None
-
-    @property
-    def out_features(self) -> int:
-        return self.weight_tiles.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight_tiles.shape[1]
+        self.out_features, self.in_features = weight.shape
 
     @property
     def weight(self) -> Tensor:
@@ -147,16 +144,17 @@ class FrozenLinear(nn.Module):
         On a CPU, a weight whose rows are new tensors is patched where it was dequantized: into a
         scratch it could only be copied.
         """
-        source, (m, n) = self.weight_tiles, self.weight_tiles.shape
-        ops = self.scratch.ops(source.device)
-        fresh = source.device.type == "cpu" and source.dtype == dtype and not self.scratch.always
+        source, m, n = self.weight_tiles, self.out_features, self.in_features
+        device = source.device
+        ops = self.scratch.ops(device)
+        fresh = device.type == "cpu" and source.dtype == dtype and not self.scratch.always
         if not ops.whole and fresh and getattr(source, "fresh", False):
             weight = source.rows(0, m)
             for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
                 for store in self.offsets(start, stop):
                     add_offsets_(weight[start:stop], store)
             return weight
-        weight = self.scratch.take(m, n, dtype, source.device)
+        weight = self.scratch.take(m, n, dtype, device)
         for start, stop in row_ranges(m, m if ops.whole else tile_rows(n, 4, TILE_BYTES)):
             ops.effective_rows(source, self.offsets(start, stop), start, stop, weight[start:stop])
         return weight

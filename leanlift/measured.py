@@ -170,3 +170,13 @@ def _difference(name: str, planned: int | None, measured: int) -> Difference:
     if name in BOUNDS and measured <= planned:
         return Difference(name, planned, measured, True, None)
     return Difference(name, planned, measured, False, (planned - measured) / measured)
+
+
+def difference(row: Difference) -> str:
+    """How far a plan was off: "+0.3 %", "within" a bound, "–" where that says nothing."""
+    if row.off is None:
+        return "within" if row.within else "–"
+    percent = 100 * row.off
+    if abs(percent) < 0.05:
+        return "0 %"
+    return f"{percent:+.1f} %" if abs(percent) < 9.95 else f"{percent:+.0f} %"

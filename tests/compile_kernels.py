@@ -15,9 +15,11 @@ from leanlift.ops import triton_rows as rows
 
 POINTERS = {
     "codes": "*u8", "absmax": "*u8", "table": "*fp32", "outer": "*fp32", "table256": "*fp32",
-    "offset": "*fp32", "columns": "*u8", "counts": "*u8", "totals": "*i32", "values": "*bf16",
-    "columns2": "*u8", "counts2": "*u8", "totals2": "*i32", "values2": "*bf16",
-    "scale": "fp32", "scale2": "fp32", "start": "i32", "n": "i32", "S": "i32",
+    "offset": "*fp32", "columns": "*u8", "counts": "*u8", "ends": "*i32", "row_ends": "*i32",
+    "values": "*bf16",
+    "columns2": "*u8", "counts2": "*u8", "ends2": "*i32", "values2": "*bf16",
+    "scale": "fp32", "scale2": "fp32", "start": "i32", "before": "i32",
+    "before2": "i32", "n": "i32", "S": "i32",
 }  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def compile_kernel(
 
 def main() -> None:
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    index = {"SEGMENT": 255, "PADDED": 64, "ENTRIES": 64}
+    index = {"SEGMENT": 255, "PADDED": 64, "CHUNK": 64, "ENTRIES": 128}
     unused = dict.fromkeys(("table", "outer", "table256", "offset"))  # None, as at a launch
     nested = dict.fromkeys(("outer", "table256", "offset"))
     forms: dict[Any, tuple[dict[str, str], dict[str, None]]] = {
@@ -43,8 +45,8 @@ def main() -> None:
         rows.FOUR: ({"absmax": "*fp32"}, nested),
         rows.NESTED: ({}, {}),
     }
-    second = dict.fromkeys(("columns2", "counts2", "totals2", "values2"))
-    first = dict.fromkeys(("columns", "counts", "totals", "values"))
+    second = dict.fromkeys(("columns2", "counts2", "ends2", "values2"))
+    first = dict.fromkeys(("columns", "counts", "ends", "values"))
     stores: dict[int, dict[str, None]] = {0: {**first, **second}, 1: second, 2: {}}
     for (kind, (types, absent)), count in product(forms.items(), stores):
         dtype = ("fp32", "fp16", "bf16")[count]

@@ -91,6 +91,16 @@ def test_empty_and_full_masks(active: float, retired: float) -> None:
     assert torch.equal(ours, lift.effective_weight(torch.float32))
 
 
+def test_rows_of_more_segments_than_a_thread_holds() -> None:
+    lift = layer_on(make_linear4bit(2, 17_024), *split(2, 17_024, 0.02, 0.01))
+    ours = lift.effective_weight(torch.float32).clone()
+    gathered = torch.empty(lift.index.count)
+    tile_ops("triton", CPU).gather(ours, lift.index.whole, gathered)
+    assert torch.equal(gathered, ours.view(-1)[lift.index.to_flat()])
+    lift.scratch.implementation = "torch"
+    assert torch.equal(ours, lift.effective_weight(torch.float32))
+
+
 def test_rows_in_the_middle_with_a_scale_and_a_crowded_row() -> None:
     flat = torch.cat([torch.arange(600 * 64, 600 * 65), 600 * 66 + torch.arange(0, 600, 7)])
     lift = layer_on(make_linear4bit(130, 600), flat, torch.tensor([600 * 64 - 1, 600 * 65]))

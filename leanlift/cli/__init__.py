@@ -1,4 +1,4 @@
-"""The command line: `leanlift demo | plan | train | eval | export | combine | push | info |
+"""The command line: `leanlift demo | init | plan | train | eval | export | combine | push | info |
 report`.
 
 An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
@@ -19,7 +19,7 @@ from typing import Any
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
 from leanlift.cli.measure import add_measure
-from leanlift.errors import OutOfMemoryError, UserError, first_line, is_disk_full
+from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line, is_disk_full
 
 EXIT_USER_ERROR = 2
 EXIT_OUT_OF_MEMORY = 3
@@ -42,11 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             from leanlift.cli.plan import plan_command
 
             return plan_command(arguments[1:])
+        if arguments[:1] == ["init"]:
+            from leanlift.cli.init import init_command
+
+            return init_command(arguments[1:])
         options = build_parser().parse_args(arguments)
         return int(options.run(options))
-    except KeyboardInterrupt:
-        print("leanlift: interrupted.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        print(f"leanlift: {error if str(error) else 'interrupted.'}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
     except Exception as error:
         said = None if debug else in_a_sentence(error)
         if said is None:
@@ -108,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    commands.add_parser("init", help="look at rows and card, propose settings", add_help=False)
     commands.add_parser("plan", help="what a run will need, before it is made", add_help=False)
     commands.add_parser("train", help="fine-tune a model", add_help=False)
 

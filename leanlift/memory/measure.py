@@ -145,7 +145,7 @@ class MemoryMeter:
         self.cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if self.cuda else "cpu"
         self.report = MemoryReport(
-            device=name, capacity=capacity_of(device), versions=versions_here()
+            device=name, capacity=_capacity_of(device), versions=versions_here()
         )
 
     def allocated_peak(self) -> int:
@@ -208,15 +208,6 @@ class MemoryMeter:
             peak.resident = resident_peak()
 
 
-def capacity_of(device: torch.device) -> int | None:
-    """Bytes of a CUDA device, or of this machine's memory; None where that cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
-
-
 LIBRARIES = ("leanlift", "torch", "transformers", "trl", "bitsandbytes", "triton")
 
 
@@ -247,3 +238,26 @@ def resident_peak() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_now() -> int | None:
+    """Resident bytes of this process; None where this system does not tell."""
+    with suppress(OSError, ValueError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _capacity_of(device: torch.device) -> int | None:
+    """Bytes of a CUDA device, or of this machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return machine_nbytes()
+
+
+def machine_nbytes() -> int | None:
+    """The machine's memory; None where this system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None

@@ -10,7 +10,6 @@ from leanlift.ops.parts import (
     Offsets,
     Scales,
     Source,
-    StoredSource,
     TileOps,
 )
 from leanlift.ops.reference import add_offsets_, decode, gather_entries, patch_rows_
@@ -24,7 +23,6 @@ __all__ = [
     "Offsets",
     "Scales",
     "Source",
-    "StoredSource",
     "TileOps",
     "adamw_kernel",
     "add_offsets_",

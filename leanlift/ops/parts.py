@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +23,16 @@ class IndexPart:
     Attributes:
         columns: uint8 [k], column inside its segment, row-major.
         counts: uint8 [r, S], entries per segment.
+        ends: int32 [r], entries of the whole matrix up to and with each row.
+        first: entries of the whole matrix before these rows.
         segment: columns of a segment.
         width: n.
     """
 
     columns: Tensor
     counts: Tensor
+    ends: Tensor
+    first: int
     segment: int
     width: int
 
@@ -105,7 +109,8 @@ Take = Callable[[int, int, torch.dtype, torch.device], Tensor]
 
 
 class Source(Protocol):
-    """A matrix that can be read by rows; `tiles.RowTiles` are."""
+    """A matrix that can be read by rows; `tiles.RowTiles` are. One that a kernel can dequantize
+    itself also has `stored() -> FourBit | EightBit`."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -114,13 +119,6 @@ class Source(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def rows(self, start: int, stop: int) -> Tensor: ...
-
-
-@runtime_checkable
-class StoredSource(Protocol):
-    """A matrix that can also be had as it is stored, for kernels that dequantize themselves."""
-
-    def stored(self) -> FourBit | EightBit: ...
 
 
 class TileOps(Protocol):

@@ -43,7 +43,7 @@ def compressed_rows(part: IndexPart) -> tuple[Tensor, Tensor]:
     """The entries as CSR has them: entries before each row int32 [r + 1], columns int32 [k]."""
     (rows, segments), device = part.counts.shape, part.columns.device
     totals = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-    torch.cumsum(part.counts.sum(1, dtype=torch.int32), 0, dtype=torch.int32, out=totals[1:])
+    torch.sub(part.ends, part.first, out=totals[1:])
     first = torch.arange(segments, dtype=torch.int32, device=device).mul_(part.segment)
     counts = part.counts.reshape(-1).int()
     columns = torch.repeat_interleave(first.repeat(rows), counts, output_size=part.columns.numel())

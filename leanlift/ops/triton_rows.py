@@ -16,14 +16,16 @@ Shapes: r rows, n columns, S segments a row, k entries.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanlift.ops.parts import EightBit, FourBit, IndexPart, Offsets, Source, StoredSource, Take
+from leanlift.ops.parts import EightBit, FourBit, IndexPart, Offsets, Source, Take
 from leanlift.ops.reference import dense_product
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -31,6 +33,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 DENSE, INT8, FOUR, NESTED = (tl.constexpr(kind) for kind in range(4))
 WARPS = 4
+CHUNK = 64
+"""Ends of segments that a thread holds: more would not leave it registers enough."""
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,35 +73,55 @@ def _base_at(
 
 
 @triton.jit
-def _ends_of(counts, row, S, PADDED: tl.constexpr):
-    """Entries of a row up to and with each segment: int32 [PADDED], the last ones all of them."""
-    segment = tl.arange(0, PADDED)
-    count = tl.load(counts + row * S + segment, mask=segment < S, other=0).to(tl.int32)
-    return tl.cumsum(count, 0)
+def _counts_of(counts, row, S, first, PADDED: tl.constexpr):
+    """Entries of PADDED segments of a row, from segment `first` on: int32, 0 beyond the row."""
+    segment = first + tl.arange(0, PADDED)
+    return tl.load(counts + row * S + segment, mask=segment < S, other=0).to(tl.int32)
 
 
 @triton.jit
-def _columns_of(columns, first, entry, inside, ends, SEGMENT: tl.constexpr):
-    """Column of each entry of a row; `entry` is counted from the row's first one."""
-    segment = tl.sum((ends[None, :] <= entry[:, None]).to(tl.int32), axis=1)
+def _segments_before(entry, ends):
+    """How many of the segments that end at `ends` end at or before each entry. Segments lie along
+    the first axis: a thread then counts those of its own entry, and asks no other."""
+    return tl.sum((ends[:, None] <= entry[None, :]).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _columns_of(
+    columns, first, entry, inside, counts, row, S, ends,
+    SEGMENT: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Column of each entry of a row; `entry` is counted from the row's first one, and so are the
+    `ends` of its segments, where there are few enough of them for a thread to hold."""
+    if PADDED <= CHUNK:
+        segment = _segments_before(entry, ends)
+    else:
+        segment = tl.zeros_like(entry)
+        before = 0
+        for chunk in range(0, S, CHUNK):
+            some = before + tl.cumsum(_counts_of(counts, row, S, chunk, CHUNK), 0)
+            segment += _segments_before(entry, some)
+            before = tl.max(some, 0)
     return segment * SEGMENT + tl.load(columns + first + entry, mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
 def _patch(
-    out, row, local, n, columns, counts, totals, values, scale, S,
+    out, row, local, n, columns, counts, row_ends, values, before, scale, S,
     codes, absmax, table, outer, table256, offset,
     BLOCK: tl.constexpr, OUTER: tl.constexpr, WEIGHT: tl.constexpr, KIND: tl.constexpr,
-    SEGMENT: tl.constexpr, PADDED: tl.constexpr, ENTRIES: tl.constexpr,
+    SEGMENT: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Write base + offset of every entry of one row."""
-    ends = _ends_of(counts, local, S, PADDED)
+    """Write base + offset of every entry of one row; `before`: entries before the tile."""
+    ends = tl.cumsum(_counts_of(counts, local, S, 0, PADDED), 0)
     count = tl.max(ends, 0)
-    first = tl.load(totals + local) - count
+    first = tl.load(row_ends + local) - before - count
     for done in range(0, count, ENTRIES):
         entry = done + tl.arange(0, ENTRIES)
         inside = entry < count
-        column = _columns_of(columns, first, entry, inside, ends, SEGMENT)
+        column = _columns_of(
+            columns, first, entry, inside, counts, local, S, ends, SEGMENT, PADDED, CHUNK
+        )
         base = _base_at(
             row, column, inside, n, codes, absmax, table, outer, table256, offset,
             BLOCK, OUTER, WEIGHT, KIND,
@@ -107,14 +131,14 @@ def _patch(
         tl.store(out + place, (base + value).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "before", "before2"])
 def effective_rows_kernel(
     out, start, n, codes, absmax, table, outer, table256, offset,
-    columns, counts, totals, values, scale,
-    columns2, counts2, totals2, values2, scale2, S,
+    columns, counts, ends, values, before, scale,
+    columns2, counts2, ends2, values2, before2, scale2, S,
     BLOCK: tl.constexpr, OUTER: tl.constexpr, WEIGHT: tl.constexpr, KIND: tl.constexpr,
     ALIGNED: tl.constexpr, STORES: tl.constexpr, SEGMENT: tl.constexpr, PADDED: tl.constexpr,
-    ENTRIES: tl.constexpr, BLOCKS: tl.constexpr, WIDE: tl.constexpr,
+    CHUNK: tl.constexpr, ENTRIES: tl.constexpr, BLOCKS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out [r, n] = D(Q)[start + r] + up to two stores of offsets; one program per row.
 
@@ -128,28 +152,31 @@ def effective_rows_kernel(
         begin = row.to(tl.int64) * n
         if ALIGNED:
             first = row.to(tl.int64) * (n // BLOCK)
-            before = 0  # columns of the first block that belong to the row above
+            above = 0  # columns of the first block that belong to the row above
         else:
             first = begin // BLOCK
-            before = (begin % BLOCK).to(tl.int32)
+            above = (begin % BLOCK).to(tl.int32)
         pair = tl.arange(0, BLOCK // 2)
         within = tl.arange(0, BLOCK)
-        for done in range(0, tl.cdiv(n + before, BLOCK), BLOCKS):
+        for done in range(0, tl.cdiv(n + above, BLOCK), BLOCKS):
             block = done + tl.arange(0, BLOCKS)
-            left = block * BLOCK - before
+            left = block * BLOCK - above
             inside = left < n
             scale_ = _scale_of(first + block, inside, absmax, outer, table256, offset, OUTER, KIND)
             low = left[:, None] + 2 * pair[None, :]  # the column of each byte's first code
+            column = left[:, None] + within[None, :]
+            if ALIGNED:  # one mask for a block: whole blocks are read and written at once
+                read = tl.broadcast_to(inside[:, None], low.shape)
+                written = tl.broadcast_to(inside[:, None], column.shape)
+            else:
+                read = (low < n) & (low + 1 >= 0)
+                written = (column >= 0) & (column < n)
             byte = tl.load(
-                codes + (first + block)[:, None] * (BLOCK // 2) + pair[None, :],
-                mask=(low < n) & (low + 1 >= 0), other=0,
-            ).to(tl.int32)  # fmt: skip
+                codes + (first + block)[:, None] * (BLOCK // 2) + pair[None, :], mask=read, other=0
+            ).to(tl.int32)
             value = tl.interleave(tl.load(table + (byte >> 4)), tl.load(table + (byte & 15)))
             value = (value * scale_[:, None]).to(WEIGHT).to(tl.float32)
-            column = left[:, None] + within[None, :]
-            tl.store(
-                target + column, value.to(out.dtype.element_ty), mask=(column >= 0) & (column < n)
-            )
+            tl.store(target + column, value.to(out.dtype.element_ty), mask=written)
     else:
         for done in range(0, n, WIDE):
             column = done + tl.arange(0, WIDE)
@@ -162,32 +189,34 @@ def effective_rows_kernel(
     if STORES > 0:
         tl.debug_barrier()  # the row is whole before other threads write over its entries
         _patch(
-            out, row, local, n, columns, counts, totals, values, scale, S,
+            out, row, local, n, columns, counts, ends, values, before, scale, S,
             codes, absmax, table, outer, table256, offset,
-            BLOCK, OUTER, WEIGHT, KIND, SEGMENT, PADDED, ENTRIES,
+            BLOCK, OUTER, WEIGHT, KIND, SEGMENT, PADDED, CHUNK, ENTRIES,
         )  # fmt: skip
     if STORES > 1:  # at other positions: no barrier
         _patch(
-            out, row, local, n, columns2, counts2, totals2, values2, scale2, S,
+            out, row, local, n, columns2, counts2, ends2, values2, before2, scale2, S,
             codes, absmax, table, outer, table256, offset,
-            BLOCK, OUTER, WEIGHT, KIND, SEGMENT, PADDED, ENTRIES,
+            BLOCK, OUTER, WEIGHT, KIND, SEGMENT, PADDED, CHUNK, ENTRIES,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["before"])
 def gather_kernel(
-    dense, out, n, columns, counts, totals, S,
-    SEGMENT: tl.constexpr, PADDED: tl.constexpr, ENTRIES: tl.constexpr,
+    dense, out, n, columns, counts, row_ends, before, S,
+    SEGMENT: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """out [k] = the entries of dense [r, n]; one program per row."""
     row = tl.program_id(0)
-    ends = _ends_of(counts, row, S, PADDED)
+    ends = tl.cumsum(_counts_of(counts, row, S, 0, PADDED), 0)
     count = tl.max(ends, 0)
-    first = tl.load(totals + row) - count
+    first = tl.load(row_ends + row) - before - count
     for done in range(0, count, ENTRIES):
         entry = done + tl.arange(0, ENTRIES)
         inside = entry < count
-        column = _columns_of(columns, first, entry, inside, ends, SEGMENT)
+        column = _columns_of(
+            columns, first, entry, inside, counts, row, S, ends, SEGMENT, PADDED, CHUNK
+        )
         value = tl.load(dense + row.to(tl.int64) * n + column, mask=inside, other=0.0)
         tl.store(out + first + entry, value.to(out.dtype.element_ty), mask=inside)
 
@@ -205,20 +234,21 @@ class TritonOps:
         assert out.is_contiguous()
         assert len(offsets) <= 2
         rows, n = out.shape
-        stored: FourBit | EightBit | Tensor
-        if isinstance(weight, StoredSource):
-            stored, first = weight.stored(), start
+        read = getattr(weight, "stored", None)
+        if read is not None:
+            tensors, constants = _form(read(), weight.dtype, n)
         else:  # dense: rows are views
-            stored, first = weight.rows(start, stop), 0
-        form = _form(stored, weight.dtype, n)
+            tensors, constants = _form(weight.rows(start, stop), weight.dtype, n)
+            start = 0
         stores = [store for store in offsets if store.part.columns.numel()]
-        held = [_store_arguments(store) for store in stores] + [(None,) * 4 + (1.0,)] * 2
-        segments = stores[0].part.counts.shape[1] if stores else 1
-        constants = {**form.constants, **_segments(stores[0].part if stores else None)}
+        held = [_store_arguments(store) for store in stores] + [NO_STORE] * 2
+        part = stores[0].part if stores else None
         with torch.cuda.device_of(out):  # Triton launches on the current one
             effective_rows_kernel[(rows,)](
-                out, first, n, *form.tensors, *held[0], *held[1], segments,
-                **constants, STORES=len(stores), num_warps=WARPS, enable_fp_fusion=False,
+                out, start, n, *tensors, *held[0], *held[1],
+                part.counts.shape[1] if part else 1,
+                **constants, **_segments(part), STORES=len(stores),
+                num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 
     def gather(self, dense: Tensor, part: IndexPart, out: Tensor) -> None:
@@ -227,8 +257,8 @@ class TritonOps:
         assert out.is_contiguous()
         with torch.cuda.device_of(out):
             gather_kernel[(rows,)](
-                dense, out, n, part.columns, part.counts, _totals(part), part.counts.shape[1],
-                **_segments(part), num_warps=WARPS,
+                dense, out, n, part.columns, part.counts, part.ends, part.first,
+                part.counts.shape[1], **_segments(part), num_warps=WARPS,
             )  # fmt: skip
 
     def sampled_product(
@@ -237,49 +267,70 @@ class TritonOps:
         dense_product(self.gather, left, right, part, out, take)
 
 
-class _Form:
-    """How a kernel is to read a stored weight: its tensors and its constants."""
-
-    def __init__(self, tensors: tuple[Tensor | None, ...], **constants: object) -> None:
-        self.tensors = tensors + (None,) * (6 - len(tensors))
-        self.constants = {"BLOCK": 2, "OUTER": 1, "ALIGNED": False, "BLOCKS": 1, "WIDE": 1024}
-        self.constants.update(constants)  # type: ignore[arg-type]
+Constants = dict[str, Any]
+"""What a kernel is compiled for."""
 
 
-def _form(stored: FourBit | EightBit | Tensor, dtype: torch.dtype, n: int) -> _Form:
-    weight = getattr(tl, str(dtype).removeprefix("torch."))
+def _form(
+    stored: FourBit | EightBit | Tensor, dtype: torch.dtype, n: int
+) -> tuple[tuple[Tensor | None, ...], Constants]:
+    """How a kernel is to read a stored weight: six tensors, and constants."""
     if isinstance(stored, FourBit):
-        nested, block = stored.nested, stored.blocksize
-        tensors = (stored.packed, stored.absmax, stored.table)
-        return _Form(
-            tensors if nested is None else (*tensors, nested.absmax, nested.table, nested.offset),
-            BLOCK=block,
-            OUTER=1 if nested is None else nested.blocksize,
-            WEIGHT=weight,
-            KIND=(FOUR if nested is None else NESTED).value,
-            ALIGNED=n % block == 0,
-            BLOCKS=max(1, 2048 // block),
-        )
+        nested = stored.nested
+        held = (stored.packed, stored.absmax, stored.table)
+        if nested is None:
+            return (*held, None, None, None), _four_bit(stored.blocksize, 1, dtype, n, FOUR)
+        constants = _four_bit(stored.blocksize, nested.blocksize, dtype, n, NESTED)
+        return (*held, nested.absmax, nested.table, nested.offset), constants
     if isinstance(stored, EightBit):
-        return _Form((stored.codes, stored.scales), WEIGHT=weight, KIND=INT8.value)
+        return (stored.codes, stored.scales, *(None,) * 4), _plain(dtype, INT8)
     assert stored.is_contiguous()
-    return _Form((stored,), WEIGHT=weight, KIND=DENSE.value)
+    return (stored, *(None,) * 5), _plain(dtype, DENSE)
 
 
-def _store_arguments(store: Offsets) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+@functools.cache
+def _four_bit(block: int, outer: int, dtype: torch.dtype, n: int, kind: Any) -> Constants:
+    return {
+        "BLOCK": block,
+        "OUTER": outer,
+        "WEIGHT": _dtype(dtype),
+        "KIND": kind.value,
+        "ALIGNED": n % block == 0,
+        "BLOCKS": max(1, 2048 // block),
+        "WIDE": 1,
+    }
+
+
+@functools.cache
+def _plain(dtype: torch.dtype, kind: Any) -> Constants:
+    constants = {"BLOCK": 2, "OUTER": 1, "ALIGNED": False, "BLOCKS": 1, "WIDE": 1024}
+    return {**constants, "WEIGHT": _dtype(dtype), "KIND": kind.value}
+
+
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+NO_STORE = (None, None, None, None, 0, 1.0)
+
+
+def _store_arguments(store: Offsets) -> tuple[Tensor, Tensor, Tensor, Tensor, int, float]:
     part = store.part
-    return part.columns, part.counts, _totals(part), store.values, float(store.scale)
+    return part.columns, part.counts, part.ends, store.values, part.first, float(store.scale)
 
 
-def _totals(part: IndexPart) -> Tensor:
-    """Entries up to and with each row: int32 [r], alive for one launch."""
-    return part.counts.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def _segments(part: IndexPart | None) -> dict[str, int]:
-    """Constants of an index: segments are padded to a power of two, entries are taken in steps
-    whose comparison with all segments fits the registers."""
+def _segments(part: IndexPart | None) -> Constants:
+    """Constants of an index: segments are padded to a power of two, a step takes an entry per
+    thread."""
     if part is None:
-        return {"SEGMENT": 1, "PADDED": 1, "ENTRIES": 32}
-    padded = triton.next_power_of_2(part.counts.shape[1])
-    return {"SEGMENT": part.segment, "PADDED": padded, "ENTRIES": max(32, min(128, 4096 // padded))}
+        return _NO_SEGMENTS
+    return _padded(part.segment, part.counts.shape[1])
+
+
+_NO_SEGMENTS: Constants = {"SEGMENT": 1, "PADDED": 1, "CHUNK": 1, "ENTRIES": 32 * WARPS}
+
+
+@functools.cache
+def _padded(segment: int, segments: int) -> Constants:
+    padded = triton.next_power_of_2(segments)
+    return {"SEGMENT": segment, "PADDED": padded, "CHUNK": CHUNK, "ENTRIES": 32 * WARPS}

@@ -16,12 +16,12 @@ from markupsafe import Markup
 
 from leanlift.errors import UserError
 from leanlift.files import replacing
-from leanlift.measured import categories_compared, phases_compared
+from leanlift.measured import categories_compared, difference, phases_compared
 from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Answers, Curve, Run
 from leanlift.report.maps import grid_of, mean_of, share_of
 from leanlift.report.svg import Bars, Line, bar_chart, column_chart, heat_map, line_chart
-from leanlift.report.text import difference, format_words, refresh_words, units
+from leanlift.report.text import format_words, refresh_words, units
 from leanlift.screen import count, duration, loss, share, size
 from leanlift.screen.names import short_name
 

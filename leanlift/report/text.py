@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from leanlift.measured import Difference, categories_compared, phases_compared
+from leanlift.measured import Difference, categories_compared, difference, phases_compared
 from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Curve, Points, Run
 from leanlift.screen import bar, count, duration, loss, share, size, sparkline, table
@@ -167,16 +167,6 @@ def _planned(row: Difference, shown: bool) -> list[str]:
     if not shown:
         return []
     return [size(row.planned), difference(row)]
-
-
-def difference(row: Difference) -> str:
-    """How far a plan is off: "+1.2 %", "exact", "within" a bound; nothing where that says
-    nothing."""
-    if row.off is None:
-        return "within" if row.within else ""
-    if abs(row.off) < 0.0005:
-        return "exact" if row.off == 0 else "±0 %"
-    return ("+" if row.off > 0 else "−") + share(abs(row.off))
 
 
 def _notes(memory: dict[str, Any], curve: Curve | None) -> list[str]:

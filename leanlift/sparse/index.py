@@ -5,13 +5,14 @@ int64) pair. A row is cut into segments of 255 columns:
 
     columns  uint8 [k]        column inside its segment, 0..254, in row-major order
     counts   uint8 [m, S]     entries per segment; at most 255, so it fits: S = ceil(n / 255)
+    ends     int32 [m]        entries up to and with each row, from the counts: what a kernel needs
     anchors  int64 [A]        entries before every 64th row, kept on the CPU: A = ceil(m / 64) + 1
 
 Segments of 255 columns, not 256, are what lets a full segment's count fit a byte. The anchors
 are on the CPU so that the size of a row range that starts and ends at a multiple of 64 is known
 without asking the device. The encoding is exact for any mask, empty and full ones included.
 
-Bytes: k + m * ceil(n / 255) + 8 * (ceil(m / 64) + 1); 1.09 k for 4096 x 11008 at 5 %.
+Bytes: k + m * (ceil(n / 255) + 4) + 8 * (ceil(m / 64) + 1); 1.09 k for 4096 x 11008 at 5 %.
 
 Shapes: k entries, m rows, n columns, S segments a row.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ class SegmentedIndex:
     shape: tuple[int, int]
     columns: Tensor
     counts: Tensor
+    ends: Tensor
     anchors: Tensor
 
     @classmethod
@@ -63,12 +66,16 @@ class SegmentedIndex:
         column = flat - row * n
         segment = column // SEGMENT
         counts = torch.bincount(row * segments + segment, minlength=m * segments)
-        return cls(
-            shape=shape,
-            columns=(column - segment * SEGMENT).to(torch.uint8),
-            counts=counts.to(torch.uint8).view(m, segments),
-            anchors=anchors_of(counts.view(m, segments)),
-        )
+        columns = (column - segment * SEGMENT).to(torch.uint8)
+        return cls._of(shape, columns, counts.to(torch.uint8).view(m, segments))
+
+    @classmethod
+    def _of(cls, shape: tuple[int, int], columns: Tensor, counts: Tensor) -> SegmentedIndex:
+        """With what follows from the counts."""
+        if columns.numel() >= 2**31:
+            raise ValueError(f"expected fewer than 2^31 entries in a matrix, got {columns.numel()}")
+        ends = counts.sum(1, dtype=torch.int64).cumsum(0)
+        return cls(shape, columns, counts, ends.to(torch.int32), _anchors(ends))
 
     @classmethod
     def from_parts(cls, shape: tuple[int, int], columns: Tensor, counts: Tensor) -> SegmentedIndex:
@@ -86,7 +93,7 @@ class SegmentedIndex:
         total = int(counts.sum(dtype=torch.int64))
         if total != columns.numel():
             raise ValueError(f"counts say {total} entries, but there are {columns.numel()}")
-        index = cls(shape=shape, columns=columns, counts=counts, anchors=anchors_of(counts))
+        index = cls._of(shape, columns, counts)
         last_width = n - (segments - 1) * SEGMENT
         for start in range(0, m, DECODE_ROWS):
             stop = min(start + DECODE_ROWS, m)
@@ -107,7 +114,8 @@ class SegmentedIndex:
 
     @property
     def nbytes(self) -> int:
-        return self.columns.nbytes + self.counts.nbytes + self.anchors.nbytes
+        parts = (self.columns, self.counts, self.ends, self.anchors)
+        return sum(part.nbytes for part in parts)
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """The range of entries (first, last) that lie in rows `start:stop`.
@@ -134,8 +142,18 @@ class SegmentedIndex:
 
     def part(self, start: int, stop: int) -> IndexPart:
         """The entries of rows `start:stop` as they are stored; nothing is copied."""
+        if start == 0 and stop == self.shape[0]:
+            return self.whole
         first, last = self.span(start, stop)
-        return IndexPart(self.columns[first:last], self.counts[start:stop], SEGMENT, self.shape[1])
+        columns, counts, ends = self.columns[first:last], self.counts, self.ends
+        return IndexPart(
+            columns, counts[start:stop], ends[start:stop], first, SEGMENT, self.shape[1]
+        )
+
+    @cached_property
+    def whole(self) -> IndexPart:
+        """All entries: what every forward pass asks for."""
+        return IndexPart(self.columns, self.counts, self.ends, 0, SEGMENT, self.shape[1])
 
     def to_flat(self) -> Tensor:
         """All positions, flat: int64 [k]."""
@@ -143,14 +161,13 @@ class SegmentedIndex:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> SegmentedIndex:
         """The same index with `fn` (a move to a device) applied to its device tensors."""
-        return replace(self, columns=fn(self.columns), counts=fn(self.counts))
+        return replace(self, columns=fn(self.columns), counts=fn(self.counts), ends=fn(self.ends))
 
 
-def anchors_of(counts: Tensor) -> Tensor:
-    """Entries before every 64th row and in all, from integer counts [m, S]: int64 on the CPU."""
-    per_row = counts.sum(dim=1, dtype=torch.int64).cpu()
-    before = torch.zeros(per_row.numel() + 1, dtype=torch.int64)
-    torch.cumsum(per_row, 0, out=before[1:])
+def _anchors(ends: Tensor) -> Tensor:
+    """Entries before every 64th row and in all, from int64 `ends` [m]: int64 on the CPU."""
+    before = torch.zeros(ends.numel() + 1, dtype=torch.int64)
+    before[1:] = ends
     return torch.cat([before[:-1:ANCHOR_ROWS], before[-1:]])
 
 
@@ -161,4 +178,4 @@ def _describe(tensor: Tensor) -> str:
 def index_nbytes(shape: tuple[int, int], count: int) -> int:
     """Bytes of a `SegmentedIndex`, from shapes alone."""
     m, n = shape
-    return count + m * -(-n // SEGMENT) + 8 * (-(-m // ANCHOR_ROWS) + 1)
+    return count + m * (-(-n // SEGMENT) + 4) + 8 * (-(-m // ANCHOR_ROWS) + 1)
