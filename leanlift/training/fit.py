@@ -52,6 +52,16 @@ class Change:
             loop |= {name: on for name in CHECKPOINTING if hasattr(sft, name)}
         return replace(args, **run) if run else args, replace(sft, **loop) if loop else sft
 
+    def possible(self, settings: Settings) -> bool:
+        """Whether a run could be made with it: an update in the backward pass takes one micro-batch
+        per step, and it and 16-bit offsets an optimizer of ours."""
+        sft = settings[1]
+        ours = str(getattr(sft.optim, "value", sft.optim)) in SPARSE_OPTIMIZERS
+        if "optim_in_backward" in self.keys:
+            backward = self.keys["optim_in_backward"]
+            return not backward or (ours and sft.gradient_accumulation_steps == 1)
+        return ours or "values_dtype" not in self.keys
+
     @property
     def named(self) -> str:
         """The settings as flags are written."""
@@ -149,7 +159,10 @@ def fit(
     for choices in ordered_changes(args, sft, cuda):
         if search.fits(plan):
             break
-        if plan.peak_phase != "evaluate" and "per_device_eval_batch_size" in choices[0].keys:
+        elsewhere = plan.peak_phase != "evaluate"
+        if elsewhere and "per_device_eval_batch_size" in choices[0].keys:
+            continue
+        if not choices[0].possible(settings):
             continue
         change, changed = _best(choices, settings, plan, search)
         if plan.needed - changed.needed >= LEAST_GAIN * plan.needed or search.fits(changed):
@@ -179,6 +192,7 @@ def useful_changes(
     search = _Search(0.0, cuda, None, say)
     choices = [_half(group, args) for group in ordered_changes(args, sft, cuda)]
     choices += [_shorter(sft)] if (sft.max_length or 0) > 512 else []
+    choices = [change for change in choices if change.possible((args, sft))]
     promising = sorted(choices, key=lambda change: -_at_most(change, plan))[: most + 1]
     found = []
     for change in promising:
@@ -189,18 +203,20 @@ def useful_changes(
 
 
 def changes(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Iterator[Any]:
-    """What to try against a peak, cheapest first: (what and at what cost, how)."""
+    """What to try against a peak, cheapest first, each on its own: (what and at what cost, how)."""
     for choices in ordered_changes(args, sft, cuda):
         if "per_device_eval_batch_size" not in choices[0].keys:
             for change in choices:
-                yield str(change), change
+                if change.possible((args, sft)):
+                    yield str(change), change
 
 
 def ordered_changes(
     args: RunArguments, sft: LiftSFTConfig, cuda: bool = True
 ) -> Iterator[tuple[Change, ...]]:
     """Changes against a peak, cheapest first; of one tuple only one is made, and each needs less
-    than the one before. On a CPU (`cuda` False) nothing can be moved to one."""
+    than the one before. They are made one after the other, where they are possible by then. On a
+    CPU (`cuda` False) nothing can be moved to one."""
     optim = str(getattr(sft.optim, "value", sft.optim))
     if not sft.fp16 and ("8bit" not in optim or optim not in SPARSE_OPTIMIZERS):
         optim = "sparse_adamw_8bit"
@@ -233,7 +249,7 @@ def ordered_changes(
         yield (Change({"embedding_on_cpu": True}, "rows are looked up on the CPU: a little time"),)
     if cuda and not sft.activation_offloading:
         yield (Change({"activation_offloading": True}, "costs transfers to the CPU"),)
-    if not sft.optim_in_backward and not sft.fp16 and _rows_of_a_step(sft) == 1:
+    if not sft.optim_in_backward and not sft.fp16:
         yield (
             Change(
                 {"optim_in_backward": True, "max_grad_norm": 0.0},
@@ -260,7 +276,8 @@ def _refuse_what_cannot_fit(settings: Settings, search: _Search) -> None:
         UserError: they do not.
     """
     for choices in ordered_changes(*settings, search.cuda):
-        settings = choices[-1](settings)
+        if choices[-1].possible(settings):
+            settings = choices[-1](settings)
     search.say("asking whether the least settings fit")
     (least, moment), card = least_of(*settings, search.cuda), search.gib * 2**30
     if least > card:
@@ -345,11 +362,6 @@ def _at_most(change: Change, plan: MemoryPlan) -> float:
 
 
 # --- values -----------------------------------------------------------------------------------
-
-
-def _rows_of_a_step(sft: LiftSFTConfig) -> int:
-    """Micro-batches of a step: an update in the backward pass takes one."""
-    return int(sft.gradient_accumulation_steps)
 
 
 def _halves(number: int) -> list[int]:
