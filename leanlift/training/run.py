@@ -354,6 +354,8 @@ def _merge(job: Job, model: Any, trainer: LiftTrainer, meter: MemoryMeter) -> Me
     args, output = job.args, job.output
     if not args.merged_dir:
         return None
+    if job.interrupt.asked is not None:  # in the last step
+        raise job.interrupt.stopped(f"interrupted {job.interrupt.moment()}.")
     job.phase = "export"
     static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
     with (
