@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -34,6 +34,7 @@ from leanlift.report.page import write_page
 from leanlift.screen import size
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
 from leanlift.training.evaluate import quiet_loading
+from leanlift.training.screens import Screen, Summary, screen_of
 
 BASE = Path(__file__).parent / "base"
 TRAIN_ROWS = 2000
@@ -89,11 +90,17 @@ def demo(output_dir: str | Path) -> None:
         per_device_train_batch_size=16,
         max_steps=STEPS,
         max_length=64,
-        logging_steps=10,
+        logging_steps=20,
         save_strategy="no",
         gradient_checkpointing=False,
     )
-    result = run(args, sft, before_training=measure, plan=partial(plan_of, args, sft, False))
+    result = run(
+        args,
+        sft,
+        before_training=measure,
+        plan=partial(plan_of, args, sft, False),
+        screen=cast(Any, _WithoutSummary(screen_of("auto"))),
+    )
     after = _answers(result.model, result.tokenizer, held_out, "After training")
 
     with quiet_loading():
@@ -121,6 +128,18 @@ def demo(output_dir: str | Path) -> None:
         print(f"\n{text}", flush=True)
     print(f"\n{seven_b_text(needs_of_7b(), card())}")
     print(f"\n{NEXT}")
+
+
+class _WithoutSummary:
+    """The screen of a run, whose end the demo tells in its own words."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.screen, name)
+
+    def summary(self, summary: Summary) -> None: ...
 
 
 def greedy_answers(model: Any, tokenizer: Any, prompts: list[str], what: str) -> list[str]:

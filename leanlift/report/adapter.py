@@ -235,10 +235,9 @@ class _Store:
         if wrong:
             raise UserError(f"the index of {name} in {tensors.path} is broken: {wrong}.")
         self.count = values.size
+        by_row = 4 * shape[0] + 8 * (-(-shape[0] // ANCHOR_ROWS) + 1)  # made when it is loaded
         stored = tensors.specs[f"{name}.values"].nbytes
-        self.nbytes = (
-            stored + columns.nbytes + counts.nbytes + 8 * (-(-shape[0] // ANCHOR_ROWS) + 1)
-        )
+        self.nbytes = stored + columns.nbytes + counts.nbytes + by_row
         self.total = self.squares = self.largest = 0.0
         self.at: tuple[int, int] | None = None
         for start in range(0, values.size, CHUNK):
