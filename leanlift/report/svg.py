@@ -84,9 +84,9 @@ def line_chart(
                 for x, y in line.points
             ]
     parts.append(_legend([(line.name, line.css) for line in thinned]) if len(thinned) > 1 else "")
-    parts.append(_text(WIDTH - RIGHT, HEIGHT - 2, "step", "end"))
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - 4, "step", "end"))
     if logarithmic:
-        parts.append(_text(LEFT, HEIGHT - 2, "logarithmic", "start"))
+        parts.append(_text(LEFT, HEIGHT - 4, "logarithmic", "start"))
     return _svg(parts, HEIGHT, title)
 
 
@@ -111,7 +111,7 @@ def column_chart(points: Points, title: str, shown: Format) -> str:
         )
         if number % every == 0:
             parts.append(_text(left + wide / 2, HEIGHT - BOTTOM + 16, f"{x:,.0f}", "middle"))
-    parts.append(_text(WIDTH - RIGHT, HEIGHT - 2, "step", "end"))
+    parts.append(_text(WIDTH - RIGHT, HEIGHT - 4, "step", "end"))
     return _svg(parts, HEIGHT, title)
 
 
