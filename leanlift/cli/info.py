@@ -129,7 +129,7 @@ def _on_disk(directory: Path) -> int:
 
 def format_info(data: dict[str, Any]) -> str:
     """The description as text; of the modules, those with the largest changes."""
-    from leanlift.report.text import format_words, labelled
+    from leanlift.report.text import chosen_words, format_words, labelled
 
     modules = sorted(data["modules"], key=lambda module: -module["norm"])
     kind = "a leanlift adapter" if data["form"] == "leanlift" else "a SHiRA adapter of PEFT's"
@@ -147,7 +147,7 @@ def format_info(data: dict[str, Any]) -> str:
         *labelled(
             "trained",
             f"{count(data['entries'])} entries, {share(data['density'])} of {len(modules)} "
-            f"matrices, chosen by {data['selector']}{retired}",
+            f"matrices: {chosen_words(data['selector'])}{retired}",
         ),
         *labelled("refreshes", str(data["refreshes"])),
         *_rows(data["embedding_rows"]),

@@ -21,7 +21,7 @@ from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Answers, Curve, Run
 from leanlift.report.maps import grid_of, mean_of, share_of
 from leanlift.report.svg import Bars, Line, bar_chart, column_chart, heat_map, line_chart
-from leanlift.report.text import format_words, refresh_words, units
+from leanlift.report.text import chosen_words, format_words, refresh_words, units
 from leanlift.screen import count, duration, loss, share, size
 from leanlift.screen.names import short_name
 
@@ -118,7 +118,7 @@ def _about(run: Run) -> str:
     return (
         f"{short_name(adapter.base)}, held in {format_words(adapter.formats)}. Of "
         f"{len(adapter.matrices)} matrices, {share(adapter.entries, adapter.weights)} of the "
-        f"entries are trained, chosen by {adapter.selector}; the rest stays as it is."
+        f"entries are trained ({chosen_words(adapter.selector)}); the rest stays as it is."
     )
 
 

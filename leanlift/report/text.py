@@ -41,6 +41,19 @@ def report_text(run: Run) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+CHOSEN = {
+    "principal": "those that are largest after a low-rank approximation",
+    "magnitude": "the largest ones",
+    "random": "chosen at random",
+    "gradient": "those with the largest gradients",
+}
+
+
+def chosen_words(selector: str) -> str:
+    """Which entries are trained, by the name of the selector."""
+    return CHOSEN.get(selector, f"chosen by {selector}")
+
+
 def format_words(formats: Sequence[str]) -> str:
     """Storage formats as a reader knows them: "NF4 with double quantization"."""
     return " and ".join(FORMATS.get(name, name) for name in formats)
@@ -89,7 +102,7 @@ def labelled(label: str, text: str) -> list[str]:
 def _adapter(adapter: AdapterFacts) -> list[str]:
     trained = (
         f"{count(adapter.entries)} entries, {share(adapter.entries, adapter.weights)} of "
-        f"{len(adapter.matrices)} matrices, chosen by {adapter.selector}"
+        f"{len(adapter.matrices)} matrices: {chosen_words(adapter.selector)}"
     )
     return [
         *labelled("base", f"{adapter.base}, held in {format_words(adapter.formats)}"),
