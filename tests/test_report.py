@@ -165,6 +165,10 @@ def test_numpy_reads_what_torch_reads(adapter: Path) -> None:
             assert matrix.largest == float(values.abs().max())
             places = torch.cat([store.index.to_flat() for store in offsets.stores])
             assert matrix.at == divmod(int(places[values.abs().argmax()]), matrix.shape[1])
+    counted = read_adapter(adapter, offsets=False)
+    assert [(m.module, m.entries, m.retired) for m in counted.matrices] == [
+        (m.module, m.entries, m.retired) for m in facts.matrices
+    ]
     assert facts.dtype == "float32"
     assert facts.formats == ("nf4+double",)
     assert describe(adapter)["form"] == "leanlift"

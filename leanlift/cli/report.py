@@ -18,7 +18,8 @@ def report_command(options: argparse.Namespace) -> int:
     if options.json and len(options.runs) == 1:
         print(json.dumps(load_report(options.runs[0]), indent=2))
         return 0
-    runs = [read_run(run) for run in options.runs]
+    with_offsets = options.html is not None  # what they are like is shown by the page alone
+    runs = [read_run(run, with_offsets) for run in options.runs]
     if len(runs) > 1:
         from leanlift.report.compare import compare_runs, compare_text
 

@@ -98,8 +98,13 @@ class AdapterFacts:
         return sum(matrix.shape[0] * matrix.shape[1] for matrix in self.matrices)
 
 
-def read_adapter(directory: Path) -> AdapterFacts:
+def read_adapter(directory: Path, offsets: bool = True) -> AdapterFacts:
     """Look at an adapter in leanlift's own form.
+
+    Args:
+        directory: where it is.
+        offsets: whether to read its tensors, seconds for a 7B model's; without them the sizes of
+            changes are 0, and only what the header says is known.
 
     Raises:
         UserError: none, one in another form, or a damaged one.
@@ -115,7 +120,8 @@ def read_adapter(directory: Path) -> AdapterFacts:
     shapes = {name: (m, n) for name, (m, n) in base["shapes"].items()}
     with open_by_numpy(directory / WEIGHTS_NAME) as tensors:
         _check_names(tensors, shapes)
-        matrices = tuple(_matrix(tensors, name, shape) for name, shape in shapes.items())
+        read = _matrix if offsets else _counted
+        matrices = tuple(read(tensors, name, shape) for name, shape in shapes.items())
     return AdapterFacts(
         base["name"],
         base["dtype"],
@@ -221,6 +227,14 @@ def _matrix(tensors: Tensors, name: str, shape: tuple[int, int]) -> Matrix:
         norm=sum(store.squares for store in stores) ** 0.5,
         nbytes=sum(store.nbytes for store in stores),
     )
+
+
+def _counted(tensors: Tensors, name: str, shape: tuple[int, int]) -> Matrix:
+    """A matrix by the header alone."""
+    entries = tensors.count_of(f"{name}.values")
+    retired = f"{name}{RETIRED}.values"
+    settled = tensors.count_of(retired) if retired in tensors.specs else 0
+    return Matrix(name, shape, entries, settled, 0.0, 0.0, None, 0.0, 0)
 
 
 class _Store:

@@ -98,8 +98,12 @@ class Run:
         return whole.name or str(self.directory)
 
 
-def read_run(run: str | Path) -> Run:
+def read_run(run: str | Path, offsets: bool = True) -> Run:
     """All that a run's directory, a checkpoint's or an adapter's has to say.
+
+    Args:
+        run: the directory.
+        offsets: whether to read the adapter's tensors too, as `read_adapter` has it.
 
     Raises:
         UserError: nothing at all, or another kind of place.
@@ -127,7 +131,7 @@ def read_run(run: str | Path) -> Run:
     memory = part(REPORT_NAME, lambda: load_report(directory), "No memory was measured here.")
     curve = part(STATE_NAME, lambda: _curve(directory), "No training curve was kept here.")
     settings = part(RUN_NAME, lambda: _settings(directory), "No settings were kept here.")
-    adapter = part(CONFIG_NAME, lambda: _adapter(directory), "There is no adapter here.")
+    adapter = part(CONFIG_NAME, lambda: _adapter(directory, offsets), "There is no adapter here.")
     answers = part(PREDICTIONS_NAME, lambda: _answers(directory), "")
     if memory is None and curve is None and adapter is None:
         why = next(text for text in missing if text.startswith(LEFT_OUT))
@@ -135,9 +139,9 @@ def read_run(run: str | Path) -> Run:
     return Run(directory, memory, curve, settings or {}, adapter, answers or [], missing)
 
 
-def _adapter(directory: Path) -> AdapterFacts:
+def _adapter(directory: Path, offsets: bool) -> AdapterFacts:
     try:
-        return read_adapter(directory)
+        return read_adapter(directory, offsets)
     except MemoryError:  # a matrix at a time; still, a file can be larger than a machine
         raise UserError(f"the adapter in {directory} does not fit this machine's memory.") from None
 

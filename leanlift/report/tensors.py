@@ -49,6 +49,14 @@ class Tensors:
     specs: dict[str, Spec]
     _file: BinaryIO
 
+    def count_of(self, name: str) -> int:
+        """Numbers in a tensor, by the header.
+
+        Raises:
+            UserError: it is not there.
+        """
+        return self._spec(name).count
+
     def floats(self, name: str) -> np.ndarray:
         """A floating tensor, flat, in fp32.
 
