@@ -51,3 +51,15 @@ class MaskError(UserError):
 
 class OutOfMemoryError(UserError):
     """A run that did not fit its device; the last checkpoint is kept."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run that was stopped by the user or by the machine; its text says what is kept.
+
+    Attributes:
+        exit_code: as a shell has it: 128 and the number of the signal.
+    """
+
+    def __init__(self, said: str, exit_code: int = 130) -> None:
+        super().__init__(said)
+        self.exit_code = exit_code

@@ -52,6 +52,7 @@ OWN_OPTIONS = {
     "selection_tile_mib",
     "merged_dir",
     "merge_onto",
+    "log_format",
 }
 
 
@@ -104,8 +105,9 @@ def test_train_report_export(
     run, merged = tmp_path / "run", tmp_path / "merged"
     assert main(["train", "--config", str(config), "--merged_dir", str(merged)]) == 0
     out = capsys.readouterr().out
-    assert "activations and workspace" in out
-    assert f"Merged float16 checkpoint: {merged}" in out
+    assert f"adapter     {run} (" in out
+    assert f"merged      {merged} (" in out
+    assert f"leanlift report {run}" in out
     report = json.loads((run / "memory.json").read_text())
     assert list(report["phases"]) == ["load", "select", "train", "export"]
     assert all(peak["tensors"] > 0 for peak in report["phases"].values())
@@ -227,6 +229,7 @@ def test_config_mistakes(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "density_pattern as a mapping" in changed("density_pattern: dense\n")
     assert "refresh_interval=0 with it" in changed("selector: gradient\n")
     assert "merge_onto" in changed("merge_onto: sideways\n")
+    assert "auto, rich, plain, json, got 'loud'" in changed("log_format: loud\n")
     assert "already exists" in changed(f"merged_dir: {tmp_path}\n")
     assert "these settings do not work" in changed("padding_free: true\n")
     assert "--no_such_flag" in complaint(

@@ -323,7 +323,7 @@ def test_an_adapter_is_evaluated_as_it_was_trained(
 
     run = trained("run", data, "--chat_template_path", str(template), "--eos_token", "#")
     state = json.loads((run / "trainer_state.json").read_text())
-    (logged,) = [log["eval_loss"] for log in state["log_history"] if "eval_loss" in log]
+    *_, logged = [log["eval_loss"] for log in state["log_history"] if "eval_loss" in log]
     found = measured("--adapter", str(run))
     assert found["tokens"] == len("abc#")
     assert math.isclose(found["loss"], logged, rel_tol=1e-5)

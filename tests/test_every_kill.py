@@ -22,7 +22,7 @@ from tiny import make_checkpoint
 
 from leanlift import UserError
 from leanlift.training import LiftSFTConfig, RunArguments, last_whole_checkpoint, run
-from leanlift.training.run import _checkpoint_to_resume
+from leanlift.training.inputs import checkpoint_of_run
 
 WEIGHTS = "adapter_model.safetensors"
 STEPS = 3
@@ -151,7 +151,7 @@ def test_every_state_of_the_disk_leads_to_the_same_adapter(
         )
         if found is None:  # killed before the first checkpoint: a new run may begin here
             loop.resume_from_checkpoint = None
-            assert _checkpoint_to_resume(loop, place) is None
+            assert checkpoint_of_run(loop, place) is None
             continue
         resumed_from.add(Path(found).name)
         run(args, loop)

@@ -385,17 +385,17 @@ def test_out_of_memory_names_what_would_fit_the_card(
     assert what.startswith("gradient_checkpointing=true")
     less = plan_of(*changed((args, sft)), cuda=False).needed
     assert less < needed
-    run_module = importlib.import_module("leanlift.training.run")
-    monkeypatch.setattr(run_module, "_card_nbytes", lambda cuda: less)
-    said = run_module._what_helps(args, sft)
+    run_module = importlib.import_module("leanlift.training.out_of_memory")
+    monkeypatch.setattr(run_module, "card_nbytes", lambda cuda: less)
+    said = run_module.what_helps(args, sft)
     assert said.startswith("The cheapest change that would fit ")
     assert said.count("less)") == 1
     assert "gradient_checkpointing=true" in said
-    monkeypatch.setattr(run_module, "_card_nbytes", lambda cuda: needed)
-    said = run_module._what_helps(args, sft)
+    monkeypatch.setattr(run_module, "card_nbytes", lambda cuda: needed)
+    said = run_module.what_helps(args, sft)
     assert said.startswith("The cheapest change that helps: gradient_checkpointing=true")
-    monkeypatch.setattr(run_module, "_card_nbytes", lambda cuda: 1000)
-    assert "more than there is" in run_module._what_helps(args, sft)
+    monkeypatch.setattr(run_module, "card_nbytes", lambda cuda: 1000)
+    assert "more than there is" in run_module.what_helps(args, sft)
 
 
 def test_a_run_reports_plan_against_measured(
@@ -410,7 +410,7 @@ def test_a_run_reports_plan_against_measured(
     ]  # fmt: skip
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    assert "Planned peak:" in printed
+    assert "planned at the peak" in printed
     assert main(["report", str(tmp_path / "run")]) == 0
     report = capsys.readouterr().out
     assert "plan against measured" in report

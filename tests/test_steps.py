@@ -307,7 +307,7 @@ def test_an_infinite_gradient_under_a_finite_loss_names_its_layer(
     said = [record.getMessage() for record in caplog.records if "not applied" in record.message]
     assert said == [
         "Step 2 is not applied: a gradient is not finite (in the backward pass first seen at "
-        f"{name})."
+        f"{name}). Training goes on; should it happen again, lower learning_rate."
     ]
     state = unwrap(trainer.optimizer).state
     taken = {key: int(state[layer.values]["step"]) for key, layer in layers.items()}

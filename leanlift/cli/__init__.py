@@ -18,7 +18,7 @@ from typing import Any
 
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
-from leanlift.errors import OutOfMemoryError, UserError, first_line, is_disk_full
+from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line, is_disk_full
 
 EXIT_USER_ERROR = 2
 EXIT_OUT_OF_MEMORY = 3
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return plan_command(arguments[1:])
         options = build_parser().parse_args(arguments)
         return int(options.run(options))
-    except KeyboardInterrupt:
-        print("leanlift: interrupted.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        print(f"leanlift: {error if str(error) else 'interrupted.'}", file=sys.stderr)
+        return error.exit_code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
     except Exception as error:
         said = None if debug else in_a_sentence(error)
         if said is None:

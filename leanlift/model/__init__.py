@@ -7,7 +7,14 @@ from leanlift.model.adapters import (
     scale_adapter,
     unload_adapter,
 )
-from leanlift.model.attach import LiftState, get_lift_model, lift_layers, lift_state, use_ops
+from leanlift.model.attach import (
+    LiftState,
+    get_lift_model,
+    lift_layers,
+    lift_state,
+    use_ops,
+    weights_of,
+)
 from leanlift.model.embedding import embedding_size, grow_embedding
 from leanlift.model.ends import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
@@ -31,4 +38,5 @@ __all__ = [
     "scale_adapter",
     "unload_adapter",
     "use_ops",
+    "weights_of",
 ]

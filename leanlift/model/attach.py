@@ -280,14 +280,20 @@ def use_ops(model: nn.Module, name: str) -> None:
     scratch.implementation = name
 
 
-def print_trainable_parameters(model: nn.Module) -> None:
-    """Print trained entries, weights in all, and their share."""
+def weights_of(model: nn.Module) -> tuple[int, int]:
+    """Trained entries of an attached model, and its weights in all."""
     layers = lift_layers(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     apart = {id(layer.base.weight) for layer in frozen} | {id(m.values) for m in layers.values()}
     total = sum(p.numel() for p in model.parameters() if id(p) not in apart)
     total += sum(layer.in_features * layer.out_features for layer in frozen)
+    return trainable, total
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print trained entries, weights in all, and their share."""
+    trainable, total = weights_of(model)
     print(
         f"trainable params: {trainable:,} || all params: {total:,} || "
         f"trainable%: {100 * trainable / total:.4f}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
 from leanlift.layer import LiftLinear
@@ -45,18 +46,22 @@ class RefreshReport:
 
 
 @torch.no_grad()
-def refresh_mask(model: nn.Module, optimizer: Optimizer | None = None) -> RefreshReport:
+def refresh_mask(
+    model: nn.Module, optimizer: Optimizer | None = None, progress: bool = False
+) -> RefreshReport:
     """Select again from W_eff and move values and optimizer state along.
 
     Args:
         model: an attached model.
         optimizer: the one that trains it; its moments follow their entries.
+        progress: whether to show a bar over the layers.
     """
     state = lift_state(model)
     started = time.perf_counter()
     replaced = total = retired = retired_nbytes = held_back = 0
     unconverged = []
-    for name, layer in lift_layers(model).items():
+    layers = lift_layers(model)
+    for name, layer in tqdm(layers.items(), "refreshing", unit="matrix", disable=not progress):
         mask, converged = _choose(layer, name, state.config)
         if not converged:
             unconverged.append(name)

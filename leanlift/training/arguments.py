@@ -163,6 +163,13 @@ class RunArguments:
             "that was trained"
         },
     )
+    log_format: str = field(
+        default="auto",
+        metadata={
+            "help": "what a run shows: rich (a live panel), plain (lines), json (an object per "
+            "line), or auto: rich on a terminal, else plain"
+        },
+    )
 
     def __post_init__(self) -> None:
         """Expand `~` in paths: a shell does not after `=` or in a file."""

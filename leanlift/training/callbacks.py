@@ -97,13 +97,29 @@ class Guard(TrainerCallback):
         return last_checkpoint(self.trainer.args.output_dir)
 
 
+class LastEvaluation(TrainerCallback):
+    """Evaluates after the last step, whatever else is asked for; where an epoch ends with it and
+    is evaluated, that is enough."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy != "epoch":
+            control.should_evaluate = True
+
+
 class Refresh(TrainerCallback):
     """Refreshes the mask every `interval` optimizer steps, but not after the last one; where a run
-    is made longer, that is made up for."""
+    is made longer, that is made up for.
+
+    Attributes:
+        progress: whether a bar is shown over the layers.
+    """
 
     def __init__(self, trainer: LiftTrainer, interval: int) -> None:
         self.trainer = trainer
         self.interval = interval
+        self.progress = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -118,12 +134,13 @@ class Refresh(TrainerCallback):
         if not self.interval or step % self.interval or step >= state.max_steps:
             return
         self._check_offsets(step)
-        report = refresh_mask(self.trainer.model, self.trainer.optimizer)
+        report = refresh_mask(self.trainer.model, self.trainer.optimizer, self.progress)
         if report.held_back and not any(past.held_back for past in self.trainer.refreshes):
             logger.warning(
-                "The retired entries have reached their bound (retired_limit=%s): the refresh at "
-                "step %d held %d newcomers back, and later ones will too. Raise retired_limit for "
-                "more room, or refresh_margin for fewer changes.",
+                "The store of retired entries (trained once, let go, offset kept) is full "
+                "(retired_limit=%s): the refresh at step %d could not take %d new entries, and "
+                "later ones will not either. Raise retired_limit for more room, or refresh_margin "
+                "for fewer changes.",
                 self.trainer._lift.config.retired_limit,
                 step,
                 report.held_back,

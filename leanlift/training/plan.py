@@ -108,7 +108,7 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
         offload=bool(sft.activation_offloading),
         embedding_on_cpu=args.embedding_on_cpu,
         cuda=cuda,
-        eval_batch=0 if _value(sft.eval_strategy) == "no" else sft.per_device_eval_batch_size,
+        eval_batch=sft.per_device_eval_batch_size if _evaluates(args, sft) else 0,
     )
     plan = plan_memory(
         args.model_name_or_path,
@@ -126,6 +126,11 @@ def plan_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Memory
             "rows that the embedding may get for tokens of chat_template_path are not counted."
         )
     return plan
+
+
+def _evaluates(args: RunArguments, sft: LiftSFTConfig) -> bool:
+    """Rows to evaluate on are, before and after training, whatever the strategy."""
+    return bool(args.eval_dataset_name) or _value(sft.eval_strategy) != "no"
 
 
 def _value(choice: Any) -> str:

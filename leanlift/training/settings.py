@@ -31,6 +31,7 @@ output_dir logging_strategy logging_steps logging_first_step log_level log_level
 log_on_each_node include_num_input_tokens_seen disable_tqdm report_to run_name project
 trackio_space_id trackio_bucket_id trackio_static_space_id save_strategy save_steps save_total_limit
 save_only_model save_on_each_node enable_jit_checkpoint snapshot merged_dir merge_onto
+log_format
 """
 _EVALUATED = """
 eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_packing

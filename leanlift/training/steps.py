@@ -127,7 +127,12 @@ class StepGuard:
                 "damaged row."
             )
         if self._in_a_row == 1:
-            logger.warning("Step %d is not applied: %s.", step, problem)
+            logger.warning(
+                "Step %d is not applied: %s. Training goes on; should it happen again, lower "
+                "learning_rate.",
+                step,
+                problem,
+            )
         return False
 
     def forget_step(self) -> None:

@@ -1,0 +1,90 @@
+"""What a run needs before anything slow: a place for its results, and its rows, tokenized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanlift.errors import UserError
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.checkpointing import checkpoint_to_resume, checkpoints, is_left_behind
+from leanlift.training.data import TokenRows, load_rows
+from leanlift.training.lock import LOCK_NAME
+from leanlift.training.ready import RowsForTraining
+from leanlift.training.tokenizer import (
+    end_tokens,
+    load_tokenizer,
+    rows_for_template,
+    vocabulary_rows,
+)
+from leanlift.training.whole import Checkpoint, check_checkpoint
+
+
+@dataclass(frozen=True)
+class ReadyRows:
+    """The tokenizer, and the rows to train and to evaluate on, ready for the trainer; and how many
+    rows the embedding needs for its tokens, if it has fewer."""
+
+    tokenizer: Any
+    rows: Any
+    eval_rows: Any
+    embedding_rows: int | None = None
+
+    @property
+    def data(self) -> Any:
+        """The dataset or stream itself."""
+        return self.rows.data if isinstance(self.rows, TokenRows) else self.rows
+
+
+def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
+    """The rows that the arguments name, as the base's tokenizer has them.
+
+    Raises:
+        UserError: rows or tokenizer that cannot be used.
+    """
+    rows = load_rows(args.dataset_name, args.dataset_split)
+    eval_rows = None
+    if args.eval_dataset_name:
+        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
+    base, revision = args.model_name_or_path, args.model_revision
+    tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
+    embedding = vocabulary_rows(base, sft.trust_remote_code, revision)
+    needed = None if embedding is None else rows_for_template(tokenizer, sft, embedding)
+    ready = RowsForTraining(tokenizer, sft, needed or embedding, end_tokens(base, revision))
+    return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed)
+
+
+def check_merged_dir(args: RunArguments, output: Path) -> None:
+    """A place for the merge that is free, and will still be when training has ended."""
+    if not args.merged_dir:
+        return
+    merged = Path(args.merged_dir)
+    if merged.exists():
+        raise UserError(f"merged_dir {merged} already exists: choose another directory.")
+    if merged.resolve() in (output.resolve(), *output.resolve().parents):
+        raise UserError(
+            f"merged_dir {merged} is, or holds, output_dir {output}: choose another directory."
+        )
+
+
+def checkpoint_of_run(sft: LiftSFTConfig, output: Path) -> Checkpoint | None:
+    """The checkpoint to go on from; a fresh run wants an empty output directory."""
+    wanted = sft.resume_from_checkpoint
+    if wanted and str(wanted).lower() == "true":
+        return checkpoint_to_resume(output, True)
+    if wanted and str(wanted).lower() != "false":
+        return check_checkpoint(Path(wanted))
+    if output.exists() and (not output.is_dir() or _holds_results(output)):
+        way_on = (
+            ", or go on from its last checkpoint with --resume_from_checkpoint true"
+            if output.is_dir() and checkpoints(output)
+            else ", or empty it"
+        )
+        raise UserError(f"output_dir {output} is not empty: choose another one{way_on}.")
+    return None
+
+
+def _holds_results(output: Path) -> bool:
+    """Whether there is more than what a run that was cut off has left."""
+    return any(path.name != LOCK_NAME and not is_left_behind(path) for path in output.iterdir())

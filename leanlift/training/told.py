@@ -1,0 +1,170 @@
+"""What a run tells of itself: facts for its screen, notes for its report, settings for readers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import torch
+from datasets import Dataset
+
+from leanlift._version import __version__
+from leanlift.adapter import WEIGHTS_NAME
+from leanlift.export import TRAINING_KEYS
+from leanlift.memory import (
+    MemoryMeter,
+    MemoryPlan,
+    human,
+    machine_nbytes,
+    resident_now,
+)
+from leanlift.model import RefreshReport, lift_layers, lift_state, weights_of
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.data import TokenRows
+from leanlift.training.inputs import ReadyRows
+from leanlift.training.memory import MemoryCallback
+from leanlift.training.out_of_memory import card_nbytes
+from leanlift.training.screens import FirstRow, Header, Memory, Place
+from leanlift.training.screens.words import shell
+from leanlift.training.tokens import IGNORED, ROW_KEYS
+
+logger = logging.getLogger("leanlift")
+
+# --- for the screen ------------------------------------------------------------------------
+
+
+def first_row_of(rows: Any, tokenizer: Any) -> FirstRow | None:
+    """The first row as it is trained; None where there is none to look at."""
+    data = rows.data if isinstance(rows, TokenRows) else rows
+    row = next(iter(data), None) if isinstance(data, Dataset) else None
+    if row is None or not {"input_ids", "labels"} <= row.keys():
+        return None
+    ids, trained = row["input_ids"], [label != IGNORED for label in row["labels"]]
+    trained[:1] = [False]  # nothing predicts the first token
+    ends = [i for i in range(1, len(ids)) if trained[i] != trained[i - 1]]
+    parts, text = [], ""
+    for start, stop in zip([0, *ends], [*ends, len(ids)], strict=True):
+        whole = tokenizer.decode(ids[:stop])
+        part = whole[len(text) :] if whole.startswith(text) else tokenizer.decode(ids[start:stop])
+        parts.append((part, trained[start]))
+        text = whole
+    return FirstRow(tuple(parts), len(ids), sum(trained))
+
+
+def header_of(
+    args: RunArguments, trainer: Any, ready: ReadyRows, plan: MemoryPlan | None, cuda: bool
+) -> Header:
+    """The facts of a run whose trainer knows its steps."""
+    entries, weights = weights_of(trainer.model)
+    data, sft, state = trainer.train_dataset, trainer.args, trainer.state
+    batch, accumulate = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
+    sized = isinstance(data, Dataset)
+    each = math.ceil(math.ceil(len(data) / batch) / accumulate) if sized else 0  # steps of a pass
+    passes = state.max_steps / each if each else 0.0
+    report = ready.rows.report if isinstance(ready.rows, TokenRows) else None
+    return Header(
+        model=args.model_name_or_path,
+        entries=entries,
+        weights=weights,
+        matrices=len(lift_layers(trainer.model)),
+        rows=len(ready.data) if sized else None,
+        tokens=_tokens(data) if sized else None,
+        longest=None if report is None else report.kept,
+        steps=state.max_steps,
+        begun=state.global_step,
+        epochs=passes if sft.max_steps > 0 else sft.num_train_epochs,
+        batch=batch,
+        accumulate=accumulate,
+        planned=None if plan is None else plan.needed if cuda else plan.peak,
+        room=card_nbytes(True) if cuda else machine_nbytes(),
+        place=torch.cuda.get_device_name(0) if cuda else "RAM",
+    )
+
+
+def _tokens(data: Dataset) -> int | None:
+    if "input_ids" not in data.column_names:
+        return None
+    parts = data.select_columns(["input_ids"]).with_format("arrow").iter(1000)
+    return sum(pc.sum(pc.list_value_length(part["input_ids"])).as_py() or 0 for part in parts)
+
+
+def memory_now(callback: MemoryCallback, plan: MemoryPlan | None, cuda: bool) -> Memory:
+    """Memory at this moment of training, against what was planned for training."""
+    within = ("train", "evaluate", "refresh") if cuda else ("train",)
+    planned = None if plan is None else max(plan.phases.get(phase, 0) for phase in within)
+    if cuda:
+        return Memory(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), planned)
+    return Memory(None, callback.peak, planned, resident_now())
+
+
+def places_of(output: Path, merged: Path | None) -> tuple[Place, ...]:
+    """What a run has written."""
+    places = [Place("adapter", str(output), (output / WEIGHTS_NAME).stat().st_size)]
+    if merged is not None:
+        held = sum(file.stat().st_size for file in merged.iterdir() if file.is_file())
+        places.append(Place("merged", str(merged), held))
+    return tuple(places)
+
+
+def next_commands(args: RunArguments, output: Path) -> tuple[str, ...]:
+    """What to run after a run."""
+    rows = args.eval_dataset_name or args.dataset_name
+    last = (
+        shell("leanlift", "export", output, "MERGED")
+        if not args.merged_dir
+        else shell("leanlift", "eval", "--model_name_or_path", args.merged_dir, "--data", rows)
+    )
+    return (
+        shell("leanlift", "report", output),
+        shell("leanlift", "eval", "--adapter", output, "--data", rows),
+        last,
+    )
+
+
+# --- for the report ------------------------------------------------------------------------
+
+
+def note_refreshes(refreshes: list[RefreshReport], meter: MemoryMeter) -> None:
+    """Churn and retired entries of each refresh of this process, for the report."""
+    if not refreshes:
+        return
+    last = refreshes[-1]
+    churn = ", ".join(f"{report.churn:.3f}" for report in refreshes[-10:])
+    shown = "" if len(refreshes) <= 10 else f" (the last 10 of {len(refreshes)})"
+    meter.report.notes.append(
+        f"refresh: {len(refreshes)} in {sum(r.seconds for r in refreshes):.1f} s; churn{shown} "
+        f"{churn}; {last.retired:,} entries retired in {human(last.retired_nbytes)}, "
+        f"{sum(r.held_back for r in refreshes):,} newcomers held back."
+    )
+
+
+def note_selection(model: Any, meter: MemoryMeter) -> None:
+    """How the selection went, for the report; and what did not converge, for the user."""
+    state = lift_state(model)
+    unconverged = state.unconverged
+    meter.report.notes.append(
+        f"selection: {len(state.base.shapes)} matrices in {state.selection_seconds:.1f} s, "
+        f"{len(unconverged)} not converged."
+    )
+    if unconverged:
+        logger.warning(
+            "In %d matrices the choice of trained entries did not converge: at this approx_rank "
+            "others would do as well (%s). Training works; for a choice that is the only one, "
+            "try another approx_rank.",
+            len(unconverged),
+            ", ".join(unconverged[:3]) + (", …" if len(unconverged) > 3 else ""),
+        )
+
+
+def settings_for_reader(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
+    """What a reader of the adapter may want to know of the run, JSON-ready."""
+    own = asdict(args)
+    given = own["dataset_name"]
+    own["dataset_name"] = str(Path(given).absolute()) if Path(given).is_file() else given
+    loop = sft.to_dict()
+    kept = {key: loop[key] for key in (*TRAINING_KEYS, *ROW_KEYS)}
+    return {"leanlift_version": __version__, **own, **kept}
