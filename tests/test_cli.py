@@ -177,6 +177,7 @@ def test_the_options_are_a_reviewed_set() -> None:
     (choices,) = [action.choices for action in commands._group_actions]
     assert set(choices or ()) == {
         "demo",
+        "init",
         "plan",
         "train",
         "eval",

@@ -122,9 +122,9 @@ def test_a_report_is_written_read_and_printed(tmp_path: Path) -> None:
     report = load_report(tmp_path)
     assert json.loads((tmp_path / "memory.json").read_text()) == report
     text = format_report(report)
-    assert "75.0%" in text
+    assert "75 %" in text
     assert "4.00 MiB" in text
-    assert "select" in text
+    assert "select entries" in text
 
 
 def test_a_missing_or_broken_report_is_one_sentence(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -18,15 +19,21 @@ from transformers import (
 )
 
 from leanlift import LiftConfig
-from leanlift.memory import blocks
+from leanlift.ends import Head, Objective, head_loss
+from leanlift.layer import LiftLinear, Scratch
+from leanlift.memory import LiveBytes, blocks
 from leanlift.memory.fake import (
     StepBytes,
+    _fused_attention,
     attach_fake,
+    even_index,
     fake_tensors,
     forward_peak,
     step_peak,
 )
-from leanlift.quantized import WeightFormat
+from leanlift.memory.pieces import FirstPiecesScratch, first_tiles
+from leanlift.quantized import WeightDense, WeightFormat, empty_weight
+from leanlift.tiles import DenseTiles
 from leanlift.training.loss import loss_of_all_tokens
 from leanlift.training.plan import without_packing_search
 
@@ -160,3 +167,64 @@ def test_laps_that_differ_are_not_repeated() -> None:
     laps[2] = blocks.Lap(("forward", 2), 16, 11)
     assert not blocks.repeats(laps, way)
     assert not blocks.repeats(laps[:-2], way)
+
+
+@pytest.mark.parametrize("always", [True, False], ids=["in the scratch", "where it is made"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
+@pytest.mark.parametrize("tokens", [300, 64])
+@pytest.mark.parametrize("shape", [(3000, 4096), (640, 512), (4100, 2048)], ids=str)
+def test_first_pieces_have_the_peak_of_all(
+    shape: tuple[int, int], tokens: int, kind: str, always: bool
+) -> None:
+    """A step of one layer, its matrices and tokens gone over in many pieces or in two."""
+    fmt = None if kind == "dense" else WeightFormat(kind, "float32", 64)
+
+    def peak(scratch: Scratch) -> int:
+        with fake_tensors():
+            dense = WeightDense(nn.Linear(shape[1], shape[0], bias=False))
+            weight: Any = dense if fmt is None else empty_weight(shape, fmt)
+            index = even_index(shape, shape[0] * shape[1] // 20)
+            layer = LiftLinear(weight.module, weight, index, scratch)
+            x = torch.zeros(tokens, shape[1], requires_grad=True)
+            with LiveBytes() as live:
+                layer(x).sum().backward()
+            return live.peak
+
+    assert peak(FirstPiecesScratch(always=always)) == peak(Scratch(always=always)) > 0
+
+
+def test_gradients_that_are_there_already_count_like_an_earlier_pass() -> None:
+    """One pass beside them is the second of two passes."""
+    lift, fmt = LiftConfig(approx_rank=8), WeightFormat("nf4", "float32", 64, True)
+    planned = step(FAMILIES["llama"][0], True, lift, accumulate=True)
+    with without_packing_search(), fake_tensors():
+        model = AutoModelForCausalLM.from_config(FAMILIES["llama"][0], dtype=torch.float32)
+        attach_fake(model, lift, fmt)
+        model.train()
+        ids = torch.zeros(1, 32, dtype=torch.long)
+        with _fused_attention(), LiveBytes() as live:
+            for _ in range(2):
+                loss_of_all_tokens(model, ids, ids.clone()).backward()
+            live.peak = live.current
+            loss_of_all_tokens(model, ids, ids.clone()).backward()
+    scratch = 4 * 64 * 160  # made in the first pass here, before a step in a plan
+    assert live.peak - scratch == planned.peak
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("tokens", "width"), [(3000, 64), (100, 2048), (20, 64)])
+def test_the_first_tiles_of_a_vocabulary_have_the_peak_of_all(
+    tokens: int, width: int, smoothing: float
+) -> None:
+    def peak(part: bool) -> int:
+        with fake_tensors():
+            head = Head(DenseTiles(torch.empty(130_000, width)), torch.empty(130_000), 30.0)
+            head = first_tiles(head, tokens, width) if part else head
+            hidden = torch.empty(tokens, width, requires_grad=True)
+            labels = torch.zeros(tokens, dtype=torch.int64)
+            with LiveBytes() as live:
+                made = head_loss(hidden, labels, head, 1.0, objective=Objective(smoothing))
+                made.loss.backward()
+            return live.peak
+
+    assert peak(part=True) == peak(part=False) > 0

@@ -1,4 +1,4 @@
-"""The command line: `leanlift demo | plan | train | eval | export | combine | push | info |
+"""The command line: `leanlift demo | init | plan | train | eval | export | combine | push | info |
 report`.
 
 An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
@@ -41,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from leanlift.cli.plan import plan_command
 
             return plan_command(arguments[1:])
+        if arguments[:1] == ["init"]:
+            from leanlift.cli.init import init_command
+
+            return init_command(arguments[1:])
         options = build_parser().parse_args(arguments)
         return int(options.run(options))
     except KeyboardInterrupt as error:
@@ -107,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    commands.add_parser("init", help="look at rows and card, propose settings", add_help=False)
     commands.add_parser("plan", help="what a run will need, before it is made", add_help=False)
     commands.add_parser("train", help="fine-tune a model", add_help=False)
 

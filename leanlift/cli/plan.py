@@ -1,4 +1,4 @@
-"""`leanlift plan --model_name_or_path M [--any_key value] [--fit 8GB] [--json] [--plot FILE]`.
+"""`leanlift plan --model_name_or_path M [--any_key value] [--fit 8GB [--save run.yaml]] [--json]`.
 
 Takes every key that `leanlift train` takes; those without a bearing on memory change nothing.
 """
@@ -8,23 +8,32 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from leanlift.cli.settings import asks_for_cpu, parse_train, take_option
-from leanlift.memory import format_plan
-from leanlift.memory.picture import draw
-from leanlift.training import plan_of
-from leanlift.training.fit import fit, parse_card
+from leanlift.cli.places import new_settings_file
+from leanlift.cli.settings import asks_for_cpu, given_settings, parse_train, take_option
+from leanlift.cli.trying import Trying
+from leanlift.memory import MemoryPlan, format_plan
+from leanlift.memory.picture import check_picture, draw
+from leanlift.screen import short_name, size
+from leanlift.training import LiftSFTConfig, RunArguments, plan_of
+from leanlift.training.arguments import command_defaults
+from leanlift.training.checks import check_settings
+from leanlift.training.fit import Fit, Taken, fit, parse_card, useful_changes
+from leanlift.training.propose import reasons_of
+from leanlift.training.recipe import Section, write_recipe
 
 USAGE = """usage: leanlift plan --model_name_or_path M [--key value ...]
-                     [--fit 8GB] [--cpu] [--json] [--plot FILE]
+                     [--fit 8GB [--save run.yaml]] [--cpu] [--json] [--plot FILE]
 
 What fine-tuning M will need, from its config.json alone: a hub name, a directory, or the file.
 Takes the keys of 'leanlift train' (see its --help), for example
   --max_length 2048 --per_device_train_batch_size 1 --density 0.05 --optim sparse_adamw_8bit
 
   --fit 8GB     choose settings with which a card of this size will do, and say why
+  --save FILE   write the settings, with reasons, for 'leanlift train --config FILE'
   --cpu         plan for a run on the CPU
-  --json        print JSON
+  --json        print JSON (docs/plan.md)
   --plot FILE   also draw the bytes as a stacked bar (needs matplotlib)
 """
 
@@ -37,26 +46,107 @@ def plan_command(argv: Sequence[str]) -> int:
     rest = [argument for argument in argv if argument not in ("--json", "--cpu")]
     card, rest = take_option(rest, "--fit")
     picture, rest = take_option(rest, "--plot")
-    if not any(a.startswith(("--dataset_name", "--config")) for a in rest):
+    place, rest = take_option(rest, "--save")
+    gib = None if card is None else parse_card(card)
+    if picture is not None:
+        check_picture(picture)
+    if place is not None:
+        new_settings_file(place)
+    given = given_settings(rest)
+    if "dataset_name" not in given:
         rest += ["--dataset_name", "rows.json"]
     args, sft = parse_train(rest)
+    check_settings(sft, args.lift_config())
     cuda = "--cpu" not in argv and not asks_for_cpu(rest)
-    chosen: tuple[str, ...] = ()
-    if card is not None:
-        found = fit(args, sft, parse_card(card), cuda, _say)
-        plan, chosen = found.plan, found.steps
+    as_json = "--json" in argv
+    with Trying() as trying:
+        found = None if gib is None else fit(args, sft, gib, cuda, trying)
+        plan = plan_of(args, sft, cuda) if found is None else found.plan
+    taken = () if found is None else found.taken
+    if found is not None:
+        args, sft = found.args, found.sft
+    if as_json:
+        print(json.dumps({**plan.to_dict(), "changed": [_as_json(t) for t in taken]}, indent=2))
     else:
-        plan = plan_of(args, sft, cuda)
-    if "--json" in argv:
-        print(json.dumps({**plan.to_dict(), "changed": list(chosen)}, indent=2))
-    else:
-        print(format_plan(plan.to_dict()))
-        for line in chosen:
-            print(f"changed: {line}")
+        print(format_plan(plan.to_dict()), flush=True)
+    if gib is not None and not as_json:
+        print("\n".join(["", *fitted(taken, plan, gib)]))
+    elif not as_json:
+        with Trying() as trying:
+            useful = useful_changes(args, sft, plan, cuda, say=trying)
+        print("\n".join(["", *advice(useful)]) if useful else "")
     if picture is not None:
-        draw({"plan": plan.categories}, picture)
+        title = f"{short_name(plan.model)}: planned memory of a training step, {size(plan.peak)}"
+        draw({"planned": plan.categories}, picture, title, plan.context)
         _say(f"Wrote {picture}")
+    if place is not None:
+        _save(place, given, args, sft, plan, found)
     return 0
+
+
+def advice(useful: Sequence[Taken]) -> list[str]:
+    """The changes that save most, each with what it costs."""
+    lines = ["What would save most, each on its own:"]
+    for number, taken in enumerate(useful, 1):
+        lines += [
+            f"{number}. {taken.change.named}",
+            f"   saves {size(taken.saved)}: {_cost(taken)}",
+        ]
+    return lines
+
+
+def fitted(taken: Sequence[Taken], plan: MemoryPlan, gib: float) -> list[str]:
+    """What was changed for a card, and why that is enough."""
+    free = size(gib * 2**30 - plan.needed)
+    if not taken:
+        return [f"It fits {gib:g} GB as it is, with {free} to spare."]
+    lines = [f"Changed to fit {gib:g} GB, with {free} to spare:"]
+    for number, step in enumerate(taken, 1):
+        lines += [f"{number}. {step.change.named}", f"   saves {size(step.saved)}: {_cost(step)}"]
+    return lines
+
+
+def _cost(taken: Taken) -> str:
+    return taken.change.cost
+
+
+def _as_json(taken: Taken) -> dict[str, Any]:
+    return {"keys": taken.change.keys, "cost": taken.change.cost, "saved": taken.saved}
+
+
+def _save(
+    place: str,
+    given: dict[str, Any],
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    plan: MemoryPlan,
+    found: Fit | None,
+) -> None:
+    """Write the settings that were given, the command's defaults and what was changed."""
+    taken = () if found is None else found.taken
+    changed = {key: value for step in taken for key, value in step.change.keys.items()}
+    why = reasons_of(taken)
+    kept = {key: value for key, value in given.items() if key not in changed and key != "use_cpu"}
+    if "dataset_name" not in kept:
+        kept["dataset_name"] = args.dataset_name
+        why["dataset_name"] = "your rows: .json, .jsonl or .parquet"
+    defaults = {k: v for k, v in command_defaults(given).items() if k not in changed}
+    held = f"Planned to need {size(plan.needed)}"
+    head = [
+        f"{held} of a card: {short_name(plan.model)}, {plan.holds_for['rows']} × "
+        f"{plan.holds_for['tokens']:,} tokens at a time.",
+        f"    leanlift train --config {place} --dry_run",
+    ]
+    write_recipe(
+        place,
+        head,
+        [
+            Section("What was asked for", kept, why),
+            Section("Defaults of the command", defaults, {}),
+            Section("Chosen to fit", changed, why),
+        ],
+    )
+    _say(f"Wrote {place}: leanlift train --config {place}")
 
 
 def _say(line: str) -> None:

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from leanlift.errors import UserError, first_line
 from leanlift.training import LiftSFTConfig, RunArguments
+from leanlift.training.arguments import command_defaults
 
 SHOWN = (
     "output_dir",
@@ -78,6 +79,15 @@ def asks_for_cpu(argv: list[str]) -> bool:
     return bool(_given(argv)[0].get("use_cpu"))
 
 
+def given_settings(argv: list[str]) -> dict[str, Any]:
+    """What the file and the flags say, by key; flags override the file.
+
+    Raises:
+        UserError: as `parse_train`.
+    """
+    return dict(_given(argv)[0])
+
+
 def parse_train(argv: list[str]) -> tuple[RunArguments, LiftSFTConfig]:
     """Arguments from a YAML file and flags.
 
@@ -90,7 +100,7 @@ def parse_train(argv: list[str]) -> tuple[RunArguments, LiftSFTConfig]:
         raise SystemExit(0)
     given, settings, argv = _given(argv)
     _check_given(given)
-    settings = _defaults(given) | settings
+    settings = command_defaults(given) | settings
     for action in parser._actions:
         if action.dest in settings:
             action.required = False
@@ -122,6 +132,9 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--fit", help="choose settings for a card of this size, e.g. 8GB")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="look at everything, plan, and train nothing"
+    )
     parser.add_argument("--config", help="a YAML file with any of these keys")
     parser.add_argument(
         "--help", "-h", action="store_true", help="show the options that matter most"
@@ -129,7 +142,7 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
     parser.add_argument("--help_all", action="store_true", help="show every option there is")
     if not show_all:
         own = {field.name for field in dataclasses.fields(RunArguments)}
-        shown = {*own, *SHOWN, "fit", "config", "help", "help_all"}
+        shown = {*own, *SHOWN, "fit", "dry_run", "config", "help", "help_all"}
         for action in parser._actions:
             negative = action.option_strings and action.option_strings[0].startswith("--no")
             if action.dest not in shown or negative:
@@ -192,11 +205,6 @@ def _check_given(given: dict[str, Any]) -> None:
         raise UserError("load_in_4bit and load_in_8bit exclude each other: choose one.")
 
 
-def _defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """What follows from other settings, where nothing else is said."""
-    return {"eval_strategy": "epoch"} if given.get("eval_dataset_name") else {}
-
-
 # --- the YAML file --------------------------------------------------------------------------
 
 
@@ -235,7 +243,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     actions = {
         action.dest: action
         for action in reversed(build_train_parser()._actions)  # a --no_x comes after its --x
-        if action.dest not in ("help", "help_all", "config", "fit")
+        if action.dest not in ("help", "help_all", "config", "fit", "dry_run")
     }
     kinds = {**get_type_hints(RunArguments), **get_type_hints(LiftSFTConfig)}
     for key, value in settings.items():

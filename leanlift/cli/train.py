@@ -5,20 +5,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from leanlift.cli.settings import build_train_parser, parse_train, take_option
+from leanlift.cli.trying import Trying
 from leanlift.errors import MaskError, first_line
 from leanlift.memory import MemoryPlan
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
+from leanlift.training.batches import Batches
 from leanlift.training.checks import check_settings
+from leanlift.training.dry_run import dry_run
 from leanlift.training.fit import fit, parse_card
-from leanlift.training.screens import screen_of
+from leanlift.training.out_of_memory import card_nbytes
+from leanlift.training.screens import Screen, screen_of
 from leanlift.training.screens.words import shell
 
 __all__ = ["build_train_parser", "parse_train", "resuming", "train_command"]
@@ -29,21 +33,41 @@ logger = logging.getLogger("leanlift")
 def train_command(argv: Sequence[str]) -> int:
     """Parse and run; the run shows itself."""
     command = resuming(argv)
-    card, argv = take_option(list(argv), "--fit")
+    dry = "--dry_run" in argv
+    card, argv = take_option([a for a in argv if a != "--dry_run"], "--fit")
     args, sft = parse_train(argv)
     cuda = torch.cuda.is_available() and not sft.use_cpu
-    planned: Callable[[], MemoryPlan | None] = partial(_plan, args, sft, cuda)
     screen = screen_of(args.log_format)
     if card is not None:
         check_settings(sft, args.lift_config())
-        found = fit(args, sft, parse_card(card), cuda, lambda line: print(line, file=sys.stderr))
-        args, sft, planned = found.args, found.sft, partial(_known, found.plan)
-    run(args, sft, plan=planned, screen=screen, command=command)
+        with Trying() as trying:
+            found = fit(args, sft, parse_card(card), cuda, trying)
+        args, sft = found.args, found.sft
+    plan = partial(_plan, args, sft, cuda)
+    if dry:
+        _look(args, sft, plan, screen, argv, card)
+    else:
+        run(args, sft, plan=plan, screen=screen, command=command)
     return 0
 
 
-def _known(plan: MemoryPlan) -> MemoryPlan:
-    return plan
+def _look(
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    plan: Callable[[Batches], MemoryPlan | None],
+    screen: Screen,
+    argv: Sequence[str],
+    card: str | None,
+) -> None:
+    """A dry run, and the command of the real one."""
+    room = None if sft.use_cpu else card_nbytes(torch.cuda.is_available())
+    lines = dry_run(args, sft, plan, screen, room)
+    fitted = ["--fit", card] if card is not None else []
+    command = shell("leanlift", "train", *argv, *fitted)
+    if args.log_format == "json":
+        print(json.dumps({"event": "ready", "lines": lines, "command": command}))
+    else:
+        print("\n".join([*lines, "", f"Ready: {command}"]))
 
 
 def resuming(argv: Sequence[str]) -> str:
@@ -60,14 +84,16 @@ def resuming(argv: Sequence[str]) -> str:
     return shell("leanlift", "train", *kept, f"--{key}", "true")
 
 
-def _plan(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> MemoryPlan | None:
+def _plan(
+    args: RunArguments, sft: LiftSFTConfig, cuda: bool, batches: Batches
+) -> MemoryPlan | None:
     """The plan of a run, or None where it cannot be planned: that alone stops no run.
 
     Raises:
         UserError: what is to be trained is not there; loading the base would not change that.
     """
     try:
-        return plan_of(args, sft, cuda)
+        return plan_of(args, sft, cuda, batches)
     except MaskError:
         raise
     except Exception as error:  # whatever a model's own code does under fake tensors

@@ -8,6 +8,7 @@ Everything is real: training, generation, files. Nothing is downloaded.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def demo(output_dir: str | Path) -> None:
         save_strategy="no",
         gradient_checkpointing=False,
     )
-    result = run(args, sft, before_training=measure, plan=lambda: plan_of(args, sft, cuda=False))
+    result = run(args, sft, before_training=measure, plan=partial(plan_of, args, sft, False))
     after = _answers(result.model, result.tokenizer, held_out, "After training")
 
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float16)

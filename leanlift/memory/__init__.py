@@ -13,36 +13,52 @@ from leanlift.memory.measure import (
     static_categories,
     tensor_bytes,
 )
-from leanlift.memory.plan import CARDS_GIB, MemoryPlan, StepSettings, plan_step
+from leanlift.memory.pieces import first_tiles
+from leanlift.memory.plan import (
+    CARDS_GIB,
+    MOMENTS,
+    Known,
+    MemoryPlan,
+    least_nbytes,
+    plan_step,
+    shapes_of,
+)
+from leanlift.memory.plan_screen import format_plan, peak_line
 from leanlift.memory.report import (
     REPORT_NAME,
-    format_plan,
     format_report,
     human,
     load_report,
     save_report,
 )
+from leanlift.memory.rules import StepSettings
 
 __all__ = [
     "CARDS_GIB",
     "CATEGORIES",
+    "MOMENTS",
     "REPORT_NAME",
+    "Known",
     "LiveBytes",
     "MemoryMeter",
     "MemoryPlan",
     "MemoryReport",
     "PhasePeak",
     "StepSettings",
+    "first_tiles",
     "format_plan",
     "format_report",
     "human",
     "is_out_of_memory",
+    "least_nbytes",
     "load_report",
     "machine_nbytes",
+    "peak_line",
     "plan_step",
     "resident_now",
     "resident_peak",
     "save_report",
+    "shapes_of",
     "static_categories",
     "tensor_bytes",
 ]

@@ -9,6 +9,7 @@ whose temporaries have a rule of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from leanlift.ends import FrozenEmbedding, FrozenHead
 from leanlift.layer import FrozenLinear, LiftLinear, Scratch
 from leanlift.memory.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.memory.live import LiveBytes
+from leanlift.memory.pieces import FirstPiecesScratch
 from leanlift.model.ends import INT8, check_ends, embed_scale
 from leanlift.model.gated import use_gated_product
 from leanlift.model.targets import find_targets
@@ -98,7 +100,7 @@ def attach_fake(
     config.check_patterns(targets)
     head = model.get_output_embeddings()
     model.requires_grad_(False)
-    scratch = Scratch(always=True) if scratch is None else scratch
+    scratch = FirstPiecesScratch(always=True) if scratch is None else scratch
     values_dtype = getattr(torch, config.values_dtype)
     shapes = {}
     for name, module in list(model.named_modules()):
@@ -155,17 +157,21 @@ def step_peak(
         whole: whether every block is run, also where they repeat.
     """
     way = None if whole else repetition(model)
+    values = [m.values for m in model.modules() if isinstance(m, LiftLinear)]
+    earlier = sum(v.nbytes for v in values) if accumulate else 0
     if way is not None:
         laps = _laps(model, loss, batch, length, in_backward, accumulate, offload, way)
         if repeats(laps, way):
-            return _step_bytes(whole_step(laps, way))
-    return _step_bytes(_laps(model, loss, batch, length, in_backward, accumulate, offload, None))
+            return _step_bytes(whole_step(laps, way), earlier)
+    laps = _laps(model, loss, batch, length, in_backward, accumulate, offload, None)
+    return _step_bytes(laps, earlier)
 
 
 def forward_peak(model: Any, loss: Loss, batch: int, length: int) -> int:
     """Bytes beyond weights, values and scratch of a forward pass without a backward one, as in an
     evaluation; the arguments are those of `step_peak`. What stays from block to block does not
     grow, so the blocks that show two periods stand for all."""
+    _take_scratch(model)
     ids = torch.zeros(batch, length, dtype=torch.long)
     with (
         in_part(model, repetition(model)),
@@ -187,19 +193,17 @@ def _laps(
     offload: bool,
     way: Repetition | None,
 ) -> list[Lap]:
-    """The laps of a step through the blocks that `way` says; those of an earlier micro-batch first,
-    where gradients accumulate."""
+    """The laps of a step through the blocks that `way` says. Gradients of an earlier micro-batch,
+    where they accumulate, are there before it, and in no lap."""
     layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
-    widest = max((m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)),
-                 key=lambda shape: shape[0] * shape[1])  # fmt: skip
+    _take_scratch(model)
     ids = torch.zeros(batch, length, dtype=torch.long)
-    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-    if layers[0].scratch.always:  # there from the step before
-        layers[0].scratch.take(*widest, dtype, torch.device("cpu"))
     handles = [
         layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
         for layer in layers
     ]
+    for layer in layers if accumulate else ():
+        layer.values.grad = torch.empty_like(layer.values)
     try:
         with (
             in_part(model, way),
@@ -212,11 +216,10 @@ def _laps(
                 model.base_model.register_forward_hook(lambda *_: laps.mark("hidden states"))
             )
             with laps.at_blocks(model, way):
-                for _ in range(2 if accumulate else 1):
-                    computed = loss(model, ids, ids.clone())
-                    laps.mark("loss")
-                    with laps.backward_pass():
-                        computed.backward()
+                computed = loss(model, ids, ids.clone())
+                laps.mark("loss")
+                with laps.backward_pass():
+                    computed.backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -225,17 +228,24 @@ def _laps(
     return laps.done
 
 
-def _step_bytes(laps: list[Lap]) -> StepBytes:
-    """The figures of the last pass."""
+def _take_scratch(model: Any) -> None:
+    """Let a scratch that is always used be there already, as from the step before."""
+    linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    if linears[0].scratch.always:
+        widest = max((m.weight_tiles.shape for m in linears), key=math.prod)
+        dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+        linears[0].scratch.take(*widest, dtype, torch.device("cpu"))
+
+
+def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:
+    """The figures of a pass beside gradients of an earlier one."""
     names = [lap.mark[0] for lap in laps]
-    ends = [number for number, name in enumerate(names) if name == "done"]
-    first = ends[-2] + 1 if len(ends) > 1 else 0
-    hidden, loss = names.index("hidden states", first), names.index("loss", first)
+    hidden, loss = names.index("hidden states"), names.index("loss")
     return StepBytes(
-        forward=max(lap.peak for lap in laps[first : hidden + 1]),
-        loss=max(lap.peak for lap in laps[hidden + 1 : loss + 1]),
-        kept=laps[loss].end,
-        backward=max(lap.peak for lap in laps[loss + 1 :]),
+        forward=earlier + max(lap.peak for lap in laps[: hidden + 1]),
+        loss=earlier + max(lap.peak for lap in laps[hidden + 1 : loss + 1]),
+        kept=earlier + laps[loss].end,
+        backward=earlier + max(lap.peak for lap in laps[loss + 1 :]),
     )
 
 

@@ -11,6 +11,7 @@ from leanlift.checkpoint import read_json, replacing, write_json
 from leanlift.errors import UserError
 from leanlift.memory.measure import MemoryReport
 from leanlift.memory.picture import draw
+from leanlift.screen import count, duration, share, short_name, size, table
 
 REPORT_NAME = "memory.json"
 WITHIN_TRAINING = ("refresh", "evaluate")
@@ -27,7 +28,9 @@ def save_report(report: MemoryReport, directory: str | Path) -> Path:
         temporary.write_text(markdown_report(data), encoding="utf-8")
     if data["categories"] and find_spec("matplotlib") is not None:
         bars = {"planned": data["plan"]["categories"]} if data["plan"] else {}
-        draw({**bars, "measured": data["categories"]}, path.with_suffix(".png"))
+        bars["measured"] = data["categories"]
+        name = f"{short_name(data['plan']['model'])}: m" if data["plan"] else "M"
+        draw(bars, path.with_suffix(".png"), f"{name}emory of the training step at its peak")
     return path
 
 
@@ -36,38 +39,35 @@ def markdown_report(report: dict[str, Any]) -> str:
     return f"# Memory of this run\n\n```\n{format_report(report)}\n```\n"
 
 
-def compare(report: dict[str, Any]) -> list[str]:
-    """Plan against measurement: bytes by category and by phase, and the difference."""
-    plan = report.get("plan")
-    if not plan:
-        return []
-    heading = f"{'plan against measured':<28}{'planned':>14}{'measured':>14}{'difference':>14}"
-    lines = ["", heading]
-    for name, measured in report["categories"].items():
-        lines.append(_difference(name, plan["categories"].get(name, 0), measured))
-    for name, peak in report["phases"].items():
-        if name == "export" and report["device"] != "cpu":
-            continue  # planned for the CPU, measured on the card
-        if name in plan["phases"] and peak["tensors"] is not None:
-            planned = plan["phases"][name]
-            if (
-                name == "train" and report["device"] != "cpu"
-            ):  # measured over all that training does
-                planned = max(plan["phases"].get(part, 0) for part in ("train", *WITHIN_TRAINING))
-            lines.append(_difference(f"phase {name}", planned, peak["tensors"]))
-    return lines
+SMALL = 2**20
+"""Bytes below which a difference says nothing: of a few allocations, not of a plan."""
+
+BOUNDS = ("retired entries", "load", "select", "refresh", "export")
+"""What is planned at its most: measured below, it is within the plan."""
 
 
-def _fragmentation(peak: dict[str, Any]) -> str:
-    """What CUDA's allocator reserved beyond the tensors' peak."""
-    if not peak["reserved"] or not peak["tensors"]:
-        return ""
-    return f"  {peak['reserved'] / peak['tensors'] - 1:.1%} reserved beyond the peak"
+def difference(name: str, planned: int | None, measured: int | None) -> str:
+    """How far a plan was off, in words: "+0.3 %", "within", or "–" where the two cannot be
+    compared, or are too small for it to mean anything."""
+    if planned is None or measured is None or measured < SMALL:
+        return "–"
+    if name in BOUNDS and measured <= planned:
+        return "within"
+    off = 100 * (planned / measured - 1)
+    return "0 %" if abs(off) < 0.05 else f"{off:+.1f} %" if abs(off) < 9.95 else f"{off:+.0f} %"
 
 
-def _difference(name: str, planned: int, measured: int) -> str:
-    share = f"{planned / measured - 1:+.1%}" if measured else "-"
-    return f"{name:<28}{human(planned):>14}{human(measured):>14}{share:>14}"
+def planned_phases(report: dict[str, Any]) -> dict[str, int]:
+    """What was planned for each phase, where what was measured is the same thing."""
+    plan = report.get("plan") or {"phases": {}}
+    phases = dict(plan["phases"])
+    if report["device"] == "cpu":
+        phases.pop("load", None)  # what the loader held in between was not followed
+        return phases
+    phases.pop("export", None)  # planned for the CPU, measured on the card
+    if "train" in phases:  # measured over all that training does
+        phases["train"] = max(phases.get(part, 0) for part in ("train", *WITHIN_TRAINING))
+    return phases
 
 
 def load_report(run: str | Path) -> dict[str, Any]:
@@ -149,65 +149,62 @@ def _is_plan(plan: Any) -> bool:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Two tables: the training step by category, and the peak of each phase."""
-    lines = []
+    """Two tables: the training step by category, and the peak of each phase, each beside what had
+    been planned; at most 80 columns."""
+    lines = [*_step_table(report), *_phase_table(report)]
+    lines += ["", f"Measured on: {report['device']}"]
+    return "\n".join([*lines, *report.get("notes", [])])
+
+
+def _step_table(report: dict[str, Any]) -> list[str]:
     categories: dict[str, int] = report["categories"]
-    if categories:
-        total = sum(categories.values())
-        lines += [f"{'training step':<28}{'bytes':>16}{'':>12}{'share':>8}"]
-        lines += [
-            f"{name:<28}{nbytes:>16,}{human(nbytes):>12}{nbytes / max(1, total):>8.1%}"
-            for name, nbytes in categories.items()
-        ]
-        lines += [f"{'peak':<28}{total:>16,}{human(total):>12}{1:>8.0%}"]
-        if report.get("entries"):
-            entries = report["entries"]
-            per_entry = {name: categories[name] / entries for name in PER_ENTRY}
-            lines += [
-                "",
-                f"{entries:,} trained entries; bytes per entry: "
-                + ", ".join(f"{name} {value:.2f}" for name, value in per_entry.items()),
-            ]
-    lines += ["", f"{'phase':<12}{'seconds':>10}{'tensors':>14}{'reserved':>14}{'resident':>14}"]
-    for name, peak in report["phases"].items():
-        lines.append(
-            f"{name:<12}{peak['seconds']:>10.1f}"
-            + "".join(f"{human(peak[key]):>14}" for key in ("tensors", "reserved", "resident"))
-            + _fragmentation(peak)
-        )
-    lines += compare(report)
-    lines += ["", f"device: {report['device']}", *report.get("notes", [])]
-    return "\n".join(lines)
-
-
-def format_plan(plan: dict[str, Any]) -> str:
-    """The plan as text: the training step by category, the peak of each phase, which cards."""
-    categories: dict[str, int] = plan["categories"]
-    total = sum(categories.values())
-    lines = [f"{plan['model']}: {plan['entries']:,} trained entries", ""]
-    lines += [f"{'training step, planned':<28}{'bytes':>16}{'':>12}{'share':>8}"]
-    lines += [
-        f"{name:<28}{nbytes:>16,}{human(nbytes):>12}{nbytes / total:>8.1%}"
+    if not categories:
+        return []
+    plan = report.get("plan")
+    planned: dict[str, int] = plan["categories"] if plan else {}
+    total, foreseen = sum(categories.values()), sum(planned.values())
+    rows = [
+        (name, nbytes, planned.get(name, 0) if plan else None)
         for name, nbytes in categories.items()
-        if nbytes
+        if nbytes or planned.get(name)
     ]
-    lines += [f"{'peak of training':<28}{total:>16,}{human(total):>12}", ""]
-    lines += [f"{'on top of what stays':<28}{'bytes':>16}"]
-    lines += [
-        f"{name:<28}{nbytes:>16,}{human(nbytes):>12}" for name, nbytes in plan["step"].items()
+    rows.append(("peak of training", total, foreseen if plan else None))
+    cells = [
+        (name, size(nbytes), share(nbytes, total), size(before), difference(name, before, nbytes))
+        for name, nbytes, before in rows
     ]
-    lines += [""]
-    for name, nbytes in plan["phases"].items():
-        where = " (on the CPU)" if name == "export" else ""
-        lines.append(f"{'phase ' + name:<28}{nbytes:>16,}{human(nbytes):>12}{where}")
-    lines += [
-        "",
-        f"peak: {plan['peak_phase']}, {human(plan['peak'])}; with {human(plan['context'])} for the "
-        f"CUDA context: {human(plan['needed'])}",
-        "fits: "
-        + ", ".join(f"{c} GB {'yes' if fits else 'no'}" for c, fits in plan["fits_gib"].items()),
+    lines = table(cells, ("training step", "measured", "share", "planned", "difference"))
+    if plan:
+        lines += [
+            "",
+            "within: below what was planned as the most. –: too small, or not comparable.",
+        ]
+    if report.get("entries"):
+        entries = report["entries"]
+        per_entry = (f"{name} {categories[name] / entries:.3g}" for name in PER_ENTRY)
+        lines += [f"{count(entries)} trained entries; bytes of each: {', '.join(per_entry)}."]
+    return [*lines, ""]
+
+
+def _phase_table(report: dict[str, Any]) -> list[str]:
+    planned, cuda = planned_phases(report), report["device"] != "cpu"
+    cells = [
+        (
+            PHASES.get(name, name),
+            duration(peak["seconds"]),
+            size(peak["tensors"]),
+            size(planned.get(name)),
+            difference(name, planned.get(name), peak["tensors"]),
+            size(peak["reserved"] if cuda else peak["resident"]),
+        )
+        for name, peak in report["phases"].items()
     ]
-    return "\n".join([*lines, *plan["notes"]])
+    last = "reserved" if cuda else "process"
+    return table(cells, ("phase", "time", "tensors", "planned", "difference", last))
+
+
+PHASES = {"load": "load the base", "select": "select entries", "export": "merge"}
+"""Phases in words, where the name is not one."""
 
 
 def human(nbytes: int | None) -> str:

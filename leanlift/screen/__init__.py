@@ -4,7 +4,8 @@ Numbers have at most three digits and a unit. Everything returns plain text, but
 imports rich when it is asked for: a command that prints one sentence does not pay for it.
 """
 
-from leanlift.screen.numbers import count, duration, gib, loss, share, size
+from leanlift.screen.names import short_name
+from leanlift.screen.numbers import count, duration, gib, loss, parse_card, share, size
 from leanlift.screen.pictures import bar, sparkline
 from leanlift.screen.terminal import console, table
 
@@ -15,7 +16,9 @@ __all__ = [
     "duration",
     "gib",
     "loss",
+    "parse_card",
     "share",
+    "short_name",
     "size",
     "sparkline",
     "table",

@@ -1,8 +1,10 @@
-"""Numbers as a person reads them: at most three digits and a unit."""
+"""Numbers as a person reads them, at most three digits and a unit; and as a person gives them."""
 
 from __future__ import annotations
 
 import math
+
+from leanlift.errors import UserError
 
 THOUSANDS = ("", " k", " M", " B", " T")
 SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -78,3 +80,19 @@ def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
         scaled, unit = scaled / step, further
     whole = unit == units[0] and float(number).is_integer()
     return f"{scaled:.0f}{unit}" if whole else f"{digits(scaled)}{unit}"
+
+
+def parse_card(text: str) -> float:
+    """GiB of a card from "8GB", "8 GiB" or "8".
+
+    Raises:
+        UserError: not a size.
+    """
+    number = text.strip().lower().removesuffix("b").removesuffix("gi").removesuffix("g").strip()
+    try:
+        gib = float(number)
+    except ValueError:
+        gib = 0.0
+    if not 0 < gib < 1e6:
+        raise UserError(f"expected the size of a card such as 8GB, got {text!r}.")
+    return gib

@@ -1,7 +1,13 @@
 """A base checkpoint on disk, read by rows, without transformers."""
 
 from leanlift.source.checkpoint import INDEX, WEIGHTS, SourceTensor, open_checkpoint
-from leanlift.source.homes import check_homes, locate, matrix_cells, stored_cells
+from leanlift.source.homes import (
+    check_homes,
+    check_matrix_homes,
+    locate,
+    matrix_cells,
+    stored_cells,
+)
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
 __all__ = [
@@ -11,6 +17,7 @@ __all__ = [
     "Stored",
     "StoredMatrix",
     "check_homes",
+    "check_matrix_homes",
     "locate",
     "matrix_cells",
     "open_checkpoint",

@@ -7,7 +7,7 @@ names): that is found before a run, not after it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,9 +66,31 @@ def check_homes(base: BaseFingerprint, directory: Path) -> None:
         UserError: a trained matrix, or a tensor by which the base is known again, that the
             checkpoint lacks or has in another shape; or a checkpoint that cannot be merged onto.
     """
+    check_matrix_homes(base.shapes, directory)
     with open_checkpoint(directory) as files:
         tensors = plain_view(files)
-        for module, shape in base.shapes.items():
+        for name in base.sampled:
+            if locate(name, tensors) is None:
+                raise UserError(
+                    f"{directory} has no tensor {name}, by which the base would be known again: "
+                    "an adapter of this model could not be merged onto it, so name a checkpoint "
+                    "that has its tensors under the model's own names."
+                )
+
+
+def check_matrix_homes(shapes: Mapping[str, tuple[int, int]], directory: Path) -> None:
+    """Refuse to train a matrix that could not be merged; headers alone are read.
+
+    Args:
+        shapes: of the matrices that are trained, by the names of their modules.
+        directory: the checkpoint.
+
+    Raises:
+        UserError: it lacks one, or has it in another shape.
+    """
+    with open_checkpoint(directory) as files:
+        tensors = plain_view(files)
+        for module, shape in shapes.items():
             found = locate(f"{module}.weight", tensors)
             if found is None or tensors[found].shape != shape:
                 stored = "nothing" if found is None else f"{found} as {tensors[found].shape}"
@@ -76,11 +98,4 @@ def check_homes(base: BaseFingerprint, directory: Path) -> None:
                     f"{module}.weight {shape} could be trained but not merged: {directory} has "
                     f"{stored} in its place. Train the Linears that it has as they are, with "
                     "target_modules."
-                )
-        for name in base.sampled:
-            if locate(name, tensors) is None:
-                raise UserError(
-                    f"{directory} has no tensor {name}, by which the base would be known again: "
-                    "an adapter of this model could not be merged onto it, so name a checkpoint "
-                    "that has its tensors under the model's own names."
                 )

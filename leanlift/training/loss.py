@@ -25,6 +25,7 @@ from torch import Tensor
 
 from leanlift.ends import LIKELIHOOD, Head, Objective, head_loss
 from leanlift.errors import UserError
+from leanlift.memory import first_tiles
 from leanlift.model import output_head
 
 logger = logging.getLogger("leanlift")
@@ -269,15 +270,25 @@ def _agree(model: Any, head: Head, ids: Tensor, labels: Tensor, gain: float) -> 
 
 
 def loss_of_all_tokens(
-    model: Any, ids: Tensor, labels: Tensor, objective: Objective = LIKELIHOOD
+    model: Any,
+    ids: Tensor,
+    labels: Tensor,
+    objective: Objective = LIKELIHOOD,
+    trained: int | None = None,
+    padded: bool = False,
 ) -> Tensor:
-    """The loss with every token trained, for planning: nothing depends on what labels are."""
+    """The loss with so many tokens trained, by default every one, for planning: nothing depends on
+    which they are, nor on what labels are. A mask makes a difference only where rows are padded."""
+    places = torch.zeros(labels[:, 1:].numel() if trained is None else trained, dtype=torch.int64)
+    inputs = {"labels": labels, TRAINED: places}
+    given = {"input_ids": ids, "use_cache": False}
+    if padded:
+        given["attention_mask"] = torch.ones_like(ids)
     head, one = output_head(model), torch.tensor(1.0)
     if head is None:
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        flat = logits.reshape(-1, logits.shape[-1])
-        return _cost(flat.float(), labels[:, 1:].reshape(-1), objective)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    wanted = labels[:, 1:].reshape(-1)
+        logits, wanted = _trained(model(**given).logits, inputs)
+        return _cost(logits.float(), wanted, objective)
+    hidden = model.base_model(**given).last_hidden_state
+    flat, wanted = _trained(hidden, inputs)
+    head = first_tiles(head, *flat.shape)
     return head_loss(flat, wanted, head, one, objective=objective).loss

@@ -36,6 +36,7 @@ from leanlift.optim import state_nbytes
 from leanlift.quantized import dtype_of
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import check_base_place, load_model, quantization
+from leanlift.training.batches import Batches, worst_batches
 from leanlift.training.callbacks import LastEvaluation
 from leanlift.training.checkpointing import keeping_what_was_good, last_whole_checkpoint
 from leanlift.training.checks import check_settings
@@ -43,8 +44,9 @@ from leanlift.training.data import calibration_batches
 from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_run, ready_rows
 from leanlift.training.interrupt import Interrupt, StopAfterStep
 from leanlift.training.lock import OutputLock
-from leanlift.training.memory import MemoryCallback
+from leanlift.training.memory import FOLLOWED_STEPS, MemoryCallback
 from leanlift.training.out_of_memory import out_of_memory
+from leanlift.training.plan import plan_of_what_was_measured
 from leanlift.training.screens import QuietScreen, Screen, Summary, check_format
 from leanlift.training.screens.libraries import shown, silence
 from leanlift.training.screens.words import stopped_lines
@@ -87,6 +89,7 @@ class Job:
         before_training: called with the attached model and its tokenizer.
         phase: how far it has come.
         plan: once it is made.
+        worst: the largest batches that its rows allow.
         begun: when, on time's monotonic clock.
     """
 
@@ -98,6 +101,7 @@ class Job:
     before_training: Callable[[Any, Any], None] | None = None
     phase: str = "load"
     plan: MemoryPlan | None = None
+    worst: Batches = field(default_factory=Batches)
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -113,7 +117,7 @@ def run(
     args: RunArguments,
     sft: LiftSFTConfig,
     before_training: Callable[[Any, Any], None] | None = None,
-    plan: Callable[[], MemoryPlan | None] | None = None,
+    plan: Callable[[Batches], MemoryPlan | None] | None = None,
     screen: Screen | None = None,
     command: str | None = None,
 ) -> RunResult:
@@ -124,7 +128,8 @@ def run(
         sft: the training loop.
         before_training: called with the attached model and its tokenizer.
         plan: makes the plan, for the report and for what is said when memory runs out; called
-            when settings and rows have been looked at, before the base is loaded.
+            with the largest batches that can occur, when settings and rows have been looked at,
+            before the base is loaded.
         screen: shows the run; by default nothing does (`leanlift.training.screens.screen_of`).
         command: what would go on with the run, for a run that is stopped.
 
@@ -166,8 +171,24 @@ def _timeline(wanted: bool, output: Path) -> Iterator[None]:
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def _run(job: Job, plan: Callable[[], MemoryPlan | None] | None) -> RunResult:
+def _run(job: Job, plan: Callable[[Batches], MemoryPlan | None] | None) -> RunResult:
     """Look at everything about the input, then train."""
+    ready, told, resume = look_at_input(job, plan)
+    with OutputLock(job.output):
+        return _train(job, ready, told, resume)
+
+
+def look_at_input(
+    job: Job, plan: Callable[[Batches], MemoryPlan | None] | None
+) -> tuple[ReadyRows, dict[str, Any], str | None]:
+    """Everything about a run that can be wrong before its base is loaded.
+
+    Returns:
+        What to train and to evaluate on, what the run was told, and the checkpoint to go on from.
+
+    Raises:
+        UserError: as `run`.
+    """
     args, sft = job.args, job.sft
     found = checkpoint_of_run(sft, job.output)
     config = args.lift_config()
@@ -188,11 +209,11 @@ def _run(job: Job, plan: Callable[[], MemoryPlan | None] | None) -> RunResult:
     first = first_row_of(ready.rows, ready.tokenizer)
     if first is not None:
         job.screen.first_row(first)
+    job.worst = worst_batches(ready.rows, ready.eval_rows, sft)
     if plan is not None:
         with job.screen.phase("Planning the memory"):
-            job.plan = plan()
-    with OutputLock(job.output):
-        return _train(job, ready, told, None if found is None else str(found.path))
+            job.plan = plan(job.worst)
+    return ready, told, None if found is None else str(found.path)
 
 
 def _train(job: Job, ready: ReadyRows, told: dict[str, Any], resume: str | None) -> RunResult:
@@ -213,6 +234,7 @@ def _train(job: Job, ready: ReadyRows, told: dict[str, Any], resume: str | None)
     if job.before_training is not None:
         job.before_training(model, ready.tokenizer)
     trainer, watch = _trained(job, model, ready, told, meter, resume)
+    _compare(job, trainer, meter)
     job.interrupt.moment = lambda: "before the adapter was saved"
     note_refreshes(trainer.refreshes, meter)
     with job.screen.phase("Saving the adapter"), keeping_what_was_good("the adapter", output):
@@ -311,6 +333,16 @@ def _trained(
         raise _stopped(job, stop.stopped, trainer.state.max_steps)
     peak.tensors = peak.tensors or memory.peak
     return trainer, watch
+
+
+def _compare(job: Job, trainer: LiftTrainer, meter: MemoryMeter) -> None:
+    """Hold what was measured against a plan for the batches that it was measured over."""
+    if job.plan is not None:
+        seen = trainer.largest.within(None if meter.cuda else FOLLOWED_STEPS)
+        compared = plan_of_what_was_measured(
+            job.args, job.sft, meter.cuda, job.plan, job.worst, seen
+        )
+        meter.report.plan = compared.to_dict()
 
 
 def _stopped(job: Job, step: int, steps: int) -> Interrupted:

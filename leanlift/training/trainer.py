@@ -30,6 +30,7 @@ from leanlift.optim import (
     unwrap,
 )
 from leanlift.training.arguments import SPARSE_OPTIMIZERS, LiftSFTConfig
+from leanlift.training.batches import LargestBatch
 from leanlift.training.callbacks import Guard, Refresh
 from leanlift.training.checks import check_numbers, check_settings
 from leanlift.training.data import TokenRows
@@ -73,6 +74,7 @@ class LiftTrainer(ResumableTrainer):
         length_reports: what became of each dataset's rows.
         refreshes: a `RefreshReport` per mask refresh of this process.
         guard: which steps were not applied.
+        largest: the largest batch so far.
 
     Raises:
         UserError: the model is not attached, a dataset cannot be used, the optimizer's state
@@ -115,6 +117,7 @@ class LiftTrainer(ResumableTrainer):
         args.accelerator_config.dispatch_batches = False
         self.length_reports: dict[str, LengthReport] = {}
         self.refreshes: list[RefreshReport] = []
+        self.largest = LargestBatch()
         self.guard = StepGuard(
             getattr(args, "max_nonfinite_steps", LiftSFTConfig.max_nonfinite_steps)
         )
@@ -279,6 +282,7 @@ class LiftTrainer(ResumableTrainer):
                 with torch.no_grad():
                     result = result, model(**forwarded(inputs))
         if model.training:
+            self.largest.see(inputs, self.state.global_step)
             loss = result[0] if isinstance(result, tuple) else result
             self.guard.see_loss(loss.detach())
         return result
