@@ -23,6 +23,12 @@ from leanlift.training.lengths import skips_preparation
 from leanlift.training.loss import TRAINED
 from leanlift.training.tokens import IGNORED
 
+UNLIMITED = 2048
+"""Tokens that a row is taken to have where nothing limits it and nobody has looked."""
+
+FLAT = ("bfd", "bfd_split")
+"""Packing strategies whose batches TRL lays out without padding."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -68,7 +74,9 @@ def worst_batches(rows: Any, eval_rows: Any, sft: Any) -> Batches:
 def worst_batch(rows: Any, size: int, sft: Any, packing: bool) -> Batch | None:
     """The worst batch of `size` rows that can occur; None where lengths are not known: packs are
     as long as `max_length` says."""
-    if packing or not isinstance(rows, TokenRows) or skips_preparation(sft):
+    if packing or getattr(sft, "padding_free", False) or not isinstance(rows, TokenRows):
+        return None
+    if skips_preparation(sft):
         return None
     lengths, trained = lengths_of(rows.data)
     size = min(size, len(lengths))
@@ -77,6 +85,16 @@ def worst_batch(rows: Any, size: int, sft: Any, packing: bool) -> Batch | None:
     most = int(np.partition(trained, -size)[-size:].sum())
     padded = tokens > longest or (size > 1 and int(lengths.min()) < longest)
     return Batch(size, tokens, most, padded)
+
+
+def largest_allowed(size: int, sft: Any, packing: bool) -> Batch:
+    """The largest batch of rows that nobody has looked at, by the settings alone. Packs that are
+    filled from whole rows go one after the other into a single row, with a mask between them."""
+    length = sft.max_length or UNLIMITED
+    flat = getattr(sft, "padding_free", False) or (packing and sft.packing_strategy in FLAT)
+    if flat:
+        return Batch(1, size * length, None, padded=True)
+    return Batch(size, length, None, padded=size > 1 and not packing)
 
 
 def lengths_of(data: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -111,8 +129,10 @@ class LargestBatch:
         self._first = step if self._first is None else self._first
         trained, mask = inputs.get(TRAINED), inputs.get("attention_mask")
         rows, tokens = ids.shape
-        padded = mask is not None and (rows > 1 if ids.device.type != "cpu" else not mask.all())
-        found = Batch(rows, tokens, None if trained is None else trained.numel(), bool(padded))
+        padded = "position_ids" in inputs  # several rows one after the other, with a mask between
+        if mask is not None and not padded:
+            padded = rows > 1 if ids.device.type != "cpu" else not bool(mask.all())
+        found = Batch(rows, tokens, None if trained is None else trained.numel(), padded)
         if not self._records or _size(found) > _size(self._records[-1][1]):
             self._records.append((step - self._first, found))
 

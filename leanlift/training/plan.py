@@ -20,7 +20,7 @@ from leanlift.quantized import WeightFormat, dtype_of
 from leanlift.screen import size
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import stored_quantization
-from leanlift.training.batches import Batch, Batches
+from leanlift.training.batches import Batch, Batches, largest_allowed
 from leanlift.training.loss import loss_of_all_tokens, objective_of
 
 logger = logging.getLogger("leanlift")
@@ -205,10 +205,9 @@ def step_settings(
     args: RunArguments, sft: LiftSFTConfig, cuda: bool, batches: Batches
 ) -> StepSettings:
     """The training step of a run."""
-    allowed = sft.max_length or 2048
-    rows, eval_rows = sft.per_device_train_batch_size, sft.per_device_eval_batch_size
-    train = batches.train or Batch(rows, allowed, None, rows > 1 and not sft.packing)
-    evaluation = batches.eval or Batch(eval_rows, allowed, None, eval_rows > 1)
+    eval_packing = sft.packing if sft.eval_packing is None else sft.eval_packing
+    train = batches.train or largest_allowed(sft.per_device_train_batch_size, sft, sft.packing)
+    evaluation = batches.eval or largest_allowed(sft.per_device_eval_batch_size, sft, eval_packing)
     return StepSettings(
         batch=train.rows,
         length=train.tokens,
