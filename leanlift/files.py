@@ -40,6 +40,16 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def check_new(path: Path) -> None:
+    """Refuse a place for a new directory that is taken; an empty directory is not.
+
+    Raises:
+        UserError: it is.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} already exists and is not empty: choose another output directory.")
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; rename it to `path` if the block succeeds.
@@ -47,8 +57,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
         UserError: `path` exists and is not an empty directory.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists and is not empty: choose another output directory.")
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_partials(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")

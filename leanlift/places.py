@@ -74,6 +74,80 @@ def no_base(path: Path) -> str:
     return f"has no config.json: it is {found.words}; {advice}."
 
 
+def base_directory(name: str, revision: str | None = None) -> Path | None:
+    """The directory of a base; None where its name can be one on the hub alone.
+
+    Raises:
+        UserError: it is neither a checkpoint directory nor possibly a name.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and (
+        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    ):
+        raise UserError(
+            f"the base {name} does not exist: expected a checkpoint directory or hub name."
+        )
+    if not path.is_dir():
+        if path.exists():
+            raise UserError(f"the base {name} {no_base(path)}")
+        return None
+    if revision is not None:
+        raise UserError(
+            f"the base {name} is a directory, which has no revisions: leave model_revision out."
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(f"the base {name} {no_base(path)}")
+    return path
+
+
+ADAPTER_WRITERS = (
+    "expected what save_adapter, a training run or leanlift export --format peft has written"
+)
+
+
+def check_adapter_place(name: str) -> None:
+    """Refuse what can be neither a directory with an adapter nor its name on the hub.
+
+    Raises:
+        UserError: it is neither; says what it is.
+    """
+    found = look_at(name)
+    if found.kind == "none":
+        path = Path(name).expanduser()
+        if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise UserError(f"the adapter {name} does not exist: {ADAPTER_WRITERS}.")
+    elif found.kind != "adapter":
+        raise UserError(
+            f"{name} is no leanlift adapter but {found.words}: expected a directory or a hub name "
+            "with an adapter."
+        )
+
+
+def check_merged_place(merged_dir: str, output: Path) -> None:
+    """A place for the merge that is free, and will still be when training has ended.
+
+    Raises:
+        UserError: it is not.
+    """
+    merged = Path(merged_dir)
+    if merged.exists():
+        raise UserError(f"merged_dir {merged} already exists: choose another directory.")
+    if merged.resolve() in (output.resolve(), *output.resolve().parents):
+        raise UserError(
+            f"merged_dir {merged} is, or holds, output_dir {output}: choose another directory."
+        )
+
+
+def no_room(output: Path, resumable: bool) -> UserError:
+    """What is said of an output directory that holds something."""
+    way_on = (
+        ", or go on from its last checkpoint with --resume_from_checkpoint true"
+        if resumable
+        else ", or empty it"
+    )
+    return UserError(f"output_dir {output} is not empty: choose another one{way_on}.")
+
+
 def _a_file(file: Path) -> Place:
     with file.open("rb") as opened:
         magic = opened.read(4)

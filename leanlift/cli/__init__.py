@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _no_telemetry()
     _quiet_libraries()
     try:
+        if arguments[:1] in (["train"], ["plan"]):
+            answered = _answered_early(arguments[0], arguments[1:])
+            if answered is not None:
+                return answered
         if arguments[:1] == ["train"]:
             from leanlift.cli.train import train_command
 
@@ -48,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return init_command(arguments[1:])
         options = build_parser().parse_args(arguments)
         return int(options.run(options))
+    except BrokenPipeError:  # whoever reads has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or its flush at the end complains
+        return 0
     except KeyboardInterrupt as error:
         print(f"leanlift: {error if str(error) else 'interrupted.'}", file=sys.stderr)
         return error.exit_code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
@@ -57,6 +64,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"leanlift: {said[0]}", file=sys.stderr)
         return said[1]
+
+
+def _answered_early(command: str, arguments: list[str]) -> int | None:
+    """Say what needs nothing heavy: help, and what is wrong with keys, places and first rows."""
+    from leanlift.cli.early import check_early
+    from leanlift.cli.help import train_help
+
+    if command == "train" and {"--help", "-h", "--help_all"} & set(arguments):
+        said = train_help("--help_all" in arguments)
+        if said is not None:
+            print(said)
+            return 0
+    if not arguments or {"--help", "-h", "--help_all"} & set(arguments):
+        return None
+    own = ("--json", "--cpu") if command == "plan" else ()
+    rest = [argument for argument in arguments if argument not in own]
+    rest = _without(rest, ("--plot", "--save")) if command == "plan" else rest
+    mask = check_early(command, rest)
+    if mask:
+        from leanlift.config import LiftConfig
+
+        LiftConfig(**mask)
+    return None
+
+
+def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
+    """The arguments without these options and their values."""
+    kept, pending = [], iter(arguments)
+    for argument in pending:
+        if argument in names:
+            next(pending, None)
+        elif argument.partition("=")[0] not in names:
+            kept.append(argument)
+    return kept
 
 
 def in_a_sentence(error: Exception) -> tuple[str, int] | None:
@@ -84,10 +125,14 @@ def in_a_sentence(error: Exception) -> tuple[str, int] | None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Options under their whole names alone: a new one would change what a shortened one means."""
+    """Options under their whole names alone: a new one would change what a shortened one means.
+    What is wrong with them is one sentence, like everything else that is."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help.")
 
 
 def path(text: str) -> str:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from os.path import expanduser
+from pathlib import Path
 from typing import Any
 
 from leanlift.errors import UserError
+from leanlift.files import check_new
+from leanlift.places import check_adapter_place
 
 EXPORT_TEXT = """Write what an adapter has learned in a form that other tools load.
 
@@ -91,6 +94,8 @@ def add_export(commands: Any) -> None:
 
 def export_command(options: argparse.Namespace) -> int:
     """Merge, verify where asked for, or write PEFT's form."""
+    check_adapter_place(options.adapter)
+    check_new(Path(options.output))
     if options.format not in ("merged", "peft"):
         raise UserError(f"expected --format merged or peft, got {options.format!r}.")
     if options.format == "merged":
@@ -155,13 +160,15 @@ def _merge(options: argparse.Namespace) -> int:
 
 def combine_command(options: argparse.Namespace) -> int:
     """Add or average."""
-    from leanlift.adapter import combine_adapters
-
+    for adapter in options.adapters:
+        check_adapter_place(adapter)
     weights = options.weights
     if options.average:
         if weights is not None:
             raise UserError("--average sets the weights: give it or --weights, not both.")
         weights = [1 / len(options.adapters)] * len(options.adapters)
+    from leanlift.adapter import combine_adapters
+
     combine_adapters(options.adapters, options.output, weights)
     print(f"Wrote {options.output}: the weighted sum of {len(options.adapters)} adapters.")
     return 0

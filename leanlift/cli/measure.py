@@ -9,6 +9,10 @@ import argparse
 from os.path import expanduser
 from typing import Any
 
+from leanlift.errors import UserError
+from leanlift.places import base_directory, check_adapter_place
+from leanlift.rows.source import check_place
+
 JUDGES = ("auto", "number", "letter", "label", "text", "contains")
 
 
@@ -117,12 +121,20 @@ def _add_eval(commands: Any) -> None:
 
 
 def _eval(options: argparse.Namespace) -> int:
+    if options.adapter is not None:
+        check_adapter_place(options.adapter)
+    if options.model_name_or_path is not None:
+        base_directory(options.model_name_or_path)
+    elif options.adapter is None:
+        raise UserError("eval needs a model: give --adapter, --model_name_or_path, or both.")
+    check_place(options.data)
     from leanlift.cli.eval import eval_command
 
     return eval_command(options)
 
 
 def _info(options: argparse.Namespace) -> int:
+    check_adapter_place(options.adapter)
     from leanlift.cli.info import info_command
 
     return info_command(options.adapter, options.json)

@@ -13,11 +13,11 @@ from typing import Any
 from leanlift.cli.places import new_settings_file
 from leanlift.cli.settings import asks_for_cpu, given_settings, parse_train, take_option
 from leanlift.cli.trying import Trying
+from leanlift.defaults import command_defaults
 from leanlift.memory import MemoryPlan, format_plan
 from leanlift.memory.picture import check_picture, draw
 from leanlift.screen import short_name, size
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of
-from leanlift.training.arguments import command_defaults
 from leanlift.training.checks import check_settings
 from leanlift.training.fit import Fit, Taken, fit, parse_card, useful_changes
 from leanlift.training.propose import reasons_of

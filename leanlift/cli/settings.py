@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
-import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
+from leanlift.cli.options import near
+from leanlift.cli.yaml_file import read_settings
+from leanlift.defaults import command_defaults
 from leanlift.errors import UserError, first_line
 from leanlift.training import LiftSFTConfig, RunArguments
-from leanlift.training.arguments import command_defaults
 
 SHOWN = (
     "output_dir",
@@ -190,13 +188,8 @@ def _flags(argv: list[str]) -> dict[str, Any]:
     found, unknown = silent.parse_known_args(argv)
     if unknown:
         names = [name for action in silent._actions for name in action.option_strings]
-        raise UserError(f"{unknown[0]} is no option of leanlift train{_near(unknown[0], names)}")
+        raise UserError(f"{unknown[0]} is no option of leanlift train{near(unknown[0], names)}")
     return vars(found)
-
-
-def _near(wrong: str, names: Any) -> str:
-    near = difflib.get_close_matches(wrong.partition("=")[0], list(names), n=1)
-    return f": did you mean {near[0]}?" if near else ": see leanlift train --help_all."
 
 
 def _check_given(given: dict[str, Any]) -> None:
@@ -208,38 +201,9 @@ def _check_given(given: dict[str, Any]) -> None:
 # --- the YAML file --------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice: the later one would win without a word."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-        if isinstance(key, Hashable) and key in seen:
-            raise UserError(f"the key {key!r} stands on lines {seen[key]} and {line}: keep one.")
-        seen[key] = line
-    return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
-
-
-_Loader.add_implicit_resolver(  # YAML 1.1 takes 1e-5, without a dot, for a text
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE]-[0-9]+$"), list("-+0123456789")
-)
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     """A YAML mapping of known keys, values as argparse would have them."""
-    if not path.is_file():
-        raise UserError(f"the config file {path} does not exist.")
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except UserError as error:
-        raise UserError(f"in {path}, {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError) as error:
-        raise UserError(f"{path} is not valid YAML: {first_line(error)}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no mapping: expected lines such as 'learning_rate: 2e-4'.")
+    settings = read_settings(path)
     actions = {
         action.dest: action
         for action in reversed(build_train_parser()._actions)  # a --no_x comes after its --x
@@ -248,7 +212,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     kinds = {**get_type_hints(RunArguments), **get_type_hints(LiftSFTConfig)}
     for key, value in settings.items():
         if key not in actions:
-            raise UserError(f"{path} has an unknown key {key!r}{_near(str(key), actions)}")
+            raise UserError(f"{path} has an unknown key {key!r}{near(str(key), actions)}")
         settings[key] = _as_option(path, actions[key], kinds.get(key, str), value)
     return settings
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +15,9 @@ import torch
 from trl import SFTConfig
 
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS, LiftConfig
+from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
-from leanlift.training.checks import SPARSE_OPTIMIZERS, check_numbers
+from leanlift.training.checks import check_numbers
 
 
 @dataclass
@@ -214,38 +214,6 @@ class RunArguments:
                 'expected density_pattern as a mapping such as {"down_proj": 0.1}, '
                 f"got {given!r}."
             ) from None
-
-
-MICRO_BATCH, BATCH = 1, 8
-"""Rows at a time, and of a step: what a 7B model on one card has room for, and what TRL takes."""
-
-
-def command_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What `leanlift train`, `plan` and `init` take where nothing is said: what is leanest at no
-    measured cost. Moments in 8 bits; offsets in 16, which the optimizer rounds stochastically, on
-    a CPU too; one row at a time, eight to a step.
-
-    They are the command's and not those of the classes: in Python, `LiftConfig` and `LiftSFTConfig`
-    may meet any trainer and any optimizer, which fp32 offsets and torch's AdamW go with.
-
-    Args:
-        given: what was said, by key. What cannot go with a default changes it: another optimizer
-            or fp16 take fp32 offsets; one size of a batch leaves the other at 1, as everywhere.
-    """
-    optim = given.get("optim") or "sparse_adamw_8bit"
-    lean = str(getattr(optim, "value", optim)) in SPARSE_OPTIMIZERS and not given.get("fp16")
-    found: dict[str, Any] = {
-        "optim": "adamw_torch" if given.get("fp16") else "sparse_adamw_8bit",
-        "values_dtype": "bfloat16" if lean else "float32",
-    }
-    sizes = {"per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"}
-    if not sizes & given.keys() and not given.get("optim_in_backward"):
-        found["gradient_accumulation_steps"] = BATCH // MICRO_BATCH
-    if "auto_find_batch_size" not in given:
-        found["per_device_train_batch_size"] = MICRO_BATCH
-    if given.get("eval_dataset_name"):
-        found["eval_strategy"] = "epoch"
-    return {key: value for key, value in found.items() if key not in given}
 
 
 def _negative(limit: float | None) -> bool:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from leanlift.errors import UserError, first_line
 from leanlift.hub import cached_commit, check_name
 from leanlift.memory import is_out_of_memory
-from leanlift.places import no_base
+from leanlift.places import base_directory
 from leanlift.quantized import dtype_of, frozen_weight, is_quantized
 from leanlift.source import open_checkpoint
 from leanlift.training.arguments import RunArguments
@@ -102,25 +102,10 @@ def check_base_place(args: RunArguments) -> None:
     Raises:
         UserError: it is neither; says what is missing.
     """
-    name = args.model_name_or_path
-    path = Path(name).expanduser()
-    if not path.exists() and (
-        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    ):
-        raise UserError(
-            f"the base {name} does not exist: expected a checkpoint directory or hub name."
-        )
-    if not path.is_dir():
-        if path.exists():
-            raise UserError(f"the base {name} {no_base(path)}")
-        check_name(name, "the base", "--model_revision")
+    path = base_directory(args.model_name_or_path, args.model_revision)
+    if path is None:
+        check_name(args.model_name_or_path, "the base", "--model_revision")
         return
-    if args.model_revision is not None:
-        raise UserError(
-            f"the base {name} is a directory, which has no revisions: leave model_revision out."
-        )
-    if not (path / "config.json").is_file():
-        raise UserError(f"the base {name} {no_base(path)}")
     with open_checkpoint(path):  # headers only: finds missing and cut-off shards
         pass
 

@@ -21,9 +21,8 @@ from datasets import Dataset, Features, List, Value
 
 from leanlift._version import __version__
 from leanlift.errors import UserError
-from leanlift.training.examples import NO_ASSISTANT, NULLS, ExampleReader, Notes, columns_of
-from leanlift.training.lengths import Cut, LengthReport
-from leanlift.training.rows import (
+from leanlift.rows.examples import NO_ASSISTANT, NULLS, ExampleReader, Notes, columns_of
+from leanlift.rows.source import (
     Row,
     as_dataset,
     is_transformed,
@@ -31,6 +30,7 @@ from leanlift.training.rows import (
     load_rows,
     plain_rows,
 )
+from leanlift.training.lengths import Cut, LengthReport
 from leanlift.training.tokens import IGNORED, Tokenization, Tokens
 
 __all__ = [

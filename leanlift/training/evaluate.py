@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from trl.data_utils import common_prefix_length
 
 from leanlift.errors import UserError
+from leanlift.rows.source import Row
 from leanlift.training.answers import Sample, greedy_answers, pad_left, sum_of_losses
 from leanlift.training.data import a_dataset, tokenized
 from leanlift.training.judge import (
@@ -28,7 +29,6 @@ from leanlift.training.judge import (
     same_answer,
 )
 from leanlift.training.positions import check_positions
-from leanlift.training.rows import Row
 from leanlift.training.tokens import Tokenization, Tokens
 
 __all__ = [

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
 from leanlift.memory import MOMENTS, Known, MemoryPlan
 from leanlift.screen import parse_card, short_name, size
-from leanlift.training.arguments import SPARSE_OPTIMIZERS, LiftSFTConfig, RunArguments
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batch, Batches
 from leanlift.training.plan import FakeBase, least_of, plan_of
 

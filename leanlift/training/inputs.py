@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanlift.errors import UserError
+from leanlift.places import check_merged_place, no_room
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing import checkpoint_to_resume, checkpoints, is_left_behind
 from leanlift.training.data import TokenRows, load_rows
@@ -57,15 +57,8 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
 
 def check_merged_dir(args: RunArguments, output: Path) -> None:
     """A place for the merge that is free, and will still be when training has ended."""
-    if not args.merged_dir:
-        return
-    merged = Path(args.merged_dir)
-    if merged.exists():
-        raise UserError(f"merged_dir {merged} already exists: choose another directory.")
-    if merged.resolve() in (output.resolve(), *output.resolve().parents):
-        raise UserError(
-            f"merged_dir {merged} is, or holds, output_dir {output}: choose another directory."
-        )
+    if args.merged_dir:
+        check_merged_place(args.merged_dir, output)
 
 
 def checkpoint_of_run(sft: LiftSFTConfig, output: Path) -> Checkpoint | None:
@@ -76,12 +69,7 @@ def checkpoint_of_run(sft: LiftSFTConfig, output: Path) -> Checkpoint | None:
     if wanted and str(wanted).lower() != "false":
         return check_checkpoint(Path(wanted))
     if output.exists() and (not output.is_dir() or _holds_results(output)):
-        way_on = (
-            ", or go on from its last checkpoint with --resume_from_checkpoint true"
-            if output.is_dir() and checkpoints(output)
-            else ", or empty it"
-        )
-        raise UserError(f"output_dir {output} is not empty: choose another one{way_on}.")
+        raise no_room(output, output.is_dir() and bool(checkpoints(output)))
     return None
 
 

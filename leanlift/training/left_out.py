@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from leanlift.training.rows import Row
+from leanlift.rows.source import Row
 
 LABELS = {"role", "name", "tool_call_id", "id"}
 """Keys of a turn that say whose it is; templates that take them say so in words of their own."""

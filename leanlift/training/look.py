@@ -14,13 +14,13 @@ import numpy as np
 from transformers import AutoConfig
 
 from leanlift.errors import UserError, first_line
+from leanlift.rows.examples import ExampleReader
+from leanlift.rows.source import load_rows
 from leanlift.screen import bar, count
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import Batch, lengths_of
 from leanlift.training.data import token_rows
-from leanlift.training.examples import ExampleReader
 from leanlift.training.ready import RowsForTraining
-from leanlift.training.rows import load_rows
 from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 
 LOOKED_AT = 2000

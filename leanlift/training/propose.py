@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from leanlift.defaults import command_defaults
 from leanlift.errors import UserError
 from leanlift.memory import MemoryPlan
 from leanlift.screen import count, share, short_name, size
-from leanlift.training.arguments import LiftSFTConfig, RunArguments, command_defaults
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batches
 from leanlift.training.fit import Taken, fit
 from leanlift.training.look import Look

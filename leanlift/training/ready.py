@@ -11,10 +11,10 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset
 
 from leanlift.errors import UserError
+from leanlift.rows.examples import columns_of
+from leanlift.rows.source import Row
 from leanlift.training.data import TokenRows, token_rows
-from leanlift.training.examples import columns_of
 from leanlift.training.lengths import Cut, check_row_settings, say, skips_preparation
-from leanlift.training.rows import Row
 from leanlift.training.stream import token_stream
 from leanlift.training.tokenizer import prepare_tokenizer
 from leanlift.training.tokens import IGNORED, Tokenization

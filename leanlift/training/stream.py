@@ -8,10 +8,10 @@ from typing import Any
 from datasets import Features, IterableDataset, List, Value
 
 from leanlift.errors import UserError
+from leanlift.rows.examples import ExampleReader, columns_of
+from leanlift.rows.source import Row, plain_rows
 from leanlift.training.data import Worker, reader_of
-from leanlift.training.examples import ExampleReader, columns_of
 from leanlift.training.lengths import Cut
-from leanlift.training.rows import Row, plain_rows
 from leanlift.training.tokens import Tokenization
 
 logger = logging.getLogger("leanlift")

@@ -20,8 +20,8 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.data_utils import common_prefix_length
 
 from leanlift.errors import UserError, first_line
+from leanlift.rows.source import Row
 from leanlift.training.left_out import left_out
-from leanlift.training.rows import Row
 from leanlift.training.tokenizer import as_ids, check_end_token
 
 IGNORED = -100

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.ends import FrozenHead
 from leanlift.errors import UserError
 from leanlift.memory import resident_peak
@@ -29,13 +30,13 @@ from leanlift.optim import (
     check_followable,
     unwrap,
 )
-from leanlift.training.arguments import SPARSE_OPTIMIZERS, LiftSFTConfig
+from leanlift.rows.examples import columns_of
+from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
 from leanlift.training.callbacks import Guard, Refresh
 from leanlift.training.checks import check_numbers, check_settings
 from leanlift.training.data import TokenRows
 from leanlift.training.eval_loss import TokenMeans, trained_tokens
-from leanlift.training.examples import columns_of
 from leanlift.training.lengths import LengthReport
 from leanlift.training.lock import make_output
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss

@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import datasets
-from datasets import Dataset
+from typing import TYPE_CHECKING, Any
 
 from leanlift.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -38,15 +38,12 @@ def load_rows(source: str, split: str = "train", name: str = "train") -> Dataset
     Raises:
         UserError: missing, unreadable or empty, or no such split.
     """
-    path = Path(source).expanduser()
-    kind = FILE_TYPES.get(path.suffix)
-    if kind and not path.is_file():
-        raise UserError(f"{source} does not exist: expected a JSON, JSONL or Parquet file of rows.")
-    if not kind and path.is_file():
-        raise UserError(f"{source} is no data file: expected .json, .jsonl or .parquet.")
+    import datasets
+
+    path, kind = check_place(source)
     try:
         if kind == "json":
-            rows = as_dataset(_read_json(path))
+            rows = as_dataset(read_json_rows(path))
         elif kind:
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         else:
@@ -54,14 +51,43 @@ def load_rows(source: str, split: str = "train", name: str = "train") -> Dataset
     except UserError:
         raise
     except Exception as error:  # each backend raises its own kinds
-        raise UserError(f"{source} cannot be read as rows: {first_line(_cause(error))}") from error
+        said = first_line(_cause(error))
+        if kind or path.is_dir():
+            raise UserError(f"{source} cannot be read as rows: {said}") from error
+        raise UserError(
+            f"there is no file or directory {source}, and as a dataset's name on the hub it cannot "
+            f"be read as rows: {said}"
+        ) from error
     if len(rows) == 0:
         raise UserError(f"{source} holds no rows: there is nothing to train on.")
     return _part(rows, source, split, name) if kind else rows
 
 
+def check_place(source: str) -> tuple[Path, str | None]:
+    """The path of a source of rows, and what kind of file it is; None: a name on the hub.
+
+    Raises:
+        UserError: there is no such file, or it is of another kind.
+    """
+    path = Path(source).expanduser()
+    kind = FILE_TYPES.get(path.suffix)
+    if kind and not path.is_file():
+        raise UserError(f"{source} does not exist: expected a JSON, JSONL or Parquet file of rows.")
+    if not kind and path.is_file():
+        raise UserError(f"{source} is no data file: expected .json, .jsonl or .parquet.")
+    looks_like_a_path = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if not kind and looks_like_a_path and not path.is_dir():
+        raise UserError(
+            f"there is no file or directory {source}: expected a JSON, JSONL or Parquet file of "
+            "rows, or a dataset's name on the hub."
+        )
+    return path, kind
+
+
 def _part(rows: Dataset, source: str, split: str, name: str) -> Dataset:
     """The part of a file's rows that a split such as train[:100] asks for."""
+    import datasets
+
     called = "test" if split.startswith("test") and name == "eval" else "train"
     try:
         wanted = datasets.ReadInstruction.from_spec(split).to_absolute({called: len(rows)})
@@ -84,7 +110,7 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _read_json(path: Path) -> Iterator[Row]:
+def read_json_rows(path: Path) -> Iterator[Row]:
     """Objects of a JSON list, or one after the other as in JSONL; a text becomes a `text` row."""
     number = 0
     try:
@@ -159,6 +185,8 @@ def as_dataset(rows: Iterable[Row]) -> Dataset:
                 value if value is None or isinstance(value, _Json) else json.dumps(value)
                 for value in held
             ]
+    from datasets import Dataset
+
     if not columns:
         return Dataset.from_list([{}] * count)
     result = Dataset.from_dict(columns)

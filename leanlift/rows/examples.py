@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from leanlift.errors import UserError
-from leanlift.training.rows import Row, is_unicode
+from leanlift.rows.source import Row, is_unicode
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "

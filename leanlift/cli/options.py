@@ -1,0 +1,177 @@
+"""The options of `leanlift train`, read out of the sources that declare them.
+
+They are the fields of `RunArguments` and of `LiftSFTConfig`, which has TRL's and transformers'.
+Importing those takes five seconds; reading them as text takes a tenth of one. So `--help` and a
+mistyped key are answered at once, and nothing is listed twice: names, types, defaults and help
+come from the dataclasses' own files. Where those are not where they are looked for, there is no
+table, and what is wrong is said later, by the parser itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+SOURCES = (
+    ("transformers", "training_args.py", "TrainingArguments"),
+    ("trl", "trainer/base_config.py", "_BaseConfig"),
+    ("trl", "trainer/sft_config.py", "SFTConfig"),
+    ("leanlift", "training/arguments.py", "LiftSFTConfig"),
+    ("leanlift", "training/arguments.py", "RunArguments"),
+)
+"""Package, file and class; a later one's fields replace an earlier one's."""
+
+COMMAND = ("config", "fit", "dry_run", "help", "help_all")
+"""Options of the command that are no fields."""
+
+SCALARS = {"bool", "int", "float", "str"}
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A field as its source has it.
+
+    Attributes:
+        kinds: the types that its annotation names, without None: "int", "str", "list[str]", …
+        default: as it is written; None where there is none.
+        help: one line; "" where it is not a plain text.
+        required: whether it has no default.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    default: str | None
+    help: str
+    required: bool
+
+    @property
+    def is_bool(self) -> bool:
+        return self.kinds == ("bool",)
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether its flag may take every value up to the next flag."""
+        return any(kind.startswith("list") for kind in self.kinds)
+
+    def refuses(self, text: str) -> bool:
+        """Whether a text can be no value of it, for certain: of numbers and switches alone."""
+        if not set(self.kinds) <= {"bool", "int", "float"} or len(self.kinds) != 1:
+            return False
+        kind = self.kinds[0]
+        if kind == "bool":
+            return text.lower() not in (*TRUE, *FALSE)
+        try:
+            float(text) if kind == "float" else int(text)
+        except ValueError:
+            return True
+        return False
+
+
+@cache
+def options() -> dict[str, Option] | None:
+    """Every field by name; None where the sources are not as they are known."""
+    found: dict[str, Option] = {}
+    for package, file, name in SOURCES:
+        fields = _fields(package, file, name)
+        if fields is None:
+            return None
+        found |= fields
+    return found
+
+
+def defaults_of_mask() -> dict[str, str]:
+    """Defaults that `RunArguments` takes from `LiftConfig`, as they are written there."""
+    fields = _fields("leanlift", "config.py", "LiftConfig") or {}
+    return {name: field.default for name, field in fields.items() if field.default is not None}
+
+
+def near(wrong: str, names: Iterable[str]) -> str:
+    """The end of a sentence about a name that does not exist."""
+    close = difflib.get_close_matches(wrong.partition("=")[0], list(names), n=1)
+    return f": did you mean {close[0]}?" if close else ": see leanlift train --help_all."
+
+
+def flags() -> list[str]:
+    """Every spelling of every option, as a command line may have it."""
+    names: list[str] = []
+    for option in (options() or {}).values():
+        names += _spellings(option.name)
+        if option.is_bool and option.default == "True":
+            names += _spellings(f"no_{option.name}")
+    return [*names, *(f"--{name}" for name in COMMAND), "-h"]
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _fields(package: str, file: str, name: str) -> dict[str, Option] | None:
+    """The fields that a class of a package declares itself."""
+    with suppress(OSError, SyntaxError, ImportError, ValueError):
+        spec = find_spec(package)
+        for place in (spec and spec.submodule_search_locations) or ():
+            tree = ast.parse((Path(place) / file).read_text(encoding="utf-8"))
+            for node in tree.body:
+                if isinstance(node, ast.ClassDef) and node.name == name:
+                    made = (_option(part) for part in node.body if isinstance(part, ast.AnnAssign))
+                    return {option.name: option for option in made if option is not None}
+    return None
+
+
+def _option(node: ast.AnnAssign) -> Option | None:
+    """An annotated name of a class as an option; None for one that no constructor takes."""
+    if not isinstance(node.target, ast.Name):
+        return None
+    value, default, text = node.value, None, ""
+    if isinstance(value, ast.Call) and getattr(value.func, "id", "") == "field":
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        if getattr(given.get("init"), "value", True) is False:
+            return None
+        default = _made(given.get("default_factory"))
+        default = _written(given["default"]) if "default" in given else default
+        text = _help(given.get("metadata"))
+    elif value is not None:
+        default = _written(value)
+    kinds = _kinds(node.annotation)
+    return Option(node.target.id, kinds, default, text, default is None)
+
+
+def _written(node: ast.expr | None) -> str | None:
+    """A default as a person writes it."""
+    if node is None:
+        return None
+    with suppress(ValueError):
+        value = ast.literal_eval(node)
+        return "none" if value is None else str(value)
+    return ast.unparse(node)
+
+
+def _made(factory: ast.expr | None) -> str | None:
+    return _written(factory.body if isinstance(factory, ast.Lambda) else factory)
+
+
+def _help(metadata: ast.expr | None) -> str:
+    with suppress(ValueError):
+        found = ast.literal_eval(metadata) if metadata is not None else {}
+        return " ".join(str(found.get("help", "")).split())
+    return ""
+
+
+def _kinds(annotation: ast.expr) -> tuple[str, ...]:
+    """The alternatives of an annotation, None left out."""
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return (*_kinds(annotation.left), *_kinds(annotation.right))
+    text = ast.unparse(annotation)
+    for form in ("Optional[", "Union["):
+        if text.removeprefix("typing.").startswith(form) and isinstance(annotation, ast.Subscript):
+            inner = annotation.slice
+            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            return tuple(kind for part in parts for kind in _kinds(part))
+    return () if text == "None" else (text,)

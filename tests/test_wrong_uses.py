@@ -1,0 +1,210 @@
+"""What people type by mistake: one sentence, exit code 2, at once.
+
+Each in a process of its own, as a shell has it: what is measured is the CPU time up to the
+sentence, imports included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_checkpoint
+
+from leanlift.cli.help import GROUPS, train_help
+from leanlift.cli.options import flags, options
+
+SECONDS = 2.0
+CODE = """
+import json, sys, time
+from leanlift.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as error:
+    code = error.code
+heavy = [name for name in ("torch", "transformers", "trl", "datasets") if name in sys.modules]
+print(json.dumps({"code": code, "cpu": time.process_time(), "heavy": heavy}))
+"""
+
+
+def typed(arguments: list[str], cwd: Path) -> tuple[dict[str, Any], str, str]:
+    """What a command comes to: exit code, CPU seconds and heavy imports; its output, its errors."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *arguments],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    *said, last = done.stdout.splitlines() or [""]
+    assert last.startswith("{"), done.stderr[-2000:]
+    return json.loads(last), "\n".join(said), done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as a user may have it."""
+    root = tmp_path_factory.mktemp("wrong")
+    make_checkpoint(root / "base")
+    rows = [{"instruction": "a", "output": "b"}] * 4
+    (root / "rows.json").write_text(json.dumps(rows))
+    (root / "columns.json").write_text(json.dumps([{"question": "a", "reply": "b"}]))
+    (root / "typed.jsonl").write_text('{"prompt": "a", "completion": 7}\n')
+    (root / "half.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    (root / "empty.json").write_text("[]")
+    (root / "rows.csv").write_text("a,b\n")
+    (root / "run.yaml").write_text("learning_rat: 1\n")
+    (root / "kind.yaml").write_text("max_steps: many\n")
+    (root / "twice.yaml").write_text("seed: 1\nseed: 2\n")
+    (root / "list.yaml").write_text("- seed\n")
+    (root / "done" / "checkpoint-4").mkdir(parents=True)
+    (root / "lora").mkdir()
+    (root / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (root / "t5").mkdir()
+    (root / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    (root / "model.gguf").write_bytes(b"GGUF")
+    return root
+
+
+TRAIN = ["train", "--model_name_or_path", "base", "--dataset_name", "rows.json"]
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no command": (["trian"], "invalid choice: 'trian'"),
+    "nothing to train": (["train", "--seed", "1"], "needs a base: give --model_name_or_path"),
+    "no rows": (["train", "--model_name_or_path", "base"], "needs rows: give --dataset_name"),
+    "a file without --config": (["train", "run.yaml"], "with --config: leanlift train --config"),
+    "a key that is no key": (["train", "--config", "run.yaml"], "did you mean learning_rate?"),
+    "a file that is not there": (["train", "--config", "nope.yaml"], "nope.yaml does not exist"),
+    "a value of the wrong kind": (["train", "--config", "kind.yaml"], "max_steps cannot be"),
+    "a key that stands twice": (["train", "--config", "twice.yaml"], "stands on lines 1 and 2"),
+    "no mapping": (["train", "--config", "list.yaml"], "holds no mapping"),
+    "a flag that is no flag": ([*TRAIN, "--learning_rat", "1"], "did you mean --learning_rate?"),
+    "a flag without a value": ([*TRAIN, "--learning_rate"], "--learning_rate needs a value"),
+    "no number": ([*TRAIN, "--max_steps", "ten"], "cannot be 'ten': expected a whole number"),
+    "out of range": ([*TRAIN, "--learning_rate", "-1"], "learning_rate as a number, 0 or more"),
+    "a batch of none": ([*TRAIN, "--per_device_train_batch_size", "0"], "at least 1; got 0"),
+    "no share": ([*TRAIN, "--density", "5"], "density"),
+    "no selector": ([*TRAIN, "--selector", "best"], "selector"),
+    "both widths": ([*TRAIN, "--load_in_8bit", "true", "--load_in_4bit", "true"], "exclude each"),
+    "no base": (["plan", "--model_name_or_path", "./bse"], "base ./bse does not exist"),
+    "an adapter for a base": (["plan", "--model_name_or_path", "lora"], "name the base that it"),
+    "a GGUF file": (["plan", "--model_name_or_path", "model.gguf"], "a GGUF file"),
+    "another kind of model": (["plan", "--model_name_or_path", "t5"], "no causal language"),
+    "rows that are not there": ([*TRAIN[:3], "--dataset_name", "row.json"], "row.json does not"),
+    "rows of another kind": ([*TRAIN[:3], "--dataset_name", "rows.csv"], "expected .json, .jsonl"),
+    "other columns": ([*TRAIN[:3], "--dataset_name", "columns.json"], "'question', 'reply'"),
+    "no text": ([*TRAIN[:3], "--dataset_name", "typed.jsonl"], "row 0"),
+    "half a file": ([*TRAIN[:3], "--dataset_name", "half.jsonl"], "line 2 is no JSON"),
+    "no rows at all": ([*TRAIN[:3], "--dataset_name", "empty.json"], "holds no rows"),
+    "a directory that is taken": ([*TRAIN, "--output_dir", "done"], "resume_from_checkpoint true"),
+    "a merge that is taken": ([*TRAIN, "--merged_dir", "base"], "base already exists"),
+    "no checkpoint": ([*TRAIN, "--resume_from_checkpoint", "ckpt"], "ckpt is no checkpoint"),
+    "eval of nothing": (["eval", "--data", "rows.json"], "give --adapter, --model_name_or_path"),
+    "eval without rows": (["eval", "--adapter", "x", "--data", "y.json"], "adapter x does not"),
+    "info of a LoRA": (["info", "lora"], "an adapter of PEFT's of type LORA"),
+    "info of a base": (["info", "base"], "a model's checkpoint directory"),
+    "report of nothing": (["report", "nowhere"], "nowhere"),
+    "export of nothing": (["export", "./gone", "merged"], "./gone does not exist"),
+    "export onto something": (["export", "a/b", "base"], "already exists and is not empty"),
+    "no card": (["plan", "--model_name_or_path", "base", "--fit", "big"], "big"),
+}  # fmt: skip
+
+
+LATER = {"no card"}
+"""What is said when everything is imported."""
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_told_at_once(case: str, place: Path) -> None:
+    arguments, match = WRONG[case]
+    found, _, said = typed(arguments, place)
+    assert found["code"] == 2, said
+    assert match in said
+    assert len(said.strip().splitlines()) == 1, said
+    if case not in LATER:
+        assert found["cpu"] < SECONDS, found
+        assert set(found["heavy"]) <= {"torch"}, found
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--help"], ["train", "--help_all"], ["plan", "-h"]]
+)
+def test_help_is_there_at_once(arguments: list[str], tmp_path: Path) -> None:
+    found, said, _ = typed(arguments, tmp_path)
+    assert found["code"] == 0
+    assert found["heavy"] == []
+    assert found["cpu"] < 0.3 * SECONDS  # 0.1 s here; a loaded machine takes longer to do the same
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_help_has_what_a_run_takes_and_says_what_it_takes_by_itself() -> None:
+    table, text = options(), train_help(False)
+    assert table is not None
+    assert text is not None
+    assert {name for names in GROUPS.values() for name in names} <= set(table)
+    for name, default in {"density": "(0.05)", "optim": "(sparse_adamw_8bit)"}.items():
+        assert default in " ".join(text.partition(f"--{name} ")[2].partition("\n  --")[0].split())
+    every = train_help(True)
+    assert every is not None
+    assert all(f"--{name}" in every for name in table)
+
+
+def test_options_read_from_sources_are_those_of_the_classes() -> None:
+    """Names, kinds of values and what is required, as the parser has them."""
+    import dataclasses
+
+    from leanlift.cli.settings import build_train_parser
+    from leanlift.training import LiftSFTConfig, RunArguments
+
+    table = options()
+    assert table is not None
+    fields = {
+        field.name
+        for kind in (LiftSFTConfig, RunArguments)
+        for field in dataclasses.fields(kind)
+        if field.init
+    }
+    assert set(table) == fields
+    parser = build_train_parser(show_all=True)
+    assert {name for action in parser._actions for name in action.option_strings} == set(flags())
+    for action in reversed(parser._actions):
+        option = table.get(action.dest)
+        if option is None or action.option_strings[0].startswith("--no"):
+            continue
+        assert action.required == option.required, action.dest
+        assert action.nargs != "+" or option.takes_many, action.dest
+        kind = getattr(action.type, "__name__", "").replace("string_to_bool", "bool")
+        if option.kinds in (("bool",), ("int",), ("float",)):
+            assert kind == option.kinds[0], action.dest
+
+
+Given = Callable[[], list[str]]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--seed=3", "--no_load_in_4bit", "--packing"],
+        ["--target_modules", "q_proj", "v_proj", "--save_steps", "0.5"],
+        ["--max_steps", "-1", "--use_cpu", "yes", "--retired-limit", "-1"],
+        ["--dataset_split", "train[:2]", "--report_to", "none", "--eval_dataset_name", "rows.json"],
+        ["--lr_scheduler_kwargs", '{"a": 1}', "--density_pattern", '{"down_proj": 0.1}'],
+        ["--warmup_steps", "1e-1", "--learning_rate", "2e-4", "--bf16", "false"],
+        ["--dataset_name", "acme/rows"],
+        ["--output_dir", "done", "--resume_from_checkpoint", "true"],
+    ],
+    ids=lambda more: " ".join(more)[:30] or "plain",
+)
+def test_nothing_that_a_run_takes_is_refused_early(
+    more: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leanlift.cli.early import check_early
+    from leanlift.cli.settings import parse_train
+
+    monkeypatch.chdir(place)
+    check_early("train", [*TRAIN[1:], *more])
+    parse_train([*TRAIN[1:], *more])
