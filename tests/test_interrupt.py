@@ -119,7 +119,7 @@ def handlers_are_put_back() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("number", "at"),
-    [(signal.SIGINT, 2), (signal.SIGINT, 3), (signal.SIGTERM, 6), (signal.SIGINT, 7)],
+    [(signal.SIGINT, 2), (signal.SIGINT, 3), (signal.SIGTERM, 6)],
     ids=lambda given: getattr(given, "name", f"step {given}"),
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
