@@ -67,6 +67,7 @@ ROW = FirstRow(
 REFRESH = Refresh(400, 0.1234, 1_230_000, 0, 42.0, 800)
 SUMMARY = Summary(
     steps=1401,
+    begun=0,
     seconds=5000.0,
     in_all=5123.0,
     tokens=3_930_000,
@@ -178,6 +179,7 @@ def test_a_run_as_a_panel() -> None:
     screen.progress("evaluating", 30, 1319, 61.0)
     screen.stopping("Ctrl-C: saving a checkpoint after this step; once more quits at once.")
     assert_screen(out.getvalue() + drawn(screen), "train-middle")
+    assert max(map(len, drawn(screen).splitlines())) == 77, "room for ^C, which a terminal writes"
     out.truncate(0)
     out.seek(0)
     end(screen)
@@ -233,8 +235,9 @@ EVENTS = {
     "note": {"text"},
     "stopped": {"step", "steps", "checkpoint", "command"},
     "summary": {
-        "steps", "in_all", "tokens", "first_loss", "last_loss", "before", "after", "eval_rows",
-        "memory", "refreshes", "refresh_seconds", "churn", "places", "commands", "took",
+        "steps", "begun", "in_all", "tokens", "first_loss", "last_loss", "before", "after",
+        "eval_rows", "memory", "refreshes", "refresh_seconds", "churn", "places", "commands",
+        "took",
     },
 }  # fmt: skip
 """The keys of each event beside `event` and `seconds`: programs read them, so a new one is a

@@ -34,6 +34,9 @@ from leanlift.training.screens.words import (
 )
 
 WIDTH = 80
+ECHO = 3
+"""Columns that the panel leaves free: a terminal writes ^C behind it, and at its edge that would
+begin a line that nobody takes away."""
 BAR = 40
 SOON = 1.0
 """Seconds after which a phase is shown."""
@@ -221,7 +224,7 @@ class PanelScreen:
             Group(*lines),
             title=f"step {step.step:,} of {step.steps:,}",
             title_align="left",
-            width=min(WIDTH, self.console.width),
+            width=min(WIDTH, self.console.width) - ECHO,
             border_style="dim",
         )
 
