@@ -186,6 +186,49 @@ def test_a_run_as_a_panel() -> None:
     assert_screen(out.getvalue() + drawn(screen), "train-end")
 
 
+class Paper:
+    """A terminal that knows what rich's live display writes."""
+
+    def __init__(self, text: str) -> None:
+        self.lines, self.row = [""], 0
+        for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+            self._take(part)
+
+    def _take(self, part: str) -> None:
+        if part == "\n":
+            self.row += 1
+            self.lines += [""] * (self.row == len(self.lines))
+        elif part == "\x1b[2K":
+            self.lines[self.row] = ""
+        elif part.startswith("\x1b") and part.endswith("A"):
+            self.row -= int(part[2:-1])
+        elif not part.startswith(("\x1b", "\r")):
+            self.lines[self.row] += part
+
+
+def test_nothing_of_the_panel_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its height changes while lines are printed above it and another thread draws."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("leanlift.training.screens.panel.REDRAWN", 1e-4)
+    out = io.StringIO()
+    screen = PanelScreen(out, forced=True)
+    screen.open()
+    try:
+        screen.header(HEADER)
+        for number in range(150):
+            screen.progress("evaluating", number, 150, None) if number % 3 else None
+            screen._refresh = REFRESH if number % 2 else None
+            screen._stopping = "Ctrl-C" if number % 5 else ""
+            screen.note([f"line {number}"])
+        screen.summary(SUMMARY)
+    finally:
+        screen.close()
+    lines = [line for line in Paper(out.getvalue()).lines if line]
+    assert [line for line in lines if line.startswith("line ")] == [f"line {i}" for i in range(150)]
+    assert not [line for line in lines if line[0] in "╭│╰"]
+    assert lines[-1].endswith("MERGED")
+
+
 def test_a_phase_is_shown_when_it_takes_longer_than_a_second() -> None:
     clock = Clock()
     screen, out = panel(clock)
