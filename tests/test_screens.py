@@ -67,6 +67,7 @@ ROW = FirstRow(
 REFRESH = Refresh(400, 0.1234, 1_230_000, 0, 42.0, 800)
 SUMMARY = Summary(
     steps=1401,
+    begun=0,
     seconds=5000.0,
     in_all=5123.0,
     tokens=3_930_000,
@@ -178,10 +179,54 @@ def test_a_run_as_a_panel() -> None:
     screen.progress("evaluating", 30, 1319, 61.0)
     screen.stopping("Ctrl-C: saving a checkpoint after this step; once more quits at once.")
     assert_screen(out.getvalue() + drawn(screen), "train-middle")
+    assert max(map(len, drawn(screen).splitlines())) == 77, "room for ^C, which a terminal writes"
     out.truncate(0)
     out.seek(0)
     end(screen)
     assert_screen(out.getvalue() + drawn(screen), "train-end")
+
+
+class Paper:
+    """A terminal that knows what rich's live display writes."""
+
+    def __init__(self, text: str) -> None:
+        self.lines, self.row = [""], 0
+        for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", text):
+            self._take(part)
+
+    def _take(self, part: str) -> None:
+        if part == "\n":
+            self.row += 1
+            self.lines += [""] * (self.row == len(self.lines))
+        elif part == "\x1b[2K":
+            self.lines[self.row] = ""
+        elif part.startswith("\x1b") and part.endswith("A"):
+            self.row -= int(part[2:-1])
+        elif not part.startswith(("\x1b", "\r")):
+            self.lines[self.row] += part
+
+
+def test_nothing_of_the_panel_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its height changes while lines are printed above it and another thread draws."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("leanlift.training.screens.panel.REDRAWN", 1e-4)
+    out = io.StringIO()
+    screen = PanelScreen(out, forced=True)
+    screen.open()
+    try:
+        screen.header(HEADER)
+        for number in range(150):
+            screen.progress("evaluating", number, 150, None) if number % 3 else None
+            screen._refresh = REFRESH if number % 2 else None
+            screen._stopping = "Ctrl-C" if number % 5 else ""
+            screen.note([f"line {number}"])
+        screen.summary(SUMMARY)
+    finally:
+        screen.close()
+    lines = [line for line in Paper(out.getvalue()).lines if line]
+    assert [line for line in lines if line.startswith("line ")] == [f"line {i}" for i in range(150)]
+    assert not [line for line in lines if line[0] in "╭│╰"]
+    assert lines[-1].endswith("MERGED")
 
 
 def test_a_phase_is_shown_when_it_takes_longer_than_a_second() -> None:
@@ -233,8 +278,9 @@ EVENTS = {
     "note": {"text"},
     "stopped": {"step", "steps", "checkpoint", "command"},
     "summary": {
-        "steps", "in_all", "tokens", "first_loss", "last_loss", "before", "after", "eval_rows",
-        "memory", "refreshes", "refresh_seconds", "churn", "places", "commands", "took",
+        "steps", "begun", "in_all", "tokens", "first_loss", "last_loss", "before", "after",
+        "eval_rows", "memory", "refreshes", "refresh_seconds", "churn", "places", "commands",
+        "took",
     },
 }  # fmt: skip
 """The keys of each event beside `event` and `seconds`: programs read them, so a new one is a

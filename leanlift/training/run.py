@@ -388,6 +388,7 @@ def _summary(
     peak = meter.report.phases["train"].tensors
     return Summary(
         steps=trainer.state.global_step,
+        begun=watch.begun,
         seconds=watch.seconds,
         in_all=time.monotonic() - job.begun,
         tokens=watch.tokens,

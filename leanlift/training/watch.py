@@ -30,7 +30,8 @@ class Watch(TrainerCallback):
         before, after: evaluation loss before the first step, and the last one after it; None:
             there was none.
         refreshes, churn: how many there were, and the churn of the last.
-        refresh_seconds: how long those of this process took.
+        refresh_seconds: how long they took.
+        begun: steps that a resumed run had taken before.
         tokens, seconds: trained on, and spent in training, in this process.
     """
 
@@ -49,6 +50,7 @@ class Watch(TrainerCallback):
         self.after: float | None = None
         self.refreshes = 0
         self.refresh_seconds = 0.0
+        self.begun = 0
         self.churn: float | None = None
         self.tokens: int | None = None
         self.seconds = 0.0
@@ -56,13 +58,14 @@ class Watch(TrainerCallback):
         self._timed: tuple[int, float] | None = None
         self._taken = 0
         self._logged: tuple[float, float] = (0.0, 0.0)
-        self._apart = 0.0
+        self._apart = self._refreshing = 0.0
         self._evaluating: tuple[float, int] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._recall(state)
+        self.begun = state.global_step
         self.screen.header(self.header(state))
         self._begun = self.clock()
         self._logged = (0.0, self._training_time())
@@ -144,7 +147,7 @@ class Watch(TrainerCallback):
         )
 
     def _on_loss(self, state: TrainerState, logs: dict[str, Any]) -> None:
-        now, speed = self._training_time() - self.refresh_seconds, None
+        now, speed = self._training_time() - self._refreshing, None
         if logs.get("num_tokens") is not None:
             tokens, at = self._logged
             self.tokens = int(logs["num_tokens"])
@@ -159,6 +162,7 @@ class Watch(TrainerCallback):
         self.refreshes += 1
         self.churn = float(logs["refresh_churn"])
         self.refresh_seconds += float(logs["refresh_seconds"])
+        self._refreshing += float(logs["refresh_seconds"])
         following = state.global_step + self.interval
         self.screen.refresh(
             Refresh(
@@ -185,5 +189,6 @@ class Watch(TrainerCallback):
                 self.losses = [*self.losses[:1], float(logs["loss"])]
             if "refresh_churn" in logs:
                 self.refreshes, self.churn = self.refreshes + 1, float(logs["refresh_churn"])
+                self.refresh_seconds += float(logs.get("refresh_seconds", 0))
             if "eval_loss" in logs:
                 self._keep(logs.get("step", 0), float(logs["eval_loss"]))

@@ -140,6 +140,7 @@ class Summary:
 
     Attributes:
         steps: that were taken, in all.
+        begun: those that a resumed run had taken before.
         seconds: of training, in this process; `in_all` those of the whole run.
         tokens: trained on in this process.
         first_loss, last_loss: of the first and the last logged step.
@@ -147,13 +148,14 @@ class Summary:
         eval_rows: how many rows that are.
         memory: at the end.
         refreshes: how often the trained entries were chosen again.
-        refresh_seconds: how long that took, in this process.
+        refresh_seconds: how long that took.
         churn: share of them that the last refresh changed.
         places: what lies where.
         commands: what to run next.
     """
 
     steps: int
+    begun: int
     seconds: float
     in_all: float
     tokens: int | None

@@ -7,6 +7,7 @@ gone when the run ends, the lines stay.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,9 +35,14 @@ from leanlift.training.screens.words import (
 )
 
 WIDTH = 80
+ECHO = 3
+"""Columns that the panel leaves free: a terminal writes ^C behind it, and at its edge that would
+begin a line that nobody takes away."""
 BAR = 40
 SOON = 1.0
 """Seconds after which a phase is shown."""
+REDRAWN = 1 / 8
+"""Seconds between two drawings."""
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
@@ -61,6 +67,8 @@ class PanelScreen:
         self.console = _forced(file) if forced else console(file)
         self.clock = clock
         self._live: Live | None = None
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
         self._phase: tuple[str, float] | None = None
         self._progress: tuple[str, float, float | None, float | None] | None = None
         self._step: Step | None = None
@@ -73,18 +81,32 @@ class PanelScreen:
         self._live = Live(
             console=self.console,
             get_renderable=self.view,
-            refresh_per_second=8,
+            auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
         self._live.start()
+        self._ended = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._ticker.start()
+
+    def _tick(self) -> None:
+        """Draw again and again, but never between two parts of a line that is printed: rich's own
+        thread would count the lines of another drawing than the one that is on the screen."""
+        while not self._ended.wait(REDRAWN):
+            with self._lock:
+                if self._live is not None:
+                    self._live.refresh()
 
     def close(self) -> None:
         if self._live is not None:
+            self._ended.set()
             self._clear()
-            self._live.stop()
-            self._live = None
+            with self._lock:
+                self._live.stop()
+                self._live = None
+            self._ticker.join()
 
     @contextmanager
     def phase(self, what: str) -> Iterator[None]:
@@ -97,7 +119,7 @@ class PanelScreen:
         took = self.clock() - begun
         if took >= SOON:
             line = Text.assemble(("✓ ", "green"), what, (f"  {duration(took)}", "dim"))
-            self.console.print(line)
+            self._print(line)
 
     def progress(
         self, what: str, done: float, total: float | None, seconds_left: float | None
@@ -106,19 +128,15 @@ class PanelScreen:
 
     def first_row(self, row: FirstRow) -> None:
         colour = self.console.color_system is not None
-        self.console.print()
+        lines: list[str | Text] = [""]
         for before, pieces in first_row_lines(row, marks=not colour):
             styled = [(text, "bold green" if trained else "") for text, trained in pieces]
-            self.console.print(Text.assemble((before, "bold"), *styled), soft_wrap=True)
+            lines.append(Text.assemble((before, "bold"), *styled))
         marked = Text("in green", style="bold green") if colour else Text("in ⟦…⟧")
-        self.console.print(Text(row_note(row, ""), style="dim").append_text(marked))
+        self._print(*lines, Text(row_note(row, ""), style="dim").append_text(marked))
 
     def header(self, header: Header) -> None:
-        lines = [_labelled(line) for line in header_lines(header)]
-        self.console.print()
-        for line in lines:
-            self.console.print(line, soft_wrap=True)
-        self.console.print()
+        self._print("", *map(_labelled, header_lines(header)), "")
         self._step = Step(header.begun, header.steps)
 
     def step(self, step: Step) -> None:
@@ -130,36 +148,38 @@ class PanelScreen:
 
     def refresh(self, refresh: Refresh) -> None:
         self._refresh, self._progress = refresh, None
-        self._print(refresh_line(refresh), "cyan")
+        self._print(refresh_line(refresh), style="cyan")
 
     def evaluation(self, evaluation: Evaluation) -> None:
         self._progress = None
-        self._print(evaluation_line(evaluation), "magenta")
+        self._print(evaluation_line(evaluation), style="magenta")
 
     def stopping(self, text: str) -> None:
         self._stopping = text
 
     def note(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self._print(line, "yellow")
+        self._print(*lines, style="yellow")
 
     def stopped(self, step: int, steps: int, checkpoint: str | None, command: str | None) -> None:
         self._clear()
 
     def summary(self, summary: Summary) -> None:
         self._clear()
-        self.console.print()
-        for line in summary_lines(summary):
-            self.console.print(_labelled(line), soft_wrap=True)
+        self._print("", *map(_labelled, summary_lines(summary)))
 
     def _clear(self) -> None:
         """Nothing is drawn any more."""
         self._phase = self._step = self._progress = None
-        if self._live is not None:
-            self._live.refresh()  # what is printed next is followed by what was drawn last
+        with self._lock:
+            if self._live is not None:
+                self._live.refresh()  # what is printed next is followed by what was drawn last
 
-    def _print(self, line: str, style: str = "") -> None:
-        self.console.print(Text(line, style=style))
+    def _print(self, *lines: str | Text, style: str = "") -> None:
+        """Lines above what is drawn; a Text is not wrapped, so that it can be copied whole."""
+        with self._lock:
+            for line in lines:
+                shown = Text(line, style=style) if isinstance(line, str) else line
+                self.console.print(shown, soft_wrap=isinstance(line, Text))
 
     # --- the panel ---------------------------------------------------------------------------
 
@@ -221,7 +241,7 @@ class PanelScreen:
             Group(*lines),
             title=f"step {step.step:,} of {step.steps:,}",
             title_align="left",
-            width=min(WIDTH, self.console.width),
+            width=min(WIDTH, self.console.width) - ECHO,
             border_style="dim",
         )
 

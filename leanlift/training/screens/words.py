@@ -189,7 +189,7 @@ def memory_words(memory: Memory) -> str:
 def refresh_words(refresh: Refresh) -> str:
     """How many entries a refresh has changed."""
     text = f"{share(refresh.churn)} of the trained entries changed at step {refresh.step:,}"
-    return text + (f"; next at {refresh.following:,}" if refresh.following else "")
+    return text + (f"; next {refresh.following:,}" if refresh.following else "")
 
 
 def refresh_line(refresh: Refresh) -> str:
@@ -210,6 +210,8 @@ def evaluation_line(evaluation: Evaluation) -> str:
 def summary_lines(summary: Summary) -> list[str]:
     """The end of a run."""
     steps = "1 step" if summary.steps == 1 else f"{summary.steps:,} steps"
+    if summary.begun:
+        steps += f", the last {summary.steps - summary.begun:,}"
     time = f"{steps} in {duration(summary.in_all)}"
     if summary.tokens and summary.seconds:
         time += f", {count(round(summary.tokens / summary.seconds))} tokens/s"
