@@ -88,6 +88,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a batch of none": ([*TRAIN, "--per_device_train_batch_size", "0"], "at least 1; got 0"),
     "no share": ([*TRAIN, "--density", "5"], "density"),
     "no selector": ([*TRAIN, "--selector", "best"], "selector"),
+    "no format": ([*TRAIN, "--log_format", "xml"], "log_format as one of auto, rich, plain, json"),
+    "evaluation of nothing": ([*TRAIN, "--eval_strategy", "steps"], "name rows with eval_dataset"),
     "both widths": ([*TRAIN, "--load_in_8bit", "true", "--load_in_4bit", "true"], "exclude each"),
     "no base": (["plan", "--model_name_or_path", "./bse"], "base ./bse does not exist"),
     "an adapter for a base": (["plan", "--model_name_or_path", "lora"], "name the base that it"),

@@ -9,11 +9,13 @@ command that needs it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from leanlift._version import __version__
@@ -35,21 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         if arguments[:1] in (["train"], ["plan"]):
-            answered = _answered_early(arguments[0], arguments[1:])
-            if answered is not None:
-                return answered
-        if arguments[:1] == ["train"]:
-            from leanlift.cli.train import train_command
-
-            return train_command(arguments[1:])
-        if arguments[:1] == ["plan"]:
-            from leanlift.cli.plan import plan_command
-
-            return plan_command(arguments[1:])
-        if arguments[:1] == ["init"]:
-            from leanlift.cli.init import init_command
-
-            return init_command(arguments[1:])
+            _answer_early(arguments[0], arguments[1:])
+        if arguments[:1] in (["train"], ["plan"], ["init"]):
+            with starting():
+                module = importlib.import_module(f"leanlift.cli.{arguments[0]}")
+            command = getattr(module, f"{arguments[0]}_command")
+            return int(command(arguments[1:]))
         options = build_parser().parse_args(arguments)
         return int(options.run(options))
     except BrokenPipeError:  # whoever reads has seen enough
@@ -66,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return said[1]
 
 
-def _answered_early(command: str, arguments: list[str]) -> int | None:
+def _answer_early(command: str, arguments: list[str]) -> None:
     """Say what needs nothing heavy: help, and what is wrong with keys, places and first rows."""
     from leanlift.cli.early import check_early
     from leanlift.cli.help import train_help
@@ -75,9 +68,9 @@ def _answered_early(command: str, arguments: list[str]) -> int | None:
         said = train_help("--help_all" in arguments)
         if said is not None:
             print(said)
-            return 0
+            raise SystemExit(0)  # as argparse does it
     if not arguments or {"--help", "-h", "--help_all"} & set(arguments):
-        return None
+        return
     own = ("--json", "--cpu") if command == "plan" else ()
     rest = [argument for argument in arguments if argument not in own]
     rest = _without(rest, ("--plot", "--save")) if command == "plan" else rest
@@ -86,7 +79,6 @@ def _answered_early(command: str, arguments: list[str]) -> int | None:
         from leanlift.config import LiftConfig
 
         LiftConfig(**mask)
-    return None
 
 
 def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
@@ -98,6 +90,20 @@ def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
         elif argument.partition("=")[0] not in names:
             kept.append(argument)
     return kept
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Say on a terminal why nothing is to be seen yet: importing torch and transformers takes
+    seconds."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print("Starting …", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r          \r", end="", file=sys.stderr, flush=True)
 
 
 def in_a_sentence(error: Exception) -> tuple[str, int] | None:
@@ -167,7 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from leanlift.demo import demo
+    with starting():
+        from leanlift.demo import demo
 
     demo(options.output_dir)
     return 0

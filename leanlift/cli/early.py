@@ -38,6 +38,17 @@ MASK = ("density", "rank_budget", "approx_rank", "refresh_interval", "refresh_ma
 """Fields of `LiftConfig` that it holds against each other."""
 
 
+CHOICES = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "log_format": ("auto", "rich", "plain", "json"),
+    "merge_onto": ("original", "quantized"),
+    "ops": ("auto", "torch", "triton"),
+    "values_dtype": ("float32", "bfloat16"),
+}
+"""What our own settings may be, where that is a word of a few."""
+
+
 def check_early(command: str, argv: list[str]) -> dict[str, Any]:
     """Look at keys, values, places and first rows.
 
@@ -62,6 +73,10 @@ def check_early(command: str, argv: list[str]) -> dict[str, Any]:
         value = _number(given.get(name), table.get(name))
         if value is not None:
             check_number(name, value)
+    for name, words in CHOICES.items():
+        if given.get(name) is not None and str(given[name]) not in words:
+            listed = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
+            raise UserError(f"expected {name} as {listed}, got {given[name]!r}.")
     base = str(given["model_name_or_path"])
     path = Path(base).expanduser()
     plans_from_file = command == "plan" and path.is_file() and path.suffix == ".json"
@@ -82,6 +97,9 @@ def _check_required(command: str, given: dict[str, Any]) -> None:
             f"leanlift {command} needs a base: give --model_name_or_path DIRECTORY_OR_HUB_NAME, or "
             "name a file of settings with --config."
         )
+    evaluates = str(given.get("eval_strategy") or "no") not in ("no", "False")
+    if evaluates and command == "train" and not given.get("eval_dataset_name"):
+        raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
     if command == "train" and "dataset_name" not in given:
         raise UserError(
             "leanlift train needs rows: give --dataset_name rows.json, or name a file of settings "

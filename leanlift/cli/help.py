@@ -8,32 +8,68 @@ from leanlift.cli.options import Option, defaults_of_mask, options
 from leanlift.defaults import command_defaults
 from leanlift.screen.terminal import WIDTH
 
-NAMES = 30
+NAMES = 33
 """Columns of the names."""
 
 MORE = "More: the README, and docs/ beside it."
 
 OWN_WORDS = {
-    "max_length": "rows longer than so many tokens are cut",
-    "packing": "put several rows into one of max_length tokens",
+    "model_name_or_path": "the base: a directory or a hub name",
+    "model_revision": "branch, tag or commit of a base on the hub",
+    "bnb_4bit_use_double_quant": "quantize scales too",
+    "dtype": "of the rest; default bfloat16, on a CPU float32",
+    "attn_implementation": "e.g. sdpa or flash_attention_2",
+    "dataset_name": "a .json, .jsonl or .parquet file, or a hub name",
+    "dataset_split": "of a hub dataset, or train[:100] of a file",
+    "eval_dataset_split": "of a hub dataset",
+    "max_length": "rows of more tokens are cut",
+    "packing": "several rows in one of max_length tokens",
+    "density": "share of each matrix that is trained",
+    "rank_budget": "r·(m+n) entries a matrix, as a rank-r LoRA has",
+    "approx_rank": "rank of the approximation that ranks entries",
+    "target_modules": "or attention, mlp, q_proj v_proj …",
+    "density_pattern": """own densities: '{"down_proj": 0.1}'""",
+    "selector": "or magnitude, random, gradient",
+    "calibration_rows": "rows that selector=gradient looks at",
+    "block": "b: take b x b blocks whole",
+    "refresh_interval": "choose anew every so many steps; 0: never",
+    "refresh_margin": "by how much a newcomer must be larger",
+    "retired_limit": "entries let go, per trained one; below 0: any",
+    "selection_seed": "of the selection",
     "per_device_train_batch_size": "rows at a time",
-    "gradient_accumulation_steps": "times that many rows make a step",
+    "gradient_accumulation_steps": "so often before a step",
     "gradient_checkpointing": "compute activations again instead of keeping them",
-    "activation_offloading": "keep activations in the CPU's memory",
+    "values_dtype": "of the trained offsets",
+    "optim": "or sparse_adamw, adamw_torch, adamw_8bit, …",
+    "optim_in_backward": "update each matrix at once; max_grad_norm 0",
+    "quantize_ends": "embedding and output head in INT8",
+    "embedding_on_cpu": "not where it is tied to the head",
+    "activation_offloading": "activations wait in the CPU's memory",
+    "ops": "triton, torch, or auto",
+    "snapshot": "keep torch's memory timeline, on CUDA",
+    "use_cpu": "also beside a GPU",
     "num_train_epochs": "passes over the rows",
-    "max_steps": "steps in all, instead of num_train_epochs; -1: that",
-    "lr_scheduler_type": "how the learning rate falls: linear, cosine, constant, …",
-    "max_grad_norm": "clip the gradient to this norm; 0: never",
-    "eval_strategy": "when to evaluate: no, steps or epoch",
-    "eval_steps": "with eval_strategy steps: every so many",
-    "seed": "of the order of the rows and of dropout",
-    "logging_steps": "a line every so many steps; below 1: a share of all",
-    "save_strategy": "when to save a checkpoint: no, steps or epoch",
-    "save_steps": "with save_strategy steps: every so many",
+    "max_steps": "instead of num_train_epochs; -1: that",
+    "lr_scheduler_type": "or cosine, constant, …",
+    "warmup_steps": "below 1: a share of all steps",
+    "max_grad_norm": "clip the gradient; 0: never",
+    "max_nonfinite_steps": "bad steps in a row that end a run",
+    "eval_strategy": "or steps, epoch",
+    "eval_steps": "with eval_strategy steps",
+    "seed": "of the rows' order",
+    "bf16": "bf16 autocast; default: on a GPU",
+    "output_dir": "adapter, checkpoints and reports",
+    "merged_dir": "also write the merged fp16 checkpoint there",
+    "merge_onto": "or quantized: exactly what was trained",
+    "logging_steps": "a line every so many steps",
+    "log_format": "or rich, plain, json",
+    "report_to": "e.g. tensorboard or wandb",
+    "save_strategy": "or no, epoch",
+    "save_steps": "with save_strategy steps",
     "save_total_limit": "checkpoints that are kept; none: all",
-    "resume_from_checkpoint": "true: go on from the last whole checkpoint; or a checkpoint's path",
+    "resume_from_checkpoint": "true: the last whole one; or a path",
 }
-"""For options whose help is another library's and long."""
+"""A line for each of the groups' options; --help_all has their own words."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": (
@@ -52,7 +88,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Memory": (
         "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
         "values_dtype", "optim", "optim_in_backward", "quantize_ends", "embedding_on_cpu",
-        "activation_offloading", "selection_tile_mib", "ops", "snapshot", "use_cpu",
+        "activation_offloading", "ops", "snapshot", "use_cpu",
     ),
     "Training loop": (
         "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps",
@@ -68,7 +104,7 @@ COMMAND = {
     "--config FILE": "a YAML file with any of these keys; flags override it",
     "--fit 8GB": "choose settings with which a card of this size will do",
     "--dry_run": "look at everything, plan the memory, and train nothing",
-    "--help_all": "every other key of TRL's SFTConfig too",
+    "--help_all": "every key there is, and more about each",
 }
 
 
@@ -98,13 +134,16 @@ def train_help(show_all: bool) -> str | None:
         lines += ["", title]
         for name in names:
             if name in table:
-                lines += _entry(f"--{name}", _words(table[name], command, mask))
+                value = "VALUES" if table[name].takes_many else "VALUE"
+                lines += _entry(
+                    f"--{name} {value}", _words(table[name], command, mask, not show_all)
+                )
     return "\n".join([*lines, "", MORE])
 
 
-def _words(option: Option, command: dict[str, str], mask: dict[str, str]) -> str:
+def _words(option: Option, command: dict[str, str], mask: dict[str, str], short: bool) -> str:
     """Its help, and what it is where nothing is said."""
-    text = OWN_WORDS.get(option.name, option.help).rstrip(".")
+    text = (OWN_WORDS.get(option.name, "") if short else "") or option.help.rstrip(".")
     if option.required:
         return f"{text} (required)"
     default = option.default or ""
