@@ -21,7 +21,7 @@ from leanlift import LiftConfig, UserError
 from leanlift.cli import in_a_sentence, main
 from leanlift.cli.settings import asks_for_cpu, parse_train
 from leanlift.training import LiftSFTConfig, RunArguments
-from leanlift.training.checks import NUMBERS, WHOLE, check_settings
+from leanlift.numbers import NUMBERS, WHOLE, check_settings
 
 BASIC = {"model_name_or_path": "base", "dataset_name": "rows.json", "output_dir": "out"}
 NEVER = (float("nan"), float("inf"), "many", True)

@@ -21,8 +21,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from leanlift.config import LiftConfig
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError, first_line
-from leanlift.numbers import NUMBERS, check_number
+from leanlift.numbers import NUMBERS, WHOLE, check_number
 from leanlift.optim import check_followable
+
+__all__ = ["NUMBERS", "SPARSE_OPTIMIZERS", "WHOLE", "check_numbers", "check_settings"]
 
 LEFT_OUT = object()
 """A setting that this version of the library, or this kind of config, has not."""
