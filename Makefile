@@ -10,11 +10,13 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 export TOKENIZERS_PARALLELISM = false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PIP_ROOT_USER_ACTION = ignore
 
 .PHONY: demo test check lint types contracts clean
 
 demo: $(VENV)/installed
-	$(BIN)/leanlift demo --output_dir leanlift-demo
+	@$(BIN)/leanlift demo --output_dir leanlift-demo
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
@@ -32,10 +34,11 @@ contracts: $(VENV)/installed
 	$(BIN)/lint-imports
 
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $@
+	@echo "Setting up $(VENV): PyTorch and what else leanlift needs. This takes a few minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet $(TORCH)
+	@$(BIN)/python -m pip install --quiet -e ".[dev]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) leanlift-demo dist build

@@ -5,10 +5,11 @@
 1. every kernel against the torch reference and an fp64 truth, and its share of the bandwidth;
 2. selection over all matrices of a Llama-2-7B shape in NF4, and its overlap with the exact mask;
 3. training steps at 1 x 2048 with checkpointing in three settings, also under a memory cap that
-   emulates a smaller card, 30 steps without creep, planned against measured;
+   emulates a smaller card, 20 steps without creep, planned against measured;
 4. the same step with PEFT QLoRA r = 64 and PEFT SHiRA, interleaved, as ratios;
 5. a refresh, and how fast merged weights leave the device;
-6. a small model on generated data, whose loss falls the same with torch and Triton.
+6. a small model on generated data, whose loss falls the same with torch and Triton;
+7. what a user does: train in every format, resume, evaluate, merge and verify (`gpu_run`).
 
 Prints one table and writes results/gpu_proof-<gpu>.csv, again after each section: what was measured
 is there however the run ends. A section that fails, or that would begin after the time is over, is
@@ -32,6 +33,8 @@ import torch
 
 from benchmarks.common import timed, write_rows
 from benchmarks.gpu_kernels import Rows, kernels
+from benchmarks.gpu_profile import profiled
+from benchmarks.gpu_run import runs
 from benchmarks.trainee import GIB, RANK, Scale, Trainee, base, capped, lifted
 
 BUDGET = 420.0
@@ -115,6 +118,9 @@ def steps(scale: Scale, setting: str, trainee: Trainee) -> Rows:
         waits = trainee.waits()
         bar = {"bar": "nothing", "holds": waits == "nothing"}
         rows.append({"what": f"{setting}, the host waits for", "value": waits, **bar})
+    if scale.device.type == "cuda":
+        rows += profiled(trainee, setting)
+        trainee.optimizer.zero_grad()
     return rows + [
         {"what": f"{setting}, {what}", **row} for what, row in _planned(scale, setting, peak)
     ]
@@ -126,7 +132,7 @@ def by_torch(trainee: Trainee) -> Rows:
 
     use_ops(trainee.model, "torch")
     done = len(trainee.seconds)
-    for _ in range(5):
+    for _ in range(3):
         trainee.step()
     use_ops(trainee.model, "auto")
     taken = round(median(trainee.seconds[done:]), 4)
@@ -208,6 +214,7 @@ def peers(scale: Scale, ours: Trainee) -> Rows:
             held = {"bar": "<= 0.6", "holds": peak <= 0.6} if name.startswith("SHiRA") else {}
             gib = round(max(theirs.peaks) / GIB, 3)
             rows.append({"what": f"{name}, allocated GiB", "value": gib})
+            rows += profiled(theirs, name)
             rows.append({"what": f"leanlift / {name}, peak", "value": round(peak, 3), **held})
         del theirs
         release()
@@ -319,7 +326,7 @@ def prove(
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        for number in range(2, 7):
+        for number in range(2, 8):
             section(number, skipped("bitsandbytes is not installed"))
         return rows
     ours: list[Trainee] = []
@@ -337,13 +344,15 @@ def prove(
         section(4, lambda: peers(scale, ours[0]))
         section(5, lambda: refresh_and_export(scale, ours[0]))
     ours.clear()
+    release()
+    section(6, lambda: learning(scale))
+    release()
+    section(7, lambda: runs(scale.device, scale.small))
     for setting in ("lean", "least"):
         release()
         section(
             3, lambda s=setting: steps(scale, s, Trainee(scale, lambda: lifted(scale, s, "random")))
         )
-    release()
-    section(6, lambda: learning(scale))
     return rows
 
 

@@ -219,18 +219,20 @@ def _sample_end(tensor: Tensor) -> str:
     return Sample(flat, dense_cells(values, tensor.dtype)).encode()
 
 
-def with_samples(base: BaseFingerprint, masks: Mapping[str, Tensor], read: Read) -> BaseFingerprint:
+def with_samples(
+    base: BaseFingerprint, masks: Mapping[str, Callable[[], Tensor]], read: Read
+) -> BaseFingerprint:
     """A fingerprint that knows its trained matrices.
 
     Args:
         base: without them.
-        masks: the sorted positions that each trains.
+        masks: give the sorted positions that each trains.
         read: gives cells of a target.
     """
     samples = dict(base.samples)
     for name, mask in masks.items():
         m, n = base.shapes[name]
-        flat = positions(m * n, mask, len(masks))
+        flat = positions(m * n, mask(), len(masks))
         samples[name] = Sample(flat, read(name, flat)).encode()
     return replace(base, samples=samples)
 

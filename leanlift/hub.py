@@ -49,7 +49,7 @@ def local_copy(
         if looks_like_a_path or str(source).count("/") > 1:
             raise UserError(f"{what} {source} does not exist: {advice}.")
         check_name(str(source), what, "its revision")
-        return Path(snapshot_download(str(source), allow_patterns=list(files), revision=revision))
+        return _snapshot(str(source), list(files), revision)
     except UserError:
         raise
     except _FAILURES as error:
@@ -57,6 +57,23 @@ def local_copy(
             f"{what} {source} is neither a directory nor a name that can be had from the hub "
             f"({first_line(error).rstrip('.')}): {advice}."
         ) from None
+
+
+def _snapshot(name: str, files: list[str], revision: str | None) -> Path:
+    """The snapshot of a hub name; without the hub, the one that is cached: some versions ask the
+    hub for the files of a commit that they have."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, revision=revision))
+    except _FAILURES:
+        try:
+            cached = snapshot_download(
+                name, allow_patterns=files, revision=revision, local_files_only=True
+            )
+        except _FAILURES:
+            cached = None
+        if cached is None:
+            raise
+        return Path(cached)
 
 
 def check_name(name: str, what: str, option: str) -> None:

@@ -40,9 +40,6 @@ like, are a few times its entries."""
 SAMPLED_TILE_BYTES = 64 * 2**20
 """Of fp32 rows whose selected entries are formed at once on a CPU."""
 
-LARGE_DEVICE = 32 * 2**30
-"""Bytes of memory from which a GPU is one with many fast cores."""
-
 
 class Scratch:
     """One growing buffer per dtype and device, lent to whoever computes right now.
@@ -155,7 +152,10 @@ class FrozenLinear(nn.Module):
                     add_offsets_(weight[start:stop], store)
             return weight
         weight = self.scratch.take(m, n, dtype, device)
-        for start, stop in row_ranges(m, m if ops.whole else tile_rows(n, 4, TILE_BYTES)):
+        if ops.whole:
+            ops.effective_rows(source, self.offsets(0, m), 0, m, weight)
+            return weight
+        for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
             ops.effective_rows(source, self.offsets(start, stop), start, stop, weight[start:stop])
         return weight
 
@@ -247,18 +247,15 @@ class LiftLinear(FrozenLinear):
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
-        m, n = self.weight_tiles.shape
+        m, n = self.out_features, self.in_features
         gradient = torch.empty_like(self.values)
         ops = self.scratch.ops(x.device)
-        for start, stop in row_ranges(m, _gradient_rows(n, x)):
-            first, last = self.index.span(start, stop)
-            ops.sampled_product(
-                grad_y[:, start:stop],
-                x,
-                self.index.part(start, stop),
-                gradient[first:last],
-                self.scratch.take,
-            )
+        for start, stop in row_ranges(m, _gradient_rows(m, n, x)):
+            part, rows, out = self.index.part(start, stop), grad_y, gradient
+            if stop - start < m:
+                first, last = self.index.span(start, stop)
+                rows, out = grad_y[:, start:stop], gradient[first:last]
+            ops.sampled_product(rows, x, part, out, self.scratch.take)
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
 
     @torch.no_grad()
@@ -391,17 +388,14 @@ class _Multiply(torch.autograd.Function):
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
 
 
-def _gradient_rows(n: int, x: Tensor) -> int:
+def _gradient_rows(m: int, n: int, x: Tensor) -> int:
     """Rows of the values' gradient that are formed at once.
 
-    On a CPU, many: of most masks the entries alone are formed. On CUDA the scratch has room for all
-    rows of any layer, so the tile is as small as keeps the device busy: that leaves it in the cache
-    for the gather.
+    On CUDA all: the scratch has room for any layer's weight, and one product is as fast as several
+    whose results stay in the cache for the gather (`benchmarks/gpu_proof`). On a CPU, many: of most
+    masks the entries alone are formed.
     """
-    if x.device.type != "cuda":
-        return tile_rows(n, 4, SAMPLED_TILE_BYTES)
-    large = torch.cuda.get_device_properties(x.device).total_memory >= LARGE_DEVICE
-    return 4096 if large else 1024
+    return m if x.device.type == "cuda" else tile_rows(n, 4, SAMPLED_TILE_BYTES)
 
 
 def _check_unchanged(layer: FrozenLinear, version: tuple[float, ...]) -> None:

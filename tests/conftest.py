@@ -1,4 +1,5 @@
-"""What every test gets: offline libraries, one thread, fixed seeds."""
+"""What every test gets: offline libraries, one thread, fixed seeds, and a CPU: a GPU that is there
+is left alone, so that the tests are the same everywhere. `benchmarks/gpu_proof` is for GPUs."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import random
 

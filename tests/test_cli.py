@@ -332,5 +332,5 @@ def test_info_says_what_an_adapter_holds(
     assert main(["info", str(tmp_path / "adapter")]) == 0
     text = capsys.readouterr().out
     assert str(base) in text
-    assert text.splitlines()[5].startswith(name)
+    assert text.split("─\n")[1].startswith(name)
     assert "no leanlift adapter" in complaint(capsys, "info", str(base))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint, make_tokenizer
+from torch.utils import checkpoint
 from transformers import OPTConfig, OPTForCausalLM
 
 from leanlift import (
@@ -30,6 +31,7 @@ from leanlift.errors import first_line
 from leanlift.training import LiftSFTConfig, plan_memory
 from leanlift.training.checks import check_settings
 from leanlift.training.evaluate import evaluate
+from leanlift.training.run import _timeline
 
 ROWS = [{"prompt": "1 + 1 = ", "completion": "2"}] * 4
 
@@ -303,3 +305,17 @@ def test_longer_than_the_base_was_made_for_is_said(
     assert "was made for" not in caplog.text
     trainer_of(base, tmp_path, 257)
     assert "has 257 tokens, and the base was made for 256 positions" in caplog.text
+
+
+def test_a_memory_timeline_goes_without_the_early_stop_of_recomputation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exception does not survive the stacks that the history takes on CUDA."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda *a, **k: None)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).touch())
+    default = checkpoint._enable_checkpoint_early_stop
+    with _timeline(True, tmp_path):
+        assert checkpoint._enable_checkpoint_early_stop is False
+    assert checkpoint._enable_checkpoint_early_stop is default
+    assert (tmp_path / "memory_snapshot.pickle").exists()

@@ -11,14 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from snapshots import assert_screen
 from test_cli import complaint
 from tiny import load, make_checkpoint, make_tokenizer
 
 from leanlift import LiftConfig, get_lift_model, merge_adapter, save_adapter
 from leanlift.cli import build_parser, main
+from leanlift.cli.eval_text import eval_text
+from leanlift.cli.measure import JUDGES as OFFERED
 from leanlift.model import lift_layers
 from leanlift.training.data import load_rows
 from leanlift.training.evaluate import (
+    Sample,
     evaluate,
     greedy_answers,
     last_number,
@@ -27,11 +31,15 @@ from leanlift.training.evaluate import (
     sum_of_losses,
     to_samples,
 )
+from leanlift.training.judge import JUDGES, are_sentences, is_right, judged_words
 
 EVAL_OPTIONS = {
     "help",
     "model_name_or_path",
     "adapter",
+    "base",
+    "base_as_stored",
+    "merged",
     "data",
     "dataset_text_field",
     "load_in_4bit",
@@ -39,9 +47,11 @@ EVAL_OPTIONS = {
     "dtype",
     "batch_size",
     "max_new_tokens",
+    "judge",
     "limit",
     "json",
     "output",
+    "predictions",
 }
 
 ROWS = [
@@ -323,7 +333,7 @@ def test_an_adapter_is_evaluated_as_it_was_trained(
 
     run = trained("run", data, "--chat_template_path", str(template), "--eos_token", "#")
     state = json.loads((run / "trainer_state.json").read_text())
-    (logged,) = [log["eval_loss"] for log in state["log_history"] if "eval_loss" in log]
+    *_, logged = [log["eval_loss"] for log in state["log_history"] if "eval_loss" in log]
     found = measured("--adapter", str(run))
     assert found["tokens"] == len("abc#")
     assert math.isclose(found["loss"], logged, rel_tol=1e-5)
@@ -360,3 +370,171 @@ def test_answers_stay_with_their_rows_where_others_are_dropped() -> None:
     ]
     samples = to_samples(rows, make_tokenizer())
     assert [(s.expected, s.answer) for s in samples] == [("2", "2"), ("3", None)]
+
+
+# --- several models in one table --------------------------------------------------------------
+
+
+def test_base_adapter_and_merged_side_by_side_are_what_each_is_alone(
+    base: Path, data: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*argv: str) -> dict[str, Any]:
+        assert main(["eval", "--data", str(data), "--max_new_tokens", "3", "--json", *argv]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    merge_adapter(adapter, tmp_path / "merged", dtype="float32", onto="quantized", progress=False)
+    one = ("--adapter", str(adapter))
+    together = run(*one, "--base", "--base_as_stored", "--merged", str(tmp_path / "merged"))
+    names = ["base as stored", "base", "base + adapter", "merged"]
+    assert [model["name"] for model in together["models"]] == names
+    of_base = ("--model_name_or_path", str(base))
+    alone = [
+        run(*of_base),
+        run(*of_base, "--load_in_4bit"),
+        run(*one),
+        run("--model_name_or_path", str(tmp_path / "merged")),
+    ]
+    for found, expected in zip(together["models"], alone, strict=True):
+        assert math.isclose(found["loss"], expected["loss"], rel_tol=1e-6), found["name"]
+        assert found["base_format"] == expected["base_format"]
+    assert len({round(model["loss"], 5) for model in together["models"][:3]}) == 3
+    assert together["loss"] == together["models"][2]["loss"]
+    assert (together["adapter"], together["model"]) == (str(adapter), str(base))
+    assert list(alone[2]) == list(together)  # one shape, whatever is asked for
+
+
+def test_predictions_are_lines_of_json(
+    base: Path, data: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "predictions.jsonl"
+    argv = ["eval", "--data", str(data), "--adapter", str(adapter), "--base"]
+    argv += ["--max_new_tokens", "4", "--judge", "contains", "--predictions", str(out)]
+    assert main(argv) == 0
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [(row["prompt"], row["expected"]) for row in rows] == [
+        (row["prompt"], row["completion"]) for row in ROWS
+    ]
+    model, tokenizer = load(base).eval(), make_tokenizer()
+    expected = greedy_answers(model, tokenizer, to_samples(ROWS, tokenizer), 8, 4)
+    assert [row["answers"]["base"] for row in rows] == expected
+    assert all(row["right"]["base"] is (row["expected"] in row["answers"]["base"]) for row in rows)
+    shown = capsys.readouterr().out
+    assert "The first 3 of 5 rows with an answer" in shown
+    assert "the text has to contain the completion" in shown
+    assert max(map(len, shown.splitlines())) <= 80 + len(str(tmp_path.parent))
+
+
+COMPARISONS = {
+    "number": [("is 1,234.", "so 1234", True), ("1 2", "2 1", False), ("7", "none", None)],
+    "letter": [("so (B)", "Answer: B", True), ("A or B", "A", False), ("A", "none", None)],
+    "label": [("it is true", "so: true", True), ("true", "false", False), ("x", "X Y", None)],
+    "text": [(" a b ", "a b", True), ("a  b", "a b", False), ("", "", True)],
+    "contains": [
+        ("It is PARIS\nindeed", "paris indeed", True),
+        ("a", "b", False),
+        ("a", " ", None),
+    ],
+    "auto": [("so 5", "5", False), ("5", "5", True), (" a ", "a", True)],
+}
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_each_judge_compares_its_part(judge: str) -> None:
+    for text, expected, right in COMPARISONS[judge]:
+        assert is_right(text, Sample([1], [1], [1], expected), judge) is right, (text, expected)
+    answered = Sample([1], [1], [1], "nothing of it", "5.0")
+    assert is_right("so it is 5", answered, "auto") is True
+    assert is_right("so it is 5", answered, "text") is False
+    said = judged_words([answered], judge)
+    assert said.startswith("Exact match compares ")
+    assert "the answer column" in said
+
+
+def test_the_judges_are_those_that_the_command_line_offers() -> None:
+    assert JUDGES == OFFERED
+    assert set(COMPARISONS) == set(JUDGES)
+
+
+def test_what_wants_nothing_of_the_judges_kind_is_not_counted(base: Path) -> None:
+    rows = [{"prompt": "a", "completion": "12"}, {"prompt": "b", "completion": "no number"}]
+    found = evaluate(
+        load(base, "dense"),
+        make_tokenizer(),
+        rows,
+        max_new_tokens=2,
+        progress=False,
+        judge="number",
+    )
+    assert (found.generated, found.judged, found.judge) == (2, 1, "number")
+
+
+def test_sentences_are_told_from_words() -> None:
+    long = [Sample([1], [1], [1], "it is because the sky is blue")]
+    assert are_sentences(long, "auto")
+    assert not are_sentences(long, "contains")
+    assert not are_sentences([Sample([1], [1], [1], "blue")], "auto")
+    assert not are_sentences([Sample([1], [1], [1], long[0].expected, "4")], "auto")
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_the_answer_of_a_chat_is_that_of_its_last_turn(key: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
+    names = ("role", "content") if key == "messages" else ("from", "value")
+    people = ("user", "assistant") if key == "messages" else ("human", "gpt")
+    turns = [dict(zip(names, turn, strict=True)) for turn in zip(people * 2, "abcd", strict=True)]
+    rows = [
+        {key: turns, "answer": "7"},
+        {key: turns[:2], "answer": "8"},
+        {key: turns, "answer": None},
+    ]
+    found = [(s.expected, s.answer) for s in to_samples(rows, tokenizer)]
+    assert found == [(None, None), ("d", "7"), ("b", "8"), ("b", None), ("d", None)]
+
+
+def test_mistakes_of_a_comparison(
+    base: Path, data: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*argv: str) -> str:
+        return complaint(capsys, "eval", "--data", str(data), *argv)
+
+    model, over = ("--model_name_or_path", str(base)), ("--adapter", str(adapter))
+    assert "a judge among auto, number" in refused(*model, "--judge", "numbers")
+    assert "give --adapter too" in refused(*model, "--base")
+    assert "this one is not" in refused(*model, "--base_as_stored")
+    assert "does not exist" in refused(*over, "--merged", str(tmp_path / "none"))
+    assert "it is a leanlift adapter" in refused(*over, "--merged", str(adapter))
+    assert "a directory that exists" in refused(*over, "--predictions", str(tmp_path / "a" / "b"))
+    assert "wants answers" in refused(*over, "--predictions", "x", "--max_new_tokens", "0")
+
+
+def test_the_screen_of_a_comparison() -> None:
+    def model(name: str, loss: float, right: float, seconds: float) -> dict[str, Any]:
+        return {"name": name, "loss": loss, "perplexity": math.exp(loss), "exact_match": right,
+                "judged": 30, "seconds": seconds}  # fmt: skip
+
+    models = [
+        model("base as stored", 0.9612, 2 / 30, 41.3),
+        model("base", 0.9874, 1 / 30, 44.0),
+        model("base + adapter", 0.8251, 9 / 30, 61.2),
+        model("merged", 0.7923, 10 / 30, 45.1),
+    ]
+    data = {
+        "model": "Qwen/Qwen2.5-7B-Instruct", "adapter": "runs/math", "data": "gsm8k_test.json",
+        "rows": 30, "tokens": 4012, "models": models,
+        "compared": judged_words([Sample([1], [1], [1], "so it is 4", "4")], "auto"),
+    }  # fmt: skip
+    weights = ["as stored", "NF4", "NF4 + offsets", "as stored"]
+    answers = {
+        m["name"]: f"He needs {i} boxes, so the answer is {i}." for i, m in enumerate(models)
+    }
+    row = {
+        "prompt": "user\nHow many boxes?\nassistant\n", "expected": "He needs 2. " * 30,
+        "answer": "2", "answers": answers,
+        "right": {name: "2" in text for name, text in answers.items()},
+    }  # fmt: skip
+    assert_screen(eval_text(data, weights, [row], 30, False), "eval")
+    alone = {**data, "models": models[2:3], "compared": None}
+    plain = eval_text(alone, weights[2:3], [], 0, True)
+    assert "--base measures the base" in plain
+    assert "go by the loss" in plain

@@ -231,6 +231,12 @@ def test_the_last_step_is_the_end_of_a_run(base: Path, rows: Path, tmp_path: Pat
     args, sft = settings(base, rows, tmp_path / "run")
     run(args, sft, screen=Impatient(STEPS, signal.SIGINT))
     assert adapter(tmp_path / "run")
+    args, sft = settings(base, rows, tmp_path / "again", eval_strategy="epoch")
+    args.merged_dir, sft.max_steps = str(tmp_path / "merged"), 1
+    with pytest.raises(Interrupted, match="the adapter is saved in"):
+        run(args, sft, screen=Impatient(1, signal.SIGTERM))
+    assert adapter(tmp_path / "again")
+    assert not (tmp_path / "merged").exists()
 
 
 # --- on the command line ----------------------------------------------------------------------

@@ -272,7 +272,7 @@ def test_a_full_store_is_said_once(
     with caplog.at_level(logging.WARNING, "leanlift"):
         trainer.train()
     assert sum(report.held_back > 0 for report in trainer.refreshes) >= 2
-    said = [r.getMessage() for r in caplog.records if "held" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "is full" in r.getMessage()]
     assert len(said) == 1
     assert "retired_limit=0.01" in said[0]
     logged = [entry for entry in trainer.state.log_history if "refresh_held_back" in entry]

@@ -145,6 +145,17 @@ def test_a_run_as_plain_lines() -> None:
     assert_screen(out.getvalue(), "train-plain")
 
 
+@pytest.mark.parametrize("form", [PlainScreen, JsonScreen])
+def test_a_stream_that_knows_few_characters_stops_no_run(form: Any) -> None:
+    for encoding in ("ascii", "cp1252"):
+        out, clock = io.BytesIO(), Clock()
+        screen = form(io.TextIOWrapper(out, encoding=encoding), clock)
+        start(screen, clock)
+        middle(screen, clock)
+        end(screen)
+        assert len(out.getvalue().splitlines()) > 10
+
+
 def panel(clock: Clock) -> tuple[PanelScreen, io.StringIO]:
     out = io.StringIO()
     return PanelScreen(out, clock), out
@@ -279,6 +290,8 @@ def test_the_events_are_documented() -> None:
 
 def test_the_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
+        encoding = "utf-8"
+
         def isatty(self) -> bool:
             return True
 
@@ -293,6 +306,9 @@ def test_the_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     assert isinstance(screen_of("auto"), PanelScreen)
     monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(screen_of("auto"), PlainScreen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Terminal, "encoding", "cp1252")
     assert isinstance(screen_of("auto"), PlainScreen)
     with pytest.raises(UserError, match="auto, rich, plain, json, got 'loud'"):
         screen_of("loud")

@@ -6,16 +6,11 @@ UserError. Modules are read one at a time, so a merge never holds a whole adapte
 """
 
 from leanlift.adapter.combine import combine_adapters
-from leanlift.adapter.native import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    check_adapter_place,
-    check_values,
-    write_adapter,
-)
+from leanlift.adapter.native import check_adapter_place, check_values, write_adapter
 from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
-from leanlift.adapter.read import RUN_NAME, open_adapter
-from leanlift.adapter.shira import FACTS_NAME, plan_shira, write_shira
+from leanlift.adapter.read import open_adapter
+from leanlift.adapter.shira import plan_shira, write_shira
+from leanlift.places import CONFIG_NAME, FACTS_NAME, RUN_NAME, WEIGHTS_NAME
 
 __all__ = [
     "CONFIG_NAME",

@@ -22,12 +22,11 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.grown import Grown
+from leanlift.places import CONFIG_NAME, WEIGHTS_NAME, WRITTEN_TYPE
 from leanlift.quantized import dtype_of
 from leanlift.sparse import SegmentedIndex, index_nbytes
 from leanlift.special import SpecialTokens
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 2
 GROWN_VERSION = 3
 READABLE = (1, 2, 3)
@@ -126,7 +125,7 @@ def write_adapter(
             tensors |= _tensors(name + RETIRED, offsets.retired)
     facts = Facts(config, base, refreshes, special, grown).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
-    write_json(directory / CONFIG_NAME, {"peft_type": "LEANLIFT", **facts})
+    write_json(directory / CONFIG_NAME, {"peft_type": WRITTEN_TYPE, **facts})
 
 
 def check_adapter_place(directory: str | Path) -> None:

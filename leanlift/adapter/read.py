@@ -6,17 +6,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from leanlift.adapter.native import CONFIG_NAME, WEIGHTS_NAME, read_native
+from leanlift.adapter.native import read_native
 from leanlift.adapter.offsets import Adapter
-from leanlift.adapter.shira import FACTS_NAME, read_shira
+from leanlift.adapter.shira import read_shira
 from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import open_tensor_file, read_json
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.hub import local_copy
-
-RUN_NAME = "run.json"
-"""What a training run writes beside its adapter: data and settings."""
+from leanlift.places import (
+    CONFIG_NAME,
+    FACTS_NAME,
+    OWN_TYPE,
+    PEFT_TYPE,
+    RUN_NAME,
+    WEIGHTS_NAME,
+    adapter_type,
+    look_at,
+)
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME, FACTS_NAME, RUN_NAME, "memory.json", "tokenizer*", "*.jinja")
 """What is wanted of an adapter on the hub."""
@@ -36,6 +43,11 @@ def open_adapter(
     Raises:
         UserError: not an adapter, one of a newer format, or damaged.
     """
+    if Path(source).is_file():
+        raise UserError(
+            f"{source} is no leanlift adapter but {look_at(source).words}: expected a directory "
+            "written by save_adapter or a training run."
+        )
     directory = local_copy(
         source,
         FILES,
@@ -44,18 +56,18 @@ def open_adapter(
     )
     if not (directory / CONFIG_NAME).is_file():
         raise UserError(
-            f"{directory} is no leanlift adapter: it has no {CONFIG_NAME}. Expected a directory "
-            "written by save_adapter or a training run."
+            f"{directory} is no leanlift adapter but {look_at(directory).words}: expected a "
+            "directory written by save_adapter or a training run."
         )
     data = read_json(directory / CONFIG_NAME, MOST_OF_A_STRANGER)
-    kind = data.get("peft_type") if isinstance(data, dict) else None
-    if kind not in ("LEANLIFT", "SHIRA"):
+    kind = adapter_type(data)
+    if kind not in (OWN_TYPE, PEFT_TYPE):
         raise UserError(
             f"{directory / CONFIG_NAME} was not written by leanlift (peft_type {kind!r:.80}), and "
             "leanlift reads no other adapters than its own and PEFT's SHiRA."
         )
     with open_tensor_file(directory / WEIGHTS_NAME) as tensors:
-        if kind == "SHIRA":
+        if kind == PEFT_TYPE:
             yield read_shira(directory, data, tensors, live_base)
         else:
             yield read_native(directory, data, tensors)

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanlift.adapter.native import CONFIG_NAME, WEIGHTS_NAME, Facts, check_backed, check_values
+from leanlift.adapter.native import Facts, check_backed, check_values
 from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
 from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import ShardedWriter, TensorFile, TensorSpec, read_json, write_json
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
+from leanlift.places import CONFIG_NAME, FACTS_NAME, PEFT_TYPE, WEIGHTS_NAME
 from leanlift.quantized import dtype_of
 from leanlift.sparse import SegmentedIndex
 
-FACTS_NAME = "leanlift.json"
 PREFIX = "base_model.model."
 INDICES, WEIGHT = ".shira_indices", ".shira_weight"
 
@@ -129,7 +129,7 @@ def write_shira(
     write_json(
         directory / CONFIG_NAME,
         {
-            "peft_type": "SHIRA",
+            "peft_type": PEFT_TYPE,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": adapter.base.name,
             "r": plan.rank,

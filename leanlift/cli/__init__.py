@@ -18,6 +18,7 @@ from typing import Any
 
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
+from leanlift.cli.measure import add_measure
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line, is_disk_full
 
 EXIT_USER_ERROR = 2
@@ -115,90 +116,15 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("plan", help="what a run will need, before it is made", add_help=False)
     commands.add_parser("train", help="fine-tune a model", add_help=False)
 
-    _add_eval(commands)
+    add_measure(commands)
     add_export(commands)
-
-    info = commands.add_parser("info", help="what an adapter holds")
-    info.add_argument(
-        "adapter", type=path, help="an adapter: a run's output_dir, a checkpoint, or a hub name"
-    )
-    info.add_argument("--json", action="store_true", help="print JSON, every module included")
-    info.set_defaults(run=_info)
-
-    report = commands.add_parser("report", help="print where the memory of a run went")
-    report.add_argument("run_dir", type=path, metavar="RUN", help="output_dir of a training run")
-    report.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
-    report.set_defaults(run=_report)
     return parser
-
-
-def _add_eval(commands: Any) -> None:
-    parser = commands.add_parser(
-        "eval",
-        help="loss and greedy exact match on a file of rows",
-        description="Measure a base, a base with an adapter, or a merged model on the rows that "
-        "training takes. With an 'answer' column, the last number (or letter, or label) of the "
-        "greedy text counts; otherwise the whole text.",
-    )
-    parser.add_argument(
-        "--model_name_or_path",
-        type=path,
-        help="the base or a merged model; default: the base that the adapter was trained on",
-    )
-    parser.add_argument("--adapter", type=path, help="directory of an adapter, or a hub name")
-    parser.add_argument(
-        "--data", type=path, required=True, help=".json, .jsonl or .parquet, or a hub name"
-    )
-    parser.add_argument(
-        "--dataset_text_field",
-        help="the column of plain texts; default: as the adapter was trained, else text",
-    )
-    parser.add_argument(
-        "--load_in_4bit",
-        action="store_true",
-        help="hold the base in NF4 with double quantization; default: as the adapter was trained, "
-        "else as stored",
-    )
-    parser.add_argument("--load_in_8bit", action="store_true", help="hold the base in INT8")
-    parser.add_argument(
-        "--dtype", help="of everything not quantized; default: the adapter's, else as in train"
-    )
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time (8)")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=256, help="of a greedy answer (256); 0: loss alone"
-    )
-    parser.add_argument("--limit", type=int, help="the first so many rows alone")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--output", type=path, metavar="FILE", help="also write the JSON to a file")
-    parser.set_defaults(run=_eval)
-
-
-def _eval(options: argparse.Namespace) -> int:
-    from leanlift.cli.eval import eval_command
-
-    return eval_command(options)
 
 
 def _demo(options: argparse.Namespace) -> int:
     from leanlift.demo import demo
 
     demo(options.output_dir)
-    return 0
-
-
-def _info(options: argparse.Namespace) -> int:
-    from leanlift.cli.info import info_command
-
-    return info_command(options.adapter, options.json)
-
-
-def _report(options: argparse.Namespace) -> int:
-    import json
-
-    from leanlift.memory import format_report, load_report
-
-    report = load_report(options.run_dir)
-    print(json.dumps(report, indent=2) if options.json else format_report(report))
     return 0
 
 

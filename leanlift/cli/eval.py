@@ -1,11 +1,13 @@
-"""`leanlift eval`: loss and greedy exact match of a base, a base with an adapter, or a merged
-model on a file of rows."""
+"""`leanlift eval`: a base, a base with an adapter, a merged model on a file of rows; one of them,
+or several side by side."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +16,64 @@ from torch import nn
 
 from leanlift.adapter import RUN_NAME, open_adapter
 from leanlift.bounded import MOST_OF_A_STRANGER
-from leanlift.checkpoint import read_json, write_json
+from leanlift.checkpoint import read_json, replacing, write_json
+from leanlift.cli.eval_text import eval_text
 from leanlift.errors import UserError
 from leanlift.layer import FrozenLinear, Scratch
-from leanlift.model import load_adapter
+from leanlift.model import load_adapter, scale_adapter
 from leanlift.quantized import dtype_of, frozen_weight, is_quantized
 from leanlift.training import RunArguments, load_rows
 from leanlift.training.base import check_base_place, load_model
 from leanlift.training.evaluate import (
-    Evaluation,
+    Measured,
+    Sample,
+    asked_of,
     check_options,
-    evaluate_samples,
+    measure,
+    quiet_loading,
     to_samples,
 )
+from leanlift.training.judge import are_sentences, judged_words
 from leanlift.training.load import arguments_as_trained
 from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.training.tokens import Tokenization
 
+SHOWN = 3
+WORDS = {"nf4+double": "NF4", "nf4": "NF4, single", "fp4+double": "FP4", "fp4": "FP4, single"}
+"""Formats of a base in the table; --json has those of an adapter's fingerprint."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what it is called, in what form its weights were, what came out."""
+
+    name: str
+    weights: str
+    model: str
+    adapter: str | None
+    base_format: str
+    measured: Measured
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "model": self.model,
+            "adapter": self.adapter,
+            "base_format": self.base_format,
+            **self.measured.evaluation.to_dict(),
+            "seconds": self.measured.seconds,
+        }
+
 
 def eval_command(options: argparse.Namespace) -> int:
     """Evaluate, print the result, and write it where `--output` says."""
-    check_options(options.batch_size, options.max_new_tokens)
+    check_options(options.batch_size, options.max_new_tokens, options.judge)
+    _check_predictions(options)
     args = arguments_of(options)
+    _check_compared(options, args)
     check_base_place(args)
+    if options.merged:
+        check_base_place(_merged(options, args))
     rows = load_rows(options.data, name="eval")
     if options.limit is not None:
         if options.limit < 1:
@@ -45,30 +82,138 @@ def eval_command(options: argparse.Namespace) -> int:
     base, revision = args.model_name_or_path, args.model_revision
     tokenizer, how = tokenization_of(base, revision, options)
     samples = to_samples(rows, tokenizer, how)  # before a load that takes minutes
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    model = load_model(args, device)
-    if options.adapter:
-        load_adapter(model, options.adapter)
-    else:
-        _own_forwards(model)
-    result = evaluate_samples(
-        model,
-        tokenizer,
-        samples,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-    )
+    asked = asked_of(samples, options.max_new_tokens)
+
+    def measured(model: Any, name: str) -> Measured:
+        return measure(
+            model,
+            tokenizer,
+            samples,
+            asked,
+            options.batch_size,
+            options.max_new_tokens,
+            options.judge,
+            progress=True,
+            name=name,
+        )
+
+    with quiet_loading():
+        found = list(_measured_rows(options, args, measured))
+    main = next(row for row in found if row.adapter) if options.adapter else found[-1]
+    main = main if not options.merged or options.adapter else found[-2]
+    shown = [_shown(i, sample, tokenizer, found) for i, sample in enumerate(asked)]
     data = {
-        "model": args.model_name_or_path,
-        "adapter": options.adapter,
+        **{key: value for key, value in main.to_dict().items() if key not in ("name", "seconds")},
         "data": options.data,
-        "base_format": _format(args),
-        **result.to_dict(),
+        "compared": judged_words(asked, options.judge) if asked else None,
+        "models": [row.to_dict() for row in found],
     }
     if options.output:
         write_json(Path(options.output), data)
-    print(json.dumps(data, indent=2) if options.json else _as_text(data, result))
+    if options.predictions:
+        _write_predictions(Path(options.predictions), shown)
+    if options.json:
+        print(json.dumps(data, indent=2))
+        return 0
+    weights = [row.weights for row in found]
+    sentences = are_sentences(asked, options.judge)
+    print(eval_text(data, weights, shown[:SHOWN], len(shown), sentences))
     return 0
+
+
+def _measured_rows(
+    options: argparse.Namespace, args: RunArguments, measured: Callable[[Any, str], Measured]
+) -> Sequence[Row]:
+    """Load and measure what was asked for, one model at a time; base and adapter share a load."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    base, form = args.model_name_or_path, _format(args)
+    words = WORDS.get(form, form)
+    rows = []
+    if options.base_as_stored:
+        stored = replace(args, load_in_4bit=False, load_in_8bit=False)
+        _say(f"Loading {base}, as it is stored …")
+        found = measured(load_model(stored, device), "base as stored")
+        rows.append(Row("base as stored", "as stored", base, None, "as stored", found))
+    _say(f"Loading {base} …")
+    model = load_model(args, device)
+    if options.adapter:
+        load_adapter(model, options.adapter)
+        if options.base:
+            found = measured(scale_adapter(model, 0.0), "base")
+            rows.append(Row("base", words, base, None, form, found))
+        found = measured(scale_adapter(model, 1.0), "base + adapter")
+        trained = f"{words} + offsets"
+        rows.append(Row("base + adapter", trained, base, options.adapter, form, found))
+    else:
+        _own_forwards(model)
+        rows.append(Row("model", words, base, None, form, measured(model, "model")))
+    if options.merged:
+        del model
+        _say(f"Loading {options.merged} …")
+        merged = load_model(_merged(options, args), device)
+        found = measured(merged, "merged")
+        rows.append(Row("merged", "as stored", options.merged, None, "as stored", found))
+    return rows
+
+
+def _say(line: str) -> None:
+    """What is being waited for, to somebody who is there."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
+
+
+def _merged(options: argparse.Namespace, args: RunArguments) -> RunArguments:
+    """How to load a merged model: as it is, in the dtype of the others."""
+    return RunArguments(options.merged, options.data, load_in_4bit=False, dtype=args.dtype)
+
+
+def _check_compared(options: argparse.Namespace, args: RunArguments) -> None:
+    """Refuse comparisons of a thing with itself."""
+    if options.base and not options.adapter:
+        raise UserError(
+            "--base is the base without its adapter: give --adapter too, or name a base alone with "
+            "--model_name_or_path."
+        )
+    if options.base_as_stored and not (args.load_in_4bit or args.load_in_8bit):
+        raise UserError(
+            "--base_as_stored is for a base that is quantized when it is loaded, and this one is "
+            "not: --base (with an adapter) measures it as it is stored."
+        )
+    if options.base_as_stored and options.adapter:
+        with open_adapter(options.adapter) as adapter:
+            if adapter.grown is not None:
+                raise UserError(
+                    f"{options.adapter} was trained with {adapter.grown.rows} rows in the "
+                    "embedding, more than its base has on disk, so --base_as_stored could not read "
+                    "these rows' tokens: take --base instead."
+                )
+
+
+def _check_predictions(options: argparse.Namespace) -> None:
+    if not options.predictions:
+        return
+    if not options.max_new_tokens:
+        raise UserError("--predictions wants answers: give a --max_new_tokens above 0.")
+    path = Path(options.predictions)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--predictions {path}: expected a file in a directory that exists.")
+
+
+def _shown(at: int, sample: Sample, tokenizer: Any, rows: Sequence[Row]) -> dict[str, Any]:
+    """One asked row as `--predictions` writes it."""
+    return {
+        "prompt": tokenizer.decode(sample.prompt, skip_special_tokens=True),
+        "expected": sample.expected or "",
+        **({} if sample.answer is None else {"answer": sample.answer}),
+        "answers": {row.name: row.measured.answers[at] for row in rows},
+        "right": {row.name: row.measured.right[at] for row in rows},
+    }
+
+
+def _write_predictions(path: Path, shown: Sequence[dict[str, Any]]) -> None:
+    with replacing(path) as temporary:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shown)
+        temporary.write_bytes(text.encode("utf-8", "replace"))
 
 
 def arguments_of(options: argparse.Namespace) -> RunArguments:
@@ -142,19 +287,3 @@ def _format(args: RunArguments) -> str:
     if args.load_in_4bit:
         return args.bnb_4bit_quant_type + ("+double" if args.bnb_4bit_use_double_quant else "")
     return "int8" if args.load_in_8bit else "as stored"
-
-
-def _as_text(data: dict[str, Any], result: Evaluation) -> str:
-    adapter = f" with {data['adapter']}" if data["adapter"] else ""
-    lines = [f"{data['model']} ({data['base_format']}){adapter} on {data['data']}"]
-    if result.loss is not None:
-        lines.append(
-            f"loss {result.loss:.4f}, perplexity {result.perplexity:.4g} over {result.tokens:,} "
-            f"tokens of {result.rows:,} rows"
-        )
-    if result.exact_match is not None:
-        lines.append(
-            f"exact match {result.exact_match:.2%} of {result.generated:,}, judged by "
-            f"{result.judged_by}"
-        )
-    return "\n".join(lines)

@@ -10,24 +10,39 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from leanlift.adapter import WEIGHTS_NAME
+from leanlift.demo.ending import (
+    NEXT,
+    Skill,
+    card,
+    files_text,
+    memory_text,
+    needs_of_7b,
+    seven_b_text,
+    skills_text,
+)
 from leanlift.demo.skills import SOURCE_SKILLS, TARGET_SKILL, Row, make_rows
 from leanlift.errors import UserError
-from leanlift.memory import format_report, human
-from leanlift.model import lift_layers
+from leanlift.places import PREDICTIONS_NAME
+from leanlift.report.data import read_run
+from leanlift.report.page import write_page
+from leanlift.screen import size
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
+from leanlift.training.evaluate import quiet_loading
+from leanlift.training.screens import Screen, Summary, screen_of
 
 BASE = Path(__file__).parent / "base"
 TRAIN_ROWS = 2000
 HELD_OUT_ROWS = 100
 BATCH = 100
 STEPS = 312
+SHOWN = 5
+"""Answers of each skill that the page of the run gets to show."""
 
 
 def demo(output_dir: str | Path) -> None:
@@ -49,9 +64,9 @@ def demo(output_dir: str | Path) -> None:
         skill: make_rows(skill, HELD_OUT_ROWS, split="heldout", seed=1)
         for skill in (TARGET_SKILL, *SOURCE_SKILLS)
     }
-    print(f"Base: a {_size(BASE)} Llama that knows {', '.join(SOURCE_SKILLS)}. It is loaded in NF4")
-    print(f"with double quantization and learns {TARGET_SKILL!r} from {data}, for example")
-    print(f"    {rows[0]['prompt']}{rows[0]['completion']}")
+    print(f"Base   a Llama of {_size(BASE)} that knows {', '.join(SOURCE_SKILLS)}; held in NF4")
+    print(f"Task   {TARGET_SKILL!r}, which it does not know:  {_example(rows[0])}")
+    print("Trains 5 % of its weights, on this machine's CPU, offline\n", flush=True)
 
     before: dict[str, list[str]] = {}
 
@@ -75,35 +90,56 @@ def demo(output_dir: str | Path) -> None:
         per_device_train_batch_size=16,
         max_steps=STEPS,
         max_length=64,
-        logging_steps=50,
+        logging_steps=20,
         save_strategy="no",
         gradient_checkpointing=False,
     )
-    result = run(args, sft, before_training=measure, plan=partial(plan_of, args, sft, False))
+    result = run(
+        args,
+        sft,
+        before_training=measure,
+        plan=partial(plan_of, args, sft, False),
+        screen=cast(Any, _WithoutSummary(screen_of("auto"))),
+    )
     after = _answers(result.model, result.tokenizer, held_out, "After training")
 
-    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float16)
+    with quiet_loading():
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float16)
     stock = _answers(
         merged.float(), AutoTokenizer.from_pretrained(out / "merged"), held_out, "Merged, stock"
     )
-    _print_results(held_out, before, after, stock)
-    print()
-    print(format_report(result.memory.to_dict()))
-    layers = lift_layers(result.model).values()
-    entries = sum(layer.index.count for layer in layers)
-    index = sum(layer.index.nbytes for layer in layers)
-    adapter = (out / "run" / WEIGHTS_NAME).stat().st_size
-    print(
-        f"\nAdapter: {human(adapter)} on disk ({out / 'run'}); {entries:,} trained entries, whose"
-    )
-    print(f"index takes {human(index)}, {index / entries:.2f} bytes per entry.")
-    print(f"Merged fp16 checkpoint: {out / 'merged'}")
+    _write_predictions(out / "run" / PREDICTIONS_NAME, held_out, before, after)
+    page = write_page(read_run(out / "run"))
     same = sum(stock[s][i] == after[s][i] for s in held_out for i in range(HELD_OUT_ROWS))
     total = HELD_OUT_ROWS * len(held_out)
-    print(
-        f"Stock AutoModelForCausalLM.from_pretrained on it gives the trained model's greedy answer "
-        f"in {same} of {total} cases."
-    )
+    skills = [
+        Skill(
+            skill,
+            skill != TARGET_SKILL,
+            *(_right(held_out[skill], answers[skill]) for answers in (before, after, stock)),
+        )
+        for skill in held_out
+    ]
+    for text in (
+        skills_text(skills, HELD_OUT_ROWS),
+        memory_text(result.memory.to_dict()),
+        files_text(out / "run", out / "merged", page, same, total),
+    ):
+        print(f"\n{text}", flush=True)
+    print(f"\n{seven_b_text(needs_of_7b(), card())}")
+    print(f"\n{NEXT}")
+
+
+class _WithoutSummary:
+    """The screen of a run, whose end the demo tells in its own words."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.screen, name)
+
+    def summary(self, summary: Summary) -> None: ...
 
 
 def greedy_answers(model: Any, tokenizer: Any, prompts: list[str], what: str) -> list[str]:
@@ -111,7 +147,8 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: list[str], what: str) ->
     answers: list[str] = []
     was_training = model.training
     model.eval()
-    for start in tqdm(range(0, len(prompts), BATCH), desc=what, unit="batch", leave=False):
+    batches = range(0, len(prompts), BATCH)
+    for start in tqdm(batches, desc=what, unit="batch", leave=False, disable=None):
         batch = tokenizer(prompts[start : start + BATCH], return_tensors="pt", padding=True,
                           padding_side="left", add_special_tokens=False)  # fmt: skip
         with torch.no_grad():
@@ -131,26 +168,37 @@ def greedy_answers(model: Any, tokenizer: Any, prompts: list[str], what: str) ->
 def _answers(
     model: Any, tokenizer: Any, held_out: dict[str, list[Row]], what: str
 ) -> dict[str, list[str]]:
-    return {
-        skill: greedy_answers(model, tokenizer, [row["prompt"] for row in rows], f"{what}: {skill}")
-        for skill, rows in held_out.items()
-    }
+    """Greedy answers per skill."""
+    rows = [row for skill in held_out.values() for row in skill]
+    answers = iter(greedy_answers(model, tokenizer, [row["prompt"] for row in rows], what))
+    return {skill: [next(answers) for _ in rows] for skill, rows in held_out.items()}
 
 
-def _print_results(held_out: dict[str, list[Row]], *columns: dict[str, list[str]]) -> None:
-    print(f"\nExact answers on {HELD_OUT_ROWS} held-out examples per skill:")
-    print(f"{'skill':<24}{'before':>10}{'after':>10}{'merged fp16':>14}")
+def _right(rows: list[Row], answers: list[str]) -> float:
+    """Share of exact answers."""
+    return sum(a == row["completion"] for a, row in zip(answers, rows, strict=True)) / len(rows)
+
+
+def _write_predictions(
+    path: Path,
+    held_out: dict[str, list[Row]],
+    before: dict[str, list[str]],
+    after: dict[str, list[str]],
+) -> None:
+    """A few rows of each skill with both answers, for the page."""
+    lines = []
     for skill, rows in held_out.items():
-        shares = [
-            sum(
-                answer == row["completion"] for answer, row in zip(column[skill], rows, strict=True)
-            )
-            / len(rows)
-            for column in columns
-        ]
-        label = f"{skill} ({'learned now' if skill == TARGET_SKILL else 'known before'})"
-        print(f"{label:<24}{shares[0]:>10.0%}{shares[1]:>10.0%}{shares[2]:>14.0%}")
+        for row, was, now in list(zip(rows, before[skill], after[skill], strict=True))[:SHOWN]:
+            answers = {"before": was, "after": now}
+            right = {name: text == row["completion"] for name, text in answers.items()}
+            data = {"prompt": row["prompt"], "expected": row["completion"]}
+            lines.append(json.dumps({**data, "answers": answers, "right": right}) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _example(row: Row) -> str:
+    return f"{row['prompt']}{row['completion']}"
 
 
 def _size(directory: Path) -> str:
-    return human(sum(file.stat().st_size for file in directory.iterdir()))
+    return size(sum(file.stat().st_size for file in directory.iterdir()))

@@ -1,5 +1,6 @@
 """Where the memory went."""
 
+from leanlift.measured import REPORT_NAME, load_report
 from leanlift.memory.live import LiveBytes
 from leanlift.memory.measure import (
     CATEGORIES,
@@ -24,13 +25,7 @@ from leanlift.memory.plan import (
     shapes_of,
 )
 from leanlift.memory.plan_screen import format_plan, peak_line
-from leanlift.memory.report import (
-    REPORT_NAME,
-    format_report,
-    human,
-    load_report,
-    save_report,
-)
+from leanlift.memory.report import format_report, human, save_report
 from leanlift.memory.rules import StepSettings
 
 __all__ = [

@@ -9,11 +9,13 @@ activations and workspace.
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,8 @@ class MemoryReport:
         categories: bytes of the training step by category.
         notes: how a figure was obtained, where that is not obvious.
         plan: what had been planned, as `MemoryPlan.to_dict` has it; None: nothing.
+        capacity: bytes that the device has; None where this machine cannot tell.
+        versions: of Python and of the libraries that decide what a run does.
     """
 
     device: str
@@ -63,6 +67,8 @@ class MemoryReport:
     entries: int = 0
     notes: list[str] = field(default_factory=list)
     plan: dict[str, Any] | None = None
+    capacity: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,7 +144,9 @@ class MemoryMeter:
         self.device = device
         self.cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if self.cuda else "cpu"
-        self.report = MemoryReport(device=name)
+        self.report = MemoryReport(
+            device=name, capacity=_capacity_of(device), versions=versions_here()
+        )
 
     def allocated_peak(self) -> int:
         """Peak allocated bytes on CUDA since the phase began."""
@@ -200,6 +208,18 @@ class MemoryMeter:
             peak.resident = resident_peak()
 
 
+LIBRARIES = ("leanlift", "torch", "transformers", "trl", "bitsandbytes", "triton")
+
+
+def versions_here() -> dict[str, str]:
+    """Versions of Python and of what is installed of `LIBRARIES`."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device has no room: torch has a class for it on a GPU alone."""
     on_the_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
@@ -226,6 +246,13 @@ def resident_now() -> int | None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _capacity_of(device: torch.device) -> int | None:
+    """Bytes of a CUDA device, or of this machine's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return machine_nbytes()
 
 
 def machine_nbytes() -> int | None:

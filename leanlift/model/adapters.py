@@ -313,7 +313,7 @@ def _sampled_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
     """The fingerprint of a model with samples of these targets, for an adapter that says nothing
     of its base."""
     base = _live_base(model, targets)
-    none = torch.empty(0, dtype=torch.int64)
+    none = partial(torch.empty, 0, dtype=torch.int64)
     dtype = dtype_of(base.dtype)
 
     def read(name: str, flat: torch.Tensor) -> Cells:

@@ -180,8 +180,8 @@ def attach(
             bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{note}")
 
     if sample:
-        masks = {name: choice.index.to_flat() for name, choice in choices.items()}
-        base = with_base_samples(base, masks, modules, checkpoint)
+        indices = {name: choice.index for name, choice in choices.items()}
+        base = with_base_samples(base, indices, modules, checkpoint)
     model.requires_grad_(False)
     scratch, values_dtype = Scratch(), getattr(torch, config.values_dtype)
     for name, module in modules.items():

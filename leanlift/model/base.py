@@ -16,6 +16,7 @@ from leanlift.hub import snapshot_of
 from leanlift.quantized import dtype_of, frozen_weight, is_quantized, weight_tensors
 from leanlift.samples import Comparison
 from leanlift.source import stored_cells
+from leanlift.sparse import SegmentedIndex
 
 
 def check_attachable(model: nn.Module) -> None:
@@ -110,17 +111,18 @@ def checkpoint_of(base: BaseFingerprint) -> Path | None:
 
 def with_base_samples(
     base: BaseFingerprint,
-    masks: dict[str, Tensor],
+    indices: dict[str, SegmentedIndex],
     modules: dict[str, nn.Module],
     checkpoint: Path | None,
 ) -> BaseFingerprint:
-    """The fingerprint with samples of its targets: of the checkpoint, which has them exactly,
-    where it is at hand, else of what is in memory.
+    """The fingerprint with samples of its targets, which train `indices`: of the checkpoint, which
+    has them exactly, where it is at hand, else of what is in memory.
 
     Raises:
         UserError: the checkpoint has other weights than the model.
     """
     dtype = dtype_of(base.dtype)
+    masks = {name: index.to_flat for name, index in indices.items()}  # 8 bytes an entry: one by one
 
     def live(name: str, flat: Tensor) -> Cells:
         return cells_of(frozen_weight(modules[name], name), flat, dtype)

@@ -75,7 +75,7 @@ class SegmentedIndex:
         if columns.numel() >= 2**31:
             raise ValueError(f"expected fewer than 2^31 entries in a matrix, got {columns.numel()}")
         ends = counts.sum(1, dtype=torch.int64).cumsum(0)
-        return cls(shape, columns, counts, ends.to(torch.int32), _anchors(ends))
+        return cls(shape, columns, counts, ends.to(torch.int32), _anchors_of(ends))
 
     @classmethod
     def from_parts(cls, shape: tuple[int, int], columns: Tensor, counts: Tensor) -> SegmentedIndex:
@@ -128,7 +128,7 @@ class SegmentedIndex:
         if row >= self.shape[0]:
             return self.count
         group, rest = divmod(row, ANCHOR_ROWS)
-        before = int(self.anchors[group])
+        before = self._anchors[group]
         if rest:
             before += int(self.counts[row - rest : row].sum(dtype=torch.int64))
         return before
@@ -151,6 +151,12 @@ class SegmentedIndex:
         )
 
     @cached_property
+    def _anchors(self) -> list[int]:
+        """As Python reads them: a tensor's entry takes it ten times as long."""
+        anchors: list[int] = self.anchors.tolist()
+        return anchors
+
+    @cached_property
     def whole(self) -> IndexPart:
         """All entries: what every forward pass asks for."""
         return IndexPart(self.columns, self.counts, self.ends, 0, SEGMENT, self.shape[1])
@@ -164,7 +170,7 @@ class SegmentedIndex:
         return replace(self, columns=fn(self.columns), counts=fn(self.counts), ends=fn(self.ends))
 
 
-def _anchors(ends: Tensor) -> Tensor:
+def _anchors_of(ends: Tensor) -> Tensor:
     """Entries before every 64th row and in all, from int64 `ends` [m]: int64 on the CPU."""
     before = torch.zeros(ends.numel() + 1, dtype=torch.int64)
     before[1:] = ends

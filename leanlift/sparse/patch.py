@@ -25,5 +25,7 @@ def offsets_of(
     index: SegmentedIndex, values: Tensor, start: int, stop: int, scale: float = 1.0
 ) -> ops.Offsets:
     """The offsets of rows `start:stop` as they are stored, out of all `values` [k]."""
+    if start == 0 and stop == index.shape[0]:
+        return ops.Offsets(index.whole, values, scale)
     first, last = index.span(start, stop)
     return ops.Offsets(index.part(start, stop), values[first:last], scale)

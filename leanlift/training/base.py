@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from leanlift.errors import UserError, first_line
 from leanlift.hub import cached_commit, check_name
 from leanlift.memory import is_out_of_memory
+from leanlift.places import no_base
 from leanlift.quantized import dtype_of, frozen_weight, is_quantized
 from leanlift.source import open_checkpoint
 from leanlift.training.arguments import RunArguments
@@ -61,7 +62,7 @@ def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool
         if is_out_of_memory(error):
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
-    check_read_whole(found, name)
+    check_read_whole({**found, "mismatched_keys": _other_shapes(model, found)}, name)
     for path, module in model.named_modules():
         if is_quantized(module):
             frozen_weight(module, path)  # has the shape that it should have, and can be read
@@ -110,6 +111,8 @@ def check_base_place(args: RunArguments) -> None:
             f"the base {name} does not exist: expected a checkpoint directory or hub name."
         )
     if not path.is_dir():
+        if path.exists():
+            raise UserError(f"the base {name} {no_base(path)}")
         check_name(name, "the base", "--model_revision")
         return
     if args.model_revision is not None:
@@ -117,7 +120,7 @@ def check_base_place(args: RunArguments) -> None:
             f"the base {name} is a directory, which has no revisions: leave model_revision out."
         )
     if not (path / "config.json").is_file():
-        raise UserError(f"the base {name} has no config.json: it is no checkpoint directory.")
+        raise UserError(f"the base {name} {no_base(path)}")
     with open_checkpoint(path):  # headers only: finds missing and cut-off shards
         pass
 
@@ -170,6 +173,21 @@ def _check_merge(args: RunArguments) -> None:
             "onto: set merge_onto to quantized, or leave merged_dir out and name the 16-bit "
             "checkpoint at the export."
         )
+
+
+def _other_shapes(model: Any, found: dict[str, Any]) -> set[Any]:
+    """(name, stored, expected) of what has another shape than it should; older transformers take
+    an embedding of any size into a quantized model without a word."""
+    mismatched = set(found.get("mismatched_keys", ()))
+    embedding = model.get_input_embeddings()
+    weight, expected = (
+        getattr(embedding, "weight", None),
+        getattr(embedding, "num_embeddings", None),
+    )
+    if isinstance(weight, torch.Tensor) and expected not in (None, weight.shape[0]):
+        name = next(n for n, parameter in model.named_parameters() if parameter is weight)
+        mismatched.add((name, weight.shape, (expected, *weight.shape[1:])))
+    return mismatched
 
 
 def check_read_whole(found: dict[str, Any], name: str) -> None:

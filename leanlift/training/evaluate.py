@@ -1,72 +1,53 @@
 """How well a causal LM does on rows: loss per trained token, and greedy answers.
 
 The rows are those that training takes, converted and tokenized by the same code, so that what is
-measured is what was trained. A row with an `answer` column is judged by the answer that its
-greedy text ends with, any other by the whole text.
-
-Batches are padded on the left and masked by length, never by token id, so that a pad token which
-is also the end token changes nothing; positions are counted from each row's own first token.
-Greedy is the largest logit, whatever the model's generation config says.
+measured is what was trained. What a model makes of them is `answers`' affair, how a greedy text is
+judged `judge`'s.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
 from trl.data_utils import common_prefix_length
 
 from leanlift.errors import UserError
+from leanlift.training.answers import Sample, greedy_answers, pad_left, sum_of_losses
 from leanlift.training.data import a_dataset, tokenized
+from leanlift.training.judge import (
+    check_judge,
+    is_right,
+    judges_used,
+    last_number,
+    same_answer,
+)
 from leanlift.training.positions import check_positions
 from leanlift.training.rows import Row
-from leanlift.training.tokenizer import as_ids
-from leanlift.training.tokens import IGNORED, Tokenization, Tokens
+from leanlift.training.tokens import Tokenization, Tokens
 
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-LETTER = re.compile(r"\b[A-E]\b")
-LABEL = re.compile(r"\b(?:true|false|[a-z]+\d)\b")
-TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One tokenized row.
-
-    Attributes:
-        prompt: token ids that are given.
-        whole: prompt and completion with its end token.
-        labels: as many as `whole`; -100 does not count in the loss.
-        expected: the completion as text; None where there is no prompt to generate from.
-        answer: what the `answer` column holds, or None.
-    """
-
-    prompt: list[int]
-    whole: list[int]
-    labels: list[int]
-    expected: str | None
-    answer: str | None = None
-
-    @property
-    def start(self) -> int:
-        """Where the first token is that counts; the very first of a text is never predicted."""
-        counted = (i for i, label in enumerate(self.labels) if i and label != IGNORED)
-        return next(counted, len(self.labels))
-
-    @property
-    def trained(self) -> int:
-        """Tokens that count in the loss."""
-        return sum(label != IGNORED for label in self.labels[1:])
+__all__ = [
+    "Evaluation",
+    "Measured",
+    "Sample",
+    "check_options",
+    "evaluate",
+    "evaluate_samples",
+    "greedy_answers",
+    "is_right",
+    "last_number",
+    "measure",
+    "pad_left",
+    "quiet_loading",
+    "same_answer",
+    "sum_of_losses",
+    "to_samples",
+]
 
 
 @dataclass(frozen=True)
@@ -79,8 +60,10 @@ class Evaluation:
         loss: mean over them; None: there was none.
         perplexity: its exponential.
         generated: samples with a greedy answer.
-        exact_match: share of them that are right; None: nothing was generated.
-        judged_by: "answer" (last number, letter or label) or "text".
+        exact_match: share of the judged ones that are right; None: nothing was judged.
+        judged_by: "answer" where there is an answer column, else "text".
+        judged: samples that want something of the judge's kind.
+        judge: "number", "letter", "label", "text" or "contains"; several are joined by "+".
     """
 
     rows: int
@@ -90,9 +73,28 @@ class Evaluation:
     generated: int
     exact_match: float | None
     judged_by: str
+    judged: int = 0
+    judge: str = "text"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation, and what it was made from.
+
+    Attributes:
+        evaluation: the numbers.
+        answers: greedy texts of the samples that were asked, in their order.
+        right: whether each was; None: it could not be judged.
+        seconds: that it took.
+    """
+
+    evaluation: Evaluation
+    answers: list[str]
+    right: list[bool | None]
+    seconds: float
 
 
 def evaluate(
@@ -104,6 +106,7 @@ def evaluate(
     max_new_tokens: int = 256,
     progress: bool = True,
     how: Tokenization | None = None,
+    judge: str = "auto",
 ) -> Evaluation:
     """Measure a model on rows.
 
@@ -115,11 +118,12 @@ def evaluate(
         max_new_tokens: where a greedy answer is cut off; 0: the loss alone.
         progress: whether to show bars.
         how: the tokenization; by default `Tokenization.of(tokenizer)`.
+        judge: how answers are judged, one of `JUDGES`.
 
     Raises:
         UserError: no rows, rows that cannot be used, or an option that makes no sense.
     """
-    check_options(batch_size, max_new_tokens)
+    check_options(batch_size, max_new_tokens, judge)
     samples = to_samples(rows, tokenizer, how)
     return evaluate_samples(
         model,
@@ -128,11 +132,13 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         progress=progress,
+        judge=judge,
     )
 
 
-def check_options(batch_size: int, max_new_tokens: int) -> None:
+def check_options(batch_size: int, max_new_tokens: int, judge: str = "auto") -> None:
     """Raises a UserError for an option that makes no sense."""
+    check_judge(judge)
     if batch_size < 1 or max_new_tokens < 0:
         raise UserError(
             f"expected a batch_size of at least 1 and max_new_tokens of 0 or more, got "
@@ -148,50 +154,83 @@ def evaluate_samples(
     batch_size: int = 8,
     max_new_tokens: int = 256,
     progress: bool = True,
+    judge: str = "auto",
 ) -> Evaluation:
     """`evaluate` for rows that `to_samples` has tokenized, which needs no model."""
-    asked = [s for s in samples if s.expected is not None and s.prompt and max_new_tokens]
+    asked = asked_of(samples, max_new_tokens)
+    return measure(
+        model, tokenizer, samples, asked, batch_size, max_new_tokens, judge, progress
+    ).evaluation
+
+
+def asked_of(samples: Sequence[Sample], max_new_tokens: int) -> list[Sample]:
+    """The samples that a greedy answer is wanted of."""
+    return [s for s in samples if s.expected is not None and s.prompt and max_new_tokens]
+
+
+def measure(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    asked: Sequence[Sample],
+    batch_size: int,
+    max_new_tokens: int,
+    judge: str = "auto",
+    progress: bool = False,
+    name: str = "",
+) -> Measured:
+    """Loss over `samples` and greedy answers of `asked`; `name` of the model stands before bars."""
     longest = max((len(sample.whole) for sample in samples), default=0)
     answered = max((len(sample.prompt) + max_new_tokens for sample in asked), default=0)
     check_positions(model, longest, "the longest row", "leave longer ones out")
     check_positions(
         model, answered, "the longest prompt with its answer", "set a lower max_new_tokens"
     )
-    was_training = model.training
+    was_training, started = model.training, time.perf_counter()
     model.eval()
     try:
-        total, tokens = sum_of_losses(model, samples, batch_size, progress)
-        answers = greedy_answers(model, tokenizer, asked, batch_size, max_new_tokens, progress)
+        total, tokens = sum_of_losses(model, samples, batch_size, progress, name)
+        answers = greedy_answers(
+            model, tokenizer, asked, batch_size, max_new_tokens, progress, name
+        )
     finally:
         model.train(was_training)
-    right = sum(is_right(text, sample) for text, sample in zip(answers, asked, strict=True))
+    right = [is_right(text, sample, judge) for text, sample in zip(answers, asked, strict=True)]
+    judged = [found for found in right if found is not None]
     loss = total / tokens if tokens else None
-    return Evaluation(
+    evaluation = Evaluation(
         rows=len(samples),
         tokens=tokens,
         loss=loss,
         perplexity=None if loss is None else math.exp(min(loss, 700.0)),
         generated=len(asked),
-        exact_match=right / len(asked) if asked else None,
+        exact_match=sum(judged) / len(judged) if judged else None,
         judged_by="answer" if any(s.answer is not None for s in samples) else "text",
+        judged=len(judged),
+        judge="+".join(sorted(judges_used(asked, judge))) or judge,
     )
+    return Measured(evaluation, answers, right, time.perf_counter() - started)
 
 
 def to_samples(rows: Any, tokenizer: Any, how: Tokenization | None = None) -> list[Sample]:
     """Tokenize rows as training does. What rows lose on the way is logged.
+
+    A row's answer is that of its last turn: earlier turns of such a chat are not asked for.
 
     Raises:
         UserError: no rows, or rows that cannot be used.
     """
     rows, how = a_dataset(rows, "eval"), how or Tokenization.of(tokenizer)
     given = list(rows["answer"]) if "answer" in rows.column_names else None
-    if given is not None and {"messages", "conversations"} & set(rows.column_names):
-        given = None  # a chat has an answer per turn, not per row
-    samples = []
+    samples: list[Sample] = []
+    before = -1
     for number, example, tokens in tokenized(rows, how, "eval"):
         answer = None if given is None or given[number] is None else str(given[number])
+        if answer is not None and number == before:
+            samples[-1] = replace(samples[-1], expected=None, answer=None)
         expected = _expected(example, tokens, how)
         samples.append(Sample(tokens.prompt, tokens.ids, tokens.labels, expected, answer))
+        before = number
     return samples
 
 
@@ -208,134 +247,13 @@ def _expected(example: Row, tokens: Tokens, how: Tokenization) -> str | None:
     return str(how.tokenizer.decode(trained[:stop], skip_special_tokens=True))
 
 
-@torch.no_grad()
-def sum_of_losses(
-    model: Any, samples: Sequence[Sample], batch_size: int, progress: bool = False
-) -> tuple[float, int]:
-    """Summed cross-entropy of the trained tokens, in nats, and their number."""
-    total, tokens = 0.0, 0
-    trained = [sample for sample in samples if sample.trained > 0]
-    only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-    for batch in _batches(trained, lambda s: len(s.whole), batch_size, "loss", progress):
-        inputs = pad_left([sample.whole for sample in batch], model.device)
-        spans = [len(sample.whole) - sample.start for sample in batch]
-        kept = max(spans) + 1  # one more position, to predict from
-        logits = model(**inputs, use_cache=False, **({"logits_to_keep": kept} if only_last else {}))
-        for sample, row, n in zip(batch, logits.logits, spans, strict=True):
-            labels = torch.tensor(sample.labels[-n:], device=row.device)
-            found = F.cross_entropy(
-                row[-n - 1 : -1].float(), labels, ignore_index=IGNORED, reduction="sum"
-            )
-            total += float(found)
-            tokens += sample.trained
-    return total, tokens
-
-
-@torch.no_grad()
-def greedy_answers(
-    model: Any,
-    tokenizer: Any,
-    samples: Sequence[Sample],
-    batch_size: int,
-    max_new_tokens: int,
-    progress: bool = False,
-) -> list[str]:
-    """The greedy text after each prompt, up to the end token, in the order of `samples`."""
-    if not samples:
-        return []
-    answers = [""] * len(samples)
-    ends = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    order = range(len(samples))
-    with _greedy(model, ends, pad, max_new_tokens) as config:
-        for batch in _batches(
-            order, lambda i: len(samples[i].prompt), batch_size, "answers", progress
-        ):
-            inputs = pad_left([samples[i].prompt for i in batch], model.device)
-            inputs.pop("position_ids")  # generate counts them from the mask, as pad_left does
-            output = model.generate(**inputs, generation_config=config)
-            new = output[:, inputs["input_ids"].shape[1] :].tolist()
-            for i, row in zip(batch, new, strict=True):
-                stop = next((at for at, token in enumerate(row) if token in ends), len(row))
-                answers[i] = tokenizer.decode(row[:stop], skip_special_tokens=True)
-    return answers
-
-
 @contextmanager
-def _greedy(model: Any, ends: list[int], pad: int, new: int) -> Iterator[GenerationConfig]:
-    """A generation config of token ids alone, also in place of the model's own: `generate` fills
-    what another one leaves open from that (penalties, beams, forced and suppressed tokens)."""
-    config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=ends, pad_token_id=pad
-    )
-    own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' own bars while models are loaded; they are put back."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
-        yield config
+        yield
     finally:
-        model.generation_config = own
-
-
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask`, `position_ids` [B, T]: padding first, masked by length."""
-    width = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, width - len(row) :] = torch.tensor(row)
-        mask[number, width - len(row) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "position_ids": positions.to(device),
-    }
-
-
-def is_right(text: str, sample: Sample) -> bool:
-    """Whether a greedy text is what the row wants."""
-    if sample.answer is not None:
-        return same_answer(text, sample.answer)
-    return text.strip() == (sample.expected or "").strip()
-
-
-def same_answer(text: str, answer: str) -> bool:
-    """Compare the answer that a text ends with, as the arithmetic benchmarks do.
-
-    A number: the last number of the text, thousands separators left out, within 1e-3. A choice
-    A to E: the last such letter that stands alone. A label such as "true" or "option2": the last
-    label in the text. Anything else: the stripped text.
-    """
-    wanted = answer.strip()
-    plain = wanted.replace(",", "")
-    if NUMBER.fullmatch(plain):
-        found = last_number(text)
-        return found is not None and abs(found - float(plain)) <= TOLERANCE
-    for pattern in (LETTER, LABEL):
-        if pattern.fullmatch(wanted):
-            return pattern.findall(text)[-1:] == [wanted]
-    return text.strip() == wanted
-
-
-def last_number(text: str) -> float | None:
-    """The last number in a text: "so 1,200 + 34 = 1,234." gives 1234."""
-    found = NUMBER.findall(re.sub(r"(?<=\d),(?=\d{3})", "", text))
-    return float(found[-1]) if found else None
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Where generation stops: what the model's generation config says, and the end token."""
-    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return sorted({*as_ids(tokenizer.eos_token_id), *as_ids(said)})
-
-
-def _batches(
-    items: Sequence[Any], length: Any, size: int, what: str, progress: bool
-) -> Iterator[list[Any]]:
-    """Batches of similar length, the longest first: what does not fit shows at once."""
-    ordered = sorted(items, key=length, reverse=True)
-    with tqdm(total=len(ordered), desc=what, unit="row", disable=not progress) as bar:
-        for start in range(0, len(ordered), size):
-            batch = ordered[start : start + size]
-            yield batch
-            bar.update(len(batch))
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from leanlift.adapter import RUN_NAME
 from leanlift.checkpoint import replacing, write_json
@@ -160,7 +161,9 @@ def _timeline(wanted: bool, output: Path) -> Iterator[None]:
         return
     torch.cuda.memory._record_memory_history(max_entries=1_000_000)
     try:
-        yield
+        # a recomputation stops early by an exception, which does not survive the history's stacks
+        with set_checkpoint_early_stop(False):
+            yield
     finally:
         output.mkdir(parents=True, exist_ok=True)
         with replacing(output / "memory_snapshot.pickle") as temporary:
@@ -354,6 +357,8 @@ def _merge(job: Job, model: Any, trainer: LiftTrainer, meter: MemoryMeter) -> Me
     args, output = job.args, job.output
     if not args.merged_dir:
         return None
+    if job.interrupt.asked is not None:  # in the last step
+        raise job.interrupt.stopped(f"interrupted {job.interrupt.moment()}.")
     job.phase = "export"
     static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
     with (

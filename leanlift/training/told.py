@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def header_of(
     data, sft, state = trainer.train_dataset, trainer.args, trainer.state
     batch, accumulate = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
     sized = isinstance(data, Dataset)
-    passes = state.max_steps * batch * accumulate / len(data) if sized else 0.0
+    each = math.ceil(math.ceil(len(data) / batch) / accumulate) if sized else 0  # steps of a pass
+    passes = state.max_steps / each if each else 0.0
     report = ready.rows.report if isinstance(ready.rows, TokenRows) else None
     return Header(
         model=args.model_name_or_path,

@@ -76,4 +76,6 @@ def screen_of(name: str) -> Screen:
 
 
 def _draws() -> bool:
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    """Whether standard output is a terminal that can draw."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    return sys.stdout.isatty() and unicode and os.environ.get("TERM") != "dumb"

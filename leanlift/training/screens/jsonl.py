@@ -107,7 +107,7 @@ class JsonScreen:
     def _put(self, event: str, facts: dict[str, Any]) -> None:
         seconds = round(self.clock() - self._begun, 3)
         line = {"event": event, "seconds": seconds, **_plain(facts)}
-        print(json.dumps(line, ensure_ascii=False, allow_nan=False), file=self.file, flush=True)
+        print(json.dumps(line, allow_nan=False), file=self.file, flush=True)
 
 
 def _plain(value: Any) -> Any:

@@ -101,6 +101,9 @@ class PlainScreen:
     def close(self) -> None: ...
 
     def _print(self, *lines: str) -> None:
+        """Lines, with question marks for what the stream's encoding does not have."""
+        encoding = getattr(self.file, "encoding", None) or "utf-8"
         for line in lines:
-            print(line.rstrip(), file=self.file)
+            known = line.rstrip().encode(encoding, "replace").decode(encoding)
+            print(known, file=self.file)
         self.file.flush()

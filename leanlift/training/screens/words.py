@@ -209,7 +209,8 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 def summary_lines(summary: Summary) -> list[str]:
     """The end of a run."""
-    time = f"{summary.steps:,} steps in {duration(summary.in_all)}"
+    steps = "1 step" if summary.steps == 1 else f"{summary.steps:,} steps"
+    time = f"{steps} in {duration(summary.in_all)}"
     if summary.tokens and summary.seconds:
         time += f", {count(round(summary.tokens / summary.seconds))} tokens/s"
     lines = [*_wrapped("trained", time)]

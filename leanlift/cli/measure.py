@@ -1,0 +1,134 @@
+"""The parsers of `leanlift eval`, `info` and `report`: what an adapter, a model or a run is like.
+
+Nothing heavy is imported here, and by `report` and `info` nothing heavy at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from os.path import expanduser
+from typing import Any
+
+JUDGES = ("auto", "number", "letter", "label", "text", "contains")
+
+
+def add_measure(commands: Any) -> None:
+    """The parsers of the three commands."""
+    _add_eval(commands)
+    info = commands.add_parser("info", help="what an adapter holds")
+    info.add_argument(
+        "adapter", type=expanduser, help="an adapter: a run's output_dir, a checkpoint, a hub name"
+    )
+    info.add_argument("--json", action="store_true", help="print JSON, every module included")
+    info.set_defaults(run=_info)
+
+    report = commands.add_parser(
+        "report",
+        help="what became of a run: losses, memory, trained entries; or of several, side by side",
+        description="Show what a run has left, as text or as one page that needs no network. "
+        "Several runs are compared: settings that differ, losses, peaks, times.",
+    )
+    report.add_argument(
+        "runs", type=expanduser, nargs="+", metavar="RUN", help="output_dir of a training run"
+    )
+    report.add_argument(
+        "--html",
+        type=expanduser,
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write a page with curves and maps; default: report.html in the run's directory",
+    )
+    report.add_argument(
+        "--json", action="store_true", help="print JSON: memory.json, or the comparison"
+    )
+    report.set_defaults(run=_report)
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="loss and greedy answers on a file of rows: base, adapter and merged side by side",
+        description="Measure a base, a base with an adapter, or a merged model on the rows that "
+        "training takes; or several of them in one table (--base, --base_as_stored, --merged). "
+        "Greedy answers are compared with the 'answer' column where there is one, else with the "
+        "completion; --judge says how.",
+    )
+    model = parser.add_argument_group("what is measured")
+    model.add_argument(
+        "--model_name_or_path",
+        type=expanduser,
+        help="the base or a merged model; default: the base that the adapter was trained on",
+    )
+    model.add_argument("--adapter", type=expanduser, help="directory of an adapter, or a hub name")
+    model.add_argument(
+        "--base",
+        action="store_true",
+        help="also the base without the adapter, quantized as for training; loaded once for both",
+    )
+    model.add_argument(
+        "--base_as_stored", action="store_true", help="also the base as it is on disk: 16 bits"
+    )
+    model.add_argument("--merged", type=expanduser, help="also a merged model of this directory")
+    model.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="hold the base in NF4 with double quantization; default: as the adapter was trained, "
+        "else as stored",
+    )
+    model.add_argument("--load_in_8bit", action="store_true", help="hold the base in INT8")
+    model.add_argument(
+        "--dtype", help="of everything not quantized; default: the adapter's, else as in train"
+    )
+    rows = parser.add_argument_group("on which rows")
+    rows.add_argument(
+        "--data", type=expanduser, required=True, help=".json, .jsonl or .parquet, or a hub name"
+    )
+    rows.add_argument(
+        "--dataset_text_field",
+        help="the column of plain texts; default: as the adapter was trained, else text",
+    )
+    rows.add_argument("--limit", type=int, help="the first so many rows alone")
+    rows.add_argument("--batch_size", type=int, default=8, help="rows at a time (8)")
+    answers = parser.add_argument_group("greedy answers")
+    answers.add_argument(
+        "--max_new_tokens", type=int, default=256, help="of an answer (256); 0: loss alone"
+    )
+    answers.add_argument(
+        "--judge",
+        default="auto",
+        help="compare the last number, the last letter A to E, the last label such as true or "
+        "option2, the whole text, or whether the text contains what is expected; auto (the "
+        f"default): by what is expected. One of: {', '.join(JUDGES)}",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument(
+        "--output", type=expanduser, metavar="FILE", help="also write the JSON to a file"
+    )
+    output.add_argument(
+        "--predictions",
+        type=expanduser,
+        metavar="FILE",
+        help="write prompt, expected and given answers as JSON lines; as predictions.jsonl in a "
+        "run's directory they are shown by leanlift report --html",
+    )
+    parser.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from leanlift.cli.eval import eval_command
+
+    return eval_command(options)
+
+
+def _info(options: argparse.Namespace) -> int:
+    from leanlift.cli.info import info_command
+
+    return info_command(options.adapter, options.json)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from leanlift.cli.report import report_command
+
+    return report_command(options)
