@@ -83,7 +83,7 @@ def test_json_is_the_plan_and_what_was_changed(
 def test_defaults_are_the_lean_ones(models: Path) -> None:
     """What the README's table says of the first column; and within seconds."""
     begun = time.process_time()
-    for name, expected in (("Llama-3-8B", 8.2), ("Qwen2.5-7B", 8.0)):
+    for name, expected in (("Llama-3-8B", 8.2), ("Qwen2.5-7B", 7.9)):
         plan = of(models / name)
         assert plan.peak / GIB == pytest.approx(expected, abs=0.1)
         held = plan.holds_for
