@@ -13,6 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +99,17 @@ def row(name: str, changes: dict[str, Any], work: Path, arguments: Any) -> dict[
         **changes,
     }
     sft = LiftSFTConfig(**options)
-    plan = plan_of(args, sft, cuda)
-    result = run(args, sft, plan=lambda: plan)
-    measured = result.memory.phases["train"].tensors
+    memory = run(args, sft, plan=partial(plan_of, args, sft, cuda)).memory
+    measured = memory.phases["train"].tensors
     assert measured is not None
+    assert memory.plan is not None
+    planned = memory.plan["phases"]["train"]  # for the largest batch that was measured
     return {
         "setting": name,
-        "planned": plan.phases["train"],
+        "planned": planned,
         "measured": measured,
-        "planned / measured": round(plan.phases["train"] / measured, 4),
-        "reserved": result.memory.phases["train"].reserved or "",
+        "planned / measured": round(planned / measured, 4),
+        "reserved": memory.phases["train"].reserved or "",
     }
 
 

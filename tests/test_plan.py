@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -185,8 +186,7 @@ def test_the_planned_peak_is_the_measured_one_within_5_percent(
     trainer.train()
     assert memory.peak is not None
     measured, planned = meter.report.categories, plan.categories
-    if not on_cpu:
-        assert planned["embeddings and head"] == measured["embeddings and head"]
+    assert planned["embeddings and head"] == measured["embeddings and head"]
     assert planned["optimizer state"] == state_nbytes(trainer.optimizer)
     assert planned["scratch"] == measured["scratch"]
     assert abs(plan.phases["train"] / memory.peak - 1) <= 0.05, (planned, measured)
@@ -350,7 +350,7 @@ def test_the_density_that_is_chosen_is_the_largest_that_fits(checkpoints: dict[s
         for density in _densities(0.5)
     }
     assert list(needed.values()) == sorted(needed.values(), reverse=True)
-    for target in list(needed.values())[1:-1:3]:
+    for target in list(needed.values())[2:-1:5]:
         found = fit(args, sft, (target + 10) / 2**30, cuda=False)
         fitting = [density for density, nbytes in needed.items() if nbytes <= target]
         assert found.args.density == max(fitting)
@@ -514,7 +514,7 @@ def test_a_run_reports_plan_against_measured(
     assert "planned at the peak" in printed
     assert main(["report", str(tmp_path / "run")]) == 0
     report = capsys.readouterr().out
-    (line,) = [line for line in report.splitlines() if line.startswith("peak of training")]
+    (line,) = [line for line in report.splitlines() if re.match("peak +[0-9]", line)]
     assert abs(float(line.split()[-2])) <= 5
     assert "planned" in (tmp_path / "run" / "memory.md").read_text()
     assert (tmp_path / "run" / "memory.png").read_bytes()[:4] == b"\x89PNG"

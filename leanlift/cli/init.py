@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from leanlift.cli.places import new_settings_file
 from leanlift.cli.trying import Trying
@@ -83,7 +84,7 @@ def _propose(
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of `leanlift init`."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="leanlift init",
         description="Look at rows and a card, propose settings, and write them as a file for "
         "'leanlift train'. What is not given is asked for.",
@@ -100,6 +101,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", help="of the run (default: runs/MODEL-ROWS)")
     add("--yes", action="store_true", help="ask nothing: take the defaults")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are those of the rest of the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = message.removeprefix("unrecognized arguments: ")
+        if wrong != message:
+            message = f"{wrong.split()[0]} is no option of leanlift init"
+        raise UserError(f"{message}: see leanlift init --help.")
 
 
 def _asker(yes: bool) -> Ask:

@@ -178,7 +178,8 @@ def unquantized_nbytes(
             "the embedding is tied to the output head, which the GPU needs: leave out "
             "embedding_on_cpu for this model."
         )
-    held = [] if settings.embedding_on_cpu else [embedding.weight]
+    away = settings.embedding_on_cpu and settings.cuda  # in a run on the CPU it is there as well
+    held = [] if away else [embedding.weight]
     held += [] if tied else [head.weight]
     bias = 0 if head is None or head.bias is None else head.bias.nbytes
     ends = sum(INT8.nbytes(tuple(w.shape)) if quantize_ends else w.nbytes for w in held) + bias

@@ -265,8 +265,9 @@ def ordered_changes(
 # --- the search -------------------------------------------------------------------------------
 
 
-NEARLY = 0.85
-"""Share of a card from which the least settings are planned before any others."""
+NEARLY, CLEARLY = 0.85, 1.05
+"""Share of a card from which the least settings are planned before any others, and the share that
+they must need to be refused by that: a change may cost a small model more than it saves."""
 
 
 def _refuse_what_cannot_fit(settings: Settings, search: _Search) -> None:
@@ -285,7 +286,7 @@ def _refuse_what_cannot_fit(settings: Settings, search: _Search) -> None:
         _refuse(settings[0], search, least, MOMENTS[moment])
     if least > NEARLY * card:
         plan = search.plan(settings, "the least settings")
-        if not search.fits(plan):
+        if plan.needed > CLEARLY * card:
             _refuse(settings[0], search, plan.needed)
 
 

@@ -85,9 +85,9 @@ class Look:
         return min(next(few, LENGTHS[-1]), self.positions or LENGTHS[-1])
 
     def worst(self, max_length: int) -> Batch:
-        """The largest batch of one row."""
-        tokens = min(self.longest, max_length)
-        return Batch(1, tokens, min(int(self.trained.max()), tokens))
+        """The largest batch of one row; one that was not looked at may be as long as it can."""
+        tokens = max_length if self.sampled else min(self.longest, max_length)
+        return Batch(1, tokens, None if self.sampled else int(self.trained.max()))
 
     def histogram(self, width: int = 40) -> list[str]:
         """Bars of how many examples have how many tokens."""

@@ -70,4 +70,6 @@ def as_yaml(key: str, value: Any) -> str:
 
 
 def _comment(text: str) -> list[str]:
+    if text.startswith("    "):  # a command
+        return [f"# {text}"]
     return [f"# {line}".rstrip() for line in textwrap.wrap(text, WIDTH - 2) or [""]]
