@@ -20,8 +20,9 @@ from transformers.integrations import integration_utils
 from leanlift import LiftConfig, UserError
 from leanlift.cli import in_a_sentence, main
 from leanlift.cli.settings import asks_for_cpu, parse_train
+from leanlift.numbers import NUMBERS, WHOLE
 from leanlift.training import LiftSFTConfig, RunArguments
-from leanlift.numbers import NUMBERS, WHOLE, check_settings
+from leanlift.training.checks import check_settings
 
 BASIC = {"model_name_or_path": "base", "dataset_name": "rows.json", "output_dir": "out"}
 NEVER = (float("nan"), float("inf"), "many", True)
