@@ -223,7 +223,8 @@ def test_the_input_may_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     ids=repr,
 )  # fmt: skip
 def test_a_value_comes_back_as_it_was(value: Any) -> None:
-    text = recipe(["head"], [Section("a", {"key": value}, {"key": "a reason " * 9})])
+    text = recipe(["head"], [Section("a", {"key": value, "next": 1}, {"key": "a reason " * 9})])
+    assert yaml.safe_load(text)["next"] == 1
     assert yaml.safe_load(text)["key"] == value or float(yaml.safe_load(text)["key"]) == value
     assert all(len(line) <= 80 for line in text.splitlines())
 
