@@ -23,7 +23,7 @@ ASK = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "u
 ON_THE_CPU_ANYWAY = {
     ("optim/adamw.py", "_update"): "the step count; torch's way asks `apply` too",
     ("optim/adamw.py", "_zeros_of"): "asked on a CPU only",
-    ("sparse/index.py", "_before"): "anchors are kept on the CPU",
+    ("training/batches.py", "see"): "whether a mask pads is asked of a CPU alone",
     ("training/loss.py", "trained_positions"): "where batches are made",
 }
 ONCE_A_STEP = ("training/steps.py", "end_step")

@@ -62,15 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer_early(command: str, arguments: list[str]) -> None:
     """Say what needs nothing heavy: help, and what is wrong with keys, places and first rows."""
     from leanlift.cli.early import check_early
-    from leanlift.cli.help import train_help
+    from leanlift.cli.help import PLAN_USAGE, train_help
 
+    if command == "plan" and (not arguments or {"--help", "-h"} & set(arguments)):
+        print(PLAN_USAGE)
+        raise SystemExit(0)
     if command == "train" and {"--help", "-h", "--help_all"} & set(arguments):
         said = train_help("--help_all" in arguments)
         if said is not None:
             print(said)
             raise SystemExit(0)  # as argparse does it
-    if not arguments or {"--help", "-h", "--help_all"} & set(arguments):
-        return
+    if {"--help", "-h", "--help_all"} & set(arguments):
+        return  # as the parser itself has it
     own = ("--json", "--cpu") if command == "plan" else ()
     rest = [argument for argument in arguments if argument not in own]
     rest = _without(rest, ("--plot", "--save")) if command == "plan" else rest

@@ -71,6 +71,22 @@ OWN_WORDS = {
 }
 """A line for each of the groups' options; --help_all has their own words."""
 
+PLAN_USAGE = """usage: leanlift plan --model_name_or_path M [--key value ...]
+                     [--fit 8GB [--save run.yaml]] [--cpu] [--json] [--plot FILE]
+
+What fine-tuning M will need, from its config.json alone: a hub name, a
+directory, or the file. Takes the keys of 'leanlift train' (see its --help):
+  --max_length 2048 --density 0.05 --quantize_ends true
+
+  --fit 8GB     choose settings with which a card of this size will do, and
+                say why
+  --save FILE   write the settings, with reasons, for 'leanlift train
+                --config FILE'
+  --cpu         plan for a run on the CPU
+  --json        print JSON (docs/plan.md)
+  --plot FILE   also draw the bytes as a stacked bar (needs matplotlib)
+"""
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "Model": (
         "model_name_or_path", "model_revision", "load_in_4bit", "load_in_8bit",

@@ -14,6 +14,7 @@ from leanlift.cli.places import new_settings_file
 from leanlift.cli.settings import asks_for_cpu, given_settings, parse_train, take_option
 from leanlift.cli.trying import Trying
 from leanlift.defaults import command_defaults
+from leanlift.errors import UserError, first_line
 from leanlift.memory import MemoryPlan, format_plan
 from leanlift.memory.picture import check_picture, draw
 from leanlift.screen import short_name, size
@@ -23,26 +24,9 @@ from leanlift.training.fit import Fit, Taken, fit, parse_card, useful_changes
 from leanlift.training.propose import reasons_of
 from leanlift.training.recipe import Section, write_recipe
 
-USAGE = """usage: leanlift plan --model_name_or_path M [--key value ...]
-                     [--fit 8GB [--save run.yaml]] [--cpu] [--json] [--plot FILE]
-
-What fine-tuning M will need, from its config.json alone: a hub name, a directory, or the file.
-Takes the keys of 'leanlift train' (see its --help), for example
-  --max_length 2048 --per_device_train_batch_size 1 --density 0.05 --optim sparse_adamw_8bit
-
-  --fit 8GB     choose settings with which a card of this size will do, and say why
-  --save FILE   write the settings, with reasons, for 'leanlift train --config FILE'
-  --cpu         plan for a run on the CPU
-  --json        print JSON (docs/plan.md)
-  --plot FILE   also draw the bytes as a stacked bar (needs matplotlib)
-"""
-
 
 def plan_command(argv: Sequence[str]) -> int:
     """Plan, and print what came out."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE)
-        return 0
     rest = [argument for argument in argv if argument not in ("--json", "--cpu")]
     card, rest = take_option(rest, "--fit")
     picture, rest = take_option(rest, "--plot")
@@ -59,9 +43,7 @@ def plan_command(argv: Sequence[str]) -> int:
     check_settings(sft, args.lift_config())
     cuda = "--cpu" not in argv and not asks_for_cpu(rest)
     as_json = "--json" in argv
-    with Trying() as trying:
-        found = None if gib is None else fit(args, sft, gib, cuda, trying)
-        plan = plan_of(args, sft, cuda) if found is None else found.plan
+    found, plan = _planned(args, sft, gib, cuda)
     taken = () if found is None else found.taken
     if found is not None:
         args, sft = found.args, found.sft
@@ -82,6 +64,26 @@ def plan_command(argv: Sequence[str]) -> int:
     if place is not None:
         _save(place, given, args, sft, plan, found)
     return 0
+
+
+def _planned(
+    args: RunArguments, sft: LiftSFTConfig, gib: float | None, cuda: bool
+) -> tuple[Fit | None, MemoryPlan]:
+    """What was changed to fit a card, if one is given, and the plan.
+
+    Raises:
+        UserError: nothing fits, or the model cannot be planned for.
+    """
+    try:
+        with Trying() as trying:
+            found = None if gib is None else fit(args, sft, gib, cuda, trying)
+            return found, plan_of(args, sft, cuda) if found is None else found.plan
+    except UserError:
+        raise
+    except Exception as error:  # whatever a model's own code does under fake tensors
+        raise UserError(
+            f"the model {args.model_name_or_path} cannot be planned for: {first_line(error)}"
+        ) from error
 
 
 def advice(useful: Sequence[Taken]) -> list[str]:

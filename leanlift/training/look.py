@@ -159,7 +159,7 @@ def positions_of(model: str) -> int | None:
         UserError: there is none.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # each config class has its own ways to refuse
         raise UserError(f"the model {model} cannot be read: {first_line(error)}") from error
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
