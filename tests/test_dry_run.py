@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from leanlift import UserError
 from leanlift.cli import main
 from leanlift.cli.settings import parse_train
-from leanlift.training.dry_run import disk_nbytes, dry_run, steps_of
+from leanlift.training.dry_run import dry_run
 from leanlift.training.inputs import ready_rows
 from leanlift.training.plan import plan_of, targets_of
+from leanlift.training.room import disk_nbytes, steps_of
 from leanlift.training.run import run
 from leanlift.training.screens import QuietScreen
 

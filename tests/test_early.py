@@ -7,7 +7,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -319,3 +321,23 @@ def test_a_memory_timeline_goes_without_the_early_stop_of_recomputation(
         assert checkpoint._enable_checkpoint_early_stop is False
     assert checkpoint._enable_checkpoint_early_stop is default
     assert (tmp_path / "memory_snapshot.pickle").exists()
+
+
+def test_a_run_that_card_or_disk_cannot_hold_is_refused_before_its_base_is_loaded(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"instruction": "1 + 1", "output": "2"}] * 4))
+    command = ["train", "--model_name_or_path", str(base), "--dataset_name", str(rows)]
+    command += ["--output_dir", str(tmp_path / "out"), "--approx_rank", "8", "--max_steps", "1"]
+    module = import_module("leanlift.training.run")
+    monkeypatch.setattr(module, "load_model", lambda *a: pytest.fail("was loaded"))
+    monkeypatch.setattr(module, "card_nbytes", lambda cuda: 2**10)
+    assert main(command) == 2
+    assert "planned to need" in capsys.readouterr().err
+    monkeypatch.setattr(module, "card_nbytes", lambda cuda: None)
+    nothing = SimpleNamespace(free=0)
+    monkeypatch.setattr("leanlift.export.directory.shutil.disk_usage", lambda place: nothing)
+    assert main(command) == 2
+    assert "but only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -78,15 +78,27 @@ def check_early(command: str, argv: list[str]) -> dict[str, Any]:
             listed = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
             raise UserError(f"expected {name} as {listed}, got {given[name]!r}.")
     base = str(given["model_name_or_path"])
-    path = Path(base).expanduser()
-    plans_from_file = command == "plan" and path.is_file() and path.suffix == ".json"
-    directory = None if plans_from_file else base_directory(base, given.get("model_revision"))
-    if directory is not None:
-        check_kind(directory, base, _true(given, "trust_remote_code"))
+    try:
+        _check_base(command, base, given)
+    except UserError as error:
+        if command == "plan":
+            raise UserError(f"the model {base} cannot be planned for: {error}") from None
+        raise
     if command == "train":
         _check_places(given)
         _check_rows(given)
     return _mask(given, table)
+
+
+def _check_base(command: str, base: str, given: dict[str, Any]) -> None:
+    """A directory with a model of a kind that is trained, or what may be a hub name; for a plan a
+    config.json alone."""
+    path = Path(base).expanduser()
+    if command == "plan" and path.is_file() and path.suffix == ".json":
+        return
+    directory = base_directory(base, given.get("model_revision"))
+    if directory is not None:
+        check_kind(directory, base, _true(given, "trust_remote_code"))
 
 
 def _check_required(command: str, given: dict[str, Any]) -> None:

@@ -71,8 +71,8 @@ OWN_WORDS = {
 }
 """A line for each of the groups' options; --help_all has their own words."""
 
-PLAN_USAGE = """usage: leanlift plan --model_name_or_path M [--key value ...]
-                     [--fit 8GB [--save run.yaml]] [--cpu] [--json] [--plot FILE]
+PLAN_USAGE = """usage: leanlift plan --model_name_or_path M [--key value ...] [--fit 8GB]
+                     [--save run.yaml] [--cpu] [--json] [--plot FILE]
 
 What fine-tuning M will need, from its config.json alone: a hub name, a
 directory, or the file. Takes the keys of 'leanlift train' (see its --help):

@@ -8,18 +8,10 @@ into.
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
-
-from leanlift.errors import UserError
-from leanlift.export import check_space
 from leanlift.memory import MemoryPlan, peak_line
 from leanlift.screen import count, size
 from leanlift.source import check_matrix_homes
@@ -29,6 +21,7 @@ from leanlift.training.data import TokenRows
 from leanlift.training.inputs import ReadyRows
 from leanlift.training.interrupt import Interrupt
 from leanlift.training.plan import targets_of
+from leanlift.training.room import check_room, disk_nbytes, free_nbytes, kept, steps_of
 from leanlift.training.run import Job, look_at_input
 from leanlift.training.screens import Screen
 from leanlift.training.screens.libraries import shown
@@ -81,20 +74,13 @@ def dry_run(
     job = Job(args, sft, screen, Interrupt(screen.stopping))
     with shown(screen):
         ready, _, _ = look_at_input(job, plan)
+        check_room(args, sft, job.plan, ready.data, job.output, card)
         with screen.phase("Looking for a place for every matrix"):
             targets = targets_of(args, sft)
             merges = _check_merge(args, targets)
-    if job.plan is not None and card is not None and job.plan.needed > card:
-        raise UserError(
-            f"this run is planned to need {size(job.plan.needed)}, and the card has {size(card)}: "
-            f"choose settings with --fit {card / 2**30:.3g}GB."
-        )
-    _check_writable(job.output)
     steps = steps_of(ready.data, sft)
-    needed = disk_nbytes(args, sft, job.plan, steps)
-    check_space(job.output, needed)
-    place = _existing(job.output)
-    checked = Checked(steps, job.plan, len(targets), merges, needed, shutil.disk_usage(place).free)
+    needed, free = disk_nbytes(args, sft, job.plan, steps), free_nbytes(job.output)
+    checked = Checked(steps, job.plan, len(targets), merges, needed, free)
     return lines_of(args, sft, ready, checked, card)
 
 
@@ -119,46 +105,6 @@ def lines_of(
     return [line[:80] for line in lines]
 
 
-def steps_of(data: Any, sft: LiftSFTConfig) -> int | None:
-    """Optimizer steps of a run; None where nobody knows."""
-    if sft.max_steps > 0:
-        return int(sft.max_steps)
-    if not isinstance(data, Dataset):
-        return None
-    batches = math.ceil(len(data) / sft.per_device_train_batch_size)
-    each = max(1, math.ceil(batches / sft.gradient_accumulation_steps))
-    return math.ceil(each * sft.num_train_epochs)
-
-
-def disk_nbytes(
-    args: RunArguments, sft: LiftSFTConfig, plan: MemoryPlan | None, steps: int | None
-) -> int:
-    """What a run writes at most: checkpoints while one replaces another, adapter, merge."""
-    if plan is None:
-        return 0
-    held = plan.categories
-    adapter = held["index"] + held["values"] + held["retired entries"]
-    checkpoint = adapter + held["optimizer state"]
-    merged = 2 * plan.weights if args.merged_dir else 0
-    return checkpoint * _kept(sft, steps) + adapter + merged
-
-
-def _kept(sft: LiftSFTConfig, steps: int | None) -> int:
-    """Checkpoints that are there at once."""
-    strategy = str(getattr(sft.save_strategy, "value", sft.save_strategy))
-    if strategy == "no":
-        return 0
-    if steps is None:
-        made = math.inf
-    elif strategy == "epoch":
-        made = max(1.0, sft.num_train_epochs)
-    else:
-        every = sft.save_steps if sft.save_steps >= 1 else max(1, sft.save_steps * steps)
-        made = math.ceil(steps / every)
-    most = sft.save_total_limit
-    return int(min(made, math.inf if most is None else most + 1, 1000))
-
-
 def _check_merge(args: RunArguments, targets: dict[str, tuple[int, int]]) -> bool | None:
     """Whether what is trained can be merged; None: the checkpoint is not here.
 
@@ -170,16 +116,6 @@ def _check_merge(args: RunArguments, targets: dict[str, tuple[int, int]]) -> boo
         return None
     check_matrix_homes(targets, place)
     return True
-
-
-def _check_writable(output: Path) -> None:
-    place = _existing(output)
-    if not os.access(place, os.W_OK):
-        raise UserError(f"output_dir {output} cannot be written: {place} is not yours to write to.")
-
-
-def _existing(output: Path) -> Path:
-    return next(path for path in (output, *output.absolute().parents) if path.is_dir())
 
 
 # --- words ------------------------------------------------------------------------------------
@@ -195,8 +131,8 @@ def _numbered(checked: Checked, card: float | None) -> list[tuple[int, str]]:
 
 
 def _disk(args: RunArguments, sft: LiftSFTConfig, checked: Checked) -> str:
-    kept = _kept(sft, checked.steps)
-    parts = [f"{kept} checkpoint{'s' * (kept != 1)}"] if kept else []
+    number = kept(sft, checked.steps)
+    parts = [f"{number} checkpoint{'s' * (number != 1)}"] if number else []
     parts += ["the adapter", *(["the merged model"] if args.merged_dir else [])]
     return f"{', '.join(parts)}: {size(checked.disk)} of {size(checked.free)} free"
 

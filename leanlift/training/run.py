@@ -45,8 +45,9 @@ from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_
 from leanlift.training.interrupt import Interrupt, StopAfterStep
 from leanlift.training.lock import OutputLock
 from leanlift.training.memory import FOLLOWED_STEPS, MemoryCallback
-from leanlift.training.out_of_memory import out_of_memory
+from leanlift.training.out_of_memory import card_nbytes, out_of_memory
 from leanlift.training.plan import plan_of_what_was_measured
+from leanlift.training.room import check_room, check_writable
 from leanlift.training.screens import QuietScreen, Screen, Summary, check_format
 from leanlift.training.screens.libraries import shown, silence
 from leanlift.training.screens.words import stopped_lines
@@ -194,6 +195,7 @@ def look_at_input(
     config = args.lift_config()
     check_settings(sft, config)
     check_merged_dir(args, job.output)
+    check_writable(job.output)
     evaluates = str(getattr(sft.eval_strategy, "value", sft.eval_strategy)) != "no"
     if evaluates and not args.eval_dataset_name:
         raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
@@ -213,6 +215,7 @@ def look_at_input(
     if plan is not None:
         with job.screen.phase("Planning the memory"):
             job.plan = plan(job.worst)
+    check_room(args, sft, job.plan, ready.data, job.output, card_nbytes(job.cuda))
     return ready, told, None if found is None else str(found.path)
 
 
