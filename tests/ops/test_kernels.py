@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_python
 
 from leanlift import UserError
 from leanlift.ops import tile_ops
 
 HERE = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(HERE.parent)}
 TRITON = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 
 def test_kernels_do_what_the_reference_does_in_the_interpreter() -> None:
     """In a process of its own, since the interpreter is chosen when Triton is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "interpreted_kernels.py")]
-    environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=HERE.parent, capture_output=True, text=True, check=False
-    )
+    command = ("-m", "pytest", "-q", "-x", str(HERE / "interpreted_kernels.py"))
+    done = run_python(*command, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 120])
 def test_kernels_compile_ahead_of_time(capability: int) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "compile_kernels.py"), str(capability)],
-        env=ENVIRONMENT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_python(str(HERE / "compile_kernels.py"), str(capability))
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -51,4 +42,5 @@ def test_without_triton_auto_is_torch_and_an_explicit_choice_an_error() -> None:
         "except UserError as error:\n    assert 'install leanlift[triton]' in str(error)\n"
         "else:\n    raise AssertionError\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr

@@ -8,8 +8,7 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
+from processes import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,12 @@ sentence, imports included.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_python
 from tiny import make_checkpoint
 
 from leanlift.cli.help import GROUPS, train_help
@@ -35,11 +33,7 @@ print(json.dumps({"code": code, "cpu": time.process_time(), "heavy": heavy}))
 
 def typed(arguments: list[str], cwd: Path) -> tuple[dict[str, Any], str, str]:
     """What a command comes to: exit code, CPU seconds and heavy imports; its output, its errors."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_python("-c", CODE, *arguments, cwd=cwd)
     *said, last = done.stdout.splitlines() or [""]
     assert last.startswith("{"), done.stderr[-2000:]
     return json.loads(last), "\n".join(said), done.stderr

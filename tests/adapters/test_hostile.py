@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint
 
@@ -506,14 +505,7 @@ def test_reports_that_lie_end_in_a_sentence_or_in_plain_text(tmp_path: Path) -> 
 
 
 def test_a_few_hundred_random_mutations() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fuzz_adapter", "--count", "300", "--no_csv"],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-m", "benchmarks.fuzz_adapter", "--count", "300", "--no_csv")
     assert result.returncode == 0, result.stdout + result.stderr
     loaded, refused, failed = map(int, result.stdout.split("\nall")[1].split()[:3])
     assert (loaded > 20, refused > 200, failed) == (True, True, 0)

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 from tiny import make_checkpoint, make_tokenizer
 
-README = Path(__file__).parent.parent / "README.md"
+README = ROOT / "README.md"
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")

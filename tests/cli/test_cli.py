@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import run_python
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 from transformers import AutoModelForCausalLM
@@ -207,9 +206,8 @@ def test_version_and_help_start_without_heavy_imports() -> None:
     code = "import sys, leanlift.cli as c\ntry: c.main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "assert not {'torch', 'transformers', 'bitsandbytes'} & set(sys.modules)"
     for flag in ("--version", "--help"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, flag], capture_output=True, text=True, check=True
-        )
+        done = run_python("-c", code, flag)
+        assert done.returncode == 0, done.stderr
         assert (
             "leanlift " + leanlift.__version__ if flag == "--version" else "demo"
         ) in done.stdout

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from processes import ROOT, run_python
 from test_training import ROWS, assert_same_layers, settings, trainer_for
 from tiny import load, make_checkpoint, make_tokenizer
 from transformers import EarlyStoppingCallback
@@ -407,14 +408,7 @@ def test_checkpoints_of_older_versions_are_read_and_it_is_said(
 
 
 def test_random_damage_ends_in_the_same_bytes_or_in_a_sentence() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fuzz_checkpoint", "--count", "18", "--no_csv"],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-m", "benchmarks.fuzz_checkpoint", "--count", "18", "--no_csv")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -515,7 +509,7 @@ def test_two_runs_cannot_write_into_one_directory(base: Path, tmp_path: Path) ->
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"

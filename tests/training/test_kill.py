@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import run_python
 
 PHASES = ("step", "refresh", "save", "rotation", "end")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_killed_run_ends_with_the_same_bytes() -> None:
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks.kill_resume",
-            "--kills",
-            "5",
-            "--steps",
-            "12",
-            "--schedule",
-            "constant",
-            "--no_csv",
-        ],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
+    result = run_python(
+        "-m",
+        "benchmarks.kill_resume",
+        "--kills",
+        "5",
+        "--steps",
+        "12",
+        "--schedule",
+        "constant",
+        "--no_csv",
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("the same bytes") == 6

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from processes import ROOT
 from shapes import LLAMA_3_8B, QWEN_2_5_7B, SMALL, write_config
 from snapshots import assert_screen
 
@@ -21,7 +22,7 @@ from leanlift.memory.plan_screen import TERMS, label
 from leanlift.training import plan_of
 from leanlift.training.arguments import command_defaults
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 GIB = 2**30
 
 
@@ -72,7 +73,7 @@ def test_json_is_the_plan_and_what_was_changed(
     argv = ["plan", "--model_name_or_path", str(small), "--json", *flags, "--fit", card]
     assert main(argv) == 0
     data = json.loads(capsys.readouterr().out)
-    documented = (Path(__file__).parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    documented = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     for key in (*data, *data["holds_for"], *data["categories"], *data["phases"], *data["step"]):
         assert f"`{key}`" in documented, f"docs/plan.md has no {key}"
     assert [change["keys"] for change in data["changed"]] == [{"optim": "sparse_adamw_8bit"}]

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import run_python
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_an_interrupted_merge_leaves_a_whole_output_or_none() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kill_export", "--kills", "5", "--no_csv"],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-m", "benchmarks.kill_export", "--kills", "5", "--no_csv")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "5 interruptions: every output is whole or absent" in result.stdout
     assert "ended killed" in result.stdout

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import ROOT
 from rich.cells import cell_len
 from rich.console import Console
 from snapshots import SCREENS, assert_screen
@@ -326,7 +327,7 @@ def test_a_run_as_json_lines() -> None:
 
 
 def test_the_events_are_documented() -> None:
-    text = (Path(__file__).parents[1] / "docs" / "screens.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "screens.md").read_text(encoding="utf-8")
     documented = {
         event: set(re.findall(r"`(\w+)`", keys))
         for event, keys in re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.MULTILINE)
@@ -480,7 +481,7 @@ def test_speed_and_time_left(tmp_path: Path) -> None:
 
 def test_only_screens_print() -> None:
     """A run tells facts: what training prints by itself would break a panel or JSON."""
-    place = Path(__file__).parents[1] / "leanlift" / "training"
+    place = ROOT / "leanlift" / "training"
     for file in place.glob("*.py"):
         names = {
             node.func.id
@@ -492,7 +493,7 @@ def test_only_screens_print() -> None:
 
 def test_every_screen_has_its_picture() -> None:
     """Drawn by `docs/pictures.py`; its text is looked for, since rich's drawing may change."""
-    docs = Path(__file__).parents[1] / "docs" / "pictures"
+    docs = ROOT / "docs" / "pictures"
     for screen in SCREENS.glob("*.txt"):
         drawn = html.unescape((docs / f"{screen.stem}.svg").read_text(encoding="utf-8"))
         words = set(re.findall(r"[\w./→-]{3,}", screen.read_text(encoding="utf-8")))

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from html import escape, unescape
@@ -21,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import run_python
 from snapshots import assert_screen
 from test_cli import complaint
 from tiny import load, make_checkpoint
@@ -317,11 +317,16 @@ def test_report_and_info_start_without_heavy_imports(run: Path) -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "assert time.process_time() < 2, time.process_time()"
     )
-    for argv in (["report"], ["info"], ["info", "--json"], ["report", "--json"]):
+    for argv in (
+        ["report"],
+        ["info"],
+        ["info", "--json"],
+        ["report", "--json"],
+        ["report", "--html"],
+    ):
         command = [argv[0], str(run), *argv[1:]]
-        subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
-    command = ["report", str(run), "--html"]
-    subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)
+        done = run_python("-c", code, *command)
+        assert done.returncode == 0, done.stderr
 
 
 # --- strangers' files ---------------------------------------------------------------------------
