@@ -11,10 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import make_checkpoint
 
 torch.set_num_threads(1)
 
@@ -24,3 +26,9 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in 32 bits, alone in its parent directory; not to be changed."""
+    return make_checkpoint(tmp_path_factory.mktemp("base") / "base")

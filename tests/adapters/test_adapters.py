@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_export import KINDS, logits, trained
+from trained import KINDS, logits, trained
 from tiny import load, make_checkpoint
 
 from leanlift import (
@@ -29,11 +29,6 @@ from leanlift.adapter import open_adapter
 from leanlift.model import lift_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # PEFT's own
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("adapters") / "base", tied=True)
 
 
 def dense_offsets(directory: Path) -> dict[str, torch.Tensor]:

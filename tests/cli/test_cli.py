@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command import complaint
 from processes import run_python
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
@@ -86,16 +87,6 @@ def config(base: Path, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one sentence of a refused command."""
-    capsys.readouterr()
-    assert main(argv) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("leanlift: ")]
-    assert len(lines) == 1
-    assert lines[0].endswith((".", "?"))
-    return lines[0]
 
 
 def test_train_report_export(

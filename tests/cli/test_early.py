@@ -39,11 +39,6 @@ ROWS = [{"prompt": "1 + 1 = ", "completion": "2"}] * 4
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("early") / "base")
-
-
-@pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("early") / "adapter"
     model = get_lift_model(

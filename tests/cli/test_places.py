@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import complaint
+from command import complaint
 from tiny import load, make_checkpoint
 from transformers import AutoModelForCausalLM
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from snapshots import assert_screen
-from test_cli import complaint
+from command import complaint
 from tiny import load, make_checkpoint, make_tokenizer
 
 from leanlift import LiftConfig, get_lift_model, merge_adapter, save_adapter

@@ -60,11 +60,6 @@ CHATS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("grown") / "base")
-
-
 def make_tokens() -> Any:
     """The base's tokenizer with more tokens, one of which ends a text."""
     tokenizer = make_tokenizer()

@@ -30,11 +30,6 @@ from leanlift.selection import Magnitude, Principal, select
 KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"))
-
-
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(torch.arange(3, 43).reshape(2, 20)).logits

@@ -23,11 +23,6 @@ from leanlift.training import RunArguments
 assert ROWS
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"))
-
-
 # --- The margin ----------------------------------------------------------------------------
 
 

@@ -19,11 +19,6 @@ from leanlift.model import claim, lift_layers, lift_state
 KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("strangers") / "base")
-
-
 def attached(base: Path, kind: str = "nf4", seed: int = 0, **config: Any) -> Any:
     settings = LiftConfig(approx_rank=8, selection_seed=seed, **config)
     model = get_lift_model(load(base, kind), settings, progress=False)

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_python
 from snapshots import assert_screen
-from test_cli import complaint
+from command import complaint
 from tiny import load, make_checkpoint
 
 from benchmarks.adapter_mutations import MUTATIONS

@@ -29,11 +29,6 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("interrupt") / "base")
-
-
-@pytest.fixture(scope="module")
 def rows(base: Path) -> Path:
     path = base.parent / "rows.jsonl"
     lines = [{"prompt": f"{i} + 1 = ", "completion": str(i + 1)} for i in range(12)]

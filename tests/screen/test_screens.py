@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from events import EVENTS, INSIDE
 from processes import ROOT
 from rich.cells import cell_len
 from rich.console import Console
@@ -260,37 +261,6 @@ def test_long_phases_say_where_they_are_in_plain_lines() -> None:
         "Merging: 59 of 100, 41 s left",
         "Merging: 89 of 100, 11 s left",
     ]
-
-
-EVENTS = {
-    "phase": {"what", "state", "took"},
-    "progress": {"what", "done", "total", "seconds_left"},
-    "first_row": {"parts", "tokens", "trained"},
-    "header": {
-        "model", "entries", "weights", "matrices", "rows", "tokens", "longest", "steps", "begun",
-        "epochs", "batch", "accumulate", "planned", "room", "place",
-    },
-    "step": {
-        "step", "steps", "epoch", "loss", "learning_rate", "tokens_per_second", "seconds_left",
-        "memory",
-    },
-    "refresh": {"step", "churn", "retired", "held_back", "following", "took"},
-    "evaluation": {"step", "loss", "took"},
-    "note": {"text"},
-    "stopped": {"step", "steps", "checkpoint", "command"},
-    "summary": {
-        "steps", "begun", "in_all", "tokens", "first_loss", "last_loss", "before", "after",
-        "eval_rows", "memory", "refreshes", "refresh_seconds", "churn", "places", "commands",
-        "took",
-    },
-}  # fmt: skip
-"""The keys of each event beside `event` and `seconds`: programs read them, so a new one is a
-reviewed change."""
-INSIDE = {
-    "memory": {"now", "peak", "planned", "process"},
-    "places": {"what", "path", "nbytes"},
-    "parts": {"text", "trained"},
-}
 
 
 def events(text: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from snapshots import assert_screen
-from test_screens import EVENTS
+from events import EVENTS
 from tiny import load, make_checkpoint, make_tokenizer
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
@@ -21,11 +21,6 @@ from transformers.integrations import integration_utils
 from leanlift import LiftTrainer, get_lift_model
 from leanlift.cli import main
 from leanlift.training import LiftSFTConfig, RunArguments, run
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("screen") / "base")
 
 
 @pytest.fixture(scope="module")

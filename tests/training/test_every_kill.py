@@ -88,11 +88,6 @@ def visible(tree: Tree) -> frozenset[str]:
     return frozenset(f"{name} {hash(data)}" for name, data in shown.items())
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"))
-
-
 def arguments(base: Path, output: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
     rows = base.parent / "rows.jsonl"
     row = {"prompt": "1 plus 1 is ", "completion": "2"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from test_training import ROWS, settings
+from runs import ROWS, settings
 from tiny import load, make_checkpoint, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -144,11 +144,6 @@ def test_a_router_s_loss_is_left_to_trl(tmp_path: Path) -> None:
     other.config.output_router_logits = True
     with pytest.raises(UserError, match="router_aux_loss_coef=0"):
         training_loss(other, settings(tmp_path), None)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"))
 
 
 def trainer_for(base: Path, output: Path, lift: LiftConfig = LIFT, **changes: Any) -> LiftTrainer:

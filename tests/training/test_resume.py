@@ -19,7 +19,7 @@ import pytest
 import torch
 from datasets import Dataset
 from processes import ROOT, run_python
-from test_training import ROWS, assert_same_layers, settings, trainer_for
+from runs import ROWS, assert_same_layers, settings, trainer_for
 from tiny import load, make_checkpoint, make_tokenizer
 from transformers import EarlyStoppingCallback
 
@@ -32,11 +32,6 @@ from leanlift.training.whole import RANDOM, SCHEDULE, SEAL, check_checkpoint
 
 LIFT = LiftConfig(approx_rank=8, refresh_interval=4)
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from test_training import ROWS, assert_same_layers, settings
+from runs import ROWS, assert_same_layers, settings
 from tiny import load, make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
@@ -32,11 +32,6 @@ from leanlift.training.steps import StepGuard, clip_to_norm_, total_norm
 
 LIFT = LiftConfig(density=0.1, approx_rank=8, refresh_interval=4)
 BF16 = LiftConfig(density=0.1, approx_rank=8, refresh_interval=4, values_dtype="bfloat16")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"))
 
 
 def trainer_for(

@@ -29,11 +29,6 @@ ON_THE_CPU_ANYWAY = {
 ONCE_A_STEP = ("training/steps.py", "end_step")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"))
-
-
 class Asking(TorchDispatchMode):
     """Who asked, as (file, function), for operations whose answer the host must wait for."""
 

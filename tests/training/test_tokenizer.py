@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import complaint
+from command import complaint
 from tiny import load, make_checkpoint, make_tokenizer
 from tokenizers_of_all_kinds import CHATML, characters
 
@@ -24,11 +24,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}(assistant){% endif %}"
 )
 """Ends a turn in a token of its own, "#"."""
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tokenizer") / "base")
 
 
 @pytest.fixture

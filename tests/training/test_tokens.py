@@ -96,11 +96,6 @@ def test_tokens_are_those_of_trl_everywhere(kind: str) -> None:
     assert [{key: value[0].tolist() for key, value in b.items()} for b in batches] == found
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tokens") / "base")
-
-
 def trainer_of(base: Path, rows: Any, tokenizer: Any, out: Path, **changes: Any) -> LiftTrainer:
     settings = {"max_length": 256, **changes}
     return LiftTrainer(
