@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import make_base, make_lift
-from test_steps import trainer_for
-from test_training import ROWS
+from runs import sparse_trainer
 from tiny import load, make_checkpoint
 from torch import Tensor
 
@@ -19,9 +18,6 @@ from leanlift.model import lift_layers
 from leanlift.selection import Favoring, Magnitude, Principal, scores_of, select, selection
 from leanlift.sparse import SegmentedIndex, bounded_mask, retired_nbytes
 from leanlift.training import RunArguments
-
-assert ROWS
-
 
 # --- The margin ----------------------------------------------------------------------------
 
@@ -263,7 +259,7 @@ def test_a_full_store_is_said_once(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lift = LiftConfig(density=0.1, approx_rank=8, refresh_interval=2, retired_limit=0.01)
-    trainer = trainer_for(base, tmp_path, lift, learning_rate=3e-2, max_steps=11)
+    trainer = sparse_trainer(base, tmp_path, lift, learning_rate=3e-2, max_steps=11)
     with caplog.at_level(logging.WARNING, "leanlift"):
         trainer.train()
     assert sum(report.held_back > 0 for report in trainer.refreshes) >= 2

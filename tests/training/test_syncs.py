@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_steps import Broken, trainer_for
+from runs import Broken, sparse_trainer
 from tiny import make_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,7 +65,7 @@ def test_a_training_step_asks_the_device_once(
     optim: str,
     inside: bool,
 ) -> None:
-    trainer = trainer_for(
+    trainer = sparse_trainer(
         base, tmp_path, optim=optim, optim_in_backward=inside, max_steps=4, logging_steps=100
     )
     with Asking() as mode:
@@ -77,7 +77,7 @@ def test_a_training_step_asks_the_device_once(
 
 
 def test_who_asks_is_seen(base: Path, tmp_path: Path) -> None:
-    trainer = trainer_for(base, tmp_path, max_steps=1)
+    trainer = sparse_trainer(base, tmp_path, max_steps=1)
     trainer.data_collator = trainer.data_collator.collator  # positions are then asked of the device
     with Asking() as mode:
         trainer.train()
@@ -85,7 +85,7 @@ def test_who_asks_is_seen(base: Path, tmp_path: Path) -> None:
 
 
 def test_a_bad_loss_is_logged_as_the_last_good_one(base: Path, tmp_path: Path) -> None:
-    trainer = trainer_for(base, tmp_path, kind=Broken, max_steps=3, logging_steps=1)
+    trainer = sparse_trainer(base, tmp_path, kind=Broken, max_steps=3, logging_steps=1)
     trainer.bad_steps = (2,)
     trainer.train()
     one, two, three = (e["loss"] for e in trainer.state.log_history if "loss" in e)
