@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file
-from trained import KINDS, logits, trained
 from tiny import load, make_checkpoint
+from trained import KINDS, logits, trained
 
 from leanlift import (
     LiftConfig,

@@ -2,120 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import pickle
-import shutil
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from processes import run_python
 from safetensors.torch import load_file, save_file
-from tiny import load, make_checkpoint
+from victim import NAME, WEIGHTS, Victim, at, edit_json, edit_tensors, set_at
 
 from leanlift import (
-    LiftConfig,
     UserError,
-    get_lift_model,
-    load_adapter,
-    merge_adapter,
-    refresh_mask,
-    save_adapter,
 )
-from leanlift.adapter import open_adapter, plan_shira, write_shira
-from leanlift.memory import LiveBytes, format_report, load_report
-from leanlift.model import lift_layers
-
-NAME = "model.layers.0.self_attn.q_proj"
-INDICES, WEIGHT = f"base_model.model.{NAME}.shira_indices", f"base_model.model.{NAME}.shira_weight"
-WEIGHTS = "adapter_model.safetensors"
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(torch.arange(3, 43).reshape(2, 20)).logits
-
-
-class Victim:
-    """A base, live models over it, and an adapter in the form "own", "peft" or "bare"."""
-
-    def __init__(self, work: Path) -> None:
-        self.base = make_checkpoint(work / "base")
-        self.stock = load(self.base, "dense").eval()
-        self.attached = get_lift_model(
-            copy.deepcopy(self.stock), LiftConfig(approx_rank=8), progress=False
-        )
-        for layer in lift_layers(self.attached).values():
-            layer.values.data.normal_(std=0.05)
-        refresh_mask(self.attached)
-        save_adapter(self.attached, work / "own")
-        (work / "peft").mkdir()
-        with open_adapter(work / "own") as adapter:
-            write_shira(work / "peft", adapter, plan_shira(adapter), lambda modules: modules)
-        self.files = {
-            form: {file.name: file.read_bytes() for file in (work / form).iterdir()}
-            for form in ("own", "peft")
-        }
-        bare = {k: v for k, v in self.files["peft"].items() if k != "leanlift.json"}
-        self.files["bare"] = bare
-        self.before = logits(self.stock), logits(self.attached)
-
-    def put(self, form: str, directory: Path) -> Path:
-        directory.mkdir()
-        for name, data in self.files[form].items():
-            (directory / name).write_bytes(data)
-        return directory
-
-    def refuses(self, adapter: Path, match: str) -> None:
-        """On a stock model, on an attached one, which stay as they are, and in a merge."""
-        for model, before in zip((self.stock, self.attached), self.before, strict=True):
-            with pytest.raises(UserError, match=match):
-                load_adapter(model, adapter)
-            assert torch.equal(logits(model), before)
-        assert not lift_layers(self.stock)
-        merged = adapter.parent / "merged"
-        with pytest.raises(UserError):
-            merge_adapter(adapter, merged, base=self.base, progress=False)
-        assert sorted(path.name for path in adapter.parent.iterdir()) == [adapter.name]
-
-
-@pytest.fixture(scope="module")
-def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
-    torch.manual_seed(0)
-    return Victim(tmp_path_factory.mktemp("victim"))
-
-
-def edit_tensors(adapter: Path, **changes: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-    """Replace tensors, given by the end of their names with `__` for a dot, by functions of
-    them; None takes a tensor out."""
-    tensors = load_file(adapter / WEIGHTS)
-    for end, change in changes.items():
-        key = next(k for k in tensors if NAME in k and k.endswith(end.replace("__", ".")))
-        new = change(tensors.pop(key).clone())
-        if new is not None:
-            tensors[key] = new.contiguous()
-    save_file(tensors, adapter / WEIGHTS)
-
-
-def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
-    data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-
-
-def at(index: Any, value: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        tensor[index] = value
-        return tensor
-
-    return change
-
+from leanlift.adapter import open_adapter
+from leanlift.memory import LiveBytes
 
 TENSOR_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "column-outside": ("own", {f"{NAME}__index__columns": at(0, 200)}, "outside its segment"),
@@ -231,17 +131,6 @@ def test_files_that_are_cut_off(victim: Victim, tmp_path: Path, share: float) ->
         (adapter / name).write_bytes(data)
 
 
-def set_at(*path: Any) -> Callable[[Any], None]:
-    """Set the value at the end of a path of keys."""
-
-    def change(data: Any) -> None:
-        for key in path[:-2]:
-            data = data[key]
-        data[path[-2]] = path[-1]
-
-    return change
-
-
 CONFIG_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
     "digest": (lambda d: d["base"].update(digest="0" * 64, samples={}), "other weights"),
     "samples-a-list": (set_at("base", "samples", []), "samples of tensors"),
@@ -336,176 +225,3 @@ def test_of_keys_that_stand_twice_the_last_counts(victim: Victim, tmp_path: Path
     text = (adapter / "adapter_config.json").read_text()
     (adapter / "adapter_config.json").write_text(text.rstrip()[:-1] + ', "format_version": 99}')
     victim.refuses(adapter, "has adapter format 99")
-
-
-class Bomb:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
-
-
-def test_a_pickle_is_never_opened(victim: Victim, tmp_path: Path) -> None:
-    adapter = victim.put("own", tmp_path / "adapter")
-    (adapter / WEIGHTS).write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
-    victim.refuses(adapter, "not a whole safetensors file")
-    torch.save(Bomb(tmp_path / "executed"), adapter / WEIGHTS)
-    victim.refuses(adapter, "not a whole safetensors file")
-    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
-    victim.refuses(adapter, "does not exist")
-
-
-def test_links_to_devices_are_not_read(victim: Victim, tmp_path: Path) -> None:
-    adapter = victim.put("own", tmp_path / "adapter")
-    for name, match in (
-        (WEIGHTS, "does not exist"),
-        ("adapter_config.json", "no leanlift adapter"),
-    ):
-        (adapter / name).unlink()
-        (adapter / name).symlink_to("/dev/zero")
-        victim.refuses(adapter, match)
-        (adapter / name).unlink()
-        (adapter / name).write_bytes(victim.files["own"][name])
-
-
-STRANGE_FILES = ("adapter_config.json", "run.json", "memory.json", "tokenizer_config.json")
-
-
-@pytest.mark.parametrize("name", STRANGE_FILES)
-def test_pipes_and_files_without_end_stop_nobody(victim: Victim, tmp_path: Path, name: str) -> None:
-    """A pipe would be waited for, a device read for ever, a sparse file read whole."""
-
-    def pipe(path: Path) -> None:
-        os.mkfifo(path)
-
-    def device(path: Path) -> None:
-        path.symlink_to("/dev/zero")
-
-    def endless(path: Path) -> None:
-        with path.open("wb") as file:
-            file.truncate(2**33)
-
-    for make in (pipe, device, endless):
-        adapter = victim.put("own", tmp_path / "adapter")
-        (adapter / name).unlink(missing_ok=True)
-        make(adapter / name)
-        (adapter / "tokenizer.json").write_text("{}")
-        tracemalloc.start()
-        try:
-            merge_adapter(adapter, tmp_path / "merged", base=victim.base, progress=False)
-        except UserError as error:
-            assert name in str(error)  # noqa: PT017 - it may also do without
-        finally:
-            assert tracemalloc.get_traced_memory()[1] < 2**25
-            tracemalloc.stop()
-        shutil.rmtree(tmp_path / "merged", ignore_errors=True)
-        shutil.rmtree(adapter)
-
-
-def test_an_index_of_nothing_is_not_unfolded(victim: Victim, tmp_path: Path) -> None:
-    """Counts of a matrix of 2^28 rows, in a sparse file that costs nobody anything to make."""
-    adapter = victim.put("own", tmp_path / "adapter")
-    rows = 2**28
-    edit_json(adapter / "adapter_config.json", set_at("base", "shapes", NAME, [rows, 64]))
-    edit_json(adapter / "adapter_config.json", set_at("base", "samples", {}))
-    tensors = load_file(adapter / WEIGHTS)
-    names = [f"{NAME}.values", f"{NAME}.index.columns", f"{NAME}.index.counts"]
-    header: dict[str, Any] = {}
-    for name, size, dtype, shape in zip(
-        names, (0, 0, rows), ("F32", "U8", "U8"), ([0], [0], [rows, 1]), strict=True
-    ):
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
-    assert names[0] in tensors
-    text = json.dumps(header).encode()
-    with (adapter / WEIGHTS).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + rows)
-    with (
-        LiveBytes() as live,
-        open_adapter(adapter) as opened,
-        pytest.raises(UserError, match="too few for the 268435456x64 matrix"),
-    ):
-        opened.layer(NAME)
-    assert live.peak <= 2 * rows
-
-
-PATTERNS: dict[str, Any] = {
-    "many": {f"layer{i}": 0.1 for i in range(65)},
-    "long": {"a" * 257: 0.1},
-    "very-long": {"|".join(f"x{i}" for i in range(20_000)): 0.1},
-    "nested": {"(" * 40_000 + "a" + ")" * 40_000: 0.1},
-}
-
-
-@pytest.mark.parametrize("case", PATTERNS)
-def test_patterns_that_cost_more_than_they_say(victim: Victim, tmp_path: Path, case: str) -> None:
-    adapter = victim.put("own", tmp_path / "adapter")
-    edit_json(adapter / "adapter_config.json", set_at("lift", "density_pattern", PATTERNS[case]))
-    started = time.process_time()
-    victim.refuses(adapter, "at most 64 patterns of at most 256 characters")
-    assert time.process_time() - started < 1.0
-
-
-def report_of(tmp_path: Path) -> Path:
-    """A run's memory.json, with a plan, as leanlift writes it."""
-    peak = {"seconds": 1.5, "tensors": 2**20, "reserved": 2**21, "resident": None}
-    plan = {"categories": {"index": 3, "values": 4}, "phases": {"train": 2**20}}
-    data = {
-        "device": "cpu",
-        "phases": {"load": peak, "train": {**peak, "resident": 7}, "export": peak},
-        "categories": {"index": 3, "values": 4, "optimizer state": 8, "scratch": 0},
-        "entries": 3,
-        "notes": ["selection: 14 matrices"],
-        "plan": plan,
-    }
-    (tmp_path / "memory.json").write_text(json.dumps(data))
-    return tmp_path
-
-
-VALUES: list[Any] = [
-    None, True, -1, 0, 2.5, 10**30, 10**99, float("nan"), float("inf"), "", "text", "\x1b[2J",
-    "a\nb", "x" * 10_000, [], [1], {}, {"a": 1}, {"seconds": 1}, [[[]]], {"\x1b": 1},
-]  # fmt: skip
-
-
-def paths(data: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in JSON data."""
-    found = [before] if before else []
-    if isinstance(data, (dict, list)):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            found += paths(value, (*before, key))
-    return found
-
-
-def test_reports_that_lie_end_in_a_sentence_or_in_plain_text(tmp_path: Path) -> None:
-    """Every value replaced by every kind of value, every key taken away."""
-    original = json.loads((report_of(tmp_path) / "memory.json").read_text())
-    assert "train" in format_report(load_report(tmp_path))
-    tried = 0
-    for place in paths(original):
-        for value in (*VALUES, KeyError):
-            data = copy.deepcopy(original)
-            holder = data
-            for key in place[:-1]:
-                holder = holder[key]
-            if value is KeyError:
-                del holder[place[-1]]
-            else:
-                holder[place[-1]] = value
-            (tmp_path / "memory.json").write_text(json.dumps(data))
-            tried += 1
-            try:
-                text = format_report(load_report(tmp_path))
-            except UserError as error:
-                text = str(error)  # what came is never repeated
-            assert "\x1b" not in text, (place, value)
-            assert len(text) < 10_000, (place, value)
-    assert tried > 500
-
-
-def test_a_few_hundred_random_mutations() -> None:
-    result = run_python("-m", "benchmarks.fuzz_adapter", "--count", "300", "--no_csv")
-    assert result.returncode == 0, result.stdout + result.stderr
-    loaded, refused, failed = map(int, result.stdout.split("\nall")[1].split()[:3])
-    assert (loaded > 20, refused > 200, failed) == (True, True, 0)

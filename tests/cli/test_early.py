@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import load, make_checkpoint, make_tokenizer
+from tiny import load, make_tokenizer
 from torch.utils import checkpoint
 from transformers import OPTConfig, OPTForCausalLM
 

@@ -12,6 +12,7 @@ import torch
 from helpers import make_linear4bit, make_linear8bit, random_weight
 from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint
+from trained import KINDS
 from transformers import AutoModelForCausalLM
 
 from leanlift import (
@@ -29,7 +30,6 @@ from leanlift.quantized import frozen_weight
 from leanlift.samples import Sample, decode, positions, spread
 from leanlift.tiles import as_tiles
 
-KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = 2e-3
 """What ten steps of Adam at 2e-4 move an entry by; weights have a standard deviation of 0.02."""

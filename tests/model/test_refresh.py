@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import make_base, make_lift
 from runs import sparse_trainer
-from tiny import load, make_checkpoint
+from tiny import load
 from torch import Tensor
 
 from leanlift import LiftConfig, UserError, get_lift_model, refresh_mask

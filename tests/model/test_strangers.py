@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import load, make_checkpoint
+from tiny import load
+from trained import KINDS
 from transformers import Trainer, TrainingArguments
 
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, refresh_mask, save_adapter
 from leanlift.model import claim, lift_layers, lift_state
-
-KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
 
 
 def attached(base: Path, kind: str = "nf4", seed: int = 0, **config: Any) -> Any:

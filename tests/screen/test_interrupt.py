@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from snapshots import assert_screen
-from tiny import make_checkpoint
 
 from leanlift.cli import main
 from leanlift.cli import train as command

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import html
 import io
 import json
-import logging
 import re
 import sys
-import warnings
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,122 +13,18 @@ from events import EVENTS, INSIDE
 from processes import ROOT
 from rich.cells import cell_len
 from rich.console import Console
-from snapshots import SCREENS, assert_screen
-from tqdm import std
-from tqdm.auto import tqdm
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from snapshots import assert_screen
+from telling import GIB, HEADER, REFRESH, SUMMARY, Clock, end, middle, start, step
 
 from leanlift import UserError
 from leanlift.training.screens import (
     FORMATS,
-    Evaluation,
     FirstRow,
-    Header,
     JsonScreen,
-    Memory,
-    Place,
     PlainScreen,
-    QuietScreen,
-    Refresh,
-    Screen,
-    Step,
-    Summary,
     screen_of,
 )
-from leanlift.training.screens.libraries import shown
 from leanlift.training.screens.panel import PanelScreen
-from leanlift.training.watch import Watch
-
-GIB = 2**30
-HEADER = Header(
-    model="mistralai/Mistral-7B-v0.3",
-    entries=348_000_000,
-    weights=7_250_000_000,
-    matrices=224,
-    rows=7473,
-    tokens=1_310_000,
-    longest=512,
-    steps=1401,
-    begun=0,
-    epochs=3,
-    batch=1,
-    accumulate=16,
-    planned=int(7.34 * GIB),
-    room=8 * GIB,
-    place="NVIDIA GeForce RTX 4060",
-)
-ROW = FirstRow(
-    (("<s>[INST] What is 2 + 2?\n[/INST]", False), (" It is 4.\x1b[31m</s>", True)), 21, 8
-)
-REFRESH = Refresh(400, 0.1234, 1_230_000, 0, 42.0, 800)
-SUMMARY = Summary(
-    steps=1401,
-    begun=0,
-    seconds=5000.0,
-    in_all=5123.0,
-    tokens=3_930_000,
-    first_loss=1.2345,
-    last_loss=0.4321,
-    before=1.311,
-    after=0.5912,
-    eval_rows=1319,
-    memory=Memory(None, int(6.9 * GIB), int(6.79 * GIB)),
-    refreshes=3,
-    refresh_seconds=126.0,
-    churn=0.0312,
-    places=(
-        Place("adapter", "runs/math", 870 * 2**20),
-        Place("merged", "runs/math-merged", 14 * GIB),
-    ),
-    commands=(
-        "leanlift report runs/math",
-        "leanlift eval --adapter runs/math --data test.json",
-        "leanlift export runs/math MERGED",
-    ),
-)
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def step(number: int, loss: float | None = None, **more: Any) -> Step:
-    memory = Memory(int(6.1 * GIB), int(6.9 * GIB), int(6.79 * GIB))
-    return Step(number, 1401, number / 467, loss, seconds_left=4321.0, memory=memory, **more)
-
-
-def start(screen: Screen, clock: Clock) -> None:
-    with screen.phase("Reading the rows"):
-        clock.now += 0.2
-    screen.first_row(ROW)
-    with screen.phase("Loading the base"):
-        clock.now += 31
-        screen.progress("Loading weights", 120, 291, 44.0)
-    screen.header(HEADER)
-
-
-def middle(screen: Screen, clock: Clock) -> None:
-    screen.evaluation(Evaluation(0, 1.311, 65.0))
-    for number, loss in ((100, 1.2345), (200, 0.912), (300, 0.733), (400, 0.701)):
-        clock.now += 60
-        speed = {"learning_rate": 2e-4 - number * 1e-7, "tokens_per_second": 812.4}
-        screen.step(step(number))
-        screen.step(step(number, loss, **speed))
-    screen.refresh(REFRESH)
-    screen.note(["Step 401 is not applied: the loss is nan. Training goes on."])
-    screen.step(step(401))
-
-
-def end(screen: Screen) -> None:
-    screen.evaluation(Evaluation(1401, 0.5912, 66.0))
-    screen.summary(SUMMARY)
-
 
 # --- the forms --------------------------------------------------------------------------------
 
@@ -354,119 +244,3 @@ def test_any_first_row_takes_a_few_lines(parts: tuple[tuple[str, bool], ...]) ->
     colour = io.StringIO()
     PanelScreen(colour, forced=True).first_row(FirstRow(parts, 10, 5))
     assert "\x1b[2J" not in colour.getvalue()
-
-
-# --- nothing else draws -----------------------------------------------------------------------
-
-
-class Told(QuietScreen):
-    """A screen that remembers."""
-
-    takes_over = True
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.bars: list[tuple[str, float, float | None, float | None]] = []
-
-    def note(self, lines: Any) -> None:
-        self.notes += lines
-
-    def progress(self, *bar: Any) -> None:
-        self.bars.append(bar)
-
-
-def test_bars_and_lines_of_others_come_to_the_screen(capfd: pytest.CaptureFixture[str]) -> None:
-    told = Told()
-    stream = logging.StreamHandler(sys.stderr)
-    logger = logging.getLogger("another library")
-    logger.addHandler(stream)
-
-    def places() -> list[Any]:
-        held = vars(std.tqdm)
-        return [held["__init__"], held["display"], sys.stdout, sys.stderr, stream.stream]
-
-    before = places()
-    try:
-        with pytest.raises(ZeroDivisionError), shown(told):
-            for _ in tqdm(range(3), desc="Counting", mininterval=0):
-                pass
-            with tqdm(total=10, disable=None, leave=False) as bar:
-                bar.update(4)
-                bar.refresh()
-            print("half a ", end="")
-            print("line")
-            sys.stderr.write("\rdrawn over\rthe last\n")
-            logger.warning("a warning")
-            warnings.warn_explicit("old", UserWarning, "lib.py", 3)
-            raise ZeroDivisionError
-    except UserWarning:  # warnings are errors here
-        pass
-    finally:
-        logger.removeHandler(stream)
-    assert told.notes[:3] == ["half a line", "the last", "a warning"]
-    assert ("Counting", 3, 3) in [bar[:3] for bar in told.bars]
-    assert ("", 4, 10) in [bar[:3] for bar in told.bars]
-    assert places() == before
-    assert capfd.readouterr() == ("", "")
-
-
-# --- what Trainer says, as facts --------------------------------------------------------------
-
-
-class Seen(QuietScreen):
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-
-    def step(self, step: Step) -> None:
-        self.steps.append(step)
-
-
-def test_speed_and_time_left(tmp_path: Path) -> None:
-    """Speed leaves refreshes and evaluations out; the time that is left does not."""
-    clock, seen = Clock(), Seen()
-    watch = Watch(seen, lambda state: replace(HEADER, steps=10), Memory, 4, clock)
-    state = TrainerState(max_steps=10)
-    rest = (TrainingArguments(tmp_path, use_cpu=True), state, TrainerControl())
-    watch.on_train_begin(*rest)
-    for number in range(1, 6):
-        clock.now += 2
-        state.global_step = number
-        watch.on_step_end(*rest)
-        if number == 4:
-            clock.now += 6
-            churn = dict.fromkeys(("churn", "retired", "held_back"), 0)
-            logs = {f"refresh_{key}": value for key, value in {**churn, "seconds": 6}.items()}
-            watch.on_log(*rest, logs=logs)
-            watch.on_prediction_step(*rest, eval_dataloader=[1])
-            clock.now += 5
-            watch.on_evaluate(*rest)
-        watch.on_log(*rest, logs={"loss": 1.0 / number, "num_tokens": 100.0 * number})
-    logged = [step for step in seen.steps if step.loss is not None]
-    assert [step.tokens_per_second for step in logged] == [50.0] * 5
-    assert [step.seconds_left for step in logged[:3]] == [None] * 3
-    assert logged[4].seconds_left == pytest.approx((4 + 11) / 2 * 5)
-    watch.on_train_end(*rest)
-    assert (watch.losses, watch.tokens, watch.seconds) == ([1.0, 0.2], 500, 16.0)
-
-
-def test_only_screens_print() -> None:
-    """A run tells facts: what training prints by itself would break a panel or JSON."""
-    place = ROOT / "leanlift" / "training"
-    for file in place.glob("*.py"):
-        names = {
-            node.func.id
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        }
-        assert "print" not in names, file
-
-
-def test_every_screen_has_its_picture() -> None:
-    """Drawn by `docs/pictures.py`; its text is looked for, since rich's drawing may change."""
-    docs = ROOT / "docs" / "pictures"
-    for screen in SCREENS.glob("*.txt"):
-        drawn = html.unescape((docs / f"{screen.stem}.svg").read_text(encoding="utf-8"))
-        words = set(re.findall(r"[\w./→-]{3,}", screen.read_text(encoding="utf-8")))
-        text = re.sub(r"<[^>]*>", "", drawn)
-        assert [word for word in words if word not in text] == []
-        assert "http" not in drawn.replace("http://www.w3.org/2000/svg", "")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from snapshots import assert_screen
 from events import EVENTS
-from tiny import load, make_checkpoint, make_tokenizer
+from snapshots import assert_screen
+from tiny import load, make_tokenizer
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_checkpoint
 
 from leanlift import UserError
 from leanlift.training import LiftSFTConfig, RunArguments, last_whole_checkpoint, run

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from runs import ROWS, settings
-from tiny import load, make_checkpoint, make_tokenizer
+from tiny import load, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model

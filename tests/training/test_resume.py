@@ -5,58 +5,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import os
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import RESUMED, SAVING, copied
 from datasets import Dataset
-from processes import ROOT, run_python
 from runs import ROWS, assert_same_layers, settings, trainer_for
-from tiny import load, make_checkpoint, make_tokenizer
+from tiny import load, make_tokenizer
 from transformers import EarlyStoppingCallback
 
-from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
+from leanlift import LiftTrainer, UserError, get_lift_model
 from leanlift.model import lift_layers
 from leanlift.training import RunArguments
-from leanlift.training.checkpointing import checkpoint_to_resume, clean, put_in_place, rotate
 from leanlift.training.settings import FREE, check_same_settings, data_facts, settings_of
-from leanlift.training.whole import RANDOM, SCHEDULE, SEAL, check_checkpoint
-
-LIFT = LiftConfig(approx_rank=8, refresh_interval=4)
-SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
-
-
-@pytest.fixture(scope="module")
-def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with checkpoints at 2, 4 and 6; not to be changed."""
-    output = tmp_path_factory.mktemp("finished") / "run"
-    trainer_for(base, output, LIFT, **SAVING).train()
-    return output
-
-
-def copied(finished: Path, to: Path, *steps: int) -> Path:
-    to.mkdir(exist_ok=True)
-    for step in steps:
-        shutil.copytree(finished / f"checkpoint-{step}", to / f"checkpoint-{step}")
-    return to
-
-
-def resealed(checkpoint: Path) -> Path:
-    """As if the damage had been written by leanlift itself."""
-    kept = json.loads((checkpoint / SEAL).read_text())["settings"]
-    staged = checkpoint.parent / ".saving" / checkpoint.name
-    staged.parent.mkdir(exist_ok=True)
-    checkpoint.rename(staged)
-    return put_in_place(staged, kept)
-
 
 # --- settings ------------------------------------------------------------------------------
 
@@ -64,7 +27,7 @@ def resealed(checkpoint: Path) -> Path:
 def everything(tmp_path: Path) -> Any:
     args = RunArguments(model_name_or_path="base", dataset_name="rows.jsonl")
     return settings_of(
-        settings(tmp_path), LIFT, dataclasses.asdict(args), {"data_rows": 4, "data_digest": "a"}
+        settings(tmp_path), RESUMED, dataclasses.asdict(args), {"data_rows": 4, "data_digest": "a"}
     )
 
 
@@ -140,7 +103,7 @@ def test_a_trainer_refuses_other_settings_before_it_changes_anything(
     named: str,
 ) -> None:
     output = copied(finished, tmp_path / "run", 2)
-    config = dataclasses.replace(LIFT, **lift)
+    config = dataclasses.replace(RESUMED, **lift)
     trainer = trainer_for(base, output, config, **{**SAVING, **changes})
     before = [layer.index.to_flat() for layer in lift_layers(trainer.model).values()]
     with pytest.raises(UserError, match=named):
@@ -157,7 +120,7 @@ def test_other_data_are_refused_and_moved_ones_are_not(
 
     def resume(rows: list[dict[str, str]]) -> LiftTrainer:
         trainer = LiftTrainer(
-            model=get_lift_model(load(base), LIFT, progress=False),
+            model=get_lift_model(load(base), RESUMED, progress=False),
             args=settings(output, **SAVING),
             train_dataset=Dataset.from_list(rows),
             processing_class=make_tokenizer(),
@@ -193,7 +156,7 @@ def test_what_may_change_is_said_and_takes_effect(
     base: Path, tmp_path: Path, finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = copied(finished, tmp_path / "run", 4)
-    trainer = trainer_for(base, output, LIFT, **{**SAVING, "save_steps": 5})
+    trainer = trainer_for(base, output, RESUMED, **{**SAVING, "save_steps": 5})
     with caplog.at_level("WARNING", "leanlift"):
         trainer.train(resume_from_checkpoint=True)
     assert "Going on with save_steps=5; it was 2." in caplog.messages
@@ -205,9 +168,9 @@ def test_what_may_change_is_said_and_takes_effect(
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_a_finished_run_takes_no_step(base: Path, tmp_path: Path, schedule: str) -> None:
-    first = trainer_for(base, tmp_path, LIFT, lr_scheduler_type=schedule, **SAVING)
+    first = trainer_for(base, tmp_path, RESUMED, lr_scheduler_type=schedule, **SAVING)
     first.train()
-    again = trainer_for(base, tmp_path, LIFT, lr_scheduler_type=schedule, **SAVING)
+    again = trainer_for(base, tmp_path, RESUMED, lr_scheduler_type=schedule, **SAVING)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 6
     assert_same_layers(first.model, again.model)
@@ -218,7 +181,7 @@ def test_a_longer_run_under_a_constant_schedule_equals_an_uninterrupted_one(
     base: Path, tmp_path: Path, interval: int
 ) -> None:
     """With and without a refresh due after what was the last step."""
-    lift = dataclasses.replace(LIFT, refresh_interval=interval)
+    lift = dataclasses.replace(RESUMED, refresh_interval=interval)
     options = {"lr_scheduler_type": "constant", "warmup_steps": 0}
     whole = trainer_for(base, tmp_path / "whole", lift, **{**SAVING, "max_steps": 9, **options})
     whole.train()
@@ -234,7 +197,7 @@ def test_a_callback_that_the_checkpoint_does_not_know_is_no_error(
 ) -> None:
     output = copied(finished, tmp_path / "run", 4)
     trainer = LiftTrainer(
-        model=get_lift_model(load(base), LIFT, progress=False),
+        model=get_lift_model(load(base), RESUMED, progress=False),
         args=settings(
             output, **SAVING, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss"
         ),
@@ -247,295 +210,21 @@ def test_a_callback_that_the_checkpoint_does_not_know_is_no_error(
     assert (output / "checkpoint-6").is_dir()
 
 
-# --- damage --------------------------------------------------------------------------------
-
-
-def flipped(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
-    "gone": lambda data: None,
-    "empty": lambda data: b"",
-    "cut off": lambda data: data[: len(data) // 2],
-    "one bit": flipped,
-    "longer": lambda data: data + b" ",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_no_file_can_be_damaged_unseen(tmp_path: Path, finished: Path, damage: str) -> None:
-    output = copied(finished, tmp_path / "run", 2, 4)
-    newest = output / "checkpoint-4"
-    files = sorted(newest.iterdir())
-    assert len(files) >= 9
-    for file in files:
-        data = file.read_bytes()
-        changed = DAMAGES[damage](data)
-        file.unlink() if changed is None else file.write_bytes(changed)
-        if (damage, file.name) == ("longer", SEAL):
-            assert check_checkpoint(newest).step == 4  # white space says nothing
-        else:
-            with pytest.raises(UserError, match="checkpoint-4") as caught:
-                checkpoint_to_resume(output, str(newest))
-            assert "\n" not in str(caught.value)
-            assert checkpoint_to_resume(output, True).step == 2
-        file.write_bytes(data)
-    assert check_checkpoint(newest).step == 4
-
-
-def test_an_older_checkpoint_takes_the_place_of_a_damaged_one_and_it_is_said(
-    base: Path, tmp_path: Path, finished: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    output = copied(finished, tmp_path / "run", 2, 4)
-    weights = output / "checkpoint-4" / "optimizer.safetensors"
-    weights.write_bytes(flipped(weights.read_bytes()))
-    trainer = trainer_for(base, output, LIFT, **SAVING)
-    trainer.train(resume_from_checkpoint=True)
-    assert any(
-        "Passing over" in line and "optimizer.safetensors" in line for line in caplog.messages
-    )
-    for step in (4, 6):
-        name = f"checkpoint-{step}/adapter_model.safetensors"
-        assert (output / name).read_bytes() == (finished / name).read_bytes()
-
-
-def edit(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    def apply(checkpoint: Path) -> None:
-        data = json.loads((checkpoint / name).read_text())
-        changed = change(data)
-        (checkpoint / name).write_text(json.dumps(data if changed is None else changed))
-
-    return apply
-
-
-def state_with(**changes: Any) -> Callable[[Path], None]:
-    return edit("trainer_state.json", lambda data: data.update(changes))
-
-
-PLAUSIBLE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "another step": (state_with(global_step=5), "not the state of step 4"),
-    "no epoch": (state_with(epoch=None), "not the state of step 4"),
-    "no batch size": (state_with(train_batch_size=None), "not the state"),
-    "a log that is none": (state_with(log_history=[1]), "not the state"),
-    "a key of tomorrow": (state_with(tomorrow=1), "another version of transformers"),
-    "no mapping": (edit("trainer_state.json", lambda data: []), "is damaged"),
-    "a schedule that is further": (
-        edit(SCHEDULE, lambda data: data.update(last_epoch=5)),
-        "it has gone 5 steps, and the run 4",
-    ),
-    "an infinite rate": (
-        edit(SCHEDULE, lambda data: data.update(_last_lr=[float("inf")])),
-        "a learning rate is not a number",
-    ),
-    "a NaN": (edit(SCHEDULE, lambda data: data.update(base_lrs=[float("nan")])), "is damaged"),
-    "too few words": (edit(RANDOM, lambda data: data["python"][1].pop()), "no state of random"),
-    "a place outside": (
-        edit(RANDOM, lambda data: data["numpy"].__setitem__(2, 10**6)),
-        "no state of random numbers",
-    ),
-    "half a torch": (edit(RANDOM, lambda data: data.update(cpu=data["cpu"][:100])), "no state of"),
-    "an optimizer's list": (edit("optimizer.json", lambda data: [data]), "lacks groups or numbers"),
-}
-
-
-@pytest.mark.parametrize("what", PLAUSIBLE)
-def test_a_whole_file_with_wrong_content_is_one_sentence(
-    tmp_path: Path, finished: Path, what: str
-) -> None:
-    apply, match = PLAUSIBLE[what]
-    newest = copied(finished, tmp_path / "run", 4) / "checkpoint-4"
-    apply(newest)
-    resealed(newest)
-    with pytest.raises(UserError, match=match) as caught:
-        checkpoint_to_resume(newest.parent, str(newest))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="holds no whole checkpoint to resume from"):
-        checkpoint_to_resume(newest.parent, True)
-
-
-def test_a_schedule_of_another_kind_or_rate_is_refused(
-    base: Path, tmp_path: Path, finished: Path
-) -> None:
-    for name, change, match in (
-        ("kind", lambda data: data.update(factor=2), "another kind of schedule"),
-        ("rate", lambda data: data["base_lrs"].__setitem__(0, 0.5), "has a learning_rate of"),
-    ):
-        newest = copied(finished, tmp_path / name, 4) / "checkpoint-4"
-        edit(SCHEDULE, change)(newest)
-        resealed(newest)
-        with pytest.raises(UserError, match=match):
-            trainer_for(base, newest.parent, LIFT, **SAVING).train(resume_from_checkpoint=True)
-
-
-def test_an_adapter_alone_is_no_checkpoint_to_go_on_from(base: Path, tmp_path: Path) -> None:
-    trainer_for(base, tmp_path, LIFT, **SAVING, save_only_model=True).train()
-    for wanted in (True, str(tmp_path / "checkpoint-4")):
-        with pytest.raises(UserError, match="as save_only_model leaves it"):
-            trainer_for(base, tmp_path, LIFT, **SAVING).train(resume_from_checkpoint=wanted)
-
-
-def test_checkpoints_of_older_versions_are_read_and_it_is_said(
-    base: Path, tmp_path: Path, finished: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    from benchmarks.fuzz_checkpoint import as_older_versions_wrote, files_of
-
-    newest = tmp_path / "run" / "checkpoint-4"
-    newest.mkdir(parents=True)
-    for name, data in as_older_versions_wrote(files_of(finished / "checkpoint-4")).items():
-        (newest / name).write_bytes(data)
-    with pytest.raises(UserError, match=r"density=0\.05"):
-        config = dataclasses.replace(LIFT, density=0.1)
-        trainer_for(base, newest.parent, config, **SAVING).train(resume_from_checkpoint=True)
-    trainer = trainer_for(base, newest.parent, LIFT, **SAVING)
-    trainer.train(resume_from_checkpoint=True)
-    assert any("an older version wrote it" in line for line in caplog.messages)
-    name = "checkpoint-6/adapter_model.safetensors"
-    assert (newest.parent / name).read_bytes() == (finished / name).read_bytes()
-    for name in ("scheduler.pt", "rng_state.pth"):
-        data = (newest / name).read_bytes()
-        for changed in (data[:-20], b"", b"cos\nsystem\n(S'echo'\ntR."):
-            (newest / name).write_bytes(changed)
-            with pytest.raises(UserError, match=name.replace(".", r"\.")):
-                check_checkpoint(newest)
-        (newest / name).write_bytes(data)
-
-
-def test_random_damage_ends_in_the_same_bytes_or_in_a_sentence() -> None:
-    result = run_python("-m", "benchmarks.fuzz_checkpoint", "--count", "18", "--no_csv")
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-# --- rotation, what is left behind ---------------------------------------------------------
-
-
-def steps_in(output: Path) -> list[int]:
-    return sorted(int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*"))
-
-
-def test_rotation_goes_by_step_and_not_by_time(tmp_path: Path) -> None:
-    for age, step in enumerate((30, 20, 10, 4)):  # the older a step, the newer its files
-        directory = tmp_path / f"checkpoint-{step}"
-        directory.mkdir()
-        os.utime(directory, (time.time() + 100 * age, time.time() + 100 * age))
-    rotate(tmp_path, None, tmp_path / "checkpoint-30", None)
-    rotate(tmp_path, 0, tmp_path / "checkpoint-30", None)
-    assert steps_in(tmp_path) == [4, 10, 20, 30]
-    rotate(tmp_path, 3, tmp_path / "checkpoint-30", str(tmp_path / "checkpoint-4"))
-    assert steps_in(tmp_path) == [4, 20, 30]
-    rotate(tmp_path, 1, tmp_path / "checkpoint-30", None)
-    assert steps_in(tmp_path) == [30]
-
-
-def test_what_was_just_written_outlives_checkpoints_of_a_later_step(tmp_path: Path) -> None:
-    for step in (2, 4, 5, 6, 8):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    rotate(tmp_path, 2, tmp_path / "checkpoint-5", None)
-    assert steps_in(tmp_path) == [4, 5]
-
-
-def test_what_a_killed_run_has_left_is_cleaned(tmp_path: Path) -> None:
-    (tmp_path / ".saving" / "checkpoint-8").mkdir(parents=True)
-    (tmp_path / ".removed-checkpoint-2").mkdir()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f".run.json.{dead.pid}.partial").write_text("{")
-    alive = tmp_path / f".run.json.{os.getppid()}.partial"
-    alive.write_text("{")
-    (tmp_path / "checkpoint-4").mkdir()
-    clean(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "checkpoint-4"]
-
-
-def test_the_best_checkpoint_is_loaded_and_if_it_is_gone_the_last_adapter_is_saved(
-    base: Path, tmp_path: Path
-) -> None:
-    def trainer(output: Path) -> LiftTrainer:
-        return LiftTrainer(
-            model=get_lift_model(load(base), LIFT, progress=False),
-            args=settings(
-                output,
-                **SAVING,
-                save_total_limit=1,
-                eval_strategy="steps",
-                eval_steps=2,
-                load_best_model_at_end=True,
-                metric_for_best_model="loss",
-                learning_rate=0.3,
-            ),
-            train_dataset=Dataset.from_list(ROWS),
-            eval_dataset=Dataset.from_list(ROWS[:4]),
-            processing_class=make_tokenizer(),
-        )
-
-    kept = trainer(tmp_path / "kept")
-    kept.train()
-    best = Path(str(kept.state.best_model_checkpoint))
-    assert best.parent == tmp_path / "kept"
-    assert steps_in(best.parent) == [int(best.name.rpartition("-")[2])]
-
-    class Losing(LiftTrainer):
-        def _load_best_model(self) -> None:
-            shutil.rmtree(str(self.state.best_model_checkpoint))
-            super()._load_best_model()
-
-    lost = trainer(tmp_path / "lost")
-    lost.__class__ = Losing
-    with pytest.raises(UserError, match="the adapter of the last step is saved in"):
-        lost.train()
-    assert (tmp_path / "lost" / "adapter_model.safetensors").is_file()
-
-
-# --- one run at a time ---------------------------------------------------------------------
-
-HOLD = """
-import sys
-from leanlift.training.lock import OutputLock
-with OutputLock(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_two_runs_cannot_write_into_one_directory(base: Path, tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    trainer = trainer_for(base, tmp_path / "run", LIFT, max_steps=1)
-    with pytest.raises(UserError, match=f"another run, process {holder.pid} on .*, is writing"):
-        trainer.train()
-    holder.kill()  # it cannot take its lock away
-    holder.communicate()
-    assert (tmp_path / "run" / ".lock").exists()
-    trainer.train()
-    assert list((tmp_path / "run").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written to"):
-        trainer_for(base, tmp_path / "file" / "run", LIFT).train()
-
-
 def test_settings_that_would_be_ignored_are_refused(base: Path, tmp_path: Path) -> None:
     for changes, match in (
         ({"push_to_hub": True}, "leanlift push"),
         ({"torch_compile": True}, "torch_compile has no effect"),
     ):
         with pytest.raises(UserError, match=match):
-            trainer_for(base, tmp_path, LIFT, **changes)
-    bf16 = dataclasses.replace(LIFT, values_dtype="bfloat16")
+            trainer_for(base, tmp_path, RESUMED, **changes)
+    bf16 = dataclasses.replace(RESUMED, values_dtype="bfloat16")
     with pytest.raises(UserError, match="fp16 scales its loss"):
         trainer_for(base, tmp_path, bf16, fp16=True, optim="sparse_adamw")
     with pytest.raises(UserError, match="auto_find_batch_size"):
         trainer_for(
             base,
             tmp_path,
-            LIFT,
+            RESUMED,
             auto_find_batch_size=True,
             optim="sparse_adamw",
             optim_in_backward=True,
@@ -544,7 +233,7 @@ def test_settings_that_would_be_ignored_are_refused(base: Path, tmp_path: Path) 
 
 
 def test_the_loss_of_a_step_with_a_refresh_is_logged(base: Path, tmp_path: Path) -> None:
-    lift = dataclasses.replace(LIFT, refresh_interval=2)
+    lift = dataclasses.replace(RESUMED, refresh_interval=2)
     trainer = trainer_for(base, tmp_path, lift, max_steps=7, logging_steps=1)
     trainer.train()
     history = trainer.state.log_history

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from runs import Broken, sparse_trainer
-from tiny import make_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import leanlift

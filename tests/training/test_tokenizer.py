@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command import complaint
-from tiny import load, make_checkpoint, make_tokenizer
+from tiny import load, make_tokenizer
 from tokenizers_of_all_kinds import CHATML, characters
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model

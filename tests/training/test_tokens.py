@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tiny import load, make_checkpoint
+from tiny import load
 from tokenizers_of_all_kinds import (
     CHATML,
     MARKED,
