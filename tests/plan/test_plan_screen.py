@@ -16,11 +16,11 @@ from snapshots import assert_screen
 from leanlift import UserError
 from leanlift.cli import main
 from leanlift.cli.settings import given_settings, parse_train
+from leanlift.defaults import command_defaults
 from leanlift.memory import MOMENTS, format_plan, picture
 from leanlift.memory.picture import check_picture, draw
 from leanlift.memory.plan_screen import TERMS, label
 from leanlift.training import plan_of
-from leanlift.training.arguments import command_defaults
 
 EXAMPLES = ROOT / "examples"
 GIB = 2**30
