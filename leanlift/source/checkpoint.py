@@ -44,7 +44,7 @@ class SourceTensor:
         return self._slice[...]
 
     def entries(self, flat: Tensor) -> Tensor:
-        """Single entries by their row-major positions [s]: of the file, the pages that hold them."""
+        """Entries at row-major positions [s]; of the file, the pages that hold them."""
         return self.whole().flatten()[flat]
 
     def sample(self, rows: int) -> Tensor:
