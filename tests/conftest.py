@@ -29,6 +29,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is still there at the end is told as leaked by some
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)
