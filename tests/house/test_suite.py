@@ -33,7 +33,7 @@ def is_thorough(marked: ast.AST) -> bool:
     )
 
 
-def tests_of(tree: ast.Module) -> dict[str, bool]:
+def thorough_tests(tree: ast.Module) -> dict[str, bool]:
     """The names of a file's tests -> whether all of the test is thorough, by it or by its file.
 
     A case of a parametrized test that is thorough leaves the others.
@@ -65,7 +65,7 @@ def complaints(name: str, text: str, alone: dict[str, str]) -> list[str]:
     found = [f"{name} imports {module}" for module in imported(tree) if module.startswith("test_")]
     if len(text.splitlines()) > LONGEST:
         found.append(f"{name} has {len(text.splitlines())} lines: split it along its subjects")
-    tests = tests_of(tree)
+    tests = thorough_tests(tree)
     only_thorough = bool(tests) and all(tests.values())
     if only_thorough and name not in alone:
         found.append(f"{name} has nothing in `make test`: add a cheap case of what it sweeps")
