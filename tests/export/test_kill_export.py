@@ -8,6 +8,7 @@ import pytest
 from processes import run_python
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_an_interrupted_merge_leaves_a_whole_output_or_none() -> None:
     result = run_python("-m", "benchmarks.kill_export", "--kills", "5", "--no_csv")

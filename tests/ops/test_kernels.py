@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_python
+from sweeps import swept
 
 from leanlift import UserError
 from leanlift.ops import tile_ops
@@ -22,7 +23,7 @@ def test_kernels_do_what_the_reference_does_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+@pytest.mark.parametrize("capability", swept([80, 89, 90, 120], 80))
 def test_kernels_compile_ahead_of_time(capability: int) -> None:
     done = run_python(str(HERE / "compile_kernels.py"), str(capability))
     assert done.returncode == 0, done.stderr[-4000:]

@@ -92,6 +92,7 @@ addEventListener("load", () => {
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(browser() is None, reason="there is no Chromium here (set CHROMIUM to one)")
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_the_page(run: Path, tmp_path: Path, dark: bool) -> None:

@@ -100,6 +100,7 @@ class Terminal:
         return code
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
 @pytest.mark.parametrize("stopped", [False, True], ids=["to the end", "Ctrl-C"])
 def test_a_terminal_has_a_live_panel_and_is_put_back(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
+from sweeps import swept
 from tiny import make_checkpoint
 
 from leanlift.measured import categories_compared, difference
@@ -111,7 +112,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(place, tied=False, hidden=128, intermediate=320)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", swept(KINDS, "rows of unlike lengths", "packed"))
 def test_what_is_compared_is_the_planners_error(base: Path, tmp_path: Path, kind: str) -> None:
     rows, changes = KINDS[kind]
     data = tmp_path / "rows.jsonl"

@@ -46,6 +46,7 @@ def test_bf16_values_train_refresh_save_and_resume(base: Path, tmp_path: Path) -
         restore_adapter(sparse_trainer(base, tmp_path / "x").model, tmp_path / "whole")
 
 
+@pytest.mark.thorough
 def test_bf16_with_stochastic_rounding_learns_and_rounding_to_nearest_stalls(
     base: Path, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def test_checkpoints_of_older_versions_are_read_and_it_is_said(
         (newest / name).write_bytes(data)
 
 
+@pytest.mark.thorough
 def test_random_damage_ends_in_the_same_bytes_or_in_a_sentence() -> None:
     result = run_python("-m", "benchmarks.fuzz_checkpoint", "--count", "18", "--no_csv")
     assert result.returncode == 0, result.stdout + result.stderr

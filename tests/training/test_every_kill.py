@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from sweeps import swept
 
 from leanlift import UserError
 from leanlift.training import LiftSFTConfig, RunArguments, last_whole_checkpoint, run
@@ -117,44 +118,73 @@ def arguments(base: Path, output: Path, **changes: Any) -> tuple[RunArguments, L
     return args, loop
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear"])
-def test_every_state_of_the_disk_leads_to_the_same_adapter(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
-) -> None:
+def recorded(
+    base: Path, output: Path, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Tree], bytes]:
+    """The states of the disk in a run, no two of them alike to a reader, and its adapter."""
     monkeypatch.setattr("leanlift.memory.report.find_spec", lambda name: None)  # no picture
-    output = tmp_path / "run"
     recorder = Recorder(output)
     with recorder.recording(monkeypatch):
         run(*arguments(base, output, lr_scheduler_type=schedule))
-    wanted = (output / WEIGHTS).read_bytes()
     assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
-
     by_content: dict[frozenset[str], Tree] = {}
     for tree in recorder.trees:  # of what looks alike, the one with the most left behind
         other = by_content.get(visible(tree), {})
         by_content[visible(tree)] = tree if len(tree) >= len(other) else other
     assert len(by_content) >= 12
-    resumed_from = set()
-    for number, tree in enumerate(by_content.values()):
-        place = tmp_path / f"{schedule}-{number}"
-        write_tree(place, tree)
-        place.mkdir(exist_ok=True)
-        found = last_whole_checkpoint(place)
-        args, loop = arguments(
-            base, place, lr_scheduler_type=schedule, resume_from_checkpoint="true"
-        )
-        if found is None:  # killed before the first checkpoint: a new run may begin here
-            loop.resume_from_checkpoint = None
-            assert checkpoint_of_run(loop, place) is None
-            continue
-        resumed_from.add(Path(found).name)
-        run(args, loop)
-        assert (place / WEIGHTS).read_bytes() == wanted, (number, found)
-        left = {path.name for path in place.iterdir() if path.is_dir() or path.name[0] == "."}
-        # a run that had ended takes no step, so it rotates nothing
-        assert left <= {f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"}, left
-        assert last_whole_checkpoint(place) == str(place / f"checkpoint-{STEPS}")
-    assert resumed_from == {f"checkpoint-{step}" for step in range(1, STEPS + 1)}
+    return list(by_content.values()), (output / WEIGHTS).read_bytes()
+
+
+def resumed_from(base: Path, place: Path, tree: Tree, schedule: str, wanted: bytes) -> str | None:
+    """The checkpoint that a run goes on from where the disk is `tree`, to the adapter `wanted`."""
+    write_tree(place, tree)
+    place.mkdir(exist_ok=True)
+    found = last_whole_checkpoint(place)
+    args, loop = arguments(base, place, lr_scheduler_type=schedule, resume_from_checkpoint="true")
+    if found is None:  # killed before the first checkpoint: a new run may begin here
+        loop.resume_from_checkpoint = None
+        assert checkpoint_of_run(loop, place) is None
+        return None
+    run(args, loop)
+    assert (place / WEIGHTS).read_bytes() == wanted, (place, found)
+    left = {path.name for path in place.iterdir() if path.is_dir() or path.name[0] == "."}
+    # a run that had ended takes no step, so it rotates nothing
+    assert left <= {f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"}, left
+    assert last_whole_checkpoint(place) == str(place / f"checkpoint-{STEPS}")
+    return Path(found).name
+
+
+EVERY_CHECKPOINT = {f"checkpoint-{step}" for step in range(1, STEPS + 1)}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_every_state_of_the_disk_leads_to_the_same_adapter(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    trees, wanted = recorded(base, tmp_path / "run", schedule, monkeypatch)
+    found = {
+        resumed_from(base, tmp_path / f"{schedule}-{number}", tree, schedule, wanted)
+        for number, tree in enumerate(trees)
+    }
+    assert found - {None} == EVERY_CHECKPOINT
+
+
+def test_a_state_after_each_checkpoint_leads_to_the_same_adapter(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each checkpoint, the state with the most left behind of those that go on from it."""
+    trees, wanted = recorded(base, tmp_path / "run", "linear", monkeypatch)
+    fullest: dict[str, Tree] = {}
+    for number, tree in enumerate(trees):
+        write_tree(tmp_path / f"looked-at-{number}", tree)
+        found = last_whole_checkpoint(tmp_path / f"looked-at-{number}")
+        if found is not None:
+            name = Path(found).name
+            fullest[name] = max(tree, fullest.get(name, {}), key=len)
+    assert set(fullest) == EVERY_CHECKPOINT
+    for name, tree in fullest.items():
+        assert resumed_from(base, tmp_path / name, tree, "linear", wanted) == name
 
 
 class FullDisk:
@@ -169,7 +199,7 @@ class FullDisk:
             raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("number", [0, 3, 8, 20, 30])
+@pytest.mark.parametrize("number", swept([0, 3, 8, 20, 30], 3, 20))
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_good(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:

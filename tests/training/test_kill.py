@@ -10,6 +10,7 @@ from processes import run_python
 PHASES = ("step", "refresh", "save", "rotation", "end")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_killed_run_ends_with_the_same_bytes() -> None:
     result = run_python(
