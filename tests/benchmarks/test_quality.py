@@ -88,6 +88,7 @@ def test_one_pass_tells_what_generation_would(domain, base: Path) -> None:
     assert score(model, Rows.of([*other, *pairs[6:]])).exact == 0.5
 
 
+@pytest.mark.thorough
 def test_the_whole_table_is_made_once_and_shown(
     tmp_path: Path, domain, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +227,7 @@ def test_a_quantized_base_holds_fewer_bytes(domain, base: Path) -> None:
     assert held_bytes(nf4) < held_bytes(dense)
 
 
+@pytest.mark.thorough
 def test_real_text_is_judged_by_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     for name in ("questions", "sums"):
@@ -252,6 +254,7 @@ def test_real_text_is_judged_by_loss(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "target loss / source loss" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.thorough
 def test_the_papers_runs_on_a_tiny_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
