@@ -44,3 +44,9 @@ def _seed() -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in 32 bits, alone in its parent directory; not to be changed."""
     return make_checkpoint(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture
+def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the command line without a plan: two plans take longer than a short run."""
+    monkeypatch.setattr("leanlift.cli.train._plan", lambda *given: None)

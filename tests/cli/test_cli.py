@@ -117,7 +117,7 @@ def test_train_report_export(
     assert AutoModelForCausalLM.from_pretrained(again).dtype == torch.bfloat16
 
 
-def test_a_run_goes_on_where_it_stopped(config: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_where_it_stopped(config: Path, tmp_path: Path, unplanned: None) -> None:
     import shutil
 
     run = tmp_path / "run"
@@ -137,7 +137,9 @@ def test_a_run_goes_on_where_it_stopped(config: Path, tmp_path: Path) -> None:
     ],
     ids=["gradient", "blocks"],
 )
-def test_other_selections_train_too(config: Path, tmp_path: Path, changes: list[str]) -> None:
+def test_other_selections_train_too(
+    config: Path, tmp_path: Path, changes: list[str], unplanned: None
+) -> None:
     assert main(["train", "--config", str(config), *changes]) == 0
     report = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert any(note.startswith("selection: ") for note in report["notes"])

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from tiny import make_checkpoint
 from transformers.integrations import integration_utils
 
@@ -296,6 +298,7 @@ print("asked nobody")
 """
 
 
+@pytest.mark.thorough
 def test_no_command_asks_anybody(tmp_path: Path) -> None:
     """With the hub within reach, so that whoever wants to send something would."""
     base = make_checkpoint(tmp_path / "base")
@@ -322,3 +325,32 @@ def test_no_command_asks_anybody(tmp_path: Path) -> None:
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.endswith("asked nobody\n"), done.stderr[-2000:]
+
+
+def test_a_run_a_merge_and_their_facts_ask_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unplanned: None
+) -> None:
+    """The same for what is done most, in this process."""
+    asked: list[str] = []
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        asked.append(repr(args)[:200])
+        raise OSError("no network here")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    rows, run = tmp_path / "rows.jsonl", str(tmp_path / "run")
+    rows.write_text('{"prompt": "1 + 1 = ", "completion": "2"}\n' * 4)
+    base = ["--model_name_or_path", str(make_checkpoint(tmp_path / "base"))]
+    data = ["--dataset_name", str(rows), "--max_steps", "1", "--use_cpu", "true"]
+    assert main(["train", *base, *data, "--output_dir", run]) == 0
+    assert main(["export", run, str(tmp_path / "merged")]) == 0
+    assert main(["info", run]) == main(["report", run]) == 0
+    assert asked == []
+    assert not constants.is_offline_mode(), "the libraries take the hub to be within reach"
+    with pytest.raises(OSError, match="no network here"):
+        socket.create_connection(("localhost", 9))
+    assert len(asked) == 1, "whoever asks is seen"

@@ -1,7 +1,8 @@
 """What people type by mistake: one sentence, exit code 2, at once.
 
-Each in a process of its own, as a shell has it: what is measured is the CPU time up to the
-sentence, imports included.
+In a process apart from the tests', which have imported everything: what is measured is the CPU time
+up to the sentence, imports included. One process for all in `make test`, where what an earlier
+mistake has imported is there for a later one; each in one of its own, as a shell has it, otherwise.
 """
 
 from __future__ import annotations
@@ -24,23 +25,29 @@ from leanlift.cli.options import flags, options
 
 SECONDS = 2.0
 CODE = """
-import json, sys, time
+import contextlib, io, json, sys, time
 from leanlift.cli import main
-try:
-    code = main(sys.argv[1:])
-except SystemExit as error:
-    code = error.code
-heavy = [name for name in ("torch", "transformers", "trl", "datasets") if name in sys.modules]
-print(json.dumps({"code": code, "cpu": time.process_time(), "heavy": heavy}))
+before = 0.0
+for command in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(command)
+    except SystemExit as error:
+        code = error.code
+    heavy = [name for name in ("torch", "transformers", "trl", "datasets") if name in sys.modules]
+    found = {"code": code, "cpu": time.process_time() - before, "heavy": heavy}
+    before = time.process_time()
+    print(json.dumps({**found, "out": out.getvalue(), "err": err.getvalue()}))
 """
 
 
-def typed(arguments: list[str], cwd: Path) -> tuple[dict[str, Any], str, str]:
-    """What a command comes to: exit code, CPU seconds and heavy imports; its output, its errors."""
-    done = run_python("-c", CODE, *arguments, cwd=cwd)
-    *said, last = done.stdout.splitlines() or [""]
-    assert last.startswith("{"), done.stderr[-2000:]
-    return json.loads(last), "\n".join(said), done.stderr
+def typed(cwd: Path, *commands: list[str]) -> list[dict[str, Any]]:
+    """What commands of one process come to: code, CPU seconds, heavy imports, out and err."""
+    done = run_python("-c", CODE, json.dumps(commands), cwd=cwd)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(commands), done.stderr[-2000:]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -115,18 +122,34 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 LATER = {"no card"}
 """What is said when everything is imported."""
+AT_ONCE = [name for name in WRONG if name not in LATER]
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_mistake_is_told_at_once(case: str, place: Path) -> None:
-    arguments, match = WRONG[case]
-    found, _, said = typed(arguments, place)
+@pytest.fixture(scope="module")
+def told(place: Path) -> dict[str, dict[str, Any]]:
+    """What all mistakes come to that import nothing heavy, one after the other."""
+    return dict(zip(AT_ONCE, typed(place, *(WRONG[name][0] for name in AT_ONCE)), strict=True))
+
+
+def check(case: str, found: dict[str, Any]) -> None:
+    said = found["err"]
     assert found["code"] == 2, said
-    assert match in said
+    assert WRONG[case][1] in said
     assert len(said.strip().splitlines()) == 1, said
     if case not in LATER:
         assert found["cpu"] < SECONDS, found
         assert set(found["heavy"]) <= {"torch"}, found
+
+
+@pytest.mark.parametrize("case", AT_ONCE)
+def test_a_mistake_is_told_at_once(case: str, told: dict[str, dict[str, Any]]) -> None:
+    check(case, told[case])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_told_at_once_by_a_process_of_its_own(case: str, place: Path) -> None:
+    check(case, typed(place, WRONG[case][0])[0])
 
 
 @pytest.mark.parametrize(
@@ -158,11 +181,11 @@ def test_what_a_terminal_shows_of_it(
     "arguments", [["train", "--help"], ["train", "--help_all"], ["plan", "-h"]]
 )
 def test_help_is_there_at_once(arguments: list[str], tmp_path: Path) -> None:
-    found, said, _ = typed(arguments, tmp_path)
+    (found,) = typed(tmp_path, arguments)
     assert found["code"] == 0
     assert found["heavy"] == []
     assert found["cpu"] < 0.3 * SECONDS  # 0.1 s here; a loaded machine takes longer to do the same
-    assert max(map(len, said.splitlines())) <= 80
+    assert max(map(len, found["out"].splitlines())) <= 80
 
 
 def test_help_has_what_a_run_takes_and_says_what_it_takes_by_itself() -> None:

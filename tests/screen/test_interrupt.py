@@ -242,6 +242,7 @@ def test_the_command_that_goes_on_is_printed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    unplanned: None,
 ) -> None:
     monkeypatch.setattr(command, "screen_of", lambda name: Impatient(2, signal.SIGINT))
     out = tmp_path / "my run"
