@@ -192,6 +192,7 @@ def test_reports_that_lie_end_in_a_sentence_or_in_plain_text(tmp_path: Path) -> 
     assert tried > 500
 
 
+@pytest.mark.thorough
 def test_a_few_hundred_random_mutations() -> None:
     result = run_python("-m", "benchmarks.fuzz_adapter", "--count", "300", "--no_csv")
     assert result.returncode == 0, result.stdout + result.stderr

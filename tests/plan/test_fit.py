@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from planned import arguments
+from sweeps import swept
 from tiny import make_checkpoint
 
 from leanlift import LiftTrainer, UserError
@@ -87,7 +88,7 @@ def test_free_changes_come_first_and_a_smaller_batch_before_what_moves(
     }
 
 
-@pytest.mark.parametrize("batch", [4, 6, 8])
+@pytest.mark.parametrize("batch", swept([4, 6, 8], 6))
 def test_a_smaller_micro_batch_leaves_the_step_as_it_is(
     checkpoints: dict[str, Path], batch: int
 ) -> None:
@@ -105,17 +106,21 @@ def test_a_smaller_micro_batch_leaves_the_step_as_it_is(
     assert len(found.taken) == 1
 
 
-def test_the_density_that_is_chosen_is_the_largest_that_fits(checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(("first", "last"), swept([(4, 4), (2, 7)], (4, 4)))
+def test_the_density_that_is_chosen_is_the_largest_that_fits(
+    checkpoints: dict[str, Path], first: int, last: int
+) -> None:
+    """Places in the list of densities, for which the card is as large as the plan needs."""
     args, sft = arguments(
         checkpoints["llama"], **LEAN, approx_rank=8, quantize_ends=True, density=0.5,
         per_device_train_batch_size=1, optim_in_backward=True, max_grad_norm=0.0,
     )  # fmt: skip
     needed = {
         density: plan_of(dataclasses.replace(args, density=density), sft, cuda=False).needed
-        for density in _densities(0.5)
+        for density in _densities(0.5)[first - 1 : last + 2]
     }
     assert list(needed.values()) == sorted(needed.values(), reverse=True)
-    for target in list(needed.values())[2:-1:5]:
+    for target in list(needed.values())[1:-1:5]:
         found = fit(args, sft, (target + 10) / 2**30, cuda=False)
         fitting = [density for density, nbytes in needed.items() if nbytes <= target]
         assert found.args.density == max(fitting)
@@ -143,7 +148,7 @@ def test_useful_changes_are_planned_one_by_one(checkpoints: dict[str, Path]) -> 
         assert taken.saved == plan.needed - changed.needed
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen2, tied"])
+@pytest.mark.parametrize("name", swept(["llama", "gemma2", "qwen2, tied"], "llama"))
 @pytest.mark.parametrize("lean", [False, True])
 def test_no_plan_says_less_than_the_least(
     checkpoints: dict[str, Path], name: str, lean: bool

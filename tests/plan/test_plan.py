@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from planned import FORMATS, MODELS, SIZES, arguments
+from sweeps import swept
 from tiny import make_tokenizer, quantization
 from transformers import (
     AutoModelForCausalLM,
@@ -43,9 +45,13 @@ def load(path: Path, kind: str) -> Any:
     )
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("ends", [False, True], ids=["", "int8-ends"])
+COMBINATIONS = list(itertools.product(MODELS, FORMATS, (False, True)))
+SIMPLE = [
+    c for c in COMBINATIONS if (c[0] == "llama" and not c[2]) or (c[1] == "nf4+double" and c[2])
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "ends"), swept(COMBINATIONS, *SIMPLE))
 def test_every_static_category_is_the_bytes_of_the_tensors(
     checkpoints: dict[str, Path], name: str, kind: str, ends: bool
 ) -> None:
@@ -88,7 +94,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+USUAL = ("plain", "batch 4", "bf16 values", "int8 ends", "tied", "gemma2")
+
+
+@pytest.mark.parametrize("case", swept(CASES, *USUAL))
 def test_the_planned_peak_is_the_measured_one_within_5_percent(
     checkpoints: dict[str, Path], tmp_path: Path, case: str
 ) -> None:
@@ -249,6 +258,7 @@ def test_a_run_reports_plan_against_measured(
     assert (tmp_path / "run" / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["nf4+double", "int8"])
 def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
     """4096 x 11008 and its kin, without a checkpoint: our layers over quantized random weights."""
