@@ -46,9 +46,8 @@ def load(path: Path, kind: str) -> Any:
 
 
 COMBINATIONS = list(itertools.product(MODELS, FORMATS, (False, True)))
-SIMPLE = [
-    c for c in COMBINATIONS if (c[0] == "llama" and not c[2]) or (c[1] == "nf4+double" and c[2])
-]
+SIMPLE = [("llama", kind, False) for kind in FORMATS]
+SIMPLE += [(name, "nf4+double", True) for name in MODELS]
 
 
 @pytest.mark.parametrize(("name", "kind", "ends"), swept(COMBINATIONS, *SIMPLE))
@@ -258,6 +257,7 @@ def test_a_run_reports_plan_against_measured(
     assert (tmp_path / "run" / "memory.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.thorough
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["nf4+double", "int8"])
 def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:

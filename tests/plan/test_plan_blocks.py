@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from sweeps import swept
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -96,8 +97,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("family", ["llama", "gemma2, two kinds"])
+@pytest.mark.parametrize("settings", swept(SETTINGS, "in backward"))
+@pytest.mark.parametrize("family", swept(["llama", "gemma2, two kinds"], "llama"))
 def test_the_extended_step_is_the_whole_one_to_the_byte(
     family: str, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +109,7 @@ def test_the_extended_step_is_the_whole_one_to_the_byte(
     assert min(whole.forward, whole.loss, whole.kept, whole.backward) > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", swept(FAMILIES, "gemma2, two kinds"))
 def test_every_family_under_checkpointing(family: str) -> None:
     config, lift = FAMILIES[family][0], LiftConfig(approx_rank=8, density=0.2)
     assert step(config, False, lift, checkpointing=True) == step(
