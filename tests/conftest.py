@@ -1,5 +1,8 @@
 """What every test gets: offline libraries, one thread, fixed seeds, and a CPU: a GPU that is there
-is left alone, so that the tests are the same everywhere. `benchmarks/gpu_proof` is for GPUs."""
+is left alone, so that the tests are the same everywhere. `benchmarks/gpu_proof` is for GPUs.
+
+Torch is imported where it is used: the process that hands the tests to others needs none.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,7 @@ import gc
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from tiny import make_checkpoint
-
-torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
@@ -35,6 +33,10 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -43,6 +45,8 @@ def _seed() -> None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in 32 bits, alone in its parent directory; not to be changed."""
+    from tiny import make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("base") / "base")
 
 
