@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sweeps import swept
 from tiny import make_checkpoint, make_tokenizer
 from trained import KINDS, logits, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -252,8 +253,8 @@ ROWS = [{"prompt": f"say {i}: ", "completion": str(i)} for i in range(6)]
 
 
 @pytest.mark.parametrize("onto", ["original", "quantized"])
-@pytest.mark.parametrize("kind", ["nf4+double", "int8", "dense"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", swept(["nf4+double", "int8", "dense"], "nf4+double"))
+@pytest.mark.parametrize("dtype", swept(["float32", "float16", "bfloat16"], "float16"))
 def test_verify_passes_what_is_right_and_nothing_else(
     tmp_path: Path, onto: str, kind: str, dtype: str
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import make_base, make_lift
 from runs import sparse_trainer
+from sweeps import swept
 from tiny import load
 from torch import Tensor
 
@@ -195,8 +196,9 @@ def test_scores_are_read_only_where_the_bound_is_reached() -> None:
         bounded_mask(old, torch.ones(10), new, empty, 4, 20, 1, never)
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.2])
-@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize(
+    ("block", "margin"), swept([(1, 0.0), (1, 0.2), (4, 0.0), (4, 0.2)], (1, 0.2))
+)
 def test_twenty_refreshes_of_a_drifting_model_keep_the_bound_and_lose_nothing(
     base: Path, block: int, margin: float
 ) -> None:

@@ -19,6 +19,7 @@ from helpers import (
     random_inputs,
     relative_error,
 )
+from sweeps import swept
 from torch import nn
 
 from leanlift import UserError
@@ -45,8 +46,14 @@ BASES = {
 }
 
 each_base = pytest.mark.parametrize("kind", BASES)
-each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+each_shape = pytest.mark.parametrize(
+    "shape",
+    swept(SHAPES, (9, 48), (3, 1100), whole=True),
+    ids=lambda shape: "x".join(map(str, shape)),
+)
+each_dtype = pytest.mark.parametrize(
+    "dtype", swept([torch.float32, torch.float16], torch.float32), ids=str
+)
 
 
 def layer_on(base: nn.Linear, active: torch.Tensor, retired: torch.Tensor) -> LiftLinear:
@@ -83,7 +90,9 @@ def test_effective_weights_are_the_references(
     assert torch.equal(ours, reference)
 
 
-@pytest.mark.parametrize(("active", "retired"), [(0, 0), (1, 0), (0.5, 0.5), (0, 1), (0.9, 0.02)])
+@pytest.mark.parametrize(
+    ("active", "retired"), swept([(0, 0), (1, 0), (0.5, 0.5), (0, 1), (0.9, 0.02)], (0, 0))
+)
 def test_empty_and_full_masks(active: float, retired: float) -> None:
     lift = layer_on(make_linear4bit(20, 600), *split(20, 600, active, retired))
     ours = lift.effective_weight(torch.float32).clone()
@@ -126,7 +135,7 @@ def test_gathered_entries_are_the_references(
     assert torch.equal(out, dense.view(-1)[flat].float())
 
 
-@pytest.mark.parametrize("kind", ["nf4+double", "int8", "fp32"])
+@pytest.mark.parametrize("kind", swept(["nf4+double", "int8", "fp32"], "nf4+double"))
 @each_dtype
 def test_a_layer_trains_as_well_as_plain_torch(kind: str, dtype: torch.dtype) -> None:
     lift = layer_on(BASES[kind](20, 300), *split(20, 300, 0.1, 0.05))

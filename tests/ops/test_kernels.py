@@ -16,9 +16,10 @@ HERE = Path(__file__).parent
 TRITON = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 
-def test_kernels_do_what_the_reference_does_in_the_interpreter() -> None:
+@pytest.mark.parametrize("which", swept(["not thorough", "thorough"], "not thorough"))
+def test_kernels_do_what_the_reference_does_in_the_interpreter(which: str) -> None:
     """In a process of its own, since the interpreter is chosen when Triton is imported."""
-    command = ("-m", "pytest", "-q", "-x", str(HERE / "interpreted_kernels.py"))
+    command = ("-m", "pytest", "-q", "-x", "-m", which, str(HERE / "interpreted_kernels.py"))
     done = run_python(*command, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:]
 

@@ -16,6 +16,7 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from routes import _shape_id
+from sweeps import swept
 from torch import Tensor
 
 from leanlift.errors import UserError
@@ -120,7 +121,7 @@ def test_a_mask_does_not_depend_on_the_size_of_the_tiles(scorer: Scorer, route: 
     [Principal(rank=16), Principal(rank=100), Principal(rank=16, block=4), Magnitude(), Random()],
     ids=["rank-16", "rank-100", "blocks", "magnitude", "random"],
 )
-@pytest.mark.parametrize("bits", [16, 25], ids=["small-tiles", "default-tiles"])
+@pytest.mark.parametrize("bits", swept([16, 25], 16), ids=["small-tiles", "default-tiles"])
 def test_a_selection_stays_within_its_rule(
     shape: tuple[int, int], scorer: Scorer, bits: int
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from runs import ROWS, settings
+from sweeps import swept
 from tiny import load, make_tokenizer
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -101,7 +102,15 @@ def simulate(
 
 @pytest.mark.parametrize(
     ("optim", "weights_band", "learned_band"),
-    [("sparse_adamw", 1e-7, 1e-6), ("adamw_torch", 1e-7, 1e-6), ("sparse_adamw_8bit", 0.02, 0.12)],
+    swept(
+        [
+            ("sparse_adamw", 1e-7, 1e-6),
+            ("adamw_torch", 1e-7, 1e-6),
+            ("sparse_adamw_8bit", 0.02, 0.12),
+        ],
+        ("sparse_adamw", 1e-7, 1e-6),
+        ("sparse_adamw_8bit", 0.02, 0.12),
+    ),
 )
 def test_sixty_steps_equal_a_dense_masked_adamw_in_float64(
     base: Path, tmp_path: Path, optim: str, weights_band: float, learned_band: float
