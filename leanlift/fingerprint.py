@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -33,8 +33,6 @@ from leanlift.quantized import (
     WeightFormat,
     dtype_name,
     dtype_of,
-    frozen_weight,
-    is_quantized,
 )
 from leanlift.samples import ENDS, Comparison, Sample, decode, positions, spread
 
@@ -185,25 +183,28 @@ _BLOCKSIZES = {
 
 def fingerprint(
     model: nn.Module,
+    weights: Mapping[str, FrozenWeight],
+    targets: Sequence[str],
     name: str,
     dtype: torch.dtype,
-    targets: list[str],
     revision: str | None = None,
 ) -> BaseFingerprint:
-    """Take the fingerprint of a stock model, before anything is attached to it."""
-    modules = dict(model.named_modules())
-    read = {target: frozen_weight(modules[target], target) for target in targets}
-    formats = {target: weight.format for target, weight in read.items()}
-    for path, module in modules.items():
-        if path not in formats and is_quantized(module):
-            formats[path] = frozen_weight(module, path).format
+    """Take the fingerprint of a stock model, before anything is attached to it.
+
+    Args:
+        model: the base.
+        weights: of the targets, then of all else that is quantized, by module.
+        targets: modules to train.
+        name, revision: where the model was loaded from.
+        dtype: in which.
+    """
     sampled = _sampled_names(model)
     parameters = dict(model.named_parameters())
     return BaseFingerprint(
         name=name,
         dtype=dtype_name(dtype),
-        shapes={target: weight.shape for target, weight in read.items()},
-        formats=formats,
+        shapes={target: weights[target].shape for target in targets},
+        formats={path: weight.format for path, weight in weights.items()},
         sampled=sampled,
         digest=digest_of(
             sampled, lambda key, rows: _sample(parameters[key], rows), dtype_name(dtype)

@@ -87,6 +87,9 @@ class FrozenWeight(RowTiles, Protocol):
     """RowTiles over a module's frozen weight, with the format it is stored in."""
 
     @property
+    def module(self) -> nn.Module: ...
+
+    @property
     def format(self) -> WeightFormat: ...
 
 

@@ -23,7 +23,6 @@ from leanlift.memory.rules import (
     Shapes,
     StepSettings,
     before_training,
-    entries_of,
     held_nbytes,
     linear_shapes,
     needs_scratch,
@@ -157,7 +156,7 @@ def plan_step(
     shapes, moving = _training(build, config, fmt, settings, loss, known)
     evaluating = _evaluating(build, config, fmt, settings, loss, known)
     held = held_nbytes(config, fmt, settings, shapes)
-    counts, value = entries_of(config, shapes), value_nbytes(config)
+    counts, value = shapes.counts, value_nbytes(config)
     item = dtype_of(settings.dtype).itemsize
     gradients = 0 if settings.in_backward else held["values"]
     static = sum(held.values())
@@ -205,7 +204,7 @@ def least_nbytes(
         build, config, fmt, settings: as `plan_step` has them.
     """
     shapes = shapes_of(build, config, fmt, settings)
-    held, counts = held_nbytes(config, fmt, settings, shapes), entries_of(config, shapes)
+    held, counts = held_nbytes(config, fmt, settings, shapes), shapes.counts
     gradients = 0 if settings.in_backward else held["values"]
     updating = update_nbytes(settings, list(counts.values()), value_nbytes(config))
     phases = before_training(config, settings, shapes, held)
@@ -230,8 +229,10 @@ def _attached(
     weights = sum(p.numel() for p in model.parameters())
     ends, loaded, other = unquantized_nbytes(model, config.quantize_ends, settings)
     scratch = FirstPiecesScratch(always=needs_scratch(fmt, settings))
-    targets = attach_fake(model, config, fmt, settings.embedding_on_cpu, scratch)
-    return Shapes(ends, loaded, other, weights, targets, linear_shapes(model)), model
+    indices = attach_fake(model, config, fmt, settings.embedding_on_cpu, scratch)
+    targets = {name: index.shape for name, index in indices.items()}
+    counts = {name: index.count for name, index in indices.items()}
+    return Shapes(ends, loaded, other, weights, targets, linear_shapes(model), counts), model
 
 
 def _training(

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
 from leanlift.layer import LiftLinear
-from leanlift.model.attach import lift_layers, lift_state
+from leanlift.model.state import lift_layers, lift_state
 from leanlift.optim import follow_entries
 from leanlift.selection import Favoring, scores_of, selection
 from leanlift.sparse import BoundedMask, bounded_mask
