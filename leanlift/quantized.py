@@ -54,6 +54,11 @@ class WeightFormat:
     def torch_dtype(self) -> torch.dtype:
         return dtype_of(self.dtype)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether rows are new tensors of their own: of the 4-bit formats they are."""
+        return self.kind in ("nf4", "fp4")
+
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a weight of this shape and its scales, without the lookup tables of 4-bit
         formats: 64 bytes per matrix, 1088 with double quantization."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -24,15 +26,20 @@ from helpers import (
     pass_by_rows,
     random_flat,
     random_inputs,
+    retire,
+    retired_flat,
     run_pass,
     saved_nbytes,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch, _KeepInput
+from leanlift.layer import FrozenLinear, LiftLinear, Workspace
+from leanlift.layer.autograd import KeepInput
+from leanlift.ops import tile_ops
+from leanlift.ops.reference import TorchOps
 from leanlift.quantized import frozen_weight, weight_tensors
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex
 
 SHAPES = [(128, 192), (65, 48), (97, 257)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,11 +91,12 @@ def test_several_tiles_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> N
     base, flat = make_dense(200, 48), random_flat(200, 48, 500)
     flat = flat[(flat < 64 * 48) | (flat >= 128 * 48)]
     index = SegmentedIndex.from_flat(flat, (200, 48))
-    lift = LiftLinear(base, frozen_weight(base), index, Scratch())
+    lift = LiftLinear(base, frozen_weight(base), index, Workspace())
     lift.values.data.normal_()
     x, grad_y = random_inputs(lift)
     whole = run_pass(lift, x, grad_y)
-    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
     tiled = assert_as_good_as_plain_torch(lift, x, grad_y)
     torch.testing.assert_close(tiled.values, whole.values)
     assert torch.equal(tiled.y, whole.y)
@@ -142,7 +150,7 @@ def test_gradients_accumulate() -> None:
 
 def test_a_frozen_linear_computes_with_the_base_alone_and_keeps_nothing() -> None:
     base = make_linear4bit(65, 48, bias=True)
-    frozen = FrozenLinear(base, frozen_weight(base), Scratch())
+    frozen = FrozenLinear(base, frozen_weight(base), Workspace())
     dense, x = frozen.weight_tiles.rows(0, 65), torch.randn(3, 48, requires_grad=True)
     torch.testing.assert_close(frozen(x), torch.nn.functional.linear(x, dense, base.bias))
     (grad_x,) = torch.autograd.grad(frozen(x).sum(), x)
@@ -157,7 +165,7 @@ def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 156 positions, got 3"):
         lift.change_mask(torch.arange(3))
     with pytest.raises(ValueError, match="expected retired positions outside the mask"):
-        lift.set_retired(lift.index.to_flat()[:1], torch.ones(1))
+        retire(lift, lift.index.to_flat()[:1], torch.ones(1))
 
 
 # --- the mask changes -----------------------------------------------------------------------
@@ -183,7 +191,7 @@ def test_a_mask_change_leaves_the_effective_weight_as_it_is(kind: str) -> None:
         assert torch.equal(lift.index.to_flat(), wanted)
         assert torch.equal(lift.effective.rows(0, 65), before)
         assert_as_good_as_plain_torch(lift, *random_inputs(lift))
-    assert lift.retired()[0].numel() > count
+    assert retired_flat(lift).numel() > count
 
 
 @each_base
@@ -213,7 +221,7 @@ def test_autograd_keeps_the_bytes_of_x_alone(kind: str) -> None:
 
 def test_the_thread_between_the_two_functions_has_no_memory() -> None:
     lift = make_lift(make_linear4bit(65, 48))
-    carrier = _KeepInput.apply(torch.randn(7, 48), lift.values, lift, lift.values_gradient)
+    carrier = KeepInput.apply(torch.randn(7, 48), lift.values, lift, lift.values_gradient)
     assert carrier.shape == (7, 65)
     assert carrier.untyped_storage().nbytes() == carrier.element_size()
 
@@ -246,7 +254,7 @@ def test_the_scratch_is_the_only_dense_tensor_left_after_a_step(always: bool) ->
         return {tensor.data_ptr() for tensor in tensors if tensor.numel() >= 160 * 192}
 
     lift = make_lift(make_linear4bit(160, 192))
-    lift.scratch.always = always
+    lift.workspace.always = always
     x, before = torch.randn(4, 192, requires_grad=True), dense()
     lift(x).sum().backward()
     if not always:
@@ -263,22 +271,24 @@ def test_the_scratch_is_the_only_dense_tensor_left_after_a_step(always: bool) ->
 def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
     density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192), density=density)
     trained = set(lift.index.to_flat().tolist())
     retired = torch.tensor([flat for flat in range(0, 320 * 192, 997) if flat not in trained])
-    lift.set_retired(retired, torch.ones(retired.numel()))
+    retire(lift, retired, torch.ones(retired.numel()))
     before = [t.clone() for t in weight_tensors(lift.base)]
     own = lift.effective_weight(dtype)
-    lift.scratch.always = True
+    lift.workspace.always = True
     assert torch.equal(own, lift.effective_weight(dtype))
     assert all(map(torch.equal, weight_tensors(lift.base), before))
 
 
 def test_no_operation_of_a_step_makes_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192))
-    lift.scratch.always = True
+    lift.workspace.always = True
     scratch = lift.scratch.take(320, 192, torch.float32, torch.device("cpu"))
     x = torch.randn(4, 192, requires_grad=True)
     with LargestTensor([scratch, *weight_tensors(lift.base)]) as operations:
@@ -296,7 +306,7 @@ def test_checkpointing_repeats_no_matmul_that_nobody_needs(
 ) -> None:
     """Non-reentrant recomputation stops once the last layer has its input back: that layer is
     rebuilt for forward and backward alone. GELU needs the output of the first one again."""
-    block, x = make_block(Scratch()), torch.randn(3, 48, requires_grad=True)
+    block, x = make_block(Workspace()), torch.randn(3, 48, requires_grad=True)
     block(x).square().sum().backward()
     expected, expected_x, x.grad = _block_gradients(block), x.grad, None
     block.zero_grad()
@@ -308,7 +318,7 @@ def test_checkpointing_repeats_no_matmul_that_nobody_needs(
 
 
 def test_two_models_do_not_disturb_each_other() -> None:
-    blocks, x = [make_block(Scratch(), seed) for seed in (1, 2)], torch.randn(3, 48)
+    blocks, x = [make_block(Workspace(), seed) for seed in (1, 2)], torch.randn(3, 48)
     alone = []
     for block in blocks:
         block(x).square().sum().backward()
@@ -322,12 +332,12 @@ def test_two_models_do_not_disturb_each_other() -> None:
 
 
 def test_a_deep_copy_is_independent_and_shares_one_scratch_of_its_own() -> None:
-    block, x = make_block(Scratch()), torch.randn(3, 48)
+    block, x = make_block(Workspace()), torch.randn(3, 48)
     block[0].change_mask(random_flat(96, 48, block[0].index.count, seed=8))
     expected = block(x)
     twin = copy.deepcopy(block)
     assert torch.equal(twin(x), expected)
-    assert twin[0].scratch is twin[2].scratch is not block[0].scratch
+    assert twin[0].workspace is twin[2].workspace is not block[0].workspace
     twin[0].values.data.add_(1)
     twin[2].base.weight.data.zero_()
     assert torch.equal(block(x), expected)
@@ -348,3 +358,52 @@ def test_a_real_sized_layer() -> None:
     lift = make_lift(make_linear4bit(4096, 11008, dtype=torch.bfloat16))
     inputs = random_inputs(lift, (4,))
     assert max(run_pass(lift, *inputs).errors(pass_by_rows(lift, *inputs)).values()) < 1e-6
+
+
+def test_operations_are_chosen_once_for_all_layers_and_again_after_a_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def counted(name: str, device: torch.device) -> Any:
+        asked.append(name)
+        return tile_ops(name, device)
+
+    monkeypatch.setattr("leanlift.layer.workspace.tile_ops", counted)
+    block, x = make_block(Workspace()), torch.randn(3, 48, requires_grad=True)
+    for _ in range(3):
+        block(x).sum().backward()
+    assert asked == ["auto"]
+    block.to("cpu")
+    block(x)
+    block[0].workspace.use("torch")
+    block(x)
+    assert asked == ["auto", "auto", "torch"]
+    twin = copy.deepcopy(block)
+    twin(x)
+    assert asked[3:] == ["torch"]
+    assert pickle.loads(pickle.dumps(block[0].workspace)).ops is None
+
+
+def test_operations_that_are_given_stay() -> None:
+    class Mine(TorchOps):
+        name = "mine"
+
+    block, x = make_block(Workspace(Mine())), torch.randn(3, 48)
+    block.to("cpu")
+    block(x)
+    assert type(block[0].workspace.ops) is Mine
+    assert type(copy.deepcopy(block)[0].workspace.ops) is Mine
+
+
+def test_offsets_of_another_count_or_in_two_stores_are_not_taken() -> None:
+    lift = make_lift(make_linear4bit(65, 48))
+    before, active = lift.learned, lift.learned.active
+    other = Offsets.from_flat(torch.arange(3), torch.ones(3), (65, 48))
+    with pytest.raises(ValueError, match="entries, got 3"):
+        lift.put(LayerOffsets(other))
+    twice = Offsets.from_flat(active.index.to_flat()[:1], torch.ones(1), (65, 48))
+    with pytest.raises(ValueError, match="outside the mask"):
+        lift.put(LayerOffsets(active, twice))
+    assert lift.learned.active.index is before.active.index
+    assert torch.equal(lift.values, before.active.values)

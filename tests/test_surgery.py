@@ -30,7 +30,7 @@ from leanlift import (
     unload_adapter,
 )
 from leanlift._bnb import EmptyLinear
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.layer import FrozenLinear, LiftLinear, Workspace
 from leanlift.memory.fake import attach_fake, fake_tensors
 from leanlift.model import embedding_to_cpu, freeze_quantized
 from leanlift.model.surgery import layers_over, outer_modules, replace_modules
@@ -147,11 +147,11 @@ def test_what_is_replaced_can_be_put_back(base: Path, kind: str) -> None:
     before = dict(model.named_modules())
     weights = {name: frozen_weight(module, name) for name, module in before.items()
                if name.endswith("_proj")}  # fmt: skip
-    replaced = replace_modules(model, layers_over(weights, {}, Scratch()))
+    replaced = replace_modules(model, layers_over(weights, {}, Workspace()))
     assert list(replaced) == list(weights)
     assert all(replaced[name] is before[name] for name in replaced)
     assert not any(name.endswith(".base") for name, _ in outer_modules(model))
-    assert not replace_modules(model, layers_over(weights, {}, Scratch()))  # they are there
+    assert not replace_modules(model, layers_over(weights, {}, Workspace()))  # they are there
     replace_modules(model, lambda name, _: replaced.get(name))
     assert {name: id(m) for name, m in model.named_modules()} == {
         name: id(m) for name, m in before.items()

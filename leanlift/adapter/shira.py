@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from leanlift.adapter.native import Facts, check_backed, check_values
-from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
+from leanlift.adapter.offsets import Adapter
 from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import ShardedWriter, TensorFile, TensorSpec, read_json, write_json
 from leanlift.config import LiftConfig
@@ -32,7 +32,7 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.places import CONFIG_NAME, FACTS_NAME, PEFT_TYPE, WEIGHTS_NAME
 from leanlift.quantized import dtype_of
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import LayerOffsets, Offsets
 
 PREFIX = "base_model.model."
 INDICES, WEIGHT = ".shira_indices", ".shira_weight"
@@ -283,14 +283,14 @@ def _read_entries(
     return rows * n + columns, weight
 
 
-def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int], what: str) -> Store:
+def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int], what: str) -> Offsets:
     """Entries in any order; positions that occur twice are added up, as PEFT does."""
     real = ((flat != 0) | (weight != 0)).nonzero()  # what stands behind the last one is padding
     kept = int(real[-1]) + 1 if len(real) else 1
     distinct, where = flat[:kept].unique(sorted=True, return_inverse=True)
     total = torch.zeros(distinct.numel()).index_add_(0, where, weight[:kept].float())
     check_values(total, torch.float32, what)  # finite numbers can have an infinite sum
-    return Store(SegmentedIndex.from_flat(distinct, shape), total)
+    return Offsets.from_flat(distinct, total, shape)
 
 
 def _split_up(
@@ -304,12 +304,10 @@ def _split_up(
             f"{FACTS_NAME} speaks of."
         )
     try:
-        index = SegmentedIndex.from_flat(flat[:active], shape)
-        rest = SegmentedIndex.from_flat(flat[active:count], shape)
+        trained = Offsets.from_flat(flat[:active], weight[:active], shape)
+        rest = Offsets.from_flat(flat[active:count], weight[active:count], shape)
     except ValueError as error:
         raise UserError(f"the positions of {what} are broken: {error}.") from None
-    offsets = LayerOffsets(
-        Store(index, weight[:active]), Store(rest, weight[active:count]) if retired else None
-    )
+    offsets = LayerOffsets(trained, rest if retired else None)
     offsets.check_disjoint(what)
     return offsets

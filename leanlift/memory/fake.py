@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanlift.config import LiftConfig
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.layer import FrozenLinear, LiftLinear, Workspace
 from leanlift.memory.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.memory.live import LiveBytes
-from leanlift.memory.pieces import FirstPiecesScratch
+from leanlift.memory.pieces import first_pieces
 from leanlift.model.ends import INT8, embedding_to_cpu
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
@@ -81,7 +81,7 @@ def attach_fake(
     config: LiftConfig,
     fmt: WeightFormat | None,
     embedding_on_cpu: bool = False,
-    scratch: Scratch | None = None,
+    workspace: Workspace | None = None,
 ) -> dict[str, EvenIndex]:
     """Replace the Linears of a fake 16/32-bit model as loading and attaching would.
 
@@ -90,7 +90,7 @@ def attach_fake(
         config: what is trained.
         fmt: how Linears other than the output head are quantized; None: they are not.
         embedding_on_cpu: whether the embedding is kept there.
-        scratch: of the layers; None: one that is always used.
+        workspace: of the layers; None: one whose scratch is always used.
 
     Returns:
         The positions of every target, spread evenly.
@@ -99,8 +99,8 @@ def attach_fake(
     config.check_patterns(targets)
     weights = planned_weights(model, fmt, targets)
     indices = {n: even_index(weights[n].shape, config.count(weights[n].shape, n)) for n in targets}
-    scratch = FirstPiecesScratch(always=True) if scratch is None else scratch
-    make_layer = layers_over(weights, indices, scratch, getattr(torch, config.values_dtype))
+    workspace = first_pieces(always=True) if workspace is None else workspace
+    make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
     operate(model, make_layer, _without_numbers if config.quantize_ends else None)
     if embedding_on_cpu:
         embedding_to_cpu(model)
@@ -228,7 +228,7 @@ def _laps(
 def _take_scratch(model: Any) -> None:
     """Let a scratch that is always used be there already, as from the step before."""
     linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
-    if linears[0].scratch.always:
+    if linears[0].workspace.always:
         widest = max((m.weight_tiles.shape for m in linears), key=math.prod)
         dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
         linears[0].scratch.take(*widest, dtype, torch.device("cpu"))

@@ -18,7 +18,7 @@ from leanlift.config import LiftConfig
 from leanlift.export import merge_nbytes
 from leanlift.memory.fake import StepBytes, attach_fake, fake_tensors, forward_peak, step_peak
 from leanlift.memory.measure import CATEGORIES
-from leanlift.memory.pieces import FirstPiecesScratch
+from leanlift.memory.pieces import first_pieces
 from leanlift.memory.rules import (
     Shapes,
     StepSettings,
@@ -228,8 +228,8 @@ def _attached(
     model = build()
     weights = sum(p.numel() for p in model.parameters())
     ends, loaded, other = unquantized_nbytes(model, config.quantize_ends, settings)
-    scratch = FirstPiecesScratch(always=needs_scratch(fmt, settings))
-    indices = attach_fake(model, config, fmt, settings.embedding_on_cpu, scratch)
+    workspace = first_pieces(always=needs_scratch(fmt, settings))
+    indices = attach_fake(model, config, fmt, settings.embedding_on_cpu, workspace)
     targets = {name: index.shape for name, index in indices.items()}
     counts = {name: index.count for name, index in indices.items()}
     return Shapes(ends, loaded, other, weights, targets, linear_shapes(model), counts), model

@@ -9,7 +9,7 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.layer import FrozenLinear
+from leanlift.layer import FrozenLinear, patched_where_made
 from leanlift.model.ends import INT8
 from leanlift.optim import TABLES_NBYTES, adamw_nbytes
 from leanlift.quantized import WeightFormat, dtype_of
@@ -195,9 +195,11 @@ def linear_shapes(model: Any) -> list[tuple[int, int]]:
 
 
 def needs_scratch(fmt: WeightFormat | None, settings: StepSettings) -> bool:
-    """Whether weights are patched in the scratch; see `FrozenLinear.effective_weight`."""
-    fresh = fmt is not None and fmt.kind in ("nf4", "fp4") and fmt.dtype == settings.dtype
-    return settings.cuda or not fresh
+    """Whether weights are patched in the scratch; the layers decide."""
+    dtype, device_type = dtype_of(settings.dtype), "cuda" if settings.cuda else "cpu"
+    if fmt is None:
+        return True
+    return not patched_where_made(fmt.fresh, fmt.torch_dtype, dtype, device_type)
 
 
 def _retired(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +12,6 @@ from torch import nn
 
 from leanlift.adapter import (
     Adapter,
-    LayerOffsets,
-    Store,
     check_values,
     open_adapter,
     write_adapter,
@@ -37,7 +34,7 @@ from leanlift.model.ends import quantize_ends
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.model.surgery import layers_over, replace_modules
 from leanlift.quantized import FrozenWeight
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import LayerOffsets, SegmentedIndex
 from leanlift.special import SpecialTokens
 
 
@@ -57,7 +54,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             "scale_adapter(model, 1.0) first, and multiply the saved one with "
             f"leanlift combine --weights {scale:g}."
         )
-    offsets = {name: _offsets(layer) for name, layer in layers.items()}
+    offsets = {name: layer.learned for name, layer in layers.items()}
     for name, learned in offsets.items():  # what could not be loaded again is not written
         for store in learned.stores:
             check_values(store.values, layers[name].values.dtype, f"{name}.values of this model")
@@ -68,13 +65,6 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     write_adapter(
         Path(directory), offsets, state.config, state.base, state.refreshes, special, grown
     )
-
-
-def _offsets(layer: LiftLinear) -> LayerOffsets:
-    retired = None
-    if layer.retired_index is not None and layer.retired_values is not None:
-        retired = Store(layer.retired_index, layer.retired_values)
-    return LayerOffsets(Store(layer.index, layer.values.detach()), retired)
 
 
 def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:
@@ -112,7 +102,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
             _attach(model, adapter, offsets, base, progress)
         _keep_samples(model, adapter.base)
         for name, layer in lift_layers(model).items():
-            _put(layer, offsets[name])
+            layer.put(offsets[name])
         state = lift_state(model)
         state.config, state.refreshes = adapter.config, adapter.refreshes
         adapter.special.put(*configs_of(model))
@@ -140,15 +130,15 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
             )
         offsets = adapter.layers()
         for name, layer in layers.items():
-            if name not in offsets or offsets[name].active.index.count != layer.index.count:
-                found = offsets[name].active.index.count if name in offsets else "no"
+            if name not in offsets or offsets[name].active.count != layer.index.count:
+                found = offsets[name].active.count if name in offsets else "no"
                 raise UserError(
                     f"{directory} has {found} entries for {name}, but the model trains "
                     f"{layer.index.count}: use the budget and targets that the adapter was made "
                     "with."
                 )
         for name, layer in layers.items():
-            _put(layer, offsets[name])
+            layer.put(offsets[name])
         state.config, state.refreshes = adapter.config, adapter.refreshes
 
 
@@ -162,7 +152,7 @@ def unload_adapter(model: nn.Module) -> nn.Module:
     """
     layers = _loaded_layers(model)
     base = live_base(model, layers)
-    replace_modules(model, layers_over(base.weights, {}, lift_state(model).scratch))
+    replace_modules(model, layers_over(base.weights, {}, lift_state(model).workspace))
     return model
 
 
@@ -243,26 +233,13 @@ def _replace(
         state.ends_quantized = True
     dtype = getattr(torch, adapter.config.values_dtype)
     indices = _indices(offsets, base)
-    replace_modules(model, layers_over(base.weights, indices, state.scratch, dtype))
+    replace_modules(model, layers_over(base.weights, indices, state.workspace, dtype))
     state.base = facts
 
 
 def _indices(offsets: dict[str, LayerOffsets], base: LiveBase) -> dict[str, SegmentedIndex]:
     """The active positions of every target, where its weight is."""
     return {
-        name: learned.active.index.map(partial(torch.Tensor.to, device=base.weights[name].device))
+        name: learned.active.index.to(base.weights[name].device)
         for name, learned in offsets.items()
     }
-
-
-@torch.no_grad()
-def _put(layer: LiftLinear, offsets: LayerOffsets) -> None:
-    device = layer.values.device
-    layer.index = offsets.active.index.map(lambda tensor: tensor.to(device))
-    layer.values.copy_(offsets.active.values)
-    layer.scale = 1.0
-    retired = offsets.retired
-    if retired is None:
-        layer.set_retired(torch.empty(0, dtype=torch.int64), torch.empty(0))
-    else:
-        layer.set_retired(retired.index.to_flat().to(device), retired.values)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
-from leanlift.layer import FrozenLinear, Scratch
+from leanlift.layer import FrozenLinear, Workspace
 from leanlift.model.base import (
     LiveBase,
     check_attachable,
@@ -136,15 +136,15 @@ def attach(
     indices = {name: choice.index for name, choice in choices.items()}
     if sample:
         facts = with_base_samples(base, indices, checkpoint)
-    scratch = Scratch()
-    make_layer = layers_over(base.weights, indices, scratch, getattr(torch, config.values_dtype))
+    workspace = Workspace()
+    make_layer = layers_over(base.weights, indices, workspace, getattr(torch, config.values_dtype))
     ends = operate(model, make_layer, int8 if config.quantize_ends else None, embedding_rows)
     own_base(model)
     holder: Any = model
     holder.leanlift = LiftState(
         config,
         replace(facts, formats={**facts.formats, **ends}),
-        scratch,
+        workspace,
         ends_quantized=config.quantize_ends,
         embedding_rows=embedding_rows,
         unconverged=[name for name, choice in choices.items() if not choice.converged],
@@ -177,7 +177,7 @@ def frozen_layers(
     replaced: dict[str, nn.Module] = {}
     try:
         model.requires_grad_(False)
-        replaced = replace_modules(model, layers_over(weights, {}, Scratch()))
+        replaced = replace_modules(model, layers_over(weights, {}, Workspace()))
         yield {n: m for n, m in outer_modules(model) if isinstance(m, FrozenLinear)}
     finally:
         replace_modules(model, lambda name, _: replaced.get(name))
@@ -198,6 +198,6 @@ def use_ops(model: nn.Module, name: str) -> None:
     Raises:
         UserError: nothing is attached, an unknown name, or "triton" where it cannot run.
     """
-    scratch = lift_state(model).scratch
+    workspace = lift_state(model).workspace
     resolve(name, next(iter(lift_layers(model).values())).values.device)
-    scratch.implementation = name
+    workspace.use(name)

@@ -9,7 +9,7 @@ from torch import nn
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.layer import FrozenLinear, LiftLinear, Scratch, Workspace
 
 
 @dataclass
@@ -19,7 +19,7 @@ class LiftState:
     Attributes:
         config: the LiftConfig.
         base: the fingerprint of the base.
-        scratch: the buffer that all layers share.
+        workspace: what all layers share.
         refreshes: mask refreshes so far.
         ends_quantized: whether the embedding and the head are held in INT8.
         embedding_rows: of an embedding with more rows than the base's; None: it has those.
@@ -30,13 +30,18 @@ class LiftState:
 
     config: LiftConfig
     base: BaseFingerprint
-    scratch: Scratch
+    workspace: Workspace
     refreshes: int = 0
     ends_quantized: bool = False
     embedding_rows: int | None = None
     unconverged: list[str] = field(default_factory=list)
     selection_seconds: float = 0.0
     claimed: bool = False
+
+    @property
+    def scratch(self) -> Scratch:
+        """The buffer that all layers share."""
+        return self.workspace.scratch
 
 
 def lift_layers(model: nn.Module) -> dict[str, LiftLinear]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from leanlift.ends import FrozenEmbedding, FrozenHead
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.layer import FrozenLinear, LiftLinear, Workspace
 from leanlift.model.embedding import grow_embedding
 from leanlift.model.ends import Hold, quantize_ends
 from leanlift.model.gated import use_gated_product
@@ -58,7 +58,7 @@ def replace_modules(model: nn.Module, make_layer: MakeLayer) -> dict[str, nn.Mod
 def layers_over(
     weights: Mapping[str, FrozenWeight],
     indices: Mapping[str, SegmentedIndex],
-    scratch: Scratch,
+    workspace: Workspace,
     values_dtype: torch.dtype = torch.float32,
 ) -> MakeLayer:
     """What puts our layers over `weights`: LiftLinears that train the positions `indices`, and
@@ -67,7 +67,7 @@ def layers_over(
     Args:
         weights: frozen weights by the names of their modules.
         indices: positions to train, on the device of the weight.
-        scratch: shared by all layers of a model.
+        workspace: shared by all layers of a model.
         values_dtype: of the offsets.
     """
 
@@ -78,12 +78,12 @@ def layers_over(
         if index is None:
             if type(module) is FrozenLinear:
                 return module
-            return FrozenLinear(weight.module, weight, scratch)
+            return FrozenLinear(weight.module, weight, workspace)
         if isinstance(module, LiftLinear):
             there = module.index.count, module.values.dtype
             if there == (index.count, values_dtype):
                 return module
-        return LiftLinear(weight.module, weight, index, scratch, values_dtype)
+        return LiftLinear(weight.module, weight, index, workspace, values_dtype)
 
     return make_layer
 
@@ -121,4 +121,4 @@ def freeze_quantized(model: nn.Module) -> None:
         for name, module in outer_modules(model)
         if is_quantized(module)
     }
-    replace_modules(model, layers_over(weights, {}, Scratch()))
+    replace_modules(model, layers_over(weights, {}, Workspace()))
