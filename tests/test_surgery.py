@@ -221,3 +221,17 @@ def test_nothing_is_changed_where_a_weight_cannot_be_read(base: Path) -> None:
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj"):
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
     assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_nothing_is_replaced_where_one_layer_cannot_be_made(base: Path) -> None:
+    model = load(base)
+    before = {name: id(module) for name, module in model.named_modules()}
+
+    def make(name: str, module: nn.Module) -> nn.Module | None:
+        if "layers.1" in name:
+            raise ValueError("no such layer")
+        return nn.Identity() if name.endswith("up_proj") else None
+
+    with pytest.raises(ValueError, match="no such layer"):
+        replace_modules(model, make)
+    assert {name: id(module) for name, module in model.named_modules()} == before

@@ -188,35 +188,9 @@ def read_shira(
         )
     names = _module_names(tensors)
     if (directory / FACTS_NAME).is_file():
-        path = directory / FACTS_NAME
-        known = read_json(path, MOST_OF_A_STRANGER)
-        if not isinstance(known, dict):
-            raise UserError(f"{path} is damaged: expected a JSON object.")
-        facts, split = Facts.from_dict(known, path), known.get("entries")
-        if not _is_split(split, set(facts.base.shapes)) or set(names) != set(facts.base.shapes):
-            raise UserError(
-                f"{path} and {WEIGHTS_NAME} beside it do not speak of the same modules."
-            )
-        if facts.grown is not None:
-            raise UserError(f"{path} is damaged: PEFT's form has no place for embedding_rows.")
+        facts, split = _own_facts(directory / FACTS_NAME, names)
     else:
-        if live_base is None:
-            raise UserError(
-                f"{directory} is a SHiRA adapter of PEFT, which does not say what exactly its base "
-                "is: load it into the base with load_adapter(model, ...), then save_adapter."
-            )
-        rank = data.get("r")
-        if type(rank) is not int or rank < 1:
-            raise UserError(f"{directory / CONFIG_NAME} has r={rank!r:.80}; expected 1 or more.")
-        config = LiftConfig(rank_budget=rank, selector="random", target_modules=tuple(names))
-        base = live_base(names)
-        lacking = [name for name in names if name not in base.shapes]
-        if lacking:
-            raise UserError(
-                f"{directory} changes {lacking[0]!r:.120}, but the loaded model has no such Linear "
-                "in its blocks: load the adapter's own base."
-            )
-        facts, split = Facts(config, base, 0), None
+        facts, split = _facts_of_peft(directory, data, names, live_base), None
 
     dtype = dtype_of(facts.config.values_dtype)
 
@@ -231,6 +205,58 @@ def read_shira(
     return Adapter(
         directory, "shira", facts.config, facts.base, facts.refreshes, facts.special, read
     )
+
+
+Split = dict[str, list[int]]
+"""How many entries of each module are active, and how many retired."""
+
+
+def _own_facts(path: Path, names: list[str]) -> tuple[Facts, Split]:
+    """What leanlift has written beside PEFT's files.
+
+    Raises:
+        UserError: it is damaged, or speaks of other modules than these.
+    """
+    known = read_json(path, MOST_OF_A_STRANGER)
+    if not isinstance(known, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object.")
+    facts, split = Facts.from_dict(known, path), known.get("entries")
+    if not _is_split(split, set(facts.base.shapes)) or set(names) != set(facts.base.shapes):
+        raise UserError(f"{path} and {WEIGHTS_NAME} beside it do not speak of the same modules.")
+    if facts.grown is not None:
+        raise UserError(f"{path} is damaged: PEFT's form has no place for embedding_rows.")
+    assert isinstance(split, dict)
+    return facts, split
+
+
+def _facts_of_peft(
+    directory: Path,
+    data: dict[str, Any],
+    names: list[str],
+    live_base: Callable[[list[str]], BaseFingerprint] | None,
+) -> Facts:
+    """What is known of an adapter that PEFT itself has trained, from a live model.
+
+    Raises:
+        UserError: there is no live model, or it has not these modules; no rank that can be.
+    """
+    if live_base is None:
+        raise UserError(
+            f"{directory} is a SHiRA adapter of PEFT, which does not say what exactly its base "
+            "is: load it into the base with load_adapter(model, ...), then save_adapter."
+        )
+    rank = data.get("r")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{directory / CONFIG_NAME} has r={rank!r:.80}; expected 1 or more.")
+    config = LiftConfig(rank_budget=rank, selector="random", target_modules=tuple(names))
+    base = live_base(names)
+    lacking = [name for name in names if name not in base.shapes]
+    if lacking:
+        raise UserError(
+            f"{directory} changes {lacking[0]!r:.120}, but the loaded model has no such Linear "
+            "in its blocks: load the adapter's own base."
+        )
+    return Facts(config, base, 0)
 
 
 def _module_names(tensors: TensorFile) -> list[str]:

@@ -164,17 +164,11 @@ def plan_step(
     train = static + max(moving.peak, updating)
     categories = {**held, "gradients": gradients}
     categories["activations and workspace"] = train - sum(categories.values())
-    largest = max(m * n for m, n in shapes.linears)
     phases = {
         **before_training(config, settings, shapes, held),
         "train": train,
-        "export": (0 if settings.cuda else static)
-        + merge_nbytes(max(largest, shapes.loaded // item)),
+        **_beside_training(config, settings, shapes, static, evaluating),
     }
-    if settings.eval_batch:
-        phases["evaluate"] = static + evaluating
-    if config.refresh_interval:
-        phases["refresh"] = static + refresh_nbytes(config, shapes)
     return MemoryPlan(
         model=name,
         categories={category: categories[category] for category in CATEGORIES},
@@ -192,6 +186,21 @@ def plan_step(
         holds_for=_holds_for(config, fmt, settings),
         context=CONTEXT if settings.cuda else 0,
     )
+
+
+def _beside_training(
+    config: LiftConfig, settings: StepSettings, shapes: Shapes, static: int, evaluating: int
+) -> dict[str, int]:
+    """Peaks of an export, and of the evaluations and refreshes of a run that has them, in which
+    `static` bytes stay."""
+    largest = max(m * n for m, n in shapes.linears)
+    unquantized = shapes.loaded // dtype_of(settings.dtype).itemsize
+    phases = {"export": (0 if settings.cuda else static) + merge_nbytes(max(largest, unquantized))}
+    if settings.eval_batch:
+        phases["evaluate"] = static + evaluating
+    if config.refresh_interval:
+        phases["refresh"] = static + refresh_nbytes(config, shapes)
+    return phases
 
 
 def least_nbytes(

@@ -40,15 +40,15 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def replace_modules(model: nn.Module, make_layer: MakeLayer) -> dict[str, nn.Module]:
-    """Put in what `make_layer` gives, in place.
+    """Put in what `make_layer` gives, in place. Where it raises, nothing has been replaced.
 
     Returns:
         The modules that were replaced, by name: `replace_modules(model, lambda name, _:
         replaced.get(name))` puts them back.
     """
+    found = [(name, module, make_layer(name, module)) for name, module in outer_modules(model)]
     replaced = {}
-    for name, module in outer_modules(model):
-        layer = make_layer(name, module)
+    for name, module, layer in found:
         if layer is not None and layer is not module:
             model.set_submodule(name, layer.train(module.training))
             replaced[name] = module
