@@ -6,6 +6,7 @@ sentence, imports included.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from snapshots import assert_screen
 from tiny import make_checkpoint
 
+from leanlift.cli import main
 from leanlift.cli.help import GROUPS, train_help
 from leanlift.cli.options import flags, options
 
@@ -129,6 +132,31 @@ def test_a_mistake_is_told_at_once(case: str, place: Path) -> None:
     if case not in LATER:
         assert found["cpu"] < SECONDS, found
         assert set(found["heavy"]) <= {"torch"}, found
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("wrong-key", ["train", "--config", "run.yaml"]),
+        ("wrong-column", [*TRAIN[:3], "--dataset_name", "columns.json"]),
+        ("help", ["train", "--help"]),
+    ],
+)
+def test_what_a_terminal_shows_of_it(
+    name: str,
+    arguments: list[str],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with contextlib.suppress(SystemExit):
+        main(arguments)
+    said = capsys.readouterr()
+    command = f"$ leanlift {' '.join(arguments)}\n"
+    assert_screen(command + said.out + said.err, name)
 
 
 @pytest.mark.parametrize(

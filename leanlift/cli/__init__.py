@@ -12,7 +12,9 @@ import argparse
 import importlib
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,13 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or its flush at the end complains
         return 0
     except KeyboardInterrupt as error:
-        print(f"leanlift: {error if str(error) else 'interrupted.'}", file=sys.stderr)
+        _say(str(error) or "interrupted.")
         return error.exit_code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
     except Exception as error:
         said = None if debug else in_a_sentence(error)
         if said is None:
             raise
-        print(f"leanlift: {said[0]}", file=sys.stderr)
+        _say(said[0])
         return said[1]
 
 
@@ -93,6 +95,21 @@ def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
         elif argument.partition("=")[0] not in names:
             kept.append(argument)
     return kept
+
+
+def _say(sentence: str) -> None:
+    """On a terminal in lines that break between words; elsewhere in one, for programs."""
+    said = f"leanlift: {sentence}"
+    if sys.stderr.isatty():
+        width = max(40, min(shutil.get_terminal_size().columns, 100))
+        said = textwrap.fill(
+            said,
+            width,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    print(said, file=sys.stderr)
 
 
 @contextmanager
