@@ -52,9 +52,9 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
-from leanlift.adapter import LayerOffsets, Store, open_adapter, plan_shira, write_shira
+from leanlift.adapter import open_adapter, plan_shira, write_shira
 from leanlift.model import lift_layers
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex
 
 MEMORY = 2 * 2**30
 SECONDS = 20
@@ -150,7 +150,7 @@ def decode(index: SegmentedIndex) -> Any:
     return segment // segments * n + column
 
 
-def check_store(store: Store) -> Any:
+def check_store(store: Offsets) -> Any:
     """Positions of a store that holds what it should."""
     flat, values = decode(store.index), store.values.detach().float().numpy()
     if (np.diff(flat) <= 0).any() or flat.size != values.size:
@@ -269,10 +269,7 @@ class Bench:
             raise
         expected = plain_reading(files, self.shapes)
         for name, layer in lift_layers(model).items():
-            retired = None
-            if layer.retired_index is not None and layer.retired_values is not None:
-                retired = Store(layer.retired_index, layer.retired_values)
-            check_layer(LayerOffsets(Store(layer.index, layer.values), retired), expected[name])
+            check_layer(layer.learned, expected[name])
         logits(model)
         if attached:
             self.attached = load_adapter(copy.deepcopy(self.stock), self.valid)

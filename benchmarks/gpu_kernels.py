@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import timed
-from leanlift.ops import EightBit, FourBit, Offsets, Scales, TileOps, decode, tile_ops
-from leanlift.sparse import SegmentedIndex, offsets_of
+from leanlift.ops import EightBit, FourBit, Scales, TileOps, tile_ops
+from leanlift.sparse import Offsets, SegmentedIndex
 
 BANDWIDTH_BAR = 0.7
 Rows = list[dict[str, Any]]
@@ -96,7 +96,7 @@ def kernels(device: torch.device, small: bool) -> Rows:
     rows: Rows = []
     for (m, n), dtype in ((s, d) for s in shapes for d in (torch.float32, torch.bfloat16)):
         index = random_index(m, n, 0.05, device)
-        stores = [offsets_of(index, torch.randn(index.count, device=device), 0, m)]
+        stores = [Offsets(index, torch.randn(index.count, device=device))]
         for name, toy in toys(m, n, device, dtype).items():
             errors = {ops.name: _error(ops, toy, stores, dtype) for ops in implementations(device)}
             rows.append(_compared(f"effective {name} {m}x{n} {str(dtype)[6:]}", errors, dtype))
@@ -116,7 +116,7 @@ def _error(ops: TileOps, toy: Toy, stores: list[Offsets], dtype: torch.dtype) ->
     step = toy.shape[0]
     ops.effective_rows(toy, stores, 0, step, out)
     truth = toy.wide(torch.float64)
-    truth.view(-1)[decode(stores[0].part)] += stores[0].values.double()
+    truth.view(-1)[stores[0].index.to_flat()] += stores[0].values.double()
     return float((out.double() - truth).norm() / truth.norm())
 
 
@@ -131,7 +131,7 @@ def _times(device: torch.device, small: bool) -> Rows:
     m, n = (64, 512) if small else (4096, 11008)
     dtype = torch.float32 if small else torch.bfloat16
     index = random_index(m, n, 0.05, device)
-    stores = [offsets_of(index, torch.randn(index.count, device=device).to(dtype), 0, m)]
+    stores = [Offsets(index, torch.randn(index.count, device=device).to(dtype))]
     out = torch.empty(m, n, dtype=dtype, device=device)
     gathered = torch.empty(index.count, dtype=dtype, device=device)
     source = torch.empty(2**20 if small else 2**29, dtype=torch.uint8, device=device)

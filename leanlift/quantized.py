@@ -54,6 +54,11 @@ class WeightFormat:
     def torch_dtype(self) -> torch.dtype:
         return dtype_of(self.dtype)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether rows are new tensors of their own: of the 4-bit formats they are."""
+        return self.kind in ("nf4", "fp4")
+
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a weight of this shape and its scales, without the lookup tables of 4-bit
         formats: 64 bytes per matrix, 1088 with double quantization."""
@@ -85,6 +90,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 class FrozenWeight(RowTiles, Protocol):
     """RowTiles over a module's frozen weight, with the format it is stored in."""
+
+    @property
+    def module(self) -> nn.Module: ...
 
     @property
     def format(self) -> WeightFormat: ...

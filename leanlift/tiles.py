@@ -108,6 +108,12 @@ class ScaledTiles(_Derived):
         )
 
 
+def makes_new_rows(tiles: RowTiles) -> bool:
+    """Whether rows are new tensors at every call, which the caller may write to after all: a
+    matrix that has them so says `fresh = True`. Asked when a layer is made."""
+    return bool(getattr(tiles, "fresh", False))
+
+
 def as_tiles(matrix: RowTiles | Tensor) -> RowTiles:
     """`matrix` itself, or a 2-D tensor wrapped as `DenseTiles`."""
     return DenseTiles(matrix) if isinstance(matrix, Tensor) else matrix

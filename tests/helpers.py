@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leanlift.layer import LiftLinear, Scratch
+from leanlift.layer import LiftLinear, Workspace
 from leanlift.quantized import frozen_weight
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex
 
 
 def examples(count: int) -> settings:
@@ -103,22 +103,34 @@ def random_flat(m: int, n: int, count: int, seed: int = 0) -> Tensor:
 
 
 def make_lift(
-    base: nn.Linear, density: float = 0.05, scratch: Scratch | None = None, seed: int = 0
+    base: nn.Linear, density: float = 0.05, workspace: Workspace | None = None, seed: int = 0
 ) -> LiftLinear:
     """A LiftLinear at random positions, with random offsets as large as the weights."""
     weight = frozen_weight(base)
     m, n = weight.shape
     index = SegmentedIndex.from_flat(random_flat(m, n, int(density * m * n), seed), (m, n))
-    lift = LiftLinear(base, weight, index, Scratch() if scratch is None else scratch)
+    lift = LiftLinear(base, weight, index, Workspace() if workspace is None else workspace)
     offsets = torch.randn(index.count, generator=torch.Generator().manual_seed(seed + 1))
     lift.values.data.copy_(offsets / n**0.5)
     return lift
 
 
-def make_block(scratch: Scratch, seed: int = 0) -> nn.Sequential:
+def retire(lift: LiftLinear, flat: Tensor, values: Tensor) -> None:
+    """Let `values` at positions `flat`, and no others, be retired."""
+    retired = Offsets.from_flat(flat, values, lift.index.shape)
+    lift.put(LayerOffsets(lift.learned.active, retired))
+
+
+def retired_flat(lift: LiftLinear) -> Tensor:
+    """The positions that are retired, sorted."""
+    retired = lift.learned.retired
+    return torch.empty(0, dtype=torch.int64) if retired is None else retired.index.to_flat()
+
+
+def make_block(workspace: Workspace, seed: int = 0) -> nn.Sequential:
     """48 -> 96 -> 48 with a GELU between."""
-    up = make_lift(make_linear4bit(96, 48), scratch=scratch, seed=seed)
-    return nn.Sequential(up, nn.GELU(), make_lift(make_linear4bit(48, 96), scratch=scratch))
+    up = make_lift(make_linear4bit(96, 48), workspace=workspace, seed=seed)
+    return nn.Sequential(up, nn.GELU(), make_lift(make_linear4bit(48, 96), workspace=workspace))
 
 
 def random_inputs(

@@ -22,6 +22,7 @@ from leanlift import LiftConfig
 from leanlift.checkpoint import read_json, write_json
 from leanlift.model import lift_layers
 from leanlift.model.attach import Choice, attach
+from leanlift.model.base import stock_base
 from leanlift.selection import select
 from leanlift.sparse import SegmentedIndex
 
@@ -62,7 +63,7 @@ def taken_out(
     def choose(name: str, weight: Any) -> Choice:
         return Choice(SegmentedIndex.from_flat(chosen[name], weight.shape), converged=True)
 
-    attach(model, config, list(chosen), choose, "Attaching", False, lambda fingerprint: None)
+    attach(model, config, stock_base(model, list(chosen)), choose, "Attaching", False)
     return model, exact_from_the_start(model, base)
 
 

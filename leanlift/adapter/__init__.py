@@ -7,7 +7,7 @@ UserError. Modules are read one at a time, so a merge never holds a whole adapte
 
 from leanlift.adapter.combine import combine_adapters
 from leanlift.adapter.native import check_adapter_place, check_values, write_adapter
-from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
+from leanlift.adapter.offsets import Adapter
 from leanlift.adapter.read import open_adapter
 from leanlift.adapter.shira import plan_shira, write_shira
 from leanlift.places import CONFIG_NAME, FACTS_NAME, RUN_NAME, WEIGHTS_NAME
@@ -18,8 +18,6 @@ __all__ = [
     "RUN_NAME",
     "WEIGHTS_NAME",
     "Adapter",
-    "LayerOffsets",
-    "Store",
     "check_adapter_place",
     "check_values",
     "combine_adapters",

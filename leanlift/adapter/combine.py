@@ -18,12 +18,12 @@ import torch
 from tqdm.auto import tqdm
 
 from leanlift.adapter.native import write_adapter
-from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
+from leanlift.adapter.offsets import Adapter
 from leanlift.adapter.read import open_adapter
 from leanlift.checkpoint import new_directory
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, check_common_samples
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import LayerOffsets, Offsets
 
 
 def combine_adapters(
@@ -111,4 +111,4 @@ def _sum_up(
     total = torch.zeros(union.numel()).index_add_(0, where, torch.cat(values))
     if not bool(torch.isfinite(total).all()):
         raise UserError(f"the weighted sum of the offsets of {name} overflows fp32.")
-    return LayerOffsets(Store(SegmentedIndex.from_flat(union, shape), total), None)
+    return LayerOffsets(Offsets.from_flat(union, total, shape))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leanlift._version import __version__
-from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
+from leanlift.adapter.offsets import Adapter
 from leanlift.checkpoint import TensorFile, write_json, write_tensors
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
@@ -24,7 +24,7 @@ from leanlift.fingerprint import BaseFingerprint
 from leanlift.grown import Grown
 from leanlift.places import CONFIG_NAME, WEIGHTS_NAME, WRITTEN_TYPE
 from leanlift.quantized import dtype_of
-from leanlift.sparse import SegmentedIndex, index_nbytes
+from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex, index_nbytes
 from leanlift.special import SpecialTokens
 
 FORMAT_VERSION = 2
@@ -145,7 +145,7 @@ def check_adapter_place(directory: str | Path) -> None:
         )
 
 
-def _tensors(prefix: str, store: Store) -> dict[str, Tensor]:
+def _tensors(prefix: str, store: Offsets) -> dict[str, Tensor]:
     parts = (store.values, store.index.columns, store.index.counts)
     return {f"{prefix}.{part}": tensor for part, tensor in zip(PARTS, parts, strict=True)}
 
@@ -202,7 +202,7 @@ def check_backed(shape: tuple[int, int], entries: int, what: str) -> None:
 
 def _read_store(
     tensors: TensorFile, name: str, shape: tuple[int, int], dtype: torch.dtype
-) -> Store:
+) -> Offsets:
     values, columns, counts = (tensors.get(f"{name}.{part}") for part in PARTS)
     if not name.endswith(RETIRED):  # retired entries are as few as they are
         check_backed(shape, values.numel(), f"{name} in {tensors.path}")
@@ -215,7 +215,7 @@ def _read_store(
         raise UserError(
             f"{name} in {tensors.path} has {values.numel()} values for {index.count} positions."
         )
-    return Store(index, values)
+    return Offsets(index, values)
 
 
 def check_values(values: Tensor, dtype: torch.dtype, what: str) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from leanlift.adapter.native import Facts, check_backed, check_values
-from leanlift.adapter.offsets import Adapter, LayerOffsets, Store
+from leanlift.adapter.offsets import Adapter
 from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import ShardedWriter, TensorFile, TensorSpec, read_json, write_json
 from leanlift.config import LiftConfig
@@ -32,7 +32,7 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.places import CONFIG_NAME, FACTS_NAME, PEFT_TYPE, WEIGHTS_NAME
 from leanlift.quantized import dtype_of
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import LayerOffsets, Offsets
 
 PREFIX = "base_model.model."
 INDICES, WEIGHT = ".shira_indices", ".shira_weight"
@@ -188,35 +188,9 @@ def read_shira(
         )
     names = _module_names(tensors)
     if (directory / FACTS_NAME).is_file():
-        path = directory / FACTS_NAME
-        known = read_json(path, MOST_OF_A_STRANGER)
-        if not isinstance(known, dict):
-            raise UserError(f"{path} is damaged: expected a JSON object.")
-        facts, split = Facts.from_dict(known, path), known.get("entries")
-        if not _is_split(split, set(facts.base.shapes)) or set(names) != set(facts.base.shapes):
-            raise UserError(
-                f"{path} and {WEIGHTS_NAME} beside it do not speak of the same modules."
-            )
-        if facts.grown is not None:
-            raise UserError(f"{path} is damaged: PEFT's form has no place for embedding_rows.")
+        facts, split = _own_facts(directory / FACTS_NAME, names)
     else:
-        if live_base is None:
-            raise UserError(
-                f"{directory} is a SHiRA adapter of PEFT, which does not say what exactly its base "
-                "is: load it into the base with load_adapter(model, ...), then save_adapter."
-            )
-        rank = data.get("r")
-        if type(rank) is not int or rank < 1:
-            raise UserError(f"{directory / CONFIG_NAME} has r={rank!r:.80}; expected 1 or more.")
-        config = LiftConfig(rank_budget=rank, selector="random", target_modules=tuple(names))
-        base = live_base(names)
-        lacking = [name for name in names if name not in base.shapes]
-        if lacking:
-            raise UserError(
-                f"{directory} changes {lacking[0]!r:.120}, but the loaded model has no such Linear "
-                "in its blocks: load the adapter's own base."
-            )
-        facts, split = Facts(config, base, 0), None
+        facts, split = _facts_of_peft(directory, data, names, live_base), None
 
     dtype = dtype_of(facts.config.values_dtype)
 
@@ -231,6 +205,58 @@ def read_shira(
     return Adapter(
         directory, "shira", facts.config, facts.base, facts.refreshes, facts.special, read
     )
+
+
+Split = dict[str, list[int]]
+"""How many entries of each module are active, and how many retired."""
+
+
+def _own_facts(path: Path, names: list[str]) -> tuple[Facts, Split]:
+    """What leanlift has written beside PEFT's files.
+
+    Raises:
+        UserError: it is damaged, or speaks of other modules than these.
+    """
+    known = read_json(path, MOST_OF_A_STRANGER)
+    if not isinstance(known, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object.")
+    facts, split = Facts.from_dict(known, path), known.get("entries")
+    if not _is_split(split, set(facts.base.shapes)) or set(names) != set(facts.base.shapes):
+        raise UserError(f"{path} and {WEIGHTS_NAME} beside it do not speak of the same modules.")
+    if facts.grown is not None:
+        raise UserError(f"{path} is damaged: PEFT's form has no place for embedding_rows.")
+    assert isinstance(split, dict)
+    return facts, split
+
+
+def _facts_of_peft(
+    directory: Path,
+    data: dict[str, Any],
+    names: list[str],
+    live_base: Callable[[list[str]], BaseFingerprint] | None,
+) -> Facts:
+    """What is known of an adapter that PEFT itself has trained, from a live model.
+
+    Raises:
+        UserError: there is no live model, or it has not these modules; no rank that can be.
+    """
+    if live_base is None:
+        raise UserError(
+            f"{directory} is a SHiRA adapter of PEFT, which does not say what exactly its base "
+            "is: load it into the base with load_adapter(model, ...), then save_adapter."
+        )
+    rank = data.get("r")
+    if type(rank) is not int or rank < 1:
+        raise UserError(f"{directory / CONFIG_NAME} has r={rank!r:.80}; expected 1 or more.")
+    config = LiftConfig(rank_budget=rank, selector="random", target_modules=tuple(names))
+    base = live_base(names)
+    lacking = [name for name in names if name not in base.shapes]
+    if lacking:
+        raise UserError(
+            f"{directory} changes {lacking[0]!r:.120}, but the loaded model has no such Linear "
+            "in its blocks: load the adapter's own base."
+        )
+    return Facts(config, base, 0)
 
 
 def _module_names(tensors: TensorFile) -> list[str]:
@@ -283,14 +309,14 @@ def _read_entries(
     return rows * n + columns, weight
 
 
-def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int], what: str) -> Store:
+def _added_up(flat: Tensor, weight: Tensor, shape: tuple[int, int], what: str) -> Offsets:
     """Entries in any order; positions that occur twice are added up, as PEFT does."""
     real = ((flat != 0) | (weight != 0)).nonzero()  # what stands behind the last one is padding
     kept = int(real[-1]) + 1 if len(real) else 1
     distinct, where = flat[:kept].unique(sorted=True, return_inverse=True)
     total = torch.zeros(distinct.numel()).index_add_(0, where, weight[:kept].float())
     check_values(total, torch.float32, what)  # finite numbers can have an infinite sum
-    return Store(SegmentedIndex.from_flat(distinct, shape), total)
+    return Offsets.from_flat(distinct, total, shape)
 
 
 def _split_up(
@@ -304,12 +330,10 @@ def _split_up(
             f"{FACTS_NAME} speaks of."
         )
     try:
-        index = SegmentedIndex.from_flat(flat[:active], shape)
-        rest = SegmentedIndex.from_flat(flat[active:count], shape)
+        trained = Offsets.from_flat(flat[:active], weight[:active], shape)
+        rest = Offsets.from_flat(flat[active:count], weight[active:count], shape)
     except ValueError as error:
         raise UserError(f"the positions of {what} are broken: {error}.") from None
-    offsets = LayerOffsets(
-        Store(index, weight[:active]), Store(rest, weight[active:count]) if retired else None
-    )
+    offsets = LayerOffsets(trained, rest if retired else None)
     offsets.check_disjoint(what)
     return offsets

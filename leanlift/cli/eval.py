@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from leanlift.adapter import RUN_NAME, open_adapter
 from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.checkpoint import read_json, replacing, write_json
 from leanlift.cli.eval_text import eval_text
 from leanlift.errors import UserError
-from leanlift.layer import FrozenLinear, Scratch
-from leanlift.model import load_adapter, scale_adapter
-from leanlift.quantized import dtype_of, frozen_weight, is_quantized
+from leanlift.model import freeze_quantized, load_adapter, scale_adapter
+from leanlift.quantized import dtype_of
 from leanlift.training import RunArguments, load_rows
 from leanlift.training.base import check_base_place, load_model
 from leanlift.training.evaluate import (
@@ -145,7 +143,7 @@ def _measured_rows(
         trained = f"{words} + offsets"
         rows.append(Row("base + adapter", trained, base, options.adapter, form, found))
     else:
-        _own_forwards(model)
+        freeze_quantized(model)
         rows.append(Row("model", words, base, None, form, measured(model, "model")))
     if options.merged:
         del model
@@ -272,15 +270,6 @@ def tokenization_of(
     if options.dataset_text_field:
         how = replace(how, text_field=options.dataset_text_field)
     return tokenizer, how
-
-
-def _own_forwards(model: nn.Module) -> None:
-    """Our forward in every quantized Linear, so that a base and the same base with an adapter
-    differ by the adapter alone."""
-    scratch = Scratch()
-    for name, module in list(model.named_modules()):
-        if is_quantized(module):
-            model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
 
 
 def _format(args: RunArguments) -> str:

@@ -80,9 +80,10 @@ def _described(directory: Path) -> dict[str, Any]:
 
 def _opened(adapter: str | Path) -> dict[str, Any]:
     """Of PEFT's form, and of what comes from the hub: as a merge reads it."""
-    from leanlift.adapter import Store, open_adapter
+    from leanlift.adapter import open_adapter
+    from leanlift.sparse import Offsets
 
-    def largest(store: Store) -> float:
+    def largest(store: Offsets) -> float:
         return float(store.values.float().abs().max()) if store.values.numel() else 0.0
 
     with open_adapter(adapter) as opened:

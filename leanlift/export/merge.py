@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from leanlift.adapter import Adapter, LayerOffsets, open_adapter
+from leanlift.adapter import Adapter, open_adapter
 from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
@@ -37,6 +37,7 @@ from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.hub import local_copy
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
 from leanlift.source import SourceTensor, Stored, StoredMatrix, open_checkpoint, plain_view
+from leanlift.sparse import LayerOffsets
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
 
 logger = logging.getLogger("leanlift")

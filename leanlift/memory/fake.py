@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanlift.config import LiftConfig
-from leanlift.ends import FrozenEmbedding, FrozenHead
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.layer import FrozenLinear, LiftLinear, Workspace
 from leanlift.memory.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.memory.live import LiveBytes
-from leanlift.memory.pieces import FirstPiecesScratch
-from leanlift.model.ends import INT8, check_ends, embed_scale
-from leanlift.model.gated import use_gated_product
+from leanlift.memory.pieces import first_pieces
+from leanlift.model.ends import INT8, embedding_to_cpu
+from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
-from leanlift.quantized import WeightDense, WeightFormat, embedding_rows, empty_weight
+from leanlift.quantized import FrozenWeight, Weight8bit, WeightFormat, empty_weight, frozen_weight
 from leanlift.sparse import SEGMENT, SegmentedIndex
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -82,57 +81,55 @@ def attach_fake(
     config: LiftConfig,
     fmt: WeightFormat | None,
     embedding_on_cpu: bool = False,
-    scratch: Scratch | None = None,
-) -> dict[str, tuple[int, int]]:
+    workspace: Workspace | None = None,
+) -> dict[str, EvenIndex]:
     """Replace the Linears of a fake 16/32-bit model as loading and attaching would.
 
     Args:
         model: built under `fake_tensors`.
         config: what is trained.
         fmt: how Linears other than the output head are quantized; None: they are not.
-        embedding_on_cpu: whether looking rows up moves them.
-        scratch: of the layers; None: one that is always used.
+        embedding_on_cpu: whether the embedding is kept there.
+        workspace: of the layers; None: one whose scratch is always used.
 
     Returns:
-        The shape of every target.
+        The positions of every target, spread evenly.
     """
     targets = find_targets(model, config.target_modules)
     config.check_patterns(targets)
-    head = model.get_output_embeddings()
-    model.requires_grad_(False)
-    scratch = FirstPiecesScratch(always=True) if scratch is None else scratch
-    values_dtype = getattr(torch, config.values_dtype)
-    shapes = {}
-    for name, module in list(model.named_modules()):
+    weights = planned_weights(model, fmt, targets)
+    indices = {n: even_index(weights[n].shape, config.count(weights[n].shape, n)) for n in targets}
+    workspace = first_pieces(always=True) if workspace is None else workspace
+    make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
+    operate(model, make_layer, _without_numbers if config.quantize_ends else None)
+    if embedding_on_cpu:
+        embedding_to_cpu(model)
+    return indices
+
+
+def planned_weights(
+    model: Any, fmt: WeightFormat | None, targets: list[str]
+) -> dict[str, FrozenWeight]:
+    """Weights without numbers, of the Linears of a fake 16/32-bit model that loading quantizes, or
+    of its targets where it does not."""
+    head, trained = model.get_output_embeddings(), set(targets)
+    weights: dict[str, FrozenWeight] = {}
+    for name, module in model.named_modules():
         if type(module) is not nn.Linear or module is head:
             continue
-        m, n = module.weight.shape
-        weight: Any = WeightDense(module) if fmt is None else empty_weight((m, n), fmt, module.bias)
-        base = weight.module
-        if name in targets:
-            shapes[name] = (m, n)
-            index = even_index((m, n), config.count((m, n), name))
-            model.set_submodule(name, LiftLinear(base, weight, index, scratch, values_dtype))
-        elif fmt is not None:
-            model.set_submodule(name, FrozenLinear(base, weight, scratch))
-    use_gated_product(model)
-    if config.quantize_ends:
-        _quantize_ends(model, embedding_on_cpu)
-    return shapes
+        if fmt is not None:
+            m, n = module.weight.shape
+            weights[name] = empty_weight((m, n), fmt, module.bias)
+        elif name in trained:
+            weights[name] = frozen_weight(module, name)
+    return weights
 
 
-def _quantize_ends(model: Any, stays: bool) -> None:
-    embedding, head = check_ends(model)
-    names = {module: name for name, module in model.named_modules()}
-    dtype = embedding.weight.dtype
-    shape = (embedding.num_embeddings, embedding.embedding_dim)
-    held = empty_weight(shape, INT8)
-    tied = head.weight is embedding.weight
-    base = held if tied else empty_weight(shape, INT8)
-    scale = embed_scale(embedding)
-    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, stays, scale)
-    model.set_submodule(names[embedding], lookup)
-    model.set_submodule(names[head], FrozenHead(base.module, base, head.bias))
+def _without_numbers(weight: Tensor) -> Weight8bit:
+    m, n = weight.shape
+    held = empty_weight((m, n), INT8)
+    assert isinstance(held, Weight8bit)
+    return held
 
 
 def step_peak(
@@ -231,7 +228,7 @@ def _laps(
 def _take_scratch(model: Any) -> None:
     """Let a scratch that is always used be there already, as from the step before."""
     linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
-    if linears[0].scratch.always:
+    if linears[0].workspace.always:
         widest = max((m.weight_tiles.shape for m in linears), key=math.prod)
         dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
         linears[0].scratch.take(*widest, dtype, torch.device("cpu"))

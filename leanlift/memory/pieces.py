@@ -16,11 +16,11 @@ from torch import Tensor
 
 from leanlift.ends import TILE_BYTES as HEAD_TILE_BYTES
 from leanlift.ends import Head
-from leanlift.layer import TILE_BYTES, Scratch
-from leanlift.ops import IndexPart, Offsets, TileOps
-from leanlift.ops.parts import Source, Take
+from leanlift.layer import TILE_BYTES, Workspace
+from leanlift.ops.parts import Take
 from leanlift.ops.reference import TorchOps
 from leanlift.ops.sampled import TOKENS
+from leanlift.sparse import Offsets, SegmentedIndex
 from leanlift.tiles import RowTiles, tile_rows
 
 PIECES = 2
@@ -38,20 +38,20 @@ class FirstPieces(TorchOps):
         self.whole = whole
 
     def effective_rows(
-        self, weight: Source, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
+        self, weight: RowTiles, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
     ) -> None:
         rows, n = out.shape
         step = tile_rows(n, 4, TILE_BYTES) if self.whole else rows
         for first in range(0, min(rows, PIECES * step), step):
             last = min(first + step, rows)
-            parts = [_rows_of(store, first, last) for store in offsets]
+            parts = [store.rows(first, last) for store in offsets]
             super().effective_rows(weight, parts, start + first, start + last, out[first:last])
 
     def sampled_product(
-        self, left: Tensor, right: Tensor, part: IndexPart, out: Tensor, take: Take
+        self, left: Tensor, right: Tensor, index: SegmentedIndex, out: Tensor, take: Take
     ) -> None:
         tokens = PIECES * TOKENS
-        super().sampled_product(left[:tokens], right[:tokens], part, out, take)
+        super().sampled_product(left[:tokens], right[:tokens], index, out, take)
 
 
 def first_tiles(head: Head, tokens: int, width: int) -> Head:
@@ -94,22 +94,6 @@ class _FirstRows:
         return self.source.rows(start, stop)
 
 
-class FirstPiecesScratch(Scratch):
-    """A scratch whose layers go over first pieces."""
-
-    def ops(self, device: torch.device) -> TileOps:
-        return FirstPieces(whole=self.always)
-
-
-def _rows_of(store: Offsets, start: int, stop: int) -> Offsets:
-    """The offsets of some of a store's rows, over which they are spread evenly."""
-    part, total, rows = store.part, store.values.numel(), store.part.counts.shape[0]
-    first, last = (total * row // rows for row in (start, stop))
-    piece = replace(
-        part,
-        columns=part.columns[first:last],
-        counts=part.counts[start:stop],
-        ends=part.ends[start:stop],
-        first=part.first + first,
-    )
-    return Offsets(piece, store.values[first:last], store.scale)
+def first_pieces(always: bool) -> Workspace:
+    """A workspace whose layers go over first pieces; `always`: in the scratch."""
+    return Workspace(FirstPieces(whole=always), always)

@@ -18,12 +18,11 @@ from leanlift.config import LiftConfig
 from leanlift.export import merge_nbytes
 from leanlift.memory.fake import StepBytes, attach_fake, fake_tensors, forward_peak, step_peak
 from leanlift.memory.measure import CATEGORIES
-from leanlift.memory.pieces import FirstPiecesScratch
+from leanlift.memory.pieces import first_pieces
 from leanlift.memory.rules import (
     Shapes,
     StepSettings,
     before_training,
-    entries_of,
     held_nbytes,
     linear_shapes,
     needs_scratch,
@@ -157,7 +156,7 @@ def plan_step(
     shapes, moving = _training(build, config, fmt, settings, loss, known)
     evaluating = _evaluating(build, config, fmt, settings, loss, known)
     held = held_nbytes(config, fmt, settings, shapes)
-    counts, value = entries_of(config, shapes), value_nbytes(config)
+    counts, value = shapes.counts, value_nbytes(config)
     item = dtype_of(settings.dtype).itemsize
     gradients = 0 if settings.in_backward else held["values"]
     static = sum(held.values())
@@ -165,17 +164,11 @@ def plan_step(
     train = static + max(moving.peak, updating)
     categories = {**held, "gradients": gradients}
     categories["activations and workspace"] = train - sum(categories.values())
-    largest = max(m * n for m, n in shapes.linears)
     phases = {
         **before_training(config, settings, shapes, held),
         "train": train,
-        "export": (0 if settings.cuda else static)
-        + merge_nbytes(max(largest, shapes.loaded // item)),
+        **_beside_training(config, settings, shapes, static, evaluating),
     }
-    if settings.eval_batch:
-        phases["evaluate"] = static + evaluating
-    if config.refresh_interval:
-        phases["refresh"] = static + refresh_nbytes(config, shapes)
     return MemoryPlan(
         model=name,
         categories={category: categories[category] for category in CATEGORIES},
@@ -195,6 +188,21 @@ def plan_step(
     )
 
 
+def _beside_training(
+    config: LiftConfig, settings: StepSettings, shapes: Shapes, static: int, evaluating: int
+) -> dict[str, int]:
+    """Peaks of an export, and of the evaluations and refreshes of a run that has them, in which
+    `static` bytes stay."""
+    largest = max(m * n for m, n in shapes.linears)
+    unquantized = shapes.loaded // dtype_of(settings.dtype).itemsize
+    phases = {"export": (0 if settings.cuda else static) + merge_nbytes(max(largest, unquantized))}
+    if settings.eval_batch:
+        phases["evaluate"] = static + evaluating
+    if config.refresh_interval:
+        phases["refresh"] = static + refresh_nbytes(config, shapes)
+    return phases
+
+
 def least_nbytes(
     build: Callable[[], Any], config: LiftConfig, fmt: WeightFormat | None, settings: StepSettings
 ) -> tuple[int, str]:
@@ -205,7 +213,7 @@ def least_nbytes(
         build, config, fmt, settings: as `plan_step` has them.
     """
     shapes = shapes_of(build, config, fmt, settings)
-    held, counts = held_nbytes(config, fmt, settings, shapes), entries_of(config, shapes)
+    held, counts = held_nbytes(config, fmt, settings, shapes), shapes.counts
     gradients = 0 if settings.in_backward else held["values"]
     updating = update_nbytes(settings, list(counts.values()), value_nbytes(config))
     phases = before_training(config, settings, shapes, held)
@@ -229,9 +237,11 @@ def _attached(
     model = build()
     weights = sum(p.numel() for p in model.parameters())
     ends, loaded, other = unquantized_nbytes(model, config.quantize_ends, settings)
-    scratch = FirstPiecesScratch(always=needs_scratch(fmt, settings))
-    targets = attach_fake(model, config, fmt, settings.embedding_on_cpu, scratch)
-    return Shapes(ends, loaded, other, weights, targets, linear_shapes(model)), model
+    workspace = first_pieces(always=needs_scratch(fmt, settings))
+    indices = attach_fake(model, config, fmt, settings.embedding_on_cpu, workspace)
+    targets = {name: index.shape for name, index in indices.items()}
+    counts = {name: index.count for name, index in indices.items()}
+    return Shapes(ends, loaded, other, weights, targets, linear_shapes(model), counts), model
 
 
 def _training(

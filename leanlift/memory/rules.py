@@ -9,7 +9,7 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.layer import FrozenLinear
+from leanlift.layer import FrozenLinear, patched_where_made
 from leanlift.model.ends import INT8
 from leanlift.optim import TABLES_NBYTES, adamw_nbytes
 from leanlift.quantized import WeightFormat, dtype_of
@@ -70,8 +70,8 @@ class StepSettings:
 @dataclass(frozen=True)
 class Shapes:
     """What a fake model shows without a step: bytes of the ends as they are held and as they are
-    loaded, of all else that is no Linear's weight, weights in all, and the shapes of the targets
-    and of all Linears."""
+    loaded, of all else that is no Linear's weight, weights in all, the shapes of the targets and of
+    all Linears, and how many entries of each target are trained."""
 
     ends: int
     loaded: int
@@ -79,11 +79,7 @@ class Shapes:
     weights: int
     targets: dict[str, tuple[int, int]]
     linears: list[tuple[int, int]]
-
-
-def entries_of(config: LiftConfig, shapes: Shapes) -> dict[str, int]:
-    """Trained entries of each target."""
-    return {target: config.count(shape, target) for target, shape in shapes.targets.items()}
+    counts: dict[str, int]
 
 
 def value_nbytes(config: LiftConfig) -> int:
@@ -95,7 +91,7 @@ def held_nbytes(
 ) -> dict[str, int]:
     """What stays from step to step, by category."""
     item, value = dtype_of(settings.dtype).itemsize, value_nbytes(config)
-    counts, targets = entries_of(config, shapes), shapes.targets
+    counts, targets = shapes.counts, shapes.targets
     largest = max(m * n for m, n in shapes.linears)
     return {
         "base weights": sum(_weight_nbytes(shape, fmt, item) for shape in shapes.linears),
@@ -115,7 +111,7 @@ def before_training(
     """Peaks of loading and of the first selection."""
     item, largest = dtype_of(settings.dtype).itemsize, max(m * n for m, n in shapes.linears)
     base = held["base weights"] + shapes.loaded + shapes.other
-    selecting = selecting_nbytes(config, shapes.targets, entries_of(config, shapes), item)
+    selecting = selecting_nbytes(config, shapes.targets, shapes.counts, item)
     return {
         "load": base + LOADED_AT_ONCE * item * largest,
         "select": base + held["index"] + held["values"] + selecting,
@@ -199,9 +195,11 @@ def linear_shapes(model: Any) -> list[tuple[int, int]]:
 
 
 def needs_scratch(fmt: WeightFormat | None, settings: StepSettings) -> bool:
-    """Whether weights are patched in the scratch; see `FrozenLinear.effective_weight`."""
-    fresh = fmt is not None and fmt.kind in ("nf4", "fp4") and fmt.dtype == settings.dtype
-    return settings.cuda or not fresh
+    """Whether weights are patched in the scratch; the layers decide."""
+    dtype, device_type = dtype_of(settings.dtype), "cuda" if settings.cuda else "cpu"
+    if fmt is None:
+        return True
+    return not patched_where_made(fmt.fresh, fmt.torch_dtype, dtype, device_type)
 
 
 def _retired(
@@ -232,6 +230,6 @@ def selecting_nbytes(
 
 def refresh_nbytes(config: LiftConfig, shapes: Shapes) -> int:
     """Peak of a refresh beyond what stays: a selection from fp32 rows, or exchanging the mask."""
-    counts = entries_of(config, shapes)
+    counts = shapes.counts
     exchange = REFRESH_PER_ENTRY * max(counts.values())
     return max(selecting_nbytes(config, shapes.targets, counts, 4), exchange)

@@ -7,18 +7,13 @@ from leanlift.model.adapters import (
     scale_adapter,
     unload_adapter,
 )
-from leanlift.model.attach import (
-    LiftState,
-    get_lift_model,
-    lift_layers,
-    lift_state,
-    use_ops,
-    weights_of,
-)
+from leanlift.model.attach import get_lift_model, use_ops
 from leanlift.model.embedding import embedding_size, grow_embedding
 from leanlift.model.ends import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
+from leanlift.model.state import LiftState, lift_layers, lift_state, weights_of
 from leanlift.model.strangers import claim
+from leanlift.model.surgery import freeze_quantized
 
 __all__ = [
     "LiftState",
@@ -26,6 +21,7 @@ __all__ = [
     "claim",
     "embedding_size",
     "embedding_to_cpu",
+    "freeze_quantized",
     "get_lift_model",
     "grow_embedding",
     "lift_layers",

@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from leanlift.adapter import (
     Adapter,
-    LayerOffsets,
-    Store,
     check_values,
     open_adapter,
     write_adapter,
 )
-from leanlift.cells import Cells, cells_of
 from leanlift.errors import UserError
-from leanlift.fingerprint import (
-    BaseFingerprint,
-    check_same_base,
-    fingerprint,
-    other_matrix,
-    with_samples,
-)
+from leanlift.fingerprint import BaseFingerprint, check_same_base
 from leanlift.grown import Grown
-from leanlift.layer import FrozenLinear, LiftLinear
-from leanlift.model.attach import (
-    Choice,
-    LiftState,
-    attach,
-    lift_layers,
-    lift_state,
+from leanlift.layer import LiftLinear
+from leanlift.model.attach import Choice, attach
+from leanlift.model.base import LiveBase, live_base
+from leanlift.model.checks import (
+    check_checkpoint,
+    check_rows,
+    check_same_rows,
+    check_special,
+    configs_of,
 )
-from leanlift.model.base import base_dtype, base_name, base_revision, checkpoint_of
-from leanlift.model.embedding import (
-    embedding_size,
-    grow_embedding,
-    head_name,
-    rows_to_grow_to,
-)
+from leanlift.model.embedding import grow_embedding, head_name
 from leanlift.model.ends import quantize_ends
-from leanlift.model.targets import inside_blocks
-from leanlift.quantized import FrozenWeight, WeightFormat, dtype_of, frozen_weight
-from leanlift.samples import Comparison
-from leanlift.source import check_homes, stored_cells
+from leanlift.model.state import lift_layers, lift_state
+from leanlift.model.surgery import layers_over, replace_modules
+from leanlift.quantized import FrozenWeight
+from leanlift.sparse import LayerOffsets, SegmentedIndex
 from leanlift.special import SpecialTokens
 
 
@@ -68,96 +54,17 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             "scale_adapter(model, 1.0) first, and multiply the saved one with "
             f"leanlift combine --weights {scale:g}."
         )
-    offsets = {name: _offsets(layer) for name, layer in layers.items()}
+    offsets = {name: layer.learned for name, layer in layers.items()}
     for name, learned in offsets.items():  # what could not be loaded again is not written
         for store in learned.stores:
             check_values(store.values, layers[name].values.dtype, f"{name}.values of this model")
-    special = SpecialTokens.of(*_configs(model))
+    special = SpecialTokens.of(*configs_of(model))
     grown = None
     if state.embedding_rows is not None:
         grown = Grown(state.embedding_rows, head_name(model))
     write_adapter(
         Path(directory), offsets, state.config, state.base, state.refreshes, special, grown
     )
-
-
-def _configs(model: nn.Module) -> tuple[Any, Any]:
-    """A model's configurations of its text part and of generation; None where it has none."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return text, getattr(model, "generation_config", None)
-
-
-def _check_checkpoint(adapter: Adapter, base: BaseFingerprint) -> None:
-    """Compare an adapter with the checkpoint that a model was loaded from, where that is at hand:
-    it tells more exactly than quantized weights can.
-
-    Raises:
-        UserError: it is of another base.
-    """
-    checkpoint, comparison = checkpoint_of(base), Comparison()
-    if checkpoint is None:
-        return
-    check_homes(base, checkpoint)
-    with stored_cells(checkpoint, dtype_of(base.dtype)) as stored:
-        other = other_matrix(adapter.base, stored, comparison)
-    if other or comparison.is_other:
-        raise UserError(
-            f"this adapter was trained on {adapter.base.name}; the loaded model ({base.name}) has "
-            f"the same shapes but other weights{f' in {other}' if other else ''}: load the "
-            "adapter's own base."
-        )
-
-
-def _check_special(adapter: Adapter, model: nn.Module) -> None:
-    """Refuse ids that the model has no embedding for: generation would pad with them."""
-    size = getattr(_configs(model)[0], "vocab_size", None)
-    if adapter.grown is not None:
-        size = adapter.grown.rows
-    if isinstance(size, int) and adapter.special.largest >= size:
-        raise UserError(
-            f"{adapter.directory} says that it was trained with a special token "
-            f"{adapter.special.largest}, but the model's vocabulary has {size}: the adapter is "
-            "damaged."
-        )
-
-
-def _check_rows(model: nn.Module, adapter: Adapter) -> None:
-    """Refuse an adapter whose embedding has another number of rows than the model has, or can get.
-
-    Rows beyond the adapter's would answer to tokens that it does not know.
-    """
-    grown, state = adapter.grown, getattr(model, "leanlift", None)
-    if grown is not None and grown.head != head_name(model):
-        raise UserError(
-            f"{adapter.directory} says that the output head is {grown.head}, but the model's is "
-            f"{head_name(model)}: the adapter is damaged."
-        )
-    if isinstance(state, LiftState) and state.embedding_rows is not None:
-        _check_same_rows(adapter, state)
-    elif grown is not None:
-        grown.check(embedding_size(model), str(adapter.directory))
-        rows_to_grow_to(model, grown.rows)
-
-
-def _check_same_rows(adapter: Adapter, state: LiftState) -> None:
-    wanted = None if adapter.grown is None else adapter.grown.rows
-    if wanted != state.embedding_rows:
-        one, two = (
-            f"{rows} rows" if rows is not None else "the base's rows"
-            for rows in (wanted, state.embedding_rows)
-        )
-        raise UserError(
-            f"{adapter.directory} was trained with {one} in the embedding, but the model has "
-            f"{two}: load the base again, and the adapter into it."
-        )
-
-
-def _offsets(layer: LiftLinear) -> LayerOffsets:
-    retired = None
-    if layer.retired_index is not None and layer.retired_values is not None:
-        retired = Store(layer.retired_index, layer.retired_values)
-    return LayerOffsets(Store(layer.index, layer.values.detach()), retired)
 
 
 def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:
@@ -176,24 +83,29 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
     Raises:
         UserError: a damaged adapter, or one of another base. The model is unchanged then.
     """
-    with open_adapter(source, lambda names: _sampled_base(model, names)) as adapter:
-        base = _live_base(model, list(adapter.base.shapes))
+
+    @functools.cache
+    def base_of(names: frozenset[str]) -> LiveBase:
+        return live_base(model, names)
+
+    with open_adapter(source, lambda names: base_of(frozenset(names)).sampled()) as adapter:
+        base = base_of(frozenset(adapter.base.shapes))
         # before anything of the claimed shapes is made
-        check_same_base(adapter.base, base, partial(_weight, model))
-        _check_checkpoint(adapter, base)
-        _check_special(adapter, model)
-        _check_rows(model, adapter)
+        check_same_base(adapter.base, base.facts, base.weights.__getitem__)
+        check_checkpoint(adapter, base.facts)
+        check_special(adapter, model)
+        check_rows(model, adapter)
         offsets = adapter.layers()
         if hasattr(model, "leanlift"):
             _replace(model, adapter, offsets, base)
         else:
-            _attach(model, adapter, offsets, progress)
+            _attach(model, adapter, offsets, base, progress)
         _keep_samples(model, adapter.base)
         for name, layer in lift_layers(model).items():
-            _put(layer, offsets[name])
+            layer.put(offsets[name])
         state = lift_state(model)
         state.config, state.refreshes = adapter.config, adapter.refreshes
-        adapter.special.put(*_configs(model))
+        adapter.special.put(*configs_of(model))
     return model
 
 
@@ -208,8 +120,9 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
     """
     state, layers = lift_state(model), lift_layers(model)
     with open_adapter(directory) as adapter:
-        check_same_base(adapter.base, state.base, partial(_weight, model))
-        _check_same_rows(adapter, state)
+        base = live_base(model, adapter.base.shapes)
+        check_same_base(adapter.base, state.base, base.weights.__getitem__)
+        check_same_rows(adapter, state)
         if adapter.config.values_dtype != state.config.values_dtype:
             raise UserError(
                 f"{directory} has {adapter.config.values_dtype} offsets, but the model trains "
@@ -217,15 +130,15 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
             )
         offsets = adapter.layers()
         for name, layer in layers.items():
-            if name not in offsets or offsets[name].active.index.count != layer.index.count:
-                found = offsets[name].active.index.count if name in offsets else "no"
+            if name not in offsets or offsets[name].active.count != layer.index.count:
+                found = offsets[name].active.count if name in offsets else "no"
                 raise UserError(
                     f"{directory} has {found} entries for {name}, but the model trains "
                     f"{layer.index.count}: use the budget and targets that the adapter was made "
                     "with."
                 )
         for name, layer in layers.items():
-            _put(layer, offsets[name])
+            layer.put(offsets[name])
         state.config, state.refreshes = adapter.config, adapter.refreshes
 
 
@@ -237,8 +150,9 @@ def unload_adapter(model: nn.Module) -> nn.Module:
     Raises:
         UserError: there is none on it.
     """
-    for name, layer in _loaded_layers(model).items():
-        model.set_submodule(name, FrozenLinear(layer.base, layer.weight_tiles, layer.scratch))
+    layers = _loaded_layers(model)
+    base = live_base(model, layers)
+    replace_modules(model, layers_over(base.weights, {}, lift_state(model).workspace))
     return model
 
 
@@ -268,60 +182,6 @@ def _loaded_layers(model: nn.Module) -> dict[str, LiftLinear]:
     return layers
 
 
-def _live_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
-    """The fingerprint of a model, stock or attached, for these targets; those it lacks are left
-    out."""
-    modules = dict(model.named_modules())
-    state = getattr(model, "leanlift", None)
-    if not isinstance(state, LiftState):
-        inside = set(inside_blocks(modules))
-        found = [name for name in targets if name in inside]
-        return fingerprint(model, base_name(model), base_dtype(model), found, base_revision(model))
-    inside = {name for name in inside_blocks(modules) if not _is_in_a_layer(name, modules)}
-    read = {name: _weight(model, name) for name in targets if name in inside}
-    return replace(
-        state.base,
-        shapes={name: weight.shape for name, weight in read.items()},
-        formats=_formats({name: weight.format for name, weight in read.items()}, state, modules),
-    )
-
-
-def _formats(
-    targets: dict[str, WeightFormat], state: LiftState, modules: dict[str, nn.Module]
-) -> dict[str, WeightFormat]:
-    """The formats of these targets and of all that is quantized, in the order in which they are
-    found on a stock model: targets, the other Linears, the two ends."""
-    quantized = {name: fmt for name, fmt in state.base.formats.items() if fmt.kind != "dense"}
-    linears = [name for name, module in modules.items() if isinstance(module, FrozenLinear)]
-    order = [*targets, *linears, *quantized]
-    return {name: targets.get(name) or quantized[name] for name in order
-            if name in targets or name in quantized}  # fmt: skip
-
-
-def _is_in_a_layer(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module is the base inside a layer of ours, which no stock model has."""
-    return isinstance(modules[name.rpartition(".")[0]], FrozenLinear)
-
-
-def _weight(model: nn.Module, name: str) -> FrozenWeight:
-    """The frozen weight of a module of a stock model, or under a layer of an attached one."""
-    module = model.get_submodule(name)
-    return frozen_weight(module.base if isinstance(module, FrozenLinear) else module, name)  # type: ignore[arg-type]
-
-
-def _sampled_base(model: nn.Module, targets: list[str]) -> BaseFingerprint:
-    """The fingerprint of a model with samples of these targets, for an adapter that says nothing
-    of its base."""
-    base = _live_base(model, targets)
-    none = partial(torch.empty, 0, dtype=torch.int64)
-    dtype = dtype_of(base.dtype)
-
-    def read(name: str, flat: torch.Tensor) -> Cells:
-        return cells_of(_weight(model, name), flat, dtype)
-
-    return with_samples(base, dict.fromkeys(base.shapes, none), read)
-
-
 def _keep_samples(model: nn.Module, recorded: BaseFingerprint) -> None:
     """Let the model's fingerprint have an adapter's samples of its matrices, which it agrees
     with."""
@@ -332,31 +192,34 @@ def _keep_samples(model: nn.Module, recorded: BaseFingerprint) -> None:
 
 
 def _attach(
-    model: nn.Module, adapter: Adapter, offsets: dict[str, LayerOffsets], progress: bool
+    model: nn.Module,
+    adapter: Adapter,
+    offsets: dict[str, LayerOffsets],
+    base: LiveBase,
+    progress: bool,
 ) -> None:
-    def choose(name: str, weight: FrozenWeight) -> Choice:
-        index = offsets[name].active.index.map(lambda tensor: tensor.to(weight.device))
-        return Choice(index, converged=True)
+    indices = _indices(offsets, base)
 
-    order = [name for name, _ in model.named_modules() if name in adapter.base.shapes]
+    def choose(name: str, weight: FrozenWeight) -> Choice:
+        return Choice(indices[name], converged=True)
+
     attach(
         model,
         adapter.config,
-        order,
+        base,
         choose,
         "Attaching",
         progress,
-        lambda base: None,
         sample=False,
         embedding_rows=None if adapter.grown is None else adapter.grown.rows,
     )
 
 
 def _replace(
-    model: nn.Module, adapter: Adapter, offsets: dict[str, LayerOffsets], base: BaseFingerprint
+    model: nn.Module, adapter: Adapter, offsets: dict[str, LayerOffsets], base: LiveBase
 ) -> None:
     """Bring an attached model's layers to the modules and counts of `adapter`."""
-    state, modules = lift_state(model), dict(model.named_modules())
+    state, facts = lift_state(model), base.facts
     if state.ends_quantized and not adapter.config.quantize_ends:
         raise UserError(
             f"{adapter.directory} was trained over an embedding and head in 16 bits, but the model "
@@ -366,40 +229,17 @@ def _replace(
         grow_embedding(model, adapter.grown.rows)
         state.embedding_rows = adapter.grown.rows
     if adapter.config.quantize_ends and not state.ends_quantized:
-        base = replace(base, formats={**base.formats, **quantize_ends(model)})
+        facts = replace(facts, formats={**facts.formats, **quantize_ends(model)})
         state.ends_quantized = True
     dtype = getattr(torch, adapter.config.values_dtype)
-    for name in lift_layers(model):
-        if name not in offsets:
-            weight = _weight(model, name)
-            model.set_submodule(
-                name, FrozenLinear(_base_module(modules[name]), weight, state.scratch)
-            )
-    for name, learned in offsets.items():
-        module, count = modules[name], learned.active.index.count
-        fits = isinstance(module, LiftLinear) and module.index.count == count
-        if fits and module.values.dtype == dtype:  # type: ignore[union-attr]
-            continue
-        weight = _weight(model, name)
-        index = learned.active.index.map(partial(torch.Tensor.to, device=weight.device))
-        layer = LiftLinear(_base_module(module), weight, index, state.scratch, dtype)
-        layer.train(module.training)
-        model.set_submodule(name, layer)
-    state.base = base
+    indices = _indices(offsets, base)
+    replace_modules(model, layers_over(base.weights, indices, state.workspace, dtype))
+    state.base = facts
 
 
-def _base_module(module: nn.Module) -> nn.Module:
-    return module.base if isinstance(module, FrozenLinear) else module
-
-
-@torch.no_grad()
-def _put(layer: LiftLinear, offsets: LayerOffsets) -> None:
-    device = layer.values.device
-    layer.index = offsets.active.index.map(lambda tensor: tensor.to(device))
-    layer.values.copy_(offsets.active.values)
-    layer.scale = 1.0
-    retired = offsets.retired
-    if retired is None:
-        layer.set_retired(torch.empty(0, dtype=torch.int64), torch.empty(0))
-    else:
-        layer.set_retired(retired.index.to_flat().to(device), retired.values)
+def _indices(offsets: dict[str, LayerOffsets], base: LiveBase) -> dict[str, SegmentedIndex]:
+    """The active positions of every target, where its weight is."""
+    return {
+        name: learned.active.index.to(base.weights[name].device)
+        for name, learned in offsets.items()
+    }

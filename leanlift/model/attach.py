@@ -7,8 +7,9 @@ the base over: whatever said "I am a quantized model, do not train me" no longer
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,57 +18,27 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
-from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, fingerprint
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.layer import FrozenLinear, Workspace
 from leanlift.model.base import (
-    base_dtype,
-    base_name,
-    base_revision,
+    LiveBase,
     check_attachable,
-    check_finite,
     checkpoint_of,
     own_base,
+    stock_base,
     with_base_samples,
 )
-from leanlift.model.embedding import grow_embedding, rows_to_grow_to, with_more_rows
-from leanlift.model.ends import check_ends, quantize_ends
-from leanlift.model.gated import use_gated_product
+from leanlift.model.embedding import rows_to_grow_to, with_more_rows
+from leanlift.model.ends import check_ends, int8
 from leanlift.model.gradient import gradient_masks
+from leanlift.model.state import LiftState, lift_layers, lift_state, print_trainable_parameters
 from leanlift.model.strangers import guard
+from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets
 from leanlift.ops import resolve
-from leanlift.quantized import FrozenWeight, frozen_weight, is_quantized
+from leanlift.quantized import FrozenWeight
 from leanlift.selection import selection
 from leanlift.source import check_homes
 from leanlift.sparse import SegmentedIndex
-
-
-@dataclass
-class LiftState:
-    """What leanlift knows about an attached model; `model.leanlift`.
-
-    Attributes:
-        config: the LiftConfig.
-        base: the fingerprint of the base.
-        scratch: the buffer that all layers share.
-        refreshes: mask refreshes so far.
-        ends_quantized: whether the embedding and the head are held in INT8.
-        embedding_rows: of an embedding with more rows than the base's; None: it has those.
-        unconverged: targets whose selection had not converged when it was last made.
-        selection_seconds: how long the first selection took.
-        claimed: whether whoever trains the model knows what its config asks for.
-    """
-
-    config: LiftConfig
-    base: BaseFingerprint
-    scratch: Scratch
-    refreshes: int = 0
-    ends_quantized: bool = False
-    embedding_rows: int | None = None
-    unconverged: list[str] = field(default_factory=list)
-    selection_seconds: float = 0.0
-    claimed: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,9 +80,14 @@ def get_lift_model(
     config = config or LiftConfig()
     started = time.perf_counter()
     check_attachable(model)
+    targets = find_targets(model, config.target_modules)
+    config.check_patterns(targets)
+    base = stock_base(model, targets)
+    counts = {name: config.count(shape, name) for name, shape in base.facts.shapes.items()}
     if config.selector == "gradient":
-        with with_more_rows(model, embedding_rows):
-            masks = _masks_by_gradient(model, config, calibration or (), progress)
+        with with_more_rows(model, embedding_rows), frozen_layers(model, base.weights) as layers:
+            scored = {name: layers[name] for name in targets}
+            masks = gradient_masks(model, scored, counts, calibration or (), progress=progress)
 
         def choose(name: str, weight: FrozenWeight) -> Choice:
             return Choice(SegmentedIndex.from_flat(masks[name], weight.shape), converged=True)
@@ -120,26 +96,10 @@ def get_lift_model(
         scorer = config.scorer()
 
         def choose(name: str, weight: FrozenWeight) -> Choice:
-            count = config.count(weight.shape, name)
-            chosen = selection(weight, scorer, count, name, config.selection_tile_bytes)
+            chosen = selection(weight, scorer, counts[name], name, config.selection_tile_bytes)
             return Choice(SegmentedIndex.from_flat(chosen.flat, weight.shape), chosen.converged)
 
-    def budget_is_possible(base: BaseFingerprint) -> None:
-        for target, shape in base.shapes.items():
-            config.count(shape, target)
-
-    targets = find_targets(model, config.target_modules)
-    config.check_patterns(targets)
-    attach(
-        model,
-        config,
-        targets,
-        choose,
-        "Selecting",
-        progress,
-        budget_is_possible,
-        embedding_rows=embedding_rows,
-    )
+    attach(model, config, base, choose, "Selecting", progress, embedding_rows=embedding_rows)
     lift_state(model).selection_seconds = time.perf_counter() - started
     return model
 
@@ -147,119 +107,82 @@ def get_lift_model(
 def attach(
     model: nn.Module,
     config: LiftConfig,
-    targets: list[str],
+    base: LiveBase,
     choose: Callable[[str, FrozenWeight], Choice],
     what: str,
     progress: bool,
-    accept: Callable[[BaseFingerprint], None],
     sample: bool = True,
     embedding_rows: int | None = None,
 ) -> None:
     """Replace the targets of a stock model by LiftLinears at the positions that `choose` gives.
 
-    `accept` may refuse the base by raising, before anything is changed. `sample` says whether the
-    fingerprint gets samples of the targets. The embedding grows to `embedding_rows` where it has
-    fewer, after the fingerprint of the base has been taken.
+    Args:
+        model: whose base `base` is.
+        config: what is trained.
+        base: the weights and the fingerprint, which names the targets.
+        choose: gives the positions of a target, from its name and weight.
+        what: is being done, for the bar.
+        progress: whether to show one.
+        sample: whether the fingerprint gets samples of the targets.
+        embedding_rows: rows that the embedding grows to where it has fewer.
     """
-    check_finite(model)
-    modules = dict(model.named_modules())
-    base = fingerprint(model, base_name(model), base_dtype(model), targets, base_revision(model))
-    accept(base)
-    checkpoint = checkpoint_of(base)
+    facts, checkpoint = base.facts, checkpoint_of(base.facts)
     if checkpoint is not None:
-        check_homes(base, checkpoint)
+        check_homes(facts, checkpoint)
     if config.quantize_ends:
         check_ends(model)
     embedding_rows = rows_to_grow_to(model, embedding_rows)
-    choices: dict[str, Choice] = {}
-    with tqdm(targets, desc=what, unit="matrix", disable=not progress) as bar:
-        for target in bar:
-            started = time.perf_counter()
-            choices[target] = choose(target, frozen_weight(modules[target], target))
-            note = "" if choices[target].converged else ", not converged"
-            bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{note}")
-
+    choices = _choices(base, choose, what, progress)
+    indices = {name: choice.index for name, choice in choices.items()}
     if sample:
-        indices = {name: choice.index for name, choice in choices.items()}
-        base = with_base_samples(base, indices, modules, checkpoint)
-    model.requires_grad_(False)
-    scratch, values_dtype = Scratch(), getattr(torch, config.values_dtype)
-    for name, module in modules.items():
-        if name in choices:
-            weight, index = frozen_weight(module, name), choices[name].index
-            model.set_submodule(name, LiftLinear(module, weight, index, scratch, values_dtype))
-        elif name in base.formats:  # quantized, but not trained
-            model.set_submodule(name, FrozenLinear(module, frozen_weight(module, name), scratch))
-    use_gated_product(model)
-    if embedding_rows is not None:
-        grow_embedding(model, embedding_rows)
-    if config.quantize_ends:
-        base = replace(base, formats={**base.formats, **quantize_ends(model)})
+        facts = with_base_samples(base, indices, checkpoint)
+    workspace = Workspace()
+    make_layer = layers_over(base.weights, indices, workspace, getattr(torch, config.values_dtype))
+    ends = operate(model, make_layer, int8 if config.quantize_ends else None, embedding_rows)
     own_base(model)
     holder: Any = model
-    unconverged = [name for name, choice in choices.items() if not choice.converged]
     holder.leanlift = LiftState(
         config,
-        base,
-        scratch,
+        replace(facts, formats={**facts.formats, **ends}),
+        workspace,
         ends_quantized=config.quantize_ends,
         embedding_rows=embedding_rows,
-        unconverged=unconverged,
+        unconverged=[name for name, choice in choices.items() if not choice.converged],
     )
     holder.print_trainable_parameters = partial(print_trainable_parameters, model)
     guard(model)
 
 
-def _masks_by_gradient(
-    model: nn.Module,
-    config: LiftConfig,
-    calibration: Iterable[Mapping[str, Tensor]],
-    progress: bool,
-) -> dict[str, Tensor]:
-    """Run the calibration set through the frozen model, with our forward in every target and
-    every quantized Linear; the model is as before afterwards."""
-    targets = find_targets(model, config.target_modules)
-    modules = dict(model.named_modules())
-    weights = {name: frozen_weight(modules[name], name) for name in targets}
-    counts = {name: config.count(weight.shape, name) for name, weight in weights.items()}
+def _choices(
+    base: LiveBase, choose: Callable[[str, FrozenWeight], Choice], what: str, progress: bool
+) -> dict[str, Choice]:
+    """The positions of every target; what each took is said in the bar."""
+    choices: dict[str, Choice] = {}
+    with tqdm(base.facts.shapes, desc=what, unit="matrix", disable=not progress) as bar:
+        for target in bar:
+            started = time.perf_counter()
+            choices[target] = choose(target, base.weights[target])
+            note = "" if choices[target].converged else ", not converged"
+            bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{note}")
+    return choices
+
+
+@contextmanager
+def frozen_layers(
+    model: nn.Module, weights: Mapping[str, FrozenWeight]
+) -> Iterator[dict[str, FrozenLinear]]:
+    """A stock model with our forward over `weights`, and nothing that trains, for a while; gives
+    the layers by name."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    scratch = Scratch()
-    frozen = {
-        name: FrozenLinear(module, frozen_weight(module, name), scratch)
-        for name, module in modules.items()
-        if name in weights or is_quantized(module)
-    }
+    replaced: dict[str, nn.Module] = {}
     try:
         model.requires_grad_(False)
-        for name, layer in frozen.items():
-            model.set_submodule(name, layer)
-        layers = {name: frozen[name] for name in targets}
-        return gradient_masks(model, layers, counts, calibration, progress=progress)
+        replaced = replace_modules(model, layers_over(weights, {}, Workspace()))
+        yield {n: m for n, m in outer_modules(model) if isinstance(m, FrozenLinear)}
     finally:
-        for name in frozen:
-            model.set_submodule(name, modules[name])
+        replace_modules(model, lambda name, _: replaced.get(name))
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def lift_layers(model: nn.Module) -> dict[str, LiftLinear]:
-    """The patched layers of a model by name, in model order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LiftLinear)}
-
-
-def lift_state(model: nn.Module) -> LiftState:
-    """What leanlift knows about an attached model.
-
-    Raises:
-        UserError: nothing is attached.
-    """
-    state = getattr(model, "leanlift", None)
-    if not isinstance(state, LiftState):
-        raise UserError(
-            f"this {type(model).__name__} has no leanlift layers: call "
-            "get_lift_model(model, LiftConfig(...)) first."
-        )
-    return state
 
 
 def use_ops(model: nn.Module, name: str) -> None:
@@ -275,26 +198,6 @@ def use_ops(model: nn.Module, name: str) -> None:
     Raises:
         UserError: nothing is attached, an unknown name, or "triton" where it cannot run.
     """
-    scratch = lift_state(model).scratch
+    workspace = lift_state(model).workspace
     resolve(name, next(iter(lift_layers(model).values())).values.device)
-    scratch.implementation = name
-
-
-def weights_of(model: nn.Module) -> tuple[int, int]:
-    """Trained entries of an attached model, and its weights in all."""
-    layers = lift_layers(model)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)]
-    apart = {id(layer.base.weight) for layer in frozen} | {id(m.values) for m in layers.values()}
-    total = sum(p.numel() for p in model.parameters() if id(p) not in apart)
-    total += sum(layer.in_features * layer.out_features for layer in frozen)
-    return trainable, total
-
-
-def print_trainable_parameters(model: nn.Module) -> None:
-    """Print trained entries, weights in all, and their share."""
-    trainable, total = weights_of(model)
-    print(
-        f"trainable params: {trainable:,} || all params: {total:,} || "
-        f"trainable%: {100 * trainable / total:.4f}"
-    )
+    workspace.use(name)

@@ -3,20 +3,113 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from leanlift.cells import Cells, cells_of
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, other_matrix, with_samples
+from leanlift.fingerprint import BaseFingerprint, fingerprint, other_matrix, with_samples
 from leanlift.hub import snapshot_of
-from leanlift.quantized import dtype_of, frozen_weight, is_quantized, weight_tensors
+from leanlift.layer import FrozenLinear
+from leanlift.model.state import LiftState
+from leanlift.model.surgery import outer_modules
+from leanlift.model.targets import inside_blocks
+from leanlift.quantized import (
+    FrozenWeight,
+    WeightFormat,
+    dtype_of,
+    frozen_weight,
+    is_quantized,
+    weight_tensors,
+)
 from leanlift.samples import Comparison
 from leanlift.source import stored_cells
 from leanlift.sparse import SegmentedIndex
+
+
+@dataclass(frozen=True)
+class LiveBase:
+    """What is under the layers of a model, read once for an attach or a load.
+
+    Attributes:
+        weights: by module, of the targets, then of all else that is quantized or has a layer of
+            ours.
+        facts: the fingerprint; its `shapes` name the targets, in model order.
+    """
+
+    weights: dict[str, FrozenWeight]
+    facts: BaseFingerprint
+
+    def cells(self, name: str, flat: Tensor) -> Cells:
+        """Cells of a target at flat positions, as `with_samples` reads them."""
+        return cells_of(self.weights[name], flat, dtype_of(self.facts.dtype))
+
+    def sampled(self) -> BaseFingerprint:
+        """The fingerprint with samples of the targets, for an adapter that says nothing of its
+        base."""
+        none = partial(torch.empty, 0, dtype=torch.int64)
+        return with_samples(self.facts, dict.fromkeys(self.facts.shapes, none), self.cells)
+
+
+def live_base(model: nn.Module, wanted: Collection[str]) -> LiveBase:
+    """The base of a model, stock or attached, with those of the wanted targets that it has in its
+    blocks.
+
+    Raises:
+        UserError: one that cannot be read, or, of a stock model, weights that are not numbers.
+    """
+    modules = dict(outer_modules(model))
+    targets = [name for name in inside_blocks(dict(model.named_modules()))
+               if name in wanted and name in modules]  # fmt: skip
+    state = getattr(model, "leanlift", None)
+    if not isinstance(state, LiftState):
+        return stock_base(model, targets)
+    layers = [name for name, module in modules.items() if isinstance(module, FrozenLinear)]
+    weights = {name: _weight(modules[name], name) for name in dict.fromkeys((*targets, *layers))}
+    facts = replace(
+        state.base,
+        shapes={name: weights[name].shape for name in targets},
+        formats=_formats({name: weights[name].format for name in targets}, layers, state),
+    )
+    return LiveBase(weights, facts)
+
+
+def stock_base(model: nn.Module, targets: list[str]) -> LiveBase:
+    """The base of a stock model.
+
+    Raises:
+        UserError: a weight that cannot be read, or weights that are not numbers.
+    """
+    modules, trained = dict(model.named_modules()), set(targets)
+    others = [n for n, module in modules.items() if n not in trained and is_quantized(module)]
+    weights = {name: frozen_weight(modules[name], name) for name in (*targets, *others)}
+    check_finite(model)
+    name, dtype, revision = base_name(model), base_dtype(model), base_revision(model)
+    return LiveBase(weights, fingerprint(model, weights, targets, name, dtype, revision))
+
+
+def _formats(
+    targets: Mapping[str, WeightFormat], layers: list[str], state: LiftState
+) -> dict[str, WeightFormat]:
+    """The formats of these targets and of all that is quantized, in the order in which they are
+    found on a stock model: targets, the other Linears, the two ends."""
+    quantized = {name: fmt for name, fmt in state.base.formats.items() if fmt.kind != "dense"}
+    order = dict.fromkeys((*targets, *layers, *quantized))
+    return {name: targets.get(name) or quantized[name] for name in order
+            if name in targets or name in quantized}  # fmt: skip
+
+
+def _weight(module: nn.Module, name: str) -> FrozenWeight:
+    """The frozen weight of a Linear, or under a layer of ours."""
+    if isinstance(module, FrozenLinear):
+        return cast(FrozenWeight, module.weight_tiles)
+    return frozen_weight(module, name)
 
 
 def check_attachable(model: nn.Module) -> None:
@@ -53,7 +146,7 @@ PIECE = 2**21
 @torch.no_grad()
 def check_finite(model: nn.Module) -> None:
     """Refuse weights that are not numbers, in whatever part of a model: norms, embedding, head and
-    biases as well as matrices; of a quantized one its scales say so.
+    biases as well as matrices; of a quantized one, which can be read, its scales say so.
 
     Raises:
         UserError: NaN or infinite ones; names the tensor.
@@ -61,7 +154,6 @@ def check_finite(model: nn.Module) -> None:
     for name, module in model.named_modules():
         held = list(module.named_parameters(recurse=False))
         if is_quantized(module):
-            frozen_weight(module, name)  # refuses one that cannot be read
             held = [(key, tensor) for key, tensor in held if key != "weight"]
             held += [("weight", tensor) for tensor in weight_tensors(module)]
         for key, tensor in held:
@@ -114,10 +206,7 @@ def checkpoint_of(base: BaseFingerprint) -> Path | None:
 
 
 def with_base_samples(
-    base: BaseFingerprint,
-    indices: dict[str, SegmentedIndex],
-    modules: dict[str, nn.Module],
-    checkpoint: Path | None,
+    base: LiveBase, indices: Mapping[str, SegmentedIndex], checkpoint: Path | None
 ) -> BaseFingerprint:
     """The fingerprint with samples of its targets, which train `indices`: of the checkpoint, which
     has them exactly, where it is at hand, else of what is in memory.
@@ -125,18 +214,13 @@ def with_base_samples(
     Raises:
         UserError: the checkpoint has other weights than the model.
     """
-    dtype = dtype_of(base.dtype)
     masks = {name: index.to_flat for name, index in indices.items()}  # 8 bytes an entry: one by one
-
-    def live(name: str, flat: Tensor) -> Cells:
-        return cells_of(frozen_weight(modules[name], name), flat, dtype)
-
     if checkpoint is None:
-        return with_samples(base, masks, live)
-    with stored_cells(checkpoint, dtype) as stored:
-        exact = with_samples(base, masks, stored)
+        return with_samples(base.facts, masks, base.cells)
+    with stored_cells(checkpoint, dtype_of(base.facts.dtype)) as stored:
+        exact = with_samples(base.facts, masks, stored)
     comparison = Comparison()
-    other = other_matrix(exact, live, comparison)
+    other = other_matrix(exact, base.cells, comparison)
     if other or comparison.is_other:
         raise UserError(
             f"the model has other weights than {checkpoint}, from which it was loaded"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leanlift.ends import FrozenEmbedding, FrozenHead, Head
 from leanlift.errors import UserError
@@ -21,9 +21,23 @@ from leanlift.quantized import (
 
 INT8 = WeightFormat("int8", "float32")
 
+Hold = Callable[[Tensor], Weight8bit]
+"""How a 16/32-bit matrix [V, d] is held in INT8: `int8`, or for a plan without its numbers."""
 
-def quantize_ends(model: Any) -> dict[str, WeightFormat]:
+
+def int8(weight: Tensor) -> Weight8bit:
+    """A matrix quantized to INT8, one scale per row, on its device."""
+    tiles = requantize(weight.detach(), INT8, weight.device)
+    assert isinstance(tiles, Weight8bit)
+    return tiles
+
+
+def quantize_ends(model: Any, hold: Hold = int8) -> dict[str, WeightFormat]:
     """Hold the embedding and the output head in INT8, one scale per row; tied ones once.
+
+    Args:
+        model: with a stock embedding and head.
+        hold: makes the INT8 form of each.
 
     Returns:
         The formats of both by module name, for the fingerprint.
@@ -35,13 +49,12 @@ def quantize_ends(model: Any) -> dict[str, WeightFormat]:
     dtype, scale = embedding.weight.dtype, embed_scale(embedding)
     names = {module: name for name, module in model.named_modules()}
     tied = head.weight is embedding.weight
-    held = _int8(embedding.weight)
-    base = held if tied else _int8(head.weight)
+    held = hold(embedding.weight)
+    base = held if tied else hold(head.weight)
     bias = None if head.bias is None else head.bias.data
-    model.set_submodule(
-        names[embedding], FrozenEmbedding(held, embedding_rows, dtype, False, scale)
-    )
-    model.set_submodule(names[head], FrozenHead(base, Weight8bit(base), bias))
+    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, False, scale)
+    model.set_submodule(names[embedding], lookup)
+    model.set_submodule(names[head], FrozenHead(base.module, base, bias))
     return {names[embedding]: INT8, names[head]: INT8}
 
 
@@ -53,8 +66,7 @@ def embedding_to_cpu(model: Any) -> None:
     """
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    shared = head is not None and embedding.weight.data_ptr() == head.weight.data_ptr()
-    if shared:
+    if head is not None and _storage(embedding.weight) == _storage(head.weight):
         raise UserError(
             "the embedding is tied to the output head, which the GPU needs: leave out "
             "embedding_on_cpu for this model."
@@ -67,6 +79,11 @@ def embedding_to_cpu(model: Any) -> None:
     if is_quantized(held):
         weight_tensors(held)  # reading them once brings the scales along, and frees the old ones
     model.set_submodule(name, FrozenEmbedding(held, embedding_rows, dtype, True, scale))
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tells storages apart, those of fake tensors too."""
+    return int(tensor.data.untyped_storage()._cdata)
 
 
 def output_head(model: Any) -> Head | None:
@@ -111,7 +128,7 @@ def check_ends(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     return embedding, head
 
 
-def embed_scale(embedding: nn.Module) -> torch.Tensor | None:
+def embed_scale(embedding: nn.Module) -> Tensor | None:
     """The scalar that Gemma's embeddings multiply their rows by, or None.
 
     Raises:
@@ -119,15 +136,9 @@ def embed_scale(embedding: nn.Module) -> torch.Tensor | None:
     """
     scale = getattr(embedding, "embed_scale", None)
     known = type(embedding) is nn.Embedding or isinstance(embedding, FrozenEmbedding)
-    if not known and not isinstance(scale, torch.Tensor):
+    if not known and not isinstance(scale, Tensor):
         raise UserError(
             f"the embedding is a {type(embedding).__name__}, which leanlift cannot replace: leave "
             "out quantize_ends and embedding_on_cpu for this model."
         )
     return scale
-
-
-def _int8(weight: torch.Tensor) -> nn.Module:
-    tiles = requantize(weight.detach(), INT8, weight.device)
-    assert isinstance(tiles, Weight8bit)
-    return tiles.module

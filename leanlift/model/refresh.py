@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
 from leanlift.layer import LiftLinear
-from leanlift.model.attach import lift_layers, lift_state
+from leanlift.model.state import lift_layers, lift_state
 from leanlift.optim import follow_entries
 from leanlift.selection import Favoring, scores_of, selection
 from leanlift.sparse import BoundedMask, bounded_mask
@@ -70,7 +70,7 @@ def refresh_mask(
             follow_entries(optimizer, layer.values, change.source)
         replaced += int((change.source < 0).sum())
         total += layer.index.count
-        retired += change.retired_flat.numel()
+        retired += change.retired_count
         retired_nbytes += layer.retired_nbytes
         held_back += mask.held_back
     state.refreshes += 1
@@ -99,12 +99,9 @@ def _choose(layer: LiftLinear, name: str, config: LiftConfig) -> tuple[BoundedMa
         return scores_of(chosen.scores, units, index.shape, scorer.block)
 
     mask = bounded_mask(
-        index.to_flat(),
-        layer.values.detach(),
+        layer.learned,
         chosen.flat,
-        layer.retired()[0],
         bound,
-        index.shape[1],
         scorer.block,
         unit_scores,
     )

@@ -1,4 +1,4 @@
-"""What the operations work on: plain tensors with names.
+"""What the operations work on beside rows and offsets: plain tensors with names.
 
 A kernel reads a weight as it is stored and positions as the compact index holds them, so neither
 is ever spread out in memory. Nothing here knows bitsandbytes or a module.
@@ -15,35 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class IndexPart:
-    """The entries of a range of rows, in a compact index's own storage.
-
-    Attributes:
-        columns: uint8 [k], column inside its segment, row-major.
-        counts: uint8 [r, S], entries per segment.
-        ends: int32 [r], entries of the whole matrix up to and with each row.
-        first: entries of the whole matrix before these rows.
-        segment: columns of a segment.
-        width: n.
-    """
-
-    columns: Tensor
-    counts: Tensor
-    ends: Tensor
-    first: int
-    segment: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Offsets:
-    """`scale` times `values` [k] at the positions of `part`."""
-
-    part: IndexPart
-    values: Tensor
-    scale: float = 1.0
+from leanlift.sparse import Offsets, SegmentedIndex
+from leanlift.tiles import RowTiles
 
 
 @dataclass(frozen=True)
@@ -108,19 +81,6 @@ Take = Callable[[int, int, torch.dtype, torch.device], Tensor]
 """Lends an uninitialized contiguous [rows, columns] of a dtype on a device."""
 
 
-class Source(Protocol):
-    """A matrix that can be read by rows; `tiles.RowTiles` are. One that a kernel can dequantize
-    itself also has `stored() -> FourBit | EightBit`."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def rows(self, start: int, stop: int) -> Tensor: ...
-
-
 class TileOps(Protocol):
     """One implementation of what joins a sparse store to dense rows.
 
@@ -134,28 +94,29 @@ class TileOps(Protocol):
     whole: bool
 
     def effective_rows(
-        self, weight: Source, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
+        self, weight: RowTiles, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
     ) -> None:
         """Write rows `start:stop` of D(Q) + offsets to contiguous `out` [stop - start, n].
 
+        A weight that a kernel can dequantize itself also has `stored() -> FourBit | EightBit`.
         D(Q) is taken in the weight's dtype, the sum is formed in fp32 or wider and rounded once.
         Positions of several stores are disjoint.
         """
         ...
 
-    def gather(self, dense: Tensor, part: IndexPart, out: Tensor) -> None:
-        """Write the entries `part` of contiguous `dense` [r, n] to `out` [k], in out's dtype."""
+    def gather(self, dense: Tensor, index: SegmentedIndex, out: Tensor) -> None:
+        """Write the entries `index` of contiguous `dense` [r, n] to `out` [k], in out's dtype."""
         ...
 
     def sampled_product(
-        self, left: Tensor, right: Tensor, part: IndexPart, out: Tensor, take: Take
+        self, left: Tensor, right: Tensor, index: SegmentedIndex, out: Tensor, take: Take
     ) -> None:
-        """Write the entries `part` of left^T [r, T] @ right [T, n] to contiguous `out` [k].
+        """Write the entries `index` of left^T [r, T] @ right [T, n] to contiguous `out` [k].
 
         Args:
             left, right: [T, r] and [T, n], of one dtype, in which the product may be formed; sums
                 are in fp32 or wider.
-            part: which entries.
+            index: which entries.
             out: of any floating dtype; overwritten.
             take: lends room for a dense [r, n] to implementations that form one.
         """

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from leanlift.ops.parts import IndexPart
+from leanlift.sparse import SEGMENT, SegmentedIndex
 
 SAMPLED_DENSITY = 0.1
 """Share of entries up to which this way is the faster one."""
@@ -22,14 +22,14 @@ TOKENS = 128
 stay in a CPU's cache."""
 
 
-def sampled_product_(left: Tensor, right: Tensor, part: IndexPart, out: Tensor) -> None:
-    """Write the entries `part` of left^T [r, T] @ right [T, n] to `out` [k].
+def sampled_product_(left: Tensor, right: Tensor, index: SegmentedIndex, out: Tensor) -> None:
+    """Write the entries `index` of left^T [r, T] @ right [T, n] to `out` [k].
 
     Products and sums are in fp32, in fp64 where `left` is. Temporary memory: 8 bytes an entry and
     `TOKENS` fp32 columns of both factors.
     """
     wide = torch.float64 if left.dtype == torch.float64 else torch.float32
-    totals, columns = compressed_rows(part)
+    totals, columns = compressed_rows(index)
     sums = out.zero_() if out.dtype == wide else torch.zeros_like(out, dtype=wide)
     for start in range(0, left.shape[0], TOKENS):
         # not both at once: turning while widening takes several times as long
@@ -39,15 +39,15 @@ def sampled_product_(left: Tensor, right: Tensor, part: IndexPart, out: Tensor) 
         out.copy_(sums)
 
 
-def compressed_rows(part: IndexPart) -> tuple[Tensor, Tensor]:
+def compressed_rows(index: SegmentedIndex) -> tuple[Tensor, Tensor]:
     """The entries as CSR has them: entries before each row int32 [r + 1], columns int32 [k]."""
-    (rows, segments), device = part.counts.shape, part.columns.device
+    (rows, segments), device = index.counts.shape, index.columns.device
     totals = torch.zeros(rows + 1, dtype=torch.int32, device=device)
-    torch.sub(part.ends, part.first, out=totals[1:])
-    first = torch.arange(segments, dtype=torch.int32, device=device).mul_(part.segment)
-    counts = part.counts.reshape(-1).int()
-    columns = torch.repeat_interleave(first.repeat(rows), counts, output_size=part.columns.numel())
-    return totals, columns.add_(part.columns)
+    torch.sub(index.ends, index.first, out=totals[1:])
+    first = torch.arange(segments, dtype=torch.int32, device=device).mul_(SEGMENT)
+    counts = index.counts.reshape(-1).int()
+    columns = torch.repeat_interleave(first.repeat(rows), counts, output_size=index.count)
+    return totals, columns.add_(index.columns)
 
 
 @torch.library.custom_op("leanlift::add_sampled", mutates_args=("sums",))

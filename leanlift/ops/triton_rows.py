@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leanlift.ops.parts import EightBit, FourBit, IndexPart, Offsets, Source, Take
+from leanlift.ops.parts import EightBit, FourBit, Take
 from leanlift.ops.reference import dense_product
+from leanlift.sparse import SEGMENT, Offsets, SegmentedIndex
+from leanlift.tiles import RowTiles
 
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on a CPU."""
@@ -228,7 +230,7 @@ class TritonOps:
     whole = True
 
     def effective_rows(
-        self, weight: Source, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
+        self, weight: RowTiles, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
     ) -> None:
         assert out.dtype in OUTPUTS, f"no kernel writes {out.dtype} rows"
         assert out.is_contiguous()
@@ -240,31 +242,31 @@ class TritonOps:
         else:  # dense: rows are views
             tensors, constants = _form(weight.rows(start, stop), weight.dtype, n)
             start = 0
-        stores = [store for store in offsets if store.part.columns.numel()]
+        stores = [store for store in offsets if store.count]
         held = [_store_arguments(store) for store in stores] + [NO_STORE] * 2
-        part = stores[0].part if stores else None
+        index = stores[0].index if stores else None
         with torch.cuda.device_of(out):  # Triton launches on the current one
             effective_rows_kernel[(rows,)](
                 out, start, n, *tensors, *held[0], *held[1],
-                part.counts.shape[1] if part else 1,
-                **constants, **_segments(part), STORES=len(stores),
+                index.counts.shape[1] if index is not None else 1,
+                **constants, **_segments(index), STORES=len(stores),
                 num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 
-    def gather(self, dense: Tensor, part: IndexPart, out: Tensor) -> None:
+    def gather(self, dense: Tensor, index: SegmentedIndex, out: Tensor) -> None:
         rows, n = dense.shape
         assert dense.is_contiguous()
         assert out.is_contiguous()
         with torch.cuda.device_of(out):
             gather_kernel[(rows,)](
-                dense, out, n, part.columns, part.counts, part.ends, part.first,
-                part.counts.shape[1], **_segments(part), num_warps=WARPS,
+                dense, out, n, index.columns, index.counts, index.ends, index.first,
+                index.counts.shape[1], **_segments(index), num_warps=WARPS,
             )  # fmt: skip
 
     def sampled_product(
-        self, left: Tensor, right: Tensor, part: IndexPart, out: Tensor, take: Take
+        self, left: Tensor, right: Tensor, index: SegmentedIndex, out: Tensor, take: Take
     ) -> None:
-        dense_product(self.gather, left, right, part, out, take)
+        dense_product(self.gather, left, right, index, out, take)
 
 
 Constants = dict[str, Any]
@@ -315,16 +317,16 @@ NO_STORE = (None, None, None, None, 0, 1.0)
 
 
 def _store_arguments(store: Offsets) -> tuple[Tensor, Tensor, Tensor, Tensor, int, float]:
-    part = store.part
-    return part.columns, part.counts, part.ends, store.values, part.first, float(store.scale)
+    index = store.index
+    return index.columns, index.counts, index.ends, store.values, index.first, float(store.scale)
 
 
-def _segments(part: IndexPart | None) -> Constants:
+def _segments(index: SegmentedIndex | None) -> Constants:
     """Constants of an index: segments are padded to a power of two, a step takes an entry per
     thread."""
-    if part is None:
+    if index is None:
         return _NO_SEGMENTS
-    return _padded(part.segment, part.counts.shape[1])
+    return _padded(SEGMENT, index.counts.shape[1])
 
 
 _NO_SEGMENTS: Constants = {"SEGMENT": 1, "PADDED": 1, "CHUNK": 1, "ENTRIES": 32 * WARPS}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from leanlift.sparse.index import index_nbytes
-from leanlift.sparse.update import find_positions
+from leanlift.sparse.offsets import LayerOffsets, find_positions
 
 
 @dataclass(frozen=True)
@@ -29,33 +29,31 @@ class BoundedMask:
 
 
 def bounded_mask(
-    old_flat: Tensor,
-    old_values: Tensor,
+    learned: LayerOffsets,
     new_flat: Tensor,
-    retired_flat: Tensor,
     bound: int,
-    columns: int,
     block: int,
     unit_scores: Callable[[Tensor], Tensor],
 ) -> BoundedMask:
     """`new_flat`, or as much of it as keeps at most `bound` entries retired.
 
     Args:
-        old_flat, old_values: the active entries and their offsets, [k].
-        new_flat: the entries that were selected, [k]; like all positions sorted, distinct int64.
-        retired_flat: positions of the retired store.
+        learned: the active entries [k] of an m x n matrix, and those that are retired.
+        new_flat: the entries that were selected, sorted, distinct int64 [k].
         bound: entries that may be retired afterwards. A store that is over it already (an older
             run's, without a bound) may not grow.
-        columns: n.
         block: b, the side of a unit; both masks are made of whole units.
         unit_scores: the scores that the selection went by, fp32 [u], of sorted units [u]. Asked
             only where the bound is reached.
     """
+    old_flat, columns = learned.active.index.to_flat(), learned.active.index.shape[1]
     entering = new_flat[find_positions(old_flat, new_flat) < 0]
     left = find_positions(new_flat, old_flat) < 0
-    leaving, settling = old_flat[left], old_values[left] != 0
-    returning = find_positions(retired_flat, entering) >= 0
-    retired = retired_flat.numel()
+    leaving, settling = old_flat[left], learned.active.values[left] != 0
+    returning, retired = torch.zeros_like(entering, dtype=torch.bool), 0
+    if learned.retired is not None:
+        returning = find_positions(learned.retired.index.to_flat(), entering) >= 0
+        retired = learned.retired.count
     bound = max(bound, retired)
     if retired + int(settling.sum()) - int(returning.sum()) <= bound:
         return BoundedMask(new_flat, 0)

@@ -12,6 +12,9 @@ Segments of 255 columns, not 256, are what lets a full segment's count fit a byt
 are on the CPU so that the size of a row range that starts and ends at a multiple of 64 is known
 without asking the device. The encoding is exact for any mask, empty and full ones included.
 
+A range of rows of an index is an index too, and copies nothing: its `ends` go on counting from the
+top of the whole, and `first` says how many entries come before it.
+
 Bytes: k + m * (ceil(n / 255) + 4) + 8 * (ceil(m / 64) + 1); 1.09 k for 4096 x 11008 at 5 %.
 
 Shapes: k entries, m rows, n columns, S segments a row.
@@ -26,22 +29,28 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from leanlift.ops import IndexPart, decode
-
 SEGMENT = 255
 ANCHOR_ROWS = 64
 DECODE_ROWS = 1024
+NO_ANCHORS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class SegmentedIndex:
-    """A sorted, duplicate-free set of positions of an m x n matrix. Build it with `from_flat`."""
+    """A sorted, duplicate-free set of positions of an m x n matrix. Build it with `from_flat`.
+
+    Attributes:
+        shape: (m, n).
+        columns, counts, ends, anchors: see above; a range of rows has no anchors.
+        first: entries of the whole matrix before these rows.
+    """
 
     shape: tuple[int, int]
     columns: Tensor
     counts: Tensor
     ends: Tensor
     anchors: Tensor
+    first: int = 0
 
     @classmethod
     def from_flat(cls, flat: Tensor, shape: tuple[int, int]) -> SegmentedIndex:
@@ -127,27 +136,26 @@ class SegmentedIndex:
     def _before(self, row: int) -> int:
         if row >= self.shape[0]:
             return self.count
+        if not self._anchors:
+            return int(self.ends[row - 1]) - self.first if row else 0
         group, rest = divmod(row, ANCHOR_ROWS)
         before = self._anchors[group]
         if rest:
             before += int(self.counts[row - rest : row].sum(dtype=torch.int64))
         return before
 
-    def decode(self, start: int, stop: int) -> Tensor:
-        """Flat positions of the entries in rows `start:stop`, relative to row `start`: int64.
-
-        Temporary memory is O(entries of the range + rows * segments).
-        """
-        return decode(self.part(start, stop))
-
-    def part(self, start: int, stop: int) -> IndexPart:
+    def part(self, start: int, stop: int) -> SegmentedIndex:
         """The entries of rows `start:stop` as they are stored; nothing is copied."""
         if start == 0 and stop == self.shape[0]:
-            return self.whole
+            return self
         first, last = self.span(start, stop)
-        columns, counts, ends = self.columns[first:last], self.counts, self.ends
-        return IndexPart(
-            columns, counts[start:stop], ends[start:stop], first, SEGMENT, self.shape[1]
+        return SegmentedIndex(
+            (stop - start, self.shape[1]),
+            self.columns[first:last],
+            self.counts[start:stop],
+            self.ends[start:stop],
+            NO_ANCHORS,
+            self.first + first,
         )
 
     @cached_property
@@ -156,18 +164,31 @@ class SegmentedIndex:
         anchors: list[int] = self.anchors.tolist()
         return anchors
 
-    @cached_property
-    def whole(self) -> IndexPart:
-        """All entries: what every forward pass asks for."""
-        return IndexPart(self.columns, self.counts, self.ends, 0, SEGMENT, self.shape[1])
+    def decode(self, start: int, stop: int) -> Tensor:
+        """Flat positions of the entries in rows `start:stop`, relative to row `start`: int64."""
+        return self.part(start, stop).to_flat()
 
     def to_flat(self) -> Tensor:
-        """All positions, flat: int64 [k]."""
-        return self.decode(0, self.shape[0])
+        """All positions, flat (row * n + column): int64 [k].
+
+        Temporary memory is O(entries + rows * segments); nothing is asked of the device.
+        """
+        (rows, segments), (m, n), device = self.counts.shape, self.shape, self.columns.device
+        narrow = torch.int32 if m * n < 2**31 else torch.int64
+        base = torch.arange(rows, dtype=narrow, device=device).mul_(n).unsqueeze(1) + (
+            torch.arange(segments, dtype=narrow, device=device) * SEGMENT
+        )
+        counts = self.counts.reshape(-1).to(narrow)
+        flat = torch.repeat_interleave(base.view(-1), counts, output_size=self.count)
+        return flat.add_(self.columns).long()
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> SegmentedIndex:
         """The same index with `fn` (a move to a device) applied to its device tensors."""
         return replace(self, columns=fn(self.columns), counts=fn(self.counts), ends=fn(self.ends))
+
+    def to(self, device: torch.device) -> SegmentedIndex:
+        """The same index on a device."""
+        return self.map(lambda tensor: tensor.to(device))
 
 
 def _anchors_of(ends: Tensor) -> Tensor:

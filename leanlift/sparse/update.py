@@ -1,7 +1,7 @@
 """What happens to offsets when the mask changes: survivors stay, leavers retire, newcomers start.
 
-All position arrays here are flat, sorted, distinct int64. Nothing is dropped: an entry that
-leaves keeps the offset it reached in the retired store and gets it back when it returns.
+Nothing is dropped: an entry that leaves keeps the offset it reached in the retired store and gets
+it back when it returns.
 """
 
 from __future__ import annotations
@@ -11,65 +11,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leanlift.sparse.index import SegmentedIndex
+from leanlift.sparse.offsets import LayerOffsets, Offsets, find_positions
+
 
 @dataclass(frozen=True)
 class MaskChange:
     """The result of replacing one mask by another of the same count.
 
-    flat: the new positions [k]. values: their offsets [k]. source: for each new entry the place
-    it had in the old order, -1 for a newcomer [k]. retired_flat, retired_values: the entries
-    that are no longer active but hold an offset.
+    Attributes:
+        learned: the new active entries [k], and those that are no longer active but hold an offset.
+        source: for each new entry the place it had in the old order, -1 for a newcomer: int64 [k].
     """
 
-    flat: Tensor
-    values: Tensor
+    learned: LayerOffsets
     source: Tensor
-    retired_flat: Tensor
-    retired_values: Tensor
 
     @property
     def churn(self) -> float:
         """Share of the entries that were replaced."""
         return float((self.source < 0).float().mean()) if self.source.numel() else 0.0
 
+    @property
+    def retired_count(self) -> int:
+        return 0 if self.learned.retired is None else self.learned.retired.count
 
-def change_mask(
-    old_flat: Tensor,
-    old_values: Tensor,
-    new_flat: Tensor,
-    retired_flat: Tensor,
-    retired_values: Tensor,
-) -> MaskChange:
-    """Move offsets from the old mask to the new one.
+
+def change_mask(learned: LayerOffsets, flat: Tensor) -> MaskChange:
+    """Move offsets to the mask `flat`: sorted, distinct int64 [k].
 
     Survivors keep their offset bit for bit. Newcomers start from their retired offset, or zero.
     Leavers join the retired store, unless their offset is exactly zero: then there is nothing
-    to keep.
+    to keep. Scales stay what they are.
     """
-    source = find_positions(old_flat, new_flat)
-    returning = find_positions(retired_flat, new_flat)
-    values = torch.zeros(new_flat.numel(), dtype=old_values.dtype, device=old_values.device)
+    active, shape, scale = learned.active, learned.active.index.shape, learned.active.scale
+    old_flat, old_values = active.index.to_flat(), active.values
+    source = find_positions(old_flat, flat)
+    values = torch.zeros(flat.numel(), dtype=old_values.dtype, device=old_values.device)
     stay = source >= 0
     values[stay] = old_values[source[stay]]
-    back = (returning >= 0) & ~stay
-    values[back] = retired_values[returning[back]]
-
-    left = (find_positions(new_flat, old_flat) < 0) & (old_values != 0)
-    remain = find_positions(new_flat, retired_flat) < 0
-    flat = torch.cat([old_flat[left], retired_flat[remain]])
-    order = torch.argsort(flat)
-    return MaskChange(
-        flat=new_flat,
-        values=values,
-        source=source,
-        retired_flat=flat[order],
-        retired_values=torch.cat([old_values[left], retired_values[remain]])[order],
-    )
-
-
-def find_positions(haystack: Tensor, needles: Tensor) -> Tensor:
-    """Place of each needle in the sorted haystack, -1 where it is absent."""
-    if not haystack.numel():
-        return torch.full_like(needles, -1)
-    place = torch.searchsorted(haystack, needles).clamp_(max=haystack.numel() - 1)
-    return torch.where(haystack[place] == needles, place, -1)
+    left = (find_positions(flat, old_flat) < 0) & (old_values != 0)
+    retired_flat, retired_values = old_flat[left], old_values[left]
+    if learned.retired is not None:
+        slept, offsets = learned.retired.index.to_flat(), learned.retired.values
+        returning = find_positions(slept, flat)
+        back = (returning >= 0) & ~stay
+        values[back] = offsets[returning[back]]
+        remain = find_positions(flat, slept) < 0
+        retired_flat, order = torch.cat([retired_flat, slept[remain]]).sort()
+        retired_values = torch.cat([retired_values, offsets[remain]])[order]
+    retired = None
+    if retired_flat.numel():
+        retired = Offsets(SegmentedIndex.from_flat(retired_flat, shape), retired_values, scale)
+    index = SegmentedIndex.from_flat(flat, shape)
+    return MaskChange(LayerOffsets(Offsets(index, values, scale), retired), source)

@@ -127,7 +127,7 @@ class LiftTrainer(ResumableTrainer):
         if args.optim in SPARSE_OPTIMIZERS and kwargs.get("optimizers", (None, None))[0] is None:
             kwargs["optimizer_cls_and_kwargs"] = (
                 SparseAdamW,
-                {**_sparse_options(args), "ops": self._lift.scratch.implementation},
+                {**_sparse_options(args), "ops": self._lift.workspace.implementation},
             )
         _make_checkpointing_safe(model, args)
         make_output(args.output_dir)

@@ -6,7 +6,10 @@ Tolerances are relative: the error against fp64 may be at most twice the error o
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +17,24 @@ from helpers import (
     assert_as_good_as_plain_torch,
     effective_oracle,
     make_base,
+    make_block,
     make_dense,
     make_lift,
     make_linear4bit,
     pass_by_rows,
     random_flat,
     random_inputs,
+    retire,
+    retired_flat,
     run_pass,
     saved_nbytes,
 )
 
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch
+from leanlift.layer import FrozenLinear, LiftLinear, Workspace
+from leanlift.ops import tile_ops
+from leanlift.ops.reference import TorchOps
 from leanlift.quantized import frozen_weight
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex
 
 SHAPES = [(128, 192), (65, 48), (97, 257)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -64,11 +72,12 @@ def test_several_tiles_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> N
     base, flat = make_dense(200, 48), random_flat(200, 48, 500)
     flat = flat[(flat < 64 * 48) | (flat >= 128 * 48)]
     index = SegmentedIndex.from_flat(flat, (200, 48))
-    lift = LiftLinear(base, frozen_weight(base), index, Scratch())
+    lift = LiftLinear(base, frozen_weight(base), index, Workspace())
     lift.values.data.normal_()
     x, grad_y = random_inputs(lift)
     whole = run_pass(lift, x, grad_y)
-    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
     tiled = assert_as_good_as_plain_torch(lift, x, grad_y)
     torch.testing.assert_close(tiled.values, whole.values)
     assert torch.equal(tiled.y, whole.y)
@@ -122,7 +131,7 @@ def test_gradients_accumulate() -> None:
 
 def test_a_frozen_linear_computes_with_the_base_alone_and_keeps_nothing() -> None:
     base = make_linear4bit(65, 48, bias=True)
-    frozen = FrozenLinear(base, frozen_weight(base), Scratch())
+    frozen = FrozenLinear(base, frozen_weight(base), Workspace())
     dense, x = frozen.weight_tiles.rows(0, 65), torch.randn(3, 48, requires_grad=True)
     torch.testing.assert_close(frozen(x), torch.nn.functional.linear(x, dense, base.bias))
     (grad_x,) = torch.autograd.grad(frozen(x).sum(), x)
@@ -137,7 +146,7 @@ def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="expected 156 positions, got 3"):
         lift.change_mask(torch.arange(3))
     with pytest.raises(ValueError, match="expected retired positions outside the mask"):
-        lift.set_retired(lift.index.to_flat()[:1], torch.ones(1))
+        retire(lift, lift.index.to_flat()[:1], torch.ones(1))
 
 
 # --- the mask changes -----------------------------------------------------------------------
@@ -163,7 +172,7 @@ def test_a_mask_change_leaves_the_effective_weight_as_it_is(kind: str) -> None:
         assert torch.equal(lift.index.to_flat(), wanted)
         assert torch.equal(lift.effective.rows(0, 65), before)
         assert_as_good_as_plain_torch(lift, *random_inputs(lift))
-    assert lift.retired()[0].numel() > count
+    assert retired_flat(lift).numel() > count
 
 
 @each_base
@@ -185,3 +194,52 @@ def test_a_real_sized_layer() -> None:
     lift = make_lift(make_linear4bit(4096, 11008, dtype=torch.bfloat16))
     inputs = random_inputs(lift, (4,))
     assert max(run_pass(lift, *inputs).errors(pass_by_rows(lift, *inputs)).values()) < 1e-6
+
+
+def test_operations_are_chosen_once_for_all_layers_and_again_after_a_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def counted(name: str, device: torch.device) -> Any:
+        asked.append(name)
+        return tile_ops(name, device)
+
+    monkeypatch.setattr("leanlift.layer.workspace.tile_ops", counted)
+    block, x = make_block(Workspace()), torch.randn(3, 48, requires_grad=True)
+    for _ in range(3):
+        block(x).sum().backward()
+    assert asked == ["auto"]
+    block.to("cpu")
+    block(x)
+    block[0].workspace.use("torch")
+    block(x)
+    assert asked == ["auto", "auto", "torch"]
+    twin = copy.deepcopy(block)
+    twin(x)
+    assert asked[3:] == ["torch"]
+    assert pickle.loads(pickle.dumps(block[0].workspace)).ops is None
+
+
+def test_operations_that_are_given_stay() -> None:
+    class Mine(TorchOps):
+        name = "mine"
+
+    block, x = make_block(Workspace(Mine())), torch.randn(3, 48)
+    block.to("cpu")
+    block(x)
+    assert type(block[0].workspace.ops) is Mine
+    assert type(copy.deepcopy(block)[0].workspace.ops) is Mine
+
+
+def test_offsets_of_another_count_or_in_two_stores_are_not_taken() -> None:
+    lift = make_lift(make_linear4bit(65, 48))
+    before, active = lift.learned, lift.learned.active
+    other = Offsets.from_flat(torch.arange(3), torch.ones(3), (65, 48))
+    with pytest.raises(ValueError, match="entries, got 3"):
+        lift.put(LayerOffsets(other))
+    twice = Offsets.from_flat(active.index.to_flat()[:1], torch.ones(1), (65, 48))
+    with pytest.raises(ValueError, match="outside the mask"):
+        lift.put(LayerOffsets(active, twice))
+    assert lift.learned.active.index is before.active.index
+    assert torch.equal(lift.values, before.active.values)

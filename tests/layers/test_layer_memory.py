@@ -15,12 +15,14 @@ from helpers import (
     make_lift,
     make_linear4bit,
     random_flat,
+    retire,
     saved_nbytes,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leanlift.layer import LiftLinear, Scratch, _KeepInput
+from leanlift.layer import LiftLinear, Workspace
+from leanlift.layer.autograd import KeepInput
 from leanlift.quantized import weight_tensors
 
 
@@ -35,7 +37,7 @@ def test_autograd_keeps_the_bytes_of_x_alone(kind: str) -> None:
 
 def test_the_thread_between_the_two_functions_has_no_memory() -> None:
     lift = make_lift(make_linear4bit(65, 48))
-    carrier = _KeepInput.apply(torch.randn(7, 48), lift.values, lift, lift.values_gradient)
+    carrier = KeepInput.apply(torch.randn(7, 48), lift.values, lift, lift.values_gradient)
     assert carrier.shape == (7, 65)
     assert carrier.untyped_storage().nbytes() == carrier.element_size()
 
@@ -68,7 +70,7 @@ def test_the_scratch_is_the_only_dense_tensor_left_after_a_step(always: bool) ->
         return {tensor.data_ptr() for tensor in tensors if tensor.numel() >= 160 * 192}
 
     lift = make_lift(make_linear4bit(160, 192))
-    lift.scratch.always = always
+    lift.workspace.always = always
     x, before = torch.randn(4, 192, requires_grad=True), dense()
     lift(x).sum().backward()
     if not always:
@@ -85,22 +87,24 @@ def test_the_scratch_is_the_only_dense_tensor_left_after_a_step(always: bool) ->
 def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
     density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192), density=density)
     trained = set(lift.index.to_flat().tolist())
     retired = torch.tensor([flat for flat in range(0, 320 * 192, 997) if flat not in trained])
-    lift.set_retired(retired, torch.ones(retired.numel()))
+    retire(lift, retired, torch.ones(retired.numel()))
     before = [t.clone() for t in weight_tensors(lift.base)]
     own = lift.effective_weight(dtype)
-    lift.scratch.always = True
+    lift.workspace.always = True
     assert torch.equal(own, lift.effective_weight(dtype))
     assert all(map(torch.equal, weight_tensors(lift.base), before))
 
 
 def test_no_operation_of_a_step_makes_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanlift.layer.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192))
-    lift.scratch.always = True
+    lift.workspace.always = True
     scratch = lift.scratch.take(320, 192, torch.float32, torch.device("cpu"))
     x = torch.randn(4, 192, requires_grad=True)
     with LargestTensor([scratch, *weight_tensors(lift.base)]) as operations:
@@ -118,7 +122,7 @@ def test_checkpointing_repeats_no_matmul_that_nobody_needs(
 ) -> None:
     """Non-reentrant recomputation stops once the last layer has its input back: that layer is
     rebuilt for forward and backward alone. GELU needs the output of the first one again."""
-    block, x = make_block(Scratch()), torch.randn(3, 48, requires_grad=True)
+    block, x = make_block(Workspace()), torch.randn(3, 48, requires_grad=True)
     block(x).square().sum().backward()
     expected, expected_x, x.grad = _block_gradients(block), x.grad, None
     block.zero_grad()
@@ -130,7 +134,7 @@ def test_checkpointing_repeats_no_matmul_that_nobody_needs(
 
 
 def test_two_models_do_not_disturb_each_other() -> None:
-    blocks, x = [make_block(Scratch(), seed) for seed in (1, 2)], torch.randn(3, 48)
+    blocks, x = [make_block(Workspace(), seed) for seed in (1, 2)], torch.randn(3, 48)
     alone = []
     for block in blocks:
         block(x).square().sum().backward()
@@ -144,12 +148,12 @@ def test_two_models_do_not_disturb_each_other() -> None:
 
 
 def test_a_deep_copy_is_independent_and_shares_one_scratch_of_its_own() -> None:
-    block, x = make_block(Scratch()), torch.randn(3, 48)
+    block, x = make_block(Workspace()), torch.randn(3, 48)
     block[0].change_mask(random_flat(96, 48, block[0].index.count, seed=8))
     expected = block(x)
     twin = copy.deepcopy(block)
     assert torch.equal(twin(x), expected)
-    assert twin[0].scratch is twin[2].scratch is not block[0].scratch
+    assert twin[0].workspace is twin[2].workspace is not block[0].workspace
     twin[0].values.data.add_(1)
     twin[2].base.weight.data.zero_()
     assert torch.equal(block(x), expected)

@@ -244,9 +244,9 @@ def test_a_model_without_linears_is_refused() -> None:
 
 def test_ops_are_chosen_by_name_and_not_saved(base: Path, tmp_path: Path) -> None:
     model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
-    assert lift_state(model).scratch.implementation == "auto"
+    assert lift_state(model).workspace.implementation == "auto"
     use_ops(model, "torch")
-    assert lift_state(model).scratch.implementation == "torch"
+    assert lift_state(model).workspace.implementation == "torch"
     with pytest.raises(UserError, match="ops=triton needs"):
         use_ops(model, "triton")
     save_adapter(model, tmp_path / "a")

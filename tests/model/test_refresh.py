@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_base, make_lift
+from helpers import make_base, make_lift, retire, retired_flat
 from runs import sparse_trainer
 from sweeps import swept
 from tiny import load
@@ -17,7 +17,13 @@ from torch import Tensor
 from leanlift import LiftConfig, UserError, get_lift_model, refresh_mask
 from leanlift.model import lift_layers
 from leanlift.selection import Favoring, Magnitude, Principal, scores_of, select, selection
-from leanlift.sparse import SegmentedIndex, bounded_mask, retired_nbytes
+from leanlift.sparse import (
+    LayerOffsets,
+    Offsets,
+    SegmentedIndex,
+    bounded_mask,
+    retired_nbytes,
+)
 from leanlift.training import RunArguments
 
 # --- The margin ----------------------------------------------------------------------------
@@ -167,7 +173,11 @@ def test_the_bound_holds_back_what_the_rule_says(seed: int) -> None:
     keep = torch.rand(outside.numel(), generator=generator) < 0.3
     retired = outside[keep]
     bound = retired.numel() + number(old.numel()) - number(8)
-    got = bounded_mask(old, values, new, retired, bound, columns, block, lambda u: score[u])
+    shape, asleep = (rows, columns), torch.ones(retired.numel())
+    learned = LayerOffsets(
+        Offsets.from_flat(old, values, shape), Offsets.from_flat(retired, asleep, shape)
+    )
+    got = bounded_mask(learned, new, bound, block, lambda u: score[u])
     wanted, held = by_hand(
         dict(zip(old.tolist(), values.tolist(), strict=True)),
         set(new.tolist()),
@@ -188,12 +198,12 @@ def test_scores_are_read_only_where_the_bound_is_reached() -> None:
     def never(units: Tensor) -> Tensor:
         raise AssertionError
 
-    empty = torch.empty(0, dtype=torch.int64)
-    got = bounded_mask(old, torch.ones(10), new, empty, 5, 20, 1, never)
+    learned = LayerOffsets(Offsets.from_flat(old, torch.ones(10), (2, 20)))
+    got = bounded_mask(learned, new, 5, 1, never)
     assert torch.equal(got.flat, new)
     assert got.held_back == 0
     with pytest.raises(AssertionError):
-        bounded_mask(old, torch.ones(10), new, empty, 4, 20, 1, never)
+        bounded_mask(learned, new, 4, 1, never)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +229,14 @@ def test_twenty_refreshes_of_a_drifting_model_keep_the_bound_and_lose_nothing(
         held += report.held_back
         for name, layer in layers.items():
             assert layer.index.count == counts[name]
-            kept = layer.retired()[0]
+            kept = retired_flat(layer)
             assert kept.numel() <= int(0.3 * layer.index.count)
             assert layer.retired_nbytes <= retired_nbytes(
                 layer.index.shape, int(0.3 * layer.index.count)
             )
             assert not torch.isin(kept, layer.index.to_flat()).any()
             assert torch.equal(layer.effective.rows(0, layer.out_features), before[name]), name
-        assert report.retired == sum(layer.retired()[0].numel() for layer in layers.values())
+        assert report.retired == sum(retired_flat(layer).numel() for layer in layers.values())
         assert report.retired_nbytes == sum(layer.retired_nbytes for layer in layers.values())
     assert held > 0
 
@@ -239,7 +249,7 @@ def test_the_rule_of_bytes_is_that_of_the_tensors() -> None:
     outside = free.nonzero().view(-1)
     for count in (0, 1, 5000):
         flat = outside[torch.randperm(outside.numel())[:count]].sort().values
-        layer.set_retired(flat, torch.ones(count))
+        retire(layer, flat, torch.ones(count))
         assert layer.retired_nbytes == retired_nbytes(shape, count)
 
 

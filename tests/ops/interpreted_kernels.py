@@ -18,13 +18,14 @@ from helpers import (
     random_flat,
     random_inputs,
     relative_error,
+    retire,
 )
 from sweeps import swept
 from torch import nn
 
 from leanlift import UserError
 from leanlift._bnb import moment_table
-from leanlift.layer import LiftLinear, Scratch
+from leanlift.layer import LiftLinear, Workspace
 from leanlift.ops import tile_ops
 from leanlift.optim import SparseAdamW
 from leanlift.quantized import frozen_weight
@@ -60,9 +61,9 @@ def layer_on(base: nn.Linear, active: torch.Tensor, retired: torch.Tensor) -> Li
     """A layer with random offsets at these positions."""
     weight = frozen_weight(base)
     index = SegmentedIndex.from_flat(active, weight.shape)
-    lift = LiftLinear(base, weight, index, Scratch("triton"))
+    lift = LiftLinear(base, weight, index, Workspace("triton"))
     lift.values.data.normal_(std=0.2)
-    lift.set_retired(retired, 0.2 * torch.randn(retired.numel()))
+    retire(lift, retired, 0.2 * torch.randn(retired.numel()))
     return lift
 
 
@@ -82,7 +83,7 @@ def test_effective_weights_are_the_references(
 ) -> None:
     lift = layer_on(BASES[kind](*shape), *split(*shape, 0.1, 0.05))
     ours = lift.effective_weight(dtype).clone()
-    lift.scratch.implementation = "torch"
+    lift.workspace.use("torch")
     reference = lift.effective_weight(dtype)
     truth = effective_oracle(lift)
     epsilon = torch.finfo(dtype).eps
@@ -96,7 +97,7 @@ def test_effective_weights_are_the_references(
 def test_empty_and_full_masks(active: float, retired: float) -> None:
     lift = layer_on(make_linear4bit(20, 600), *split(20, 600, active, retired))
     ours = lift.effective_weight(torch.float32).clone()
-    lift.scratch.implementation = "torch"
+    lift.workspace.use("torch")
     assert torch.equal(ours, lift.effective_weight(torch.float32))
 
 
@@ -104,9 +105,9 @@ def test_rows_of_more_segments_than_a_thread_holds() -> None:
     lift = layer_on(make_linear4bit(2, 17_024), *split(2, 17_024, 0.02, 0.01))
     ours = lift.effective_weight(torch.float32).clone()
     gathered = torch.empty(lift.index.count)
-    tile_ops("triton", CPU).gather(ours, lift.index.whole, gathered)
+    tile_ops("triton", CPU).gather(ours, lift.index, gathered)
     assert torch.equal(gathered, ours.view(-1)[lift.index.to_flat()])
-    lift.scratch.implementation = "torch"
+    lift.workspace.use("torch")
     assert torch.equal(ours, lift.effective_weight(torch.float32))
 
 
@@ -146,7 +147,7 @@ def test_bfloat16_values_are_read() -> None:
     lift = layer_on(make_linear4bit(20, 300), *split(20, 300, 0.1, 0))
     lift.values = nn.Parameter(lift.values.data.bfloat16())
     ours = lift.effective_weight(torch.float32).clone()
-    lift.scratch.implementation = "torch"
+    lift.workspace.use("torch")
     assert torch.equal(ours, lift.effective_weight(torch.float32))
 
 

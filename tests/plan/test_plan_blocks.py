@@ -21,7 +21,7 @@ from transformers import (
 
 from leanlift import LiftConfig
 from leanlift.ends import Head, Objective, head_loss
-from leanlift.layer import LiftLinear, Scratch
+from leanlift.layer import LiftLinear, Workspace
 from leanlift.memory import LiveBytes, blocks
 from leanlift.memory.fake import (
     StepBytes,
@@ -32,7 +32,7 @@ from leanlift.memory.fake import (
     forward_peak,
     step_peak,
 )
-from leanlift.memory.pieces import FirstPiecesScratch, first_tiles
+from leanlift.memory.pieces import first_pieces, first_tiles
 from leanlift.quantized import WeightDense, WeightFormat, empty_weight
 from leanlift.tiles import DenseTiles
 from leanlift.training.loss import loss_of_all_tokens
@@ -180,18 +180,18 @@ def test_first_pieces_have_the_peak_of_all(
     """A step of one layer, its matrices and tokens gone over in many pieces or in two."""
     fmt = None if kind == "dense" else WeightFormat(kind, "float32", 64)
 
-    def peak(scratch: Scratch) -> int:
+    def peak(workspace: Workspace) -> int:
         with fake_tensors():
             dense = WeightDense(nn.Linear(shape[1], shape[0], bias=False))
             weight: Any = dense if fmt is None else empty_weight(shape, fmt)
             index = even_index(shape, shape[0] * shape[1] // 20)
-            layer = LiftLinear(weight.module, weight, index, scratch)
+            layer = LiftLinear(weight.module, weight, index, workspace)
             x = torch.zeros(tokens, shape[1], requires_grad=True)
             with LiveBytes() as live:
                 layer(x).sum().backward()
             return live.peak
 
-    assert peak(FirstPiecesScratch(always=always)) == peak(Scratch(always=always)) > 0
+    assert peak(first_pieces(always=always)) == peak(Workspace(always=always)) > 0
 
 
 def test_gradients_that_are_there_already_count_like_an_earlier_pass() -> None:

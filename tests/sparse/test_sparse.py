@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from leanlift.sparse import SegmentedIndex, add_offsets_, change_mask, index_nbytes
+from leanlift.sparse import (
+    LayerOffsets,
+    Offsets,
+    SegmentedIndex,
+    add_offsets_,
+    change_mask,
+    index_nbytes,
+)
 
 Shape = tuple[int, int]
 
@@ -173,7 +180,7 @@ def test_offsets_are_added_in_fp32_and_rounded_once(shape: Shape, dtype: torch.d
     truth = wide.view(shape).to(dtype)
     for start, stop in [(0, m), (0, 64), (13, 50), (64, m), (7, 7)]:
         rows = dense[start:stop].clone()
-        add_offsets_(rows, index, values, start, stop)
+        add_offsets_(rows, Offsets(index, values).rows(start, stop))
         assert torch.equal(rows, truth[start:stop])
 
 
@@ -186,6 +193,7 @@ def test_moving_an_index_leaves_the_anchors_on_the_cpu() -> None:
 
 # --- a mask changes ------------------------------------------------------------------------
 
+SHAPE = (4, 10)
 PLACES = 40
 SPECIAL_BITS = [0, -(2**31), 1, 0x3F800000, 0x7F800000, 0x7FC00000]
 """Bit patterns of 0.0, -0.0, the smallest subnormal, 1.0, infinity and NaN."""
@@ -207,15 +215,19 @@ def stores_and_mask(draw: st.DrawFn) -> tuple[Store, Store, list[int]]:
     return active, asleep, sorted(wanted)
 
 
-def _tensors(store: Store) -> tuple[Tensor, Tensor]:
+def _offsets(store: Store) -> Offsets:
     places = sorted(store)
     patterns = torch.tensor([store[place] for place in places], dtype=torch.int32)
-    return torch.tensor(places, dtype=torch.int64), patterns.view(torch.float32)
+    flat = torch.tensor(places, dtype=torch.int64)
+    return Offsets.from_flat(flat, patterns.view(torch.float32), SHAPE)
 
 
-def _store(flat: Tensor, values: Tensor) -> Store:
+def _store(offsets: Offsets | None) -> Store:
+    if offsets is None:
+        return {}
+    flat = offsets.index.to_flat()
     assert flat.tolist() == sorted(set(flat.tolist()))
-    return dict(zip(flat.tolist(), values.view(torch.int32).tolist(), strict=True))
+    return dict(zip(flat.tolist(), offsets.values.view(torch.int32).tolist(), strict=True))
 
 
 def _is_zero(pattern: int) -> bool:
@@ -227,15 +239,14 @@ def _is_zero(pattern: int) -> bool:
 def test_a_mask_change_loses_nothing(case: tuple[Store, Store, list[int]]) -> None:
     """Against a dict: survivors bit for bit, leavers retire, the returning get theirs back."""
     active, asleep, wanted = case
-    change = change_mask(
-        *_tensors(active), torch.tensor(wanted, dtype=torch.int64), *_tensors(asleep)
-    )
+    learned = LayerOffsets(_offsets(active), _offsets(asleep) if asleep else None)
+    change = change_mask(learned, torch.tensor(wanted, dtype=torch.int64))
 
     expected = {place: active.get(place, asleep.get(place, 0)) for place in wanted}
     left = {p: v for p, v in active.items() if p not in expected and not _is_zero(v)}
     remain = {p: v for p, v in asleep.items() if p not in expected}
-    assert _store(change.flat, change.values) == expected
-    assert _store(change.retired_flat, change.retired_values) == left | remain
+    assert _store(change.learned.active) == expected
+    assert _store(change.learned.retired) == left | remain
 
     old = sorted(active)
     source = [old.index(place) if place in active else -1 for place in wanted]
@@ -244,24 +255,42 @@ def test_a_mask_change_loses_nothing(case: tuple[Store, Store, list[int]]) -> No
 
 
 def test_a_small_mask_change_by_hand() -> None:
-    change = change_mask(
-        old_flat=torch.tensor([2, 5, 7, 9]),
-        old_values=torch.tensor([0.5, 0.0, -1.0, 2.0]),
-        new_flat=torch.tensor([1, 3, 7, 8]),
-        retired_flat=torch.tensor([3, 6]),
-        retired_values=torch.tensor([0.25, 4.0]),
+    def at(*places: int, values: list[float]) -> Offsets:
+        return Offsets.from_flat(torch.tensor(places), torch.tensor(values), (2, 6))
+
+    learned = LayerOffsets(
+        at(2, 5, 7, 9, values=[0.5, 0.0, -1.0, 2.0]), at(3, 6, values=[0.25, 4.0])
     )
-    assert change.values.tolist() == [0.0, 0.25, -1.0, 0.0]
+    change = change_mask(learned, torch.tensor([1, 3, 7, 8]))
+    retired = change.learned.retired
+    assert retired is not None
+    assert change.learned.active.values.tolist() == [0.0, 0.25, -1.0, 0.0]
     assert change.source.tolist() == [-1, -1, 2, -1]
-    assert change.retired_flat.tolist() == [2, 6, 9]
-    assert change.retired_values.tolist() == [0.5, 4.0, 2.0]
-    assert change.churn == 0.75
+    assert retired.index.to_flat().tolist() == [2, 6, 9]
+    assert retired.values.tolist() == [0.5, 4.0, 2.0]
+    assert (change.churn, change.retired_count) == (0.75, 3)
 
 
 def test_going_there_and_back_restores_every_offset() -> None:
     flat, other = random_flat(20, 20, 60, seed=1), random_flat(20, 20, 60, seed=2)
-    values, nothing = torch.randn(60), torch.empty(0, dtype=torch.int64)
-    there = change_mask(flat, values, other, nothing, torch.empty(0))
-    back = change_mask(there.flat, there.values, flat, there.retired_flat, there.retired_values)
-    assert torch.equal(bits(back.values), bits(values))
-    assert back.retired_flat.numel() == 0
+    learned = LayerOffsets(Offsets.from_flat(flat, torch.randn(60), (20, 20)))
+    back = change_mask(change_mask(learned, other).learned, flat).learned
+    assert torch.equal(bits(back.active.values), bits(learned.active.values))
+    assert back.retired is None
+
+
+@examples(50)
+@given(data=st.data())
+def test_rows_of_rows_are_the_rows(data: st.DataObject) -> None:
+    """A range of an index is an index, and so is a range of that, whatever rows they begin at."""
+    m, n = 150, 300
+    flat = random_flat(m, n, data.draw(st.sampled_from([0, 1, 400, 4000])))
+    whole = Offsets.from_flat(flat, torch.randn(flat.numel()), (m, n))
+    start, stop = sorted(data.draw(st.tuples(st.integers(0, m), st.integers(0, m))))
+    one, two = sorted(data.draw(st.tuples(*[st.integers(0, stop - start)] * 2)))
+    part = whole.rows(start, stop).rows(one, two)
+    expected = (flat >= (start + one) * n) & (flat < (start + two) * n)
+    assert torch.equal(part.index.to_flat(), flat[expected] - (start + one) * n)
+    assert torch.equal(part.values, whole.values[expected])
+    assert part.index.first == int((flat < (start + one) * n).sum())
+    assert part.index.shape == (two - one, n)

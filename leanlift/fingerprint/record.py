@@ -1,0 +1,149 @@
+"""The fingerprint as a record, and as JSON that anyone may have written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from leanlift.errors import UserError
+from leanlift.quantized import WeightFormat, dtype_name, dtype_of
+from leanlift.samples import decode
+
+
+@dataclass(frozen=True)
+class BaseFingerprint:
+    """The identity of a base model.
+
+    Attributes:
+        name: where it was loaded from.
+        dtype: the dtype it was loaded in.
+        shapes: trained matrices, name -> (m, n).
+        formats: every trained or quantized Linear, name -> WeightFormat.
+        sampled: the tensors behind `digest`, by their names in the checkpoint.
+        digest: sha256 of their sampled contents.
+        samples: of `sampled` tensors and of trained matrices, name -> `Sample.encode()`.
+        revision: the commit of a base from the hub, where it is known.
+    """
+
+    name: str
+    dtype: str
+    shapes: dict[str, tuple[int, int]]
+    formats: dict[str, WeightFormat]
+    sampled: tuple[str, ...]
+    digest: str
+    samples: Mapping[str, str] = field(default_factory=dict)
+    revision: str | None = None
+
+    @property
+    def knows_matrices(self) -> bool:
+        """Whether every trained matrix is sampled."""
+        return all(name in self.samples for name in self.shapes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> BaseFingerprint:
+        """Back from `to_dict`; `data` may come from a file that anyone has written.
+
+        Raises:
+            UserError: a value that no fingerprint has; says which.
+        """
+        known = isinstance(data, dict) and _KEYS - _LATER <= set(data) <= _KEYS
+        _expect(known, f"the keys {sorted(_KEYS)}", data)
+        name, dtype, shapes, formats = (data[k] for k in ("name", "dtype", "shapes", "formats"))
+        sampled, digest = data["sampled"], data["digest"]
+        is_name = isinstance(name, str) and 0 < len(name) <= _LONGEST_NAME and name.isprintable()
+        _expect(is_name, "the name of the base", name)
+        _expect(isinstance(shapes, dict) and len(shapes) > 0, "shapes of trained matrices", shapes)
+        for module, shape in shapes.items():
+            _expect(_is_module_name(module), "the name of a module", module)
+            _expect(_is_shape(shape), f"two sizes for {module}", shape)
+        _expect(isinstance(formats, dict), "formats of matrices", formats)
+        _expect(set(shapes) <= set(formats), "a format for every trained matrix", list(formats))
+        for module in formats:
+            _expect(_is_module_name(module), "the name of a module", module)
+        is_names = isinstance(sampled, list) and sampled and all(map(_is_module_name, sampled))
+        _expect(bool(is_names), "names of sampled tensors", sampled)
+        _expect(isinstance(digest, str), "a digest", digest)
+        samples, revision = data.get("samples", {}), data.get("revision")
+        is_revision = isinstance(revision, str) and re.fullmatch(r"[0-9a-f]{40}", revision)
+        _expect(revision is None or bool(is_revision), "a commit or null", revision)
+        _expect(isinstance(samples, dict), "samples of tensors", samples)
+        _check_samples(samples, shapes, set(sampled))
+        return cls(
+            name=name,
+            dtype=dtype_name(dtype_of(dtype)),
+            shapes={module: (m, n) for module, (m, n) in shapes.items()},
+            formats={module: _format(module, fmt) for module, fmt in formats.items()},
+            sampled=tuple(sampled),
+            digest=digest,
+            samples=samples,
+            revision=revision,
+        )
+
+
+_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision"}
+_LATER = {"samples", "revision"}  # of format 2
+LARGEST_SIDE = 2**31 - 1
+_LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
+
+
+def _expect(holds: bool, what: str, found: Any) -> None:
+    if not holds:
+        raise UserError(
+            f"expected {what} in the fingerprint of the base, got {found!r:.80}: the adapter's "
+            "configuration is damaged; fetch it again."
+        )
+
+
+def _check_samples(samples: dict[Any, Any], shapes: dict[str, list[int]], ends: set[str]) -> None:
+    """Every sample is one of a tensor that the fingerprint speaks of."""
+    for name, text in samples.items():
+        shape = shapes.get(name)
+        known = (shape is not None or name in ends) and isinstance(text, str)
+        _expect(known, "samples of the tensors it names", name)
+        try:
+            decode(text, LARGEST_SIDE**2 if shape is None else shape[0] * shape[1])
+        except ValueError as error:
+            _expect(False, f"a sample of {name} ({error})", text)
+
+
+def _is_module_name(name: Any) -> bool:
+    """`a.b.0.c`: nothing that could climb out of a model, or of a directory."""
+    return isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) is not None
+
+
+def _is_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in shape)
+    )
+
+
+def _format(module: str, data: Any) -> WeightFormat:
+    _expect(
+        isinstance(data, dict)
+        and set(data) == {"kind", "dtype", "blocksize", "double"}
+        and data["kind"] in ("nf4", "fp4", "int8", "dense")
+        and type(data["blocksize"]) is int
+        and data["blocksize"] in _BLOCKSIZES[data["kind"]]
+        and type(data["double"]) is bool,
+        f"a format of weights for {module}",
+        data,
+    )
+    return WeightFormat(
+        data["kind"], dtype_name(dtype_of(data["dtype"])), data["blocksize"], data["double"]
+    )
+
+
+_BLOCKSIZES = {
+    "nf4": (32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "fp4": (32, 64, 128, 256, 512, 1024, 2048, 4096),
+    "int8": (0,),
+    "dense": (0,),
+}
+"""What bitsandbytes quantizes with."""

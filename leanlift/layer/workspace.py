@@ -1,0 +1,107 @@
+"""What the layers of one model share: the operations that compute in them, and a scratch buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leanlift.ops import TileOps, tile_ops
+
+
+def patched_where_made(
+    fresh: bool, stored: torch.dtype, dtype: torch.dtype, device_type: str
+) -> bool:
+    """Whether an effective weight in `dtype` is made where its base is dequantized, without the
+    scratch: on a CPU, where rows of that dtype are new tensors, into a scratch they could only be
+    copied.
+
+    Args:
+        fresh: whether rows are new tensors; see `tiles.makes_new_rows`.
+        stored: the dtype of the rows.
+        dtype: of the computation.
+        device_type: "cpu", "cuda".
+    """
+    return fresh and stored == dtype and device_type == "cpu"
+
+
+class Scratch:
+    """One growing buffer per dtype and device, lent to whoever computes right now.
+
+    A view is valid until the next `take`. One per model: models do not disturb each other.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialized contiguous [rows, columns] view."""
+        key, numel = (dtype, device), rows * columns
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            self._buffers.pop(key, None)
+            with torch.inference_mode(False):  # or training could never write to it again
+                buffer = self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        return buffer[:numel].view(rows, columns)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
+        return memo.setdefault(id(self), Scratch())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is lent out is not worth pickling."""
+        return {"_buffers": {}}
+
+
+class Workspace:
+    """What the layers of one model compute with.
+
+    The operations are chosen when a layer computes for the first time, and again after the model
+    has moved or `use` has named others; until then every layer finds them here.
+
+    Args:
+        implementation: "auto", "torch" or "triton" (see `ops.tile_ops`); or the operations.
+        always: whether the scratch is used even where a matrix would be new anyway; for planning.
+
+    Attributes:
+        implementation: the name.
+        ops: what was chosen; None: it is to be chosen.
+        scratch: where weights are made.
+    """
+
+    def __init__(self, implementation: str | TileOps = "auto", always: bool = False) -> None:
+        self._given = None if isinstance(implementation, str) else implementation
+        self.implementation = (
+            implementation if isinstance(implementation, str) else implementation.name
+        )
+        self.always = always
+        self.ops: TileOps | None = self._given
+        self.scratch = Scratch()
+
+    def use(self, implementation: str) -> None:
+        """Let other operations compute from now on, by name."""
+        self.implementation, self._given, self.ops = implementation, None, None
+
+    def moved(self) -> None:
+        """The layers are on another device, perhaps: what "auto" means there is to be chosen."""
+        self.ops = self._given
+
+    def choose(self, device: torch.device) -> TileOps:
+        """Choose what computes on `device`, and keep it.
+
+        Raises:
+            UserError: an unknown name, or "triton" where it cannot run.
+        """
+        self.ops = tile_ops(self.implementation, device)
+        return self.ops
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
+        return memo.setdefault(id(self), Workspace(self._given or self.implementation, self.always))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the module behind the operations."""
+        return {**self.__dict__, "ops": self._given}
