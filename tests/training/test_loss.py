@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from runs import ROWS, settings
+from sweeps import swept
 from tiny import load, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,7 +118,7 @@ def test_a_cap_that_no_small_logit_shows_is_found(
     assert type(training_loss(model, settings(tmp_path), None)) is WholeLoss
 
 
-@pytest.mark.parametrize("family", ["llama", "granite: scaled"])
+@pytest.mark.parametrize("family", swept(["llama", "granite: scaled"], "llama"))
 @pytest.mark.parametrize("name", ["label_smoothing_factor", "loss_type"])
 def test_smoothing_and_dft_against_their_definitions(
     family: str, name: str, tmp_path: Path
