@@ -164,7 +164,8 @@ def test_what_is_missing_is_asked_for(
     monkeypatch.setattr(init, "_this_card", lambda: None)
     assert main(["init", "--output", str(place)]) == 0
     assert [question.splitlines()[-1].split(" (")[0] for question in asked] == [
-        "Model", "Model", "Rows", "Purpose [answers]: ", "Memory of the card, such as 8GB, or cpu: "
+        "Model", "Model", "Rows", "Purpose [answers]: ",
+        "Memory of the card, such as 8GB, or cpu [cpu]: "
     ]  # fmt: skip
     assert yaml.safe_load(place.read_text())["num_train_epochs"] == 3
 

@@ -72,10 +72,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "t5").mkdir()
     (root / "t5" / "config.json").write_text('{"model_type": "t5"}')
     (root / "model.gguf").write_bytes(b"GGUF")
+    (root / "words.yaml").write_text(
+        'eval_strategy: no\nsave_strategy: no\nbf16: "false"\npad_to_multiple_of: 8\n'
+        "target_modules: [q_proj, v_proj]\nmax_length: null\ndensity_pattern: {down_proj: 0.1}\n"
+    )
+    (root / "head.jsonl").write_text('{"prompt": null}\n{"prompt": "a", "completion": "b"}\n')
+    (root / "ROWS.NDJSON").write_text('{"prompt": "a", "completion": "b"}\n')
     return root
 
 
 TRAIN = ["train", "--model_name_or_path", "base", "--dataset_name", "rows.json"]
+EVAL = ["eval", "--model_name_or_path", "base"]
 WRONG: dict[str, tuple[list[str], str]] = {
     "no command": (["trian"], "invalid choice: 'trian'"),
     "nothing to train": (["train", "--seed", "1"], "needs a base: give --model_name_or_path"),
@@ -95,6 +102,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no selector": ([*TRAIN, "--selector", "best"], "selector"),
     "no format": ([*TRAIN, "--log_format", "xml"], "log_format as one of auto, rich, plain, json"),
     "evaluation of nothing": ([*TRAIN, "--eval_strategy", "steps"], "name rows with eval_dataset"),
+    "a name of other tools": ([*TRAIN, "--lora_r", "16"], "did you mean --rank_budget?"),
+    "two budgets": ([*TRAIN, "--density", "0.1", "--rank_budget", "8"], "give one of them"),
+    "a template that is not there": ([*TRAIN, "--chat_template_path", "nope"], "nope does not"),
+    "a base alone": (["plan", "base"], "takes a base as --model_name_or_path"),
+    "no rows to evaluate": ([*EVAL, "--data", "empty.json"], "holds no rows"),
+    "no judge": ([*EVAL, "--data", "rows.json", "--judge", "x"], "expected a judge among"),
+    "a limit of none": ([*EVAL, "--data", "rows.json", "--limit", "0"], "limit of at least 1"),
     "both widths": ([*TRAIN, "--load_in_8bit", "true", "--load_in_4bit", "true"], "exclude each"),
     "no base": (["plan", "--model_name_or_path", "./bse"], "base ./bse does not exist"),
     "an adapter for a base": (["plan", "--model_name_or_path", "lora"], "name the base that it"),
@@ -109,7 +123,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a directory that is taken": ([*TRAIN, "--output_dir", "done"], "resume_from_checkpoint true"),
     "a merge that is taken": ([*TRAIN, "--merged_dir", "base"], "base already exists"),
     "no checkpoint": ([*TRAIN, "--resume_from_checkpoint", "ckpt"], "ckpt is no checkpoint"),
-    "eval of nothing": (["eval", "--data", "rows.json"], "give --adapter, --model_name_or_path"),
+    "eval of nothing": (["eval", "--data", "rows.json"], "give --model_name_or_path, --adapter"),
     "eval without rows": (["eval", "--adapter", "x", "--data", "y.json"], "adapter x does not"),
     "info of a LoRA": (["info", "lora"], "an adapter of PEFT's of type LORA"),
     "info of a base": (["info", "base"], "a model's checkpoint directory"),
@@ -244,6 +258,13 @@ Given = Callable[[], list[str]]
         ["--warmup_steps", "1e-1", "--learning_rate", "2e-4", "--bf16", "false"],
         ["--dataset_name", "acme/rows"],
         ["--output_dir", "done", "--resume_from_checkpoint", "true"],
+        ["--resume_from_checkpoint", "no"],
+        ["--bf16", "--packing"],
+        ["--pad_to_multiple_of", "8"],
+        ["--debug", "underflow_overflow"],
+        ["--dataset_name", "head.jsonl", "--dataset_split", "train[1:]"],
+        ["--dataset_name", "ROWS.NDJSON"],
+        ["--config", "words.yaml"],
     ],
     ids=lambda more: " ".join(more)[:30] or "plain",
 )

@@ -7,6 +7,7 @@ import json
 import re
 from html import unescape
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -144,6 +145,17 @@ def test_mistakes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "the page of one run" in refused(str(run), str(run), "--html")
     assert "is no page of leanlift" in refused(str(run), "--html", str(run / "memory.json"))
     assert "does not exist" in refused(str(run), "--html", str(tmp_path / "no" / "page.html"))
+
+
+def test_a_run_that_has_not_ended_is_shown_by_its_newest_checkpoint(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (3, 20):
+        there = tmp_path / f"checkpoint-{step}"
+        there.mkdir()
+        copyfile(run / "trainer_state.json", there / "trainer_state.json")
+    assert main(["report", str(tmp_path)]) == 0
+    assert "its newest checkpoint, checkpoint-20" in " ".join(capsys.readouterr().out.split())
 
 
 def test_report_and_info_start_without_heavy_imports(run: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -271,3 +272,23 @@ def test_the_command_that_goes_on_is_printed(
 def test_going_on_takes_the_place_of_an_older_wish(argv: list[str]) -> None:
     expected = "leanlift train --seed 1 --resume_from_checkpoint true"
     assert command.resuming(argv) == expected
+
+
+def test_a_library_that_makes_an_error_of_its_own_out_of_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code that calls Python back may lose what is raised there."""
+    module = import_module("leanlift.training.run")
+
+    def losing(job: Any, plan: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr(module, "_run", losing)
+    args = RunArguments("base", "rows.json")
+    sft = LiftSFTConfig(str(tmp_path / "out"), use_cpu=True)
+    with pytest.raises(Interrupted, match="before training began; nothing is saved") as stopped:
+        module.run(args, sft)
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
