@@ -83,6 +83,7 @@ def test_the_purposes_are_the_same_in_question_and_answer() -> None:
         assert purpose.keys.keys() == purpose.why.keys()
 
 
+@pytest.mark.thorough
 def test_a_small_card_changes_what_is_proposed(base: Path, tmp_path: Path) -> None:
     found = look(str(base), str(rows_of(tmp_path, ROWS)))
     plain = proposing.propose(str(base), "rows", found, "answers", 8.0, "out")

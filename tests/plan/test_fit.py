@@ -126,6 +126,7 @@ def test_the_density_that_is_chosen_is_the_largest_that_fits(
         assert found.args.density == max(fitting)
 
 
+@pytest.mark.thorough
 def test_changes_that_gain_nothing_are_skipped(checkpoints: dict[str, Path]) -> None:
     """The ends of this model are small, and its batch is one row."""
     args, sft = arguments(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pages import check_page
 from reported import ANSWERS, MEMORY, SETTINGS, STATE, put, whole
+from sweeps import thorough
 
 from benchmarks.adapter_mutations import MUTATIONS
 from leanlift import UserError
@@ -114,7 +115,7 @@ def places_in(data: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize(
     ("name", "original"),
     [
-        ("memory.json", whole(MEMORY)),
+        thorough(("memory.json", whole(MEMORY))),
         ("trainer_state.json", STATE),
         ("run.json", SETTINGS),
         ("predictions.jsonl", ANSWERS),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from snapshots import assert_screen
+from sweeps import swept
 
 from leanlift.cli import main
 from leanlift.cli import train as command
@@ -114,7 +115,7 @@ def handlers_are_put_back() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("number", "at"),
-    [(signal.SIGINT, 2), (signal.SIGINT, 3), (signal.SIGTERM, 6)],
+    swept([(signal.SIGINT, 2), (signal.SIGINT, 3), (signal.SIGTERM, 6)], (signal.SIGINT, 3)),
     ids=lambda given: getattr(given, "name", f"step {given}"),
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(

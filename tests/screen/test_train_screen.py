@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from events import EVENTS
 from snapshots import assert_screen
+from sweeps import swept
 from tiny import load, make_tokenizer
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
@@ -215,7 +216,7 @@ def test_reports_elsewhere_are_those_of_a_trainer(
         assert {key: mine.get(key) for key in kept} == {key: other.get(key) for key in kept}
 
 
-@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+@pytest.mark.parametrize("strategy", swept(["no", "steps", "epoch"], "steps"))
 @pytest.mark.parametrize("steps", [3, 4], ids=["the end of an epoch", "amid one"])
 def test_rows_to_evaluate_on_are_evaluated_before_and_after(
     base: Path, rows: Path, tmp_path: Path, strategy: str, steps: int

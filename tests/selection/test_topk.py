@@ -103,7 +103,9 @@ def test_a_damaged_matrix_is_refused_with_the_number_of_bad_entries(scorer: Scor
         selection(weight, scorer, 10, name="up_proj")
 
 
-@pytest.mark.parametrize("route", ["gram", "gram-wide", "krylov", "krylov-int8"])
+@pytest.mark.parametrize(
+    "route", swept(["gram", "gram-wide", "krylov", "krylov-int8"], "gram-wide", "krylov-int8")
+)
 @pytest.mark.parametrize("scorer", [Principal(rank=16), Magnitude(), Random()], ids=type)
 def test_a_mask_does_not_depend_on_the_size_of_the_tiles(scorer: Scorer, route: str) -> None:
     """Bit for bit: what is read at once is not what is computed at once."""

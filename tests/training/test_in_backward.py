@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from runs import assert_same_layers, learned, settings, sparse_trainer
+from sweeps import swept
 
 from leanlift import (
     LiftConfig,
@@ -20,7 +21,7 @@ from leanlift.sparse import index_nbytes
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-@pytest.mark.parametrize("optim", ["sparse_adamw", "sparse_adamw_8bit"])
+@pytest.mark.parametrize("optim", swept(["sparse_adamw", "sparse_adamw_8bit"], "sparse_adamw_8bit"))
 def test_updates_in_the_backward_pass_are_the_ordinary_ones_bit_for_bit(
     base: Path, tmp_path: Path, optim: str, checkpointing: bool
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from runs import ROWS, settings
+from sweeps import swept
 from tiny import load, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -235,7 +236,7 @@ def test_outputs_are_there_for_metrics(base: Path, tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "granite: scaled"])
+@pytest.mark.parametrize("family", swept(["llama", "granite: scaled"], "llama"))
 @pytest.mark.parametrize("name", ["label_smoothing_factor", "loss_type"])
 def test_the_plan_has_the_loss_that_is_trained(family: str, name: str, tmp_path: Path) -> None:
     kind, changes, loss = FAMILIES[family]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tiny import load, make_tokenizer
 
 from leanlift import LiftTrainer, UserError, get_lift_model
 from leanlift.training.checkpointing import clean, rotate
+from leanlift.training.lock import OutputLock
 
 
 def steps_in(output: Path) -> list[int]:
@@ -108,6 +111,7 @@ with OutputLock(sys.argv[1]):
 """
 
 
+@pytest.mark.thorough
 def test_two_runs_cannot_write_into_one_directory(base: Path, tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")],
@@ -129,3 +133,30 @@ def test_two_runs_cannot_write_into_one_directory(base: Path, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
         trainer_for(base, tmp_path / "file" / "run", RESUMED).train()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_lock_is_gone_with_the_process_that_held_it(tmp_path: Path) -> None:
+    (held, tell), (wait, end) = os.pipe(), os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child leaves be
+        child = os.fork()
+    if child == 0:
+        with OutputLock(tmp_path / "run"):
+            os.write(tell, b"!")
+            os.read(wait, 1)
+    assert os.read(held, 1) == b"!"
+    try:
+        with (
+            pytest.raises(UserError, match=f"another run, process {child} on .*, is writing"),
+            OutputLock(tmp_path / "run"),
+        ):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)  # it cannot take its lock away
+        os.waitpid(child, 0)
+        for pipe in (held, tell, wait, end):
+            os.close(pipe)
+    assert (tmp_path / "run" / ".lock").exists()
+    with OutputLock(tmp_path / "run"):
+        pass
