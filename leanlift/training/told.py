@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,15 +113,19 @@ def places_of(output: Path, merged: Path | None) -> tuple[Place, ...]:
 
 def next_commands(args: RunArguments, output: Path) -> tuple[str, ...]:
     """What to run after a run."""
-    rows = args.eval_dataset_name or args.dataset_name
+    own = args.eval_dataset_name is not None
+    rows = ["--data", args.eval_dataset_name or args.dataset_name]
+    part = args.eval_dataset_split if own else args.dataset_split
+    first = re.fullmatch(r"\w+\[:(\d+)\]", part)  # the only part that eval can be asked for
+    rows += ["--limit", first[1]] if first else []
     last = (
         shell("leanlift", "export", output, "MERGED")
         if not args.merged_dir
-        else shell("leanlift", "eval", "--model_name_or_path", args.merged_dir, "--data", rows)
+        else shell("leanlift", "eval", "--model_name_or_path", args.merged_dir, *rows)
     )
     return (
         shell("leanlift", "report", output),
-        shell("leanlift", "eval", "--adapter", output, "--data", rows),
+        shell("leanlift", "eval", "--adapter", output, *rows),
         last,
     )
 
