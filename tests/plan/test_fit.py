@@ -138,6 +138,7 @@ def test_changes_that_gain_nothing_are_skipped(checkpoints: dict[str, Path]) -> 
     assert [next(iter(taken.change.keys)) for taken in found.taken][-1] == "density"
 
 
+@pytest.mark.thorough
 def test_useful_changes_are_planned_one_by_one(checkpoints: dict[str, Path]) -> None:
     args, sft = arguments(checkpoints["llama"], **LEAN, approx_rank=8, max_length=256)
     plan = plan_of(args, sft, cuda=False)

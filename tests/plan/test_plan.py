@@ -93,7 +93,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-USUAL = ("plain", "batch 4", "bf16 values", "int8 ends", "tied", "gemma2")
+USUAL = ("plain", "bf16 values", "int8 ends", "gemma2")
 
 
 @pytest.mark.parametrize("case", swept(CASES, *USUAL))

@@ -44,6 +44,7 @@ def test_the_screen_of_a_plan(models: Path, capsys: pytest.CaptureFixture[str]) 
     assert_screen(capsys.readouterr().out, "plan")
 
 
+@pytest.mark.thorough
 def test_fit_says_what_it_changed_and_its_file_is_taken_as_it_is(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
