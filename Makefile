@@ -1,7 +1,8 @@
 # `make demo` and `make test` do all the set-up on a fresh machine (Python 3.11 or newer).
 # torch: on Linux PyPI's build, which runs on CUDA and on the CPU. Another build or version:
 #     make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
-# Tests run in JOBS processes, about 1 GB each:  make test JOBS=8
+# `make test` is what a change can break, in minutes; `make test-all` adds the tests that are marked
+# thorough. They run in JOBS processes, about 1 GB each:  make test JOBS=8
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,13 +14,19 @@ export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: demo test check lint types contracts clean
+.PHONY: demo test test-all check lint types contracts clean
 
 demo: $(VENV)/installed
 	@$(BIN)/leanlift demo --output_dir leanlift-demo
 
+# a file's tests share what they make, so they stay in one process
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	$(PYTEST) -m "not thorough"
+
+test-all: test
+	$(PYTEST) -m thorough
 
 check: lint types contracts test
 

@@ -130,7 +130,9 @@ def cells_of(weight: RowTiles, flat: Tensor, dtype: torch.dtype) -> Cells:
 
 
 def entries_of(weight: RowTiles, flat: Tensor) -> Tensor:
-    """Entries of a matrix that is read by rows, each row once: [s]."""
+    """Entries of a matrix [s]: at once where it can, else by rows, each row once."""
+    if hasattr(weight, "entries"):
+        return weight.entries(flat)
     n = weight.shape[1]
     found = torch.empty(flat.numel(), dtype=weight.dtype)
     rows = flat // n

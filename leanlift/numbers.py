@@ -8,6 +8,9 @@ from typing import Any
 
 from leanlift.errors import UserError
 
+TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+"""What a switch may be."""
+
 Test = Callable[[float], bool]
 AT_LEAST_1: tuple[str, Test] = ("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE: tuple[str, Test] = ("0 or more", lambda value: value >= 0)

@@ -10,20 +10,24 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
 from leanlift.cli.measure import add_measure
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line, is_disk_full
+from leanlift.files import check_new
 
 EXIT_USER_ERROR = 2
 EXIT_OUT_OF_MEMORY = 3
@@ -37,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     _no_telemetry()
     _quiet_libraries()
+    _any_stream_takes_our_words()
     try:
         if arguments[:1] in (["train"], ["plan"]):
             _answer_early(arguments[0], arguments[1:])
@@ -193,11 +198,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    check_new(Path(options.output_dir))
     with starting():
         from leanlift.demo import demo
 
     demo(options.output_dir)
     return 0
+
+
+def _any_stream_takes_our_words() -> None:
+    """A stream of few characters shows a question mark for others, and stops nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def script() -> int:
+    """The command as a shell calls it. What comes after its end is Python's own, and Ctrl-C then
+    would only be told as a traceback."""
+    try:
+        return main()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _no_telemetry() -> None:

@@ -2,6 +2,6 @@
 
 import sys
 
-from leanlift.cli import main
+from leanlift.cli import script
 
-sys.exit(main())
+sys.exit(script())

@@ -8,31 +8,24 @@ that the later checks have; those look at everything, again and in full.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from leanlift.cli.kinds import check_kind
-from leanlift.cli.options import COMMAND, FALSE, TRUE, Option, flags, near, options
+from leanlift.cli.options import COMMAND, Option, flags, near, options
 from leanlift.cli.yaml_file import read_settings
 from leanlift.errors import UserError
-from leanlift.numbers import NUMBERS, check_number
+from leanlift.numbers import FALSE, NUMBERS, TRUE, check_number
 from leanlift.places import (
-    WEIGHTS_NAME,
     base_directory,
     check_merged_place,
     checkpoints_in,
     no_room,
 )
-from leanlift.rows.examples import ExampleReader
-from leanlift.rows.source import check_place, read_json_rows
-
-LOOKED_AT = 20
-"""First rows that are converted."""
-
-LARGE = 64 * 2**20
-"""Bytes from which a JSON list, which is read as a whole, is left to the later checks."""
+from leanlift.rows.first import check_first_rows
+from leanlift.rows.source import check_place
 
 MASK = ("density", "rank_budget", "approx_rank", "refresh_interval", "refresh_margin", "selector")
 """Fields of `LiftConfig` that it holds against each other."""
@@ -65,7 +58,7 @@ def check_early(command: str, argv: list[str]) -> dict[str, Any]:
     table = options()
     if table is None:
         return {}
-    given = _read_flags(argv, table)
+    given = _read_flags(command, argv, table)
     if "config" in given:
         given = _read_file(Path(str(given["config"])).expanduser(), table) | given
     _check_required(command, given)
@@ -104,6 +97,8 @@ def _check_base(command: str, base: str, given: dict[str, Any]) -> None:
 def _check_required(command: str, given: dict[str, Any]) -> None:
     if _true(given, "load_in_8bit") and _true(given, "load_in_4bit"):
         raise UserError("load_in_4bit and load_in_8bit exclude each other: choose one.")
+    if given.get("density") is not None and given.get("rank_budget") is not None:
+        raise UserError("rank_budget takes the place of density: give one of them.")
     if "model_name_or_path" not in given:
         raise UserError(
             f"leanlift {command} needs a base: give --model_name_or_path DIRECTORY_OR_HUB_NAME, or "
@@ -123,50 +118,45 @@ def _check_places(given: dict[str, Any]) -> None:
     output = Path(str(given.get("output_dir") or "leanlift-output"))
     if given.get("merged_dir"):
         check_merged_place(str(Path(str(given["merged_dir"])).expanduser()), output)
-    resumes = given.get("resume_from_checkpoint")
-    if not resumes or str(resumes).lower() == "false":
+    place = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if place.is_dir() and not os.access(place, os.W_OK):
+        raise UserError(f"output_dir {output} cannot be written: {place} is not yours to write to.")
+    resumes = str(given.get("resume_from_checkpoint") or "false")
+    if resumes.lower() in FALSE:
         steps = checkpoints_in(output) if output.is_dir() else []
-        if steps or output.is_file() or (output / WEIGHTS_NAME).exists():
+        taken = output.is_dir() and any(_is_result(entry) for entry in output.iterdir())
+        if output.is_file() or taken:
             raise no_room(output, bool(steps))
-    elif str(resumes).lower() != "true" and not Path(str(resumes)).expanduser().is_dir():
+    elif resumes.lower() not in TRUE and not Path(resumes).expanduser().is_dir():
         raise UserError(
             f"{resumes} is no checkpoint: expected a directory checkpoint-N of a training run, or "
             "true for the last one in output_dir."
         )
-    template = given.get("chat_template_path")
-    if (
-        template
-        and str(template).endswith(".jinja")
-        and not Path(str(template)).expanduser().is_file()
-    ):
-        raise UserError(f"the chat template {template} does not exist: expected a .jinja file.")
+    template = str(given.get("chat_template_path") or "")
+    on_hub = template.count("/") == 1 and not template.startswith((".", "~", "/"))
+    wanted = template and (template.endswith(".jinja") or not on_hub)
+    if wanted and not Path(template).expanduser().exists():
+        raise UserError(
+            f"the chat template {template} does not exist: expected a .jinja file, a tokenizer's "
+            "directory, or a name on the hub."
+        )
+
+
+def _is_result(entry: Path) -> bool:
+    """Whether an entry of an output directory is more than what a run that was cut off has left."""
+    return not entry.name.startswith(".") and not entry.name.endswith(".partial")
 
 
 def _check_rows(given: dict[str, Any]) -> None:
     """Whether files of rows are there, and their columns and first rows are of a known shape."""
+    text_field = str(given.get("dataset_text_field") or "text")
     for key, name in (("dataset_name", "train"), ("eval_dataset_name", "eval")):
         if not given.get(key):
             continue
-        path, kind = check_place(str(given[key]))
-        if kind != "json" or "dataset_kwargs" in given:
-            continue
-        whole = path.suffix != ".jsonl"
-        if whole and path.stat().st_size > LARGE:
-            continue
-        rows = list(islice(read_json_rows(path), None if whole else LOOKED_AT))
-        if not rows:
-            raise UserError(f"{given[key]} holds no rows: there is nothing to train on.")
-        _read_rows(rows, name, str(given.get("dataset_text_field") or "text"))
-
-
-def _read_rows(rows: Iterable[dict[str, Any]], name: str, text_field: str) -> None:
-    rows = list(rows)
-    columns = {column for row in rows for column in row}
-    if "input_ids" in columns:
-        return
-    reader = ExampleReader(name, sorted(columns), True, text_field)
-    for number, row in enumerate(rows[:LOOKED_AT]):
-        reader({column: value for column, value in row.items() if value is not None}, number)
+        source, part = str(given[key]), str(given.get(key.replace("_name", "_split")) or "")
+        check_place(source)
+        if "dataset_kwargs" not in given and "[" not in part:  # of a part other rows come first
+            check_first_rows(source, name, text_field)
 
 
 def _mask(given: dict[str, Any], table: dict[str, Option]) -> dict[str, Any]:
@@ -197,7 +187,7 @@ def _true(given: dict[str, Any], name: str) -> bool:
 # --- flags and file -------------------------------------------------------------------------
 
 
-def _read_flags(argv: list[str], table: dict[str, Option]) -> dict[str, Any]:
+def _read_flags(command: str, argv: list[str], table: dict[str, Option]) -> dict[str, Any]:
     """What flags say, as texts; a switch without a value is True.
 
     Raises:
@@ -214,8 +204,10 @@ def _read_flags(argv: list[str], table: dict[str, Option]) -> dict[str, Any]:
         flag, equals, text = token.partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not token.startswith("--") or flag not in known:
-            raise UserError(_stray(token, known))
+            raise UserError(_stray(command, token, known))
         if name in ("help", "help_all", "dry_run"):
+            if equals:
+                raise UserError(f"{flag} takes no value: leave {equals}{text} out.")
             given[name] = True
             continue
         if name not in table and name not in COMMAND:
@@ -241,10 +233,15 @@ def _read_flags(argv: list[str], table: dict[str, Option]) -> dict[str, Any]:
     return given
 
 
-def _stray(token: str, known: Iterable[str]) -> str:
+def _stray(command: str, token: str, known: Iterable[str]) -> str:
     if token.endswith((".yaml", ".yml")):
-        return f"a file of settings is named with --config: leanlift train --config {token}."
-    return f"{token} is no option of leanlift train{near(token, known)}"
+        return f"a file of settings is named with --config: leanlift {command} --config {token}."
+    if not token.startswith("-"):
+        return (
+            f"{token} stands alone: leanlift {command} takes a base as --model_name_or_path, rows "
+            "as --dataset_name, a file of settings as --config."
+        )
+    return f"{token} is no option of leanlift {command}{near(token, known)}"
 
 
 def _expected(option: Option) -> str:

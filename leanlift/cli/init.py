@@ -50,7 +50,10 @@ def init_command(argv: Sequence[str]) -> int:
     purpose = given.purpose or ask(_choices(), "--purpose", "answers")
     _check_purpose(purpose)
     card = given.card or _this_card()
-    card = card or ask("Memory of the card, such as 8GB, or cpu", "--card", None)
+    alone = (
+        CPU if given.yes or sys.stdin.isatty() else None
+    )  # the only thing that is sure to be there
+    card = card or ask("Memory of the card, such as 8GB, or cpu", "--card", alone)
     _propose(model, data, purpose, _gib(card), place, given.output_dir)
     return 0
 

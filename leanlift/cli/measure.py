@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 from os.path import expanduser
+from pathlib import Path
 from typing import Any
 
 from leanlift.errors import UserError
 from leanlift.places import base_directory, check_adapter_place
-from leanlift.rows.source import check_place
+from leanlift.rows.first import check_first_rows
 
 JUDGES = ("auto", "number", "letter", "label", "text", "contains")
 
@@ -126,8 +127,20 @@ def _eval(options: argparse.Namespace) -> int:
     if options.model_name_or_path is not None:
         base_directory(options.model_name_or_path)
     elif options.adapter is None:
-        raise UserError("eval needs a model: give --adapter, --model_name_or_path, or both.")
-    check_place(options.data)
+        raise UserError(
+            "there is nothing to evaluate: give --model_name_or_path, --adapter, or both."
+        )
+    for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 0)):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise UserError(f"expected a {name} of at least {least}, got {given}.")
+    if options.judge not in JUDGES:
+        raise UserError(f"expected a judge among {', '.join(JUDGES)}, got {options.judge!r}.")
+    for name in ("output", "predictions"):
+        parent = Path(getattr(options, name) or "x").parent
+        if not parent.is_dir():
+            raise UserError(f"--{name} needs a directory that exists, and {parent} does not.")
+    check_first_rows(options.data, "eval", options.dataset_text_field or "text")
     from leanlift.cli.eval import eval_command
 
     return eval_command(options)

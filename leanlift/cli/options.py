@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+from leanlift.numbers import FALSE, TRUE
 
 SOURCES = (
     ("transformers", "training_args.py", "TrainingArguments"),
@@ -31,7 +34,6 @@ COMMAND = ("config", "fit", "dry_run", "help", "help_all")
 """Options of the command that are no fields."""
 
 SCALARS = {"bool", "int", "float", "str"}
-TRUE, FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Option:
         default: as it is written; None where there is none.
         help: one line; "" where it is not a plain text.
         required: whether it has no default.
+        optional: whether its annotation names None.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Option:
     default: str | None
     help: str
     required: bool
+    optional: bool = False
 
     @property
     def is_bool(self) -> bool:
@@ -58,7 +62,8 @@ class Option:
     @property
     def takes_many(self) -> bool:
         """Whether its flag may take every value up to the next flag."""
-        return any(kind.startswith("list") for kind in self.kinds)
+        lists = [kind.startswith("list") for kind in self.kinds]
+        return bool(lists) and (all(lists) or (any(lists) and not self.optional))
 
     def refuses(self, text: str) -> bool:
         """Whether a text can be no value of it, for certain: of numbers and switches alone."""
@@ -92,9 +97,31 @@ def defaults_of_mask() -> dict[str, str]:
     return {name: field.default for name, field in fields.items() if field.default is not None}
 
 
+MEANT = {
+    "batch_size": "per_device_train_batch_size",
+    "data": "dataset_name",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "lora_r": "rank_budget",
+    "lr": "learning_rate",
+    "model": "model_name_or_path",
+    "output": "output_dir",
+    "r": "rank_budget",
+    "rank": "rank_budget",
+    "save_dir": "output_dir",
+    "steps": "max_steps",
+}
+"""Names that other tools have for the same."""
+
+
 def near(wrong: str, names: Iterable[str]) -> str:
     """The end of a sentence about a name that does not exist."""
-    close = difflib.get_close_matches(wrong.partition("=")[0], list(names), n=1)
+    wrong, names = wrong.partition("=")[0], list(names)
+    dashes = wrong[: len(wrong) - len(wrong.lstrip("-"))]
+    meant = MEANT.get(wrong.lstrip("-").replace("-", "_").lower())
+    if meant is not None and f"{dashes}{meant}" in names:
+        return f": did you mean {dashes}{meant}?"
+    close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.7)
     return f": did you mean {close[0]}?" if close else ": see leanlift train --help_all."
 
 
@@ -140,7 +167,8 @@ def _option(node: ast.AnnAssign) -> Option | None:
     elif value is not None:
         default = _written(value)
     kinds = _kinds(node.annotation)
-    return Option(node.target.id, kinds, default, text, default is None)
+    optional = re.search(r"\b(None|Optional)\b", ast.unparse(node.annotation)) is not None
+    return Option(node.target.id, kinds, default, text, default is None, optional)
 
 
 def _written(node: ast.expr | None) -> str | None:

@@ -24,6 +24,9 @@ from leanlift.training.fit import Fit, Taken, fit, parse_card, useful_changes
 from leanlift.training.propose import reasons_of
 from leanlift.training.recipe import Section, write_recipe
 
+SMALL = 4 * 2**30
+"""What needs no more fits any card, and no change is worth its price."""
+
 
 def plan_command(argv: Sequence[str]) -> int:
     """Plan, and print what came out."""
@@ -53,7 +56,7 @@ def plan_command(argv: Sequence[str]) -> int:
         print(format_plan(plan.to_dict()), flush=True)
     if gib is not None and not as_json:
         print("\n".join(["", *fitted(taken, plan, gib)]))
-    elif not as_json:
+    elif not as_json and plan.needed > SMALL:
         with Trying() as trying:
             useful = useful_changes(args, sft, plan, cuda, say=trying)
         print("\n".join(["", *advice(useful)]) if useful else "")

@@ -14,7 +14,8 @@ def report_command(options: argparse.Namespace) -> int:
     from leanlift.report.data import read_run
 
     if options.html is not None and (len(options.runs) > 1 or options.json):
-        raise UserError("--html makes the page of one run: give one RUN, and no --json.")
+        instead = "leave --json out" if options.json else "give one RUN"
+        raise UserError(f"--html makes the page of one run: {instead}.")
     if options.json and len(options.runs) == 1:
         print(json.dumps(load_report(options.runs[0]), indent=2))
         return 0

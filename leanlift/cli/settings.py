@@ -129,6 +129,9 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
         add_help=False,
         allow_abbrev=False,
     )
+    for action in parser._actions:  # a switch without a value is on, also where it may be none
+        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            action.nargs, action.const = "?", True
     parser.add_argument("--fit", help="choose settings for a card of this size, e.g. 8GB")
     parser.add_argument(
         "--dry_run", action="store_true", help="look at everything, plan, and train nothing"
@@ -240,9 +243,12 @@ def _scalar(path: Path, action: argparse.Action, value: Any) -> Any:
     """One value through the field's own conversion: 2e-4 is a string in YAML 1.1."""
     convert: Any = action.type or str
     boolean = getattr(convert, "__name__", "") == "string_to_bool"
+    if value is False and action.dest.endswith("_strategy"):
+        value = "no"  # which YAML takes for false
+    quoted = boolean and isinstance(value, str)
     try:
         if isinstance(value, (dict, list)) or (
-            isinstance(value, bool) != boolean and convert is not str
+            isinstance(value, bool) != boolean and not quoted and convert is not str
         ):
             raise ValueError
         converted = value if isinstance(value, bool) else convert(str(value))

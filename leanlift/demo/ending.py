@@ -120,7 +120,6 @@ def files_text(run: Path, merged: Path, page: Path, same: int, total: int) -> st
 
 NEXT = """With your own rows (JSON lines with messages, prompt and completion, or text):
 
-  leanlift plan --model_name_or_path Qwen/Qwen2.5-7B-Instruct --fit 8GB
-  leanlift train --model_name_or_path Qwen/Qwen2.5-7B-Instruct \\
-      --dataset_name rows.jsonl --output_dir runs/mine
-  leanlift eval --adapter runs/mine --base --data test.jsonl"""
+  leanlift init --model Qwen/Qwen2.5-7B-Instruct --data rows.jsonl --card 12GB
+  leanlift train --config run.yaml
+  leanlift eval --adapter runs/qwen2.5-7b-instruct-rows --base --data test.jsonl"""

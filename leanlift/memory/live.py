@@ -8,13 +8,13 @@ operation costs some microseconds more meanwhile.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 MAPS = Path("/proc/self/maps")
 
@@ -35,14 +35,11 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {
-            storage._cdata
-            for leaf in tree_leaves((args, kwargs or {}))
-            if isinstance(leaf, Tensor)
-            for storage in _storages(leaf)
+            storage._cdata for leaf in _tensors((args, kwargs)) for storage in _storages(leaf)
         }
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
+        for leaf in _tensors(out):
+            if leaf.device.type == "meta":
                 continue  # a skeleton without memory; fake tensors name the device they stand for
             for storage in _storages(leaf):
                 if storage._cdata not in before:
@@ -60,6 +57,19 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, nbytes: int) -> None:
         self.current -= nbytes
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in what an operation takes or gives: several times faster than a pytree's leaves,
+    in tuples, lists and dicts alone."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, dict):
+        for part in tree.values():
+            yield from _tensors(part)
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:

@@ -139,6 +139,10 @@ def check_attachable(model: nn.Module) -> None:
         )
 
 
+PIECE = 2**21
+"""Numbers that are looked at at once: torch takes some seven bytes for each."""
+
+
 @torch.no_grad()
 def check_finite(model: nn.Module) -> None:
     """Refuse weights that are not numbers, in whatever part of a model: norms, embedding, head and
@@ -172,7 +176,7 @@ def not_finite(tensor: Tensor) -> int:
     """How many NaN or infinite numbers a tensor has, counted by pieces."""
     if not tensor.is_floating_point() or tensor.device.type == "meta":
         return 0
-    pieces = tensor.detach().reshape(-1).split(2**24)
+    pieces = tensor.detach().reshape(-1).split(PIECE)
     return sum(int((~torch.isfinite(piece)).sum()) for piece in pieces)
 
 

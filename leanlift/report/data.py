@@ -21,6 +21,7 @@ from leanlift.places import (
     PREDICTIONS_NAME,
     RUN_NAME,
     STATE_NAME,
+    checkpoints_in,
     look_at,
 )
 from leanlift.report.adapter import AdapterFacts, read_adapter
@@ -110,12 +111,18 @@ def read_run(run: str | Path, offsets: bool = True) -> Run:
     """
     directory = Path(run).expanduser()
     names = (REPORT_NAME, STATE_NAME, CONFIG_NAME)
+    missing: list[str] = []
+    steps = checkpoints_in(directory) if directory.is_dir() else []
+    newest = directory / f"checkpoint-{steps[-1]}" if steps else directory
+    ended = any((directory / name).is_file() for name in names)
+    if not ended and any((newest / name).is_file() for name in names):
+        directory = newest
+        missing.append(f"The run has not ended: this is its newest checkpoint, {directory.name}.")
     if not directory.is_dir() or not any((directory / name).is_file() for name in names):
         raise UserError(
             f"{run} holds no {REPORT_NAME}, no {STATE_NAME} and no adapter: it is "
             f"{look_at(directory).words}. Expected the output_dir of a training run."
         )
-    missing: list[str] = []
 
     def part(name: str, read: Callable[[], Any], lacking: str) -> Any:
         if not (directory / name).is_file():

@@ -21,7 +21,10 @@ from leanlift.errors import UserError, first_line
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+LINES = (".jsonl", ".ndjson")
+"""Endings of files with a row in each line."""
+
+FILE_TYPES = {".json": "json", **dict.fromkeys(LINES, "json"), ".parquet": "parquet"}
 
 Row = dict[str, Any]
 
@@ -70,7 +73,7 @@ def check_place(source: str) -> tuple[Path, str | None]:
         UserError: there is no such file, or it is of another kind.
     """
     path = Path(source).expanduser()
-    kind = FILE_TYPES.get(path.suffix)
+    kind = FILE_TYPES.get(path.suffix.lower())
     if kind and not path.is_file():
         raise UserError(f"{source} does not exist: expected a JSON, JSONL or Parquet file of rows.")
     if not kind and path.is_file():
@@ -114,7 +117,8 @@ def read_json_rows(path: Path) -> Iterator[Row]:
     """Objects of a JSON list, or one after the other as in JSONL; a text becomes a `text` row."""
     number = 0
     try:
-        for value in _json_lines(path) if path.suffix == ".jsonl" else _json_values(path):
+        lines = path.suffix.lower() in LINES
+        for value in _json_lines(path) if lines else _json_values(path):
             for row in value if isinstance(value, list) else [value]:
                 row = {"text": row} if isinstance(row, str) else row
                 if not isinstance(row, dict):

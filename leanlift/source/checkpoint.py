@@ -43,6 +43,10 @@ class SourceTensor:
     def whole(self) -> Tensor:
         return self._slice[...]
 
+    def entries(self, flat: Tensor) -> Tensor:
+        """Entries at row-major positions [s]; of the file, the pages that hold them."""
+        return self.whole().flatten()[flat]
+
     def sample(self, rows: int) -> Tensor:
         """At most `rows` evenly spaced rows; all of a 1-D tensor."""
         if len(self.shape) == 1:

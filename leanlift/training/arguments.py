@@ -17,6 +17,7 @@ from trl import SFTConfig
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS, LiftConfig
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
+from leanlift.numbers import NUMBERS
 from leanlift.training.checks import check_numbers
 
 
@@ -277,6 +278,10 @@ class LiftSFTConfig(SFTConfig):
         Raises:
             UserError: a number out of range, or settings that optim_in_backward cannot go with.
         """
+        for name in NUMBERS:  # TRL takes a text for some of them
+            given = getattr(self, name, None)
+            if isinstance(given, str) and given.strip().isdecimal():
+                setattr(self, name, int(given))
         check_numbers(self)
         for name in ("resume_from_checkpoint", "chat_template_path"):
             given = getattr(self, name)

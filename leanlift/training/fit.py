@@ -182,7 +182,8 @@ def useful_changes(
     most: int = 3,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Taken]:
-    """The changes that save most, each on its own, planned: the largest first.
+    """The changes that save most, each on its own, planned: the largest first, and last what costs
+    quality.
 
     Args:
         args, sft, cuda: what `plan` was made for.
@@ -200,7 +201,7 @@ def useful_changes(
         changed = search.plan(change((args, sft)), change.named)
         found.append(Taken(change, plan.needed, changed.needed))
     worth = [taken for taken in found if taken.saved >= LEAST_GAIN * plan.needed]
-    return sorted(worth, key=lambda taken: -taken.saved)[:most]
+    return sorted(worth, key=lambda taken: ("quality" in taken.change.cost, -taken.saved))[:most]
 
 
 def changes(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Iterator[Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leanlift.numbers import FALSE, TRUE
 from leanlift.places import check_merged_place, no_room
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing import checkpoint_to_resume, checkpoints, is_left_behind
@@ -64,9 +65,9 @@ def check_merged_dir(args: RunArguments, output: Path) -> None:
 def checkpoint_of_run(sft: LiftSFTConfig, output: Path) -> Checkpoint | None:
     """The checkpoint to go on from; a fresh run wants an empty output directory."""
     wanted = sft.resume_from_checkpoint
-    if wanted and str(wanted).lower() == "true":
+    if wanted and str(wanted).lower() in TRUE:
         return checkpoint_to_resume(output, True)
-    if wanted and str(wanted).lower() != "false":
+    if wanted and str(wanted).lower() not in FALSE:
         return check_checkpoint(Path(wanted))
     if output.exists() and (not output.is_dir() or _holds_results(output)):
         raise no_room(output, output.is_dir() and bool(checkpoints(output)))

@@ -33,6 +33,7 @@ class Interrupt:
         asked: the signal that asked to stop after the present step; None: none has.
         moment: says what is interrupted, and what is kept.
         stepping: whether there is a step to finish.
+        ended: the end of the run that a signal has asked for at once; None: none has.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -40,6 +41,7 @@ class Interrupt:
         self.asked: signal.Signals | None = None
         self.moment: Callable[[], str] = lambda: "before training began; nothing is saved"
         self.stepping = False
+        self.ended: Interrupted | None = None
         self._process = os.getpid()
 
     @contextmanager
@@ -69,7 +71,8 @@ class Interrupt:
             return
         for each in SIGNALS:  # should the way out take long, the next one ends the process
             signal.signal(each, signal.SIG_DFL)
-        raise self.stopped(f"interrupted {self.moment()}.", found)
+        self.ended = self.stopped(f"interrupted {self.moment()}.", found)
+        raise self.ended
 
     def _in_a_child(self, found: signal.Signals) -> None:
         """A worker has these handlers from its parent: Ctrl-C, which the terminal gives to all,

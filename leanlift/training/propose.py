@@ -171,7 +171,7 @@ def _reasons(found: Look, length: int) -> dict[str, str]:
         "per_device_train_batch_size": "rows at a time",
         "gradient_accumulation_steps": "so many times make a step",
         "save_total_limit": "checkpoints that are kept",
-        "use_cpu": "no card was named",
+        "use_cpu": "on the CPU",
     }
 
 

@@ -146,8 +146,10 @@ def run(
     try:
         with interrupt.heard(), shown(screen), _timeline(args.snapshot, job.output):
             return _run(job, plan)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if interrupt.ended is not None:  # a library's own code may turn it into an error of its own
+            raise interrupt.ended from None
+        if not isinstance(error, (RuntimeError, MemoryError)) or not is_out_of_memory(error):
             raise
         said = out_of_memory(job.phase, job.plan, error, args, sft)
         raise OutOfMemoryError(said) from error

@@ -241,8 +241,8 @@ def _peak_words(memory: Memory) -> str:
     if memory.peak is None:
         return "not measured"
     if memory.planned is None:
-        return f"{size(memory.peak)} of tensors at the peak"
-    return f"{size(memory.peak)} of tensors at the peak, {size(memory.planned)} planned"
+        return f"{size(memory.peak)} of tensors at the peak of training"
+    return f"{size(memory.peak)} of tensors at the peak of training, {size(memory.planned)} planned"
 
 
 def stopped_lines(step: int, steps: int, checkpoint: str | None, command: str | None) -> list[str]:

@@ -1,0 +1,150 @@
+"""An attached model in the hands of torch, transformers and others: right, or refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import load
+from trained import KINDS
+from transformers import Trainer, TrainingArguments
+
+from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, refresh_mask, save_adapter
+from leanlift.model import claim, lift_layers, lift_state
+
+
+def attached(base: Path, kind: str = "nf4", seed: int = 0, **config: Any) -> Any:
+    settings = LiftConfig(approx_rank=8, selection_seed=seed, **config)
+    model = get_lift_model(load(base, kind), settings, progress=False)
+    torch.manual_seed(1)
+    for layer in lift_layers(model).values():
+        layer.values.data.normal_(std=0.05)
+    return model
+
+
+IDS = torch.arange(3, 43).reshape(2, 20)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("refreshed", [False, True], ids=["fresh", "refreshed"])
+@pytest.mark.parametrize("ends", [False, True], ids=["ends", "ends-int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_compute_the_same_and_are_apart(
+    base: Path, tmp_path: Path, kind: str, ends: bool, refreshed: bool
+) -> None:
+    model = attached(base, kind, quantize_ends=ends)
+    if refreshed:
+        refresh_mask(model)
+    expected = logits(model)  # scratch buffers are there now
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = {
+        "deepcopy": copy.deepcopy(model),
+        "pickle": pickle.loads(pickle.dumps(model)),
+        "torch.save": torch.load(file, weights_only=False),
+    }
+    for how, other in copies.items():
+        assert torch.equal(logits(other), expected), how
+        for layer in lift_layers(other).values():
+            layer.values.data.zero_()
+        assert torch.equal(logits(model), expected), how
+        assert not torch.equal(logits(other), expected), how
+        other.train()(IDS, labels=IDS).loss.backward()
+        assert all(layer.values.grad is not None for layer in lift_layers(other).values())
+        save_adapter(other, tmp_path / how)
+        other.print_trainable_parameters()
+        with pytest.raises(UserError, match="save_adapter"):
+            other.save_pretrained(tmp_path / "no")
+    assert lift_state(copies["pickle"]).config == lift_state(model).config
+
+
+def test_a_stock_save_is_refused_before_it_writes(base: Path, tmp_path: Path) -> None:
+    model = attached(base)
+    arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    trainer = Trainer(model=model, args=arguments)
+    for save in (model.save_pretrained, model.push_to_hub, trainer.save_model):
+        with pytest.raises(UserError, match=r"save_adapter\(model, directory\)"):
+            save(str(tmp_path / "saved"))
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in left if path.suffix in (".safetensors", ".bin")], left
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_a_state_dict_goes_back_to_its_own_positions_only(base: Path, kind: str) -> None:
+    model = attached(base, kind, density=0.1)
+    saved = {key: copy.deepcopy(value) for key, value in model.state_dict().items()}
+    same = attached(base, kind, density=0.1)
+    for layer in lift_layers(same).values():
+        layer.values.data.zero_()
+    same.load_state_dict(saved, strict=kind == "dense")  # bitsandbytes takes no 4-bit state back
+    assert torch.equal(logits(same), logits(model))
+    others = {
+        "random": attached(base, kind, density=0.1, selector="random"),
+        "seed": attached(base, kind, density=0.1, selector="random", seed=7),
+        "refreshed": attached(base, kind, density=0.1),
+    }
+    refresh_mask(others["refreshed"])
+    for how, other in others.items():
+        before = logits(other)
+        for strict in (True, False):
+            with pytest.raises(UserError, match="learned at other positions"):
+                other.load_state_dict(saved, strict=strict)
+            assert torch.equal(logits(other), before), how
+    one = next(iter(lift_layers(others["seed"]).values()))
+    name = next(iter(lift_layers(model)))
+    part = {k.removeprefix(f"{name}."): v for k, v in saved.items() if k.startswith(f"{name}.")}
+    assert "values" in part
+    assert not torch.equal(part["_extra_state"], one.get_extra_state())
+
+
+NEEDS = [
+    ({"refresh_interval": 5}, "the mask is chosen again every 5 steps by LiftTrainer alone"),
+    ({"values_dtype": "bfloat16"}, "small updates of bfloat16 values are kept by LiftTrainer"),
+    ({"refresh_interval": 5, "values_dtype": "bfloat16"}, "every 5 steps and small updates"),
+]
+
+
+@pytest.mark.parametrize(("config", "match"), NEEDS, ids=["refresh", "bf16", "both"])
+def test_what_only_our_trainer_does_is_asked_of_nobody_else(
+    base: Path, tmp_path: Path, config: dict[str, Any], match: str
+) -> None:
+    model = attached(base, **config)
+    logits(model)
+    model.train()
+    with torch.no_grad():
+        model(IDS, labels=IDS)
+    with pytest.raises(UserError, match=match):
+        model(IDS, labels=IDS)
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}]
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    with pytest.raises(UserError, match=match):
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+    claim(model)
+    model(IDS, labels=IDS).loss.backward()
+    save_adapter(model, tmp_path / "adapter")
+    again = load_adapter(load(base, "nf4"), tmp_path / "adapter").train()
+    with pytest.raises(UserError, match=match):
+        again(IDS, labels=IDS)
+
+
+def test_a_plain_loop_over_plain_settings_is_fine(base: Path) -> None:
+    model = attached(base).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]

@@ -1,0 +1,48 @@
+"""The Triton kernels on a machine without a GPU: interpreted, and compiled ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_python
+from sweeps import swept
+
+from leanlift import UserError
+from leanlift.ops import tile_ops
+
+HERE = Path(__file__).parent
+TRITON = pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+
+@pytest.mark.parametrize("which", swept(["not thorough", "thorough"], "not thorough"))
+def test_kernels_do_what_the_reference_does_in_the_interpreter(which: str) -> None:
+    """In a process of its own, since the interpreter is chosen when Triton is imported."""
+    command = ("-m", "pytest", "-q", "-x", "-m", which, str(HERE / "interpreted_kernels.py"))
+    done = run_python(*command, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("capability", swept([80, 89, 90, 120], 80))
+def test_kernels_compile_ahead_of_time(capability: int) -> None:
+    done = run_python(str(HERE / "compile_kernels.py"), str(capability))
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_an_explicit_choice_never_falls_back() -> None:
+    with pytest.raises(UserError, match="ops=triton needs a CUDA device, but the model is on cpu"):
+        tile_ops("triton", torch.device("cpu"))
+
+
+def test_without_triton_auto_is_torch_and_an_explicit_choice_an_error() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\nfrom leanlift import ops\nfrom leanlift.errors import UserError\n"
+        "assert ops.tile_ops('auto', torch.device('cuda', 0)).name == 'torch'\n"
+        "try:\n    ops.tile_ops('triton', torch.device('cuda', 0))\n"
+        "except UserError as error:\n    assert 'install leanlift[triton]' in str(error)\n"
+        "else:\n    raise AssertionError\n"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr

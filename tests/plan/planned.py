@@ -1,0 +1,64 @@
+"""Models and formats that are planned and made, two blocks each."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+)
+
+from leanlift.quantized import WeightFormat
+from leanlift.training import (
+    LiftSFTConfig,
+    RunArguments,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 2}
+MODELS: dict[str, Any] = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen2, tied": Qwen2Config(**SIZES, **GROUPED, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, **GROUPED),
+    "gemma2": Gemma2Config(**SIZES, **GROUPED, head_dim=32),
+    "phi3, fused": Phi3Config(**SIZES, **GROUPED),
+}
+FORMATS: dict[str, WeightFormat | None] = {
+    "nf4": WeightFormat("nf4", "float32", 64),
+    "nf4+double": WeightFormat("nf4", "float32", 64, True),
+    "fp4": WeightFormat("fp4", "float32", 64),
+    "int8": WeightFormat("int8", "float32"),
+    "dense": None,
+}
+
+
+# --- Fitting a card, and running out of it -------------------------------------------------
+
+
+def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
+    loop = {f.name for f in dataclasses.fields(LiftSFTConfig)}
+    sft = {key: value for key, value in changes.items() if key in loop}
+    run_args = {key: value for key, value in changes.items() if key not in loop}
+    return (
+        RunArguments(model_name_or_path=str(path), dataset_name="rows.json", **run_args),
+        LiftSFTConfig(
+            **{"output_dir": "x", "use_cpu": True, "bf16": False, "max_length": 64,
+               "per_device_train_batch_size": 4, **sft},
+        ),
+    )  # fmt: skip
