@@ -17,13 +17,7 @@ from torch import Tensor
 from leanlift import LiftConfig, UserError, get_lift_model, refresh_mask
 from leanlift.model import lift_layers
 from leanlift.selection import Favoring, Magnitude, Principal, scores_of, select, selection
-from leanlift.sparse import (
-    LayerOffsets,
-    Offsets,
-    SegmentedIndex,
-    bounded_mask,
-    retired_nbytes,
-)
+from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex, bounded_mask, retired_nbytes
 from leanlift.training import RunArguments
 
 # --- The margin ----------------------------------------------------------------------------

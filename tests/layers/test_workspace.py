@@ -1,0 +1,65 @@
+"""What the layers of a model share, and the offsets that a layer takes over."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_block, make_lift, make_linear4bit
+
+from leanlift.layer import Workspace
+from leanlift.ops import tile_ops
+from leanlift.ops.reference import TorchOps
+from leanlift.sparse import LayerOffsets, Offsets
+
+
+def test_operations_are_chosen_once_for_all_layers_and_again_after_a_move(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def counted(name: str, device: torch.device) -> Any:
+        asked.append(name)
+        return tile_ops(name, device)
+
+    monkeypatch.setattr("leanlift.layer.workspace.tile_ops", counted)
+    block, x = make_block(Workspace()), torch.randn(3, 48, requires_grad=True)
+    for _ in range(3):
+        block(x).sum().backward()
+    assert asked == ["auto"]
+    block.to("cpu")
+    block(x)
+    block[0].workspace.use("torch")
+    block(x)
+    assert asked == ["auto", "auto", "torch"]
+    twin = copy.deepcopy(block)
+    twin(x)
+    assert asked[3:] == ["torch"]
+    assert pickle.loads(pickle.dumps(block[0].workspace)).ops is None
+
+
+def test_operations_that_are_given_stay() -> None:
+    class Mine(TorchOps):
+        name = "mine"
+
+    block, x = make_block(Workspace(Mine())), torch.randn(3, 48)
+    block.to("cpu")
+    block(x)
+    assert type(block[0].workspace.ops) is Mine
+    assert type(copy.deepcopy(block)[0].workspace.ops) is Mine
+
+
+def test_offsets_of_another_count_or_in_two_stores_are_not_taken() -> None:
+    lift = make_lift(make_linear4bit(65, 48))
+    before, active = lift.learned, lift.learned.active
+    other = Offsets.from_flat(torch.arange(3), torch.ones(3), (65, 48))
+    with pytest.raises(ValueError, match="entries, got 3"):
+        lift.put(LayerOffsets(other))
+    twice = Offsets.from_flat(active.index.to_flat()[:1], torch.ones(1), (65, 48))
+    with pytest.raises(ValueError, match="outside the mask"):
+        lift.put(LayerOffsets(active, twice))
+    assert lift.learned.active.index is before.active.index
+    assert torch.equal(lift.values, before.active.values)
