@@ -81,7 +81,7 @@ def test_mistakes(
     def refused(*argv: str) -> str:
         return complaint(capsys, "eval", "--data", str(data), *argv)
 
-    assert "eval needs a model" in refused()
+    assert "nothing to evaluate" in refused()
     model = ("--model_name_or_path", str(base))
     assert "exclude each other" in refused(*model, "--load_in_4bit", "--load_in_8bit")
     assert "expected a dtype" in refused(*model, "--dtype", "int3")
