@@ -7,6 +7,7 @@ that the later checks have; those look at everything, again and in full.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.cli.kinds import check_kind
-from leanlift.cli.options import COMMAND, Option, flags, near, options
+from leanlift.cli.options import COMMAND, WORDS, Option, flags, near, options, words_of
 from leanlift.cli.yaml_file import read_settings
 from leanlift.errors import UserError
 from leanlift.numbers import FALSE, NUMBERS, TRUE, check_number
@@ -70,6 +71,8 @@ def check_early(command: str, argv: list[str]) -> dict[str, Any]:
         if given.get(name) is not None and str(given[name]) not in words:
             listed = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
             raise UserError(f"expected {name} as {listed}, got {given[name]!r}.")
+    for name in WORDS:
+        _check_word(name, given.get(name))
     base = str(given["model_name_or_path"])
     try:
         _check_base(command, base, given)
@@ -81,6 +84,17 @@ def check_early(command: str, argv: list[str]) -> dict[str, Any]:
         _check_places(given)
         _check_rows(given)
     return _mask(given, table)
+
+
+def _check_word(name: str, value: Any) -> None:
+    """A word of an enumeration, if it is one that is known."""
+    known = words_of(name)
+    if value is None or not known or value is False or str(value) in known:
+        return
+    close = difflib.get_close_matches(str(value), sorted(known), n=1)
+    listed = sorted(known) if len(known) < 6 else [*sorted(known)[:4], "…"]
+    meant = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(listed)}."
+    raise UserError(f"{name} cannot be {str(value)!r}: {meant}")
 
 
 def _check_base(command: str, base: str, given: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.numbers import FALSE, TRUE
 
 SOURCES = (
@@ -91,6 +92,29 @@ def options() -> dict[str, Option] | None:
     return found
 
 
+WORDS = {
+    "eval_strategy": ("trainer_utils.py", "IntervalStrategy"),
+    "logging_strategy": ("trainer_utils.py", "IntervalStrategy"),
+    "lr_scheduler_type": ("trainer_utils.py", "SchedulerType"),
+    "optim": ("training_args.py", "OptimizerNames"),
+    "save_strategy": ("trainer_utils.py", "SaveStrategy"),
+}
+"""Fields that take a word of an enumeration of transformers': its file and class."""
+
+
+@cache
+def words_of(name: str) -> frozenset[str]:
+    """What a field of `WORDS` may be; none where the source is not as it is known."""
+    file, kind = WORDS[name]
+    node = _class_of("transformers", file, kind)
+    found = {
+        str(part.value.value)
+        for part in (node.body if node is not None else ())
+        if isinstance(part, ast.Assign) and isinstance(part.value, ast.Constant)
+    }
+    return frozenset(found | set(SPARSE_OPTIMIZERS) if found and name == "optim" else found)
+
+
 def defaults_of_mask() -> dict[str, str]:
     """Defaults that `RunArguments` takes from `LiftConfig`, as they are written there."""
     fields = _fields("leanlift", "config.py", "LiftConfig") or {}
@@ -141,15 +165,27 @@ def _spellings(name: str) -> list[str]:
 
 def _fields(package: str, file: str, name: str) -> dict[str, Option] | None:
     """The fields that a class of a package declares itself."""
+    node = _class_of(package, file, name)
+    if node is None:
+        return None
+    made = (_option(part) for part in node.body if isinstance(part, ast.AnnAssign))
+    return {option.name: option for option in made if option is not None}
+
+
+def _class_of(package: str, file: str, name: str) -> ast.ClassDef | None:
+    """A class as its source has it; None where it is not there."""
     with suppress(OSError, SyntaxError, ImportError, ValueError):
         spec = find_spec(package)
         for place in (spec and spec.submodule_search_locations) or ():
-            tree = ast.parse((Path(place) / file).read_text(encoding="utf-8"))
-            for node in tree.body:
+            for node in _parsed(Path(place) / file).body:
                 if isinstance(node, ast.ClassDef) and node.name == name:
-                    made = (_option(part) for part in node.body if isinstance(part, ast.AnnAssign))
-                    return {option.name: option for option in made if option is not None}
+                    return node
     return None
+
+
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def _option(node: ast.AnnAssign) -> Option | None:
