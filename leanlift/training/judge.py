@@ -125,7 +125,8 @@ def judged_words(samples: Sequence[Wanting], judge: str) -> str:
         COMPARED[name].format(wanted=wanted) + (f" ({n} rows)" if len(used) > 1 else "")
         for name, n in used.most_common()
     ]
-    return f"Exact match compares {'; '.join(parts)}."
+    verb = ":" if any("has to contain" in part for part in parts) else " compares"
+    return f"Exact match{verb} {'; '.join(parts)}."
 
 
 def are_sentences(samples: Sequence[Wanting], judge: str) -> bool:

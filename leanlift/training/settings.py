@@ -99,10 +99,6 @@ def settings_of(
     return kept
 
 
-SET_BY_A_RUN = "eval_on_start"
-"""A run evaluates before its first step, and not when it goes on."""
-
-
 def check_same_settings(saved: Any, now: Settings, where: str) -> list[str]:
     """Refuse changes that may not be.
 
@@ -126,7 +122,7 @@ def check_same_settings(saved: Any, now: Settings, where: str) -> list[str]:
         (key, saved[section][key], value)
         for section, keys in now.items()
         for key, value in keys.items()
-        if key in saved.get(section, {}) and saved[section][key] != value and key != SET_BY_A_RUN
+        if key in saved.get(section, {}) and saved[section][key] != value
     ]
     free = _may_change(saved.get("loop", {}), now.get("loop", {}))
     refused = [change for change in changes if change[0] not in free]

@@ -24,6 +24,7 @@ from leanlift.memory import (
     resident_now,
 )
 from leanlift.model import RefreshReport, lift_layers, lift_state, weights_of
+from leanlift.screen import count, share
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.data import TokenRows
 from leanlift.training.inputs import ReadyRows
@@ -138,12 +139,14 @@ def note_refreshes(refreshes: list[RefreshReport], meter: MemoryMeter) -> None:
     if not refreshes:
         return
     last = refreshes[-1]
-    churn = ", ".join(f"{report.churn:.3f}" for report in refreshes[-10:])
+    churn = ", ".join(share(report.churn) for report in refreshes[-10:])
     shown = "" if len(refreshes) <= 10 else f" (the last 10 of {len(refreshes)})"
+    held_back = sum(report.held_back for report in refreshes)
+    limited = f", and {count(held_back)} newcomers held back by retired_limit" if held_back else ""
     meter.report.notes.append(
-        f"refresh: {len(refreshes)} in {sum(r.seconds for r in refreshes):.1f} s; churn{shown} "
-        f"{churn}; {last.retired:,} entries retired in {human(last.retired_nbytes)}, "
-        f"{sum(r.held_back for r in refreshes):,} newcomers held back."
+        f"refresh: {len(refreshes)} in {sum(r.seconds for r in refreshes):.1f} s changed {churn} "
+        f"of the trained entries{shown}; {count(last.retired)} are retired (no longer trained, "
+        f"offset kept) in {human(last.retired_nbytes)}{limited}."
     )
 
 
@@ -153,7 +156,7 @@ def note_selection(model: Any, meter: MemoryMeter) -> None:
     unconverged = state.unconverged
     meter.report.notes.append(
         f"selection: {len(state.base.shapes)} matrices in {state.selection_seconds:.1f} s, "
-        f"{len(unconverged)} not converged."
+        f"{f'in {len(unconverged)} it did not converge' if unconverged else 'all converged'}."
     )
     if unconverged:
         logger.warning(

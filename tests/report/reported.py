@@ -23,7 +23,7 @@ MEMORY: dict[str, Any] = {
         "activations and workspace": 0.65 * GIB,
     },
     "entries": 323_800_000,
-    "notes": ["selection: 224 matrices in 93.0 s, 0 not converged.", "refresh: 2 in 9 s."],
+    "notes": ["selection: 224 matrices in 93.0 s, all converged.", "refresh: 2 in 9 s."],
     "plan": {
         "categories": {
             "base weights": 3.112 * GIB, "embeddings and head": 0.488 * GIB,

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from leanlift.training import RunArguments
-from leanlift.training.settings import check_same_settings
 from leanlift.training.told import next_commands
 
 
@@ -23,10 +22,3 @@ def test_the_command_that_evaluates_asks_for_the_same_rows(split: str, limit: st
     assert export == "leanlift export out MERGED"
     first = RunArguments("base", "a.json", "train[:40]")
     assert next_commands(first, Path("out"))[1].endswith("--data a.json --limit 40")
-
-
-def test_what_a_run_sets_by_itself_is_no_change_of_the_users() -> None:
-    saved = {"loop": {"eval_on_start": True, "logging_steps": 1}}
-    now = {"loop": {"eval_on_start": False, "logging_steps": 2}}
-    said = check_same_settings(saved, now, "checkpoint-3")
-    assert said == ["Going on with logging_steps=2; it was 1."]
