@@ -26,7 +26,7 @@ COMPARED = {
     "letter": "the last letter A to E of the text with that of {wanted}",
     "label": "the last label (true, false, option2) of the text with that of {wanted}",
     "text": "the whole text with {wanted}",
-    "contains": "the text has to contain {wanted}, whatever the case of letters",
+    "contains": "texts: the text has to contain {wanted}, whatever the case of letters",
 }
 """What was compared, by judge."""
 
@@ -125,8 +125,7 @@ def judged_words(samples: Sequence[Wanting], judge: str) -> str:
         COMPARED[name].format(wanted=wanted) + (f" ({n} rows)" if len(used) > 1 else "")
         for name, n in used.most_common()
     ]
-    verb = ":" if any("has to contain" in part for part in parts) else " compares"
-    return f"Exact match{verb} {'; '.join(parts)}."
+    return f"Exact match compares {'; '.join(parts)}."
 
 
 def are_sentences(samples: Sequence[Wanting], judge: str) -> bool:
