@@ -7,6 +7,7 @@ more than its size says. What leanlift itself writes is far inside these bounds.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,21 @@ def _integer(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"it has an integer of {len(digits)} digits")
     return int(digits)
+
+
+LARGEST_SIDE = 2**31 - 1
+"""Of a matrix."""
+
+
+def is_module_name(name: Any) -> bool:
+    """`a.b.0.c`: nothing that could climb out of a model, or of a directory."""
+    return isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) is not None
+
+
+def is_shape(shape: Any) -> bool:
+    """Whether JSON holds the two sides of a matrix."""
+    return (
+        isinstance(shape, list)
+        and len(shape) == 2
+        and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in shape)
+    )

@@ -18,7 +18,7 @@ import signal
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,45 +81,11 @@ def _answer_early(command: str, arguments: list[str]) -> None:
             raise SystemExit(0)  # as argparse does it
     if {"--help", "-h", "--help_all"} & set(arguments):
         return  # as the parser itself has it
-    own = ("--json", "--cpu") if command == "plan" else ()
-    rest = [argument for argument in arguments if argument not in own]
-    _check_card_and_file(command, rest)
-    rest = _without(rest, ("--plot", "--save")) if command == "plan" else rest
-    mask = check_early(command, rest)
+    mask = check_early(command, arguments)
     if mask:
         from leanlift.config import LiftConfig
 
         LiftConfig(**mask)
-
-
-def _check_card_and_file(command: str, arguments: list[str]) -> None:
-    """A card's size, and a place for settings."""
-    from leanlift.cli.places import new_settings_file
-    from leanlift.screen import parse_card
-
-    checks: dict[str, Callable[[str], Any]] = {"--fit": parse_card}
-    if command == "plan":
-        checks["--save"] = new_settings_file
-    for name, check in checks.items():
-        for number, argument in enumerate(arguments):
-            flag, equals, value = argument.partition("=")
-            if flag == name:
-                following = arguments[number + 1] if number + 1 < len(arguments) else ""
-                value = value if equals else following
-                if not value or (not equals and value.startswith("--")):
-                    raise UserError(f"{name} needs a value.")
-                check(value)
-
-
-def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
-    """The arguments without these options and their values."""
-    kept, pending = [], iter(arguments)
-    for argument in pending:
-        if argument in names:
-            next(pending, None)
-        elif argument.partition("=")[0] not in names:
-            kept.append(argument)
-    return kept
 
 
 def _say(sentence: str) -> None:

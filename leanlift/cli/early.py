@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.cli.kinds import check_kind
-from leanlift.cli.options import COMMAND, WORDS, Option, flags, near, options, words_of
+from leanlift.cli.options import COMMAND, WORDS, Option, flags, near, options, take_option, words_of
+from leanlift.cli.places import new_settings_file
 from leanlift.cli.yaml_file import read_settings
 from leanlift.errors import UserError
 from leanlift.numbers import FALSE, NUMBERS, TRUE, check_number
@@ -27,6 +28,7 @@ from leanlift.places import (
 )
 from leanlift.rows.first import check_first_rows
 from leanlift.rows.source import check_place
+from leanlift.screen import parse_card
 
 MASK = ("density", "rank_budget", "approx_rank", "refresh_interval", "refresh_margin", "selector")
 """Fields of `LiftConfig` that it holds against each other."""
@@ -59,6 +61,11 @@ def check_early(command: str, argv: list[str]) -> dict[str, Any]:
     table = options()
     if table is None:
         return {}
+    if command == "plan":
+        argv = _without_plans_own(argv)
+    card, argv = take_option(argv, "--fit")
+    if card is not None:
+        parse_card(card)
     given = _read_flags(command, argv, table)
     if "config" in given:
         given = _read_file(Path(str(given["config"])).expanduser(), table) | given
@@ -84,6 +91,15 @@ def check_early(command: str, argv: list[str]) -> dict[str, Any]:
         _check_places(given)
         _check_rows(given)
     return _mask(given, table)
+
+
+def _without_plans_own(argv: list[str]) -> list[str]:
+    """The arguments that `plan` shares with `train`; its place for settings is looked at."""
+    _, argv = take_option([each for each in argv if each not in ("--json", "--cpu")], "--plot")
+    place, argv = take_option(argv, "--save")
+    if place is not None:
+        new_settings_file(place)
+    return argv
 
 
 def _check_word(name: str, value: Any) -> None:
@@ -129,7 +145,7 @@ def _check_required(command: str, given: dict[str, Any]) -> None:
 
 
 def _check_places(given: dict[str, Any]) -> None:
-    output = Path(str(given.get("output_dir") or "leanlift-output"))
+    output = Path(str(given.get("output_dir") or "leanlift-output")).expanduser()
     if given.get("merged_dir"):
         check_merged_place(str(Path(str(given["merged_dir"])).expanduser()), output)
     place = next(path for path in (output, *output.absolute().parents) if path.exists())

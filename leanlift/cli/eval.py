@@ -20,6 +20,7 @@ from leanlift.cli.eval_text import eval_text
 from leanlift.errors import UserError
 from leanlift.model import freeze_quantized, load_adapter, scale_adapter
 from leanlift.quantized import dtype_of
+from leanlift.rows.judge import are_sentences, judged_words
 from leanlift.training import RunArguments, load_rows
 from leanlift.training.base import check_base_place, load_model
 from leanlift.training.evaluate import (
@@ -31,7 +32,6 @@ from leanlift.training.evaluate import (
     quiet_loading,
     to_samples,
 )
-from leanlift.training.judge import are_sentences, judged_words
 from leanlift.training.load import arguments_as_trained
 from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.training.tokens import Tokenization

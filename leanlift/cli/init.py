@@ -17,6 +17,8 @@ from typing import NoReturn
 from leanlift.cli.places import new_settings_file
 from leanlift.cli.trying import Trying
 from leanlift.errors import UserError
+from leanlift.places import base_directory
+from leanlift.rows.source import check_place
 from leanlift.screen import parse_card, short_name, size
 
 PURPOSES = {
@@ -46,7 +48,8 @@ def init_command(argv: Sequence[str]) -> int:
         _gib(given.card)
     model = given.model or ask("Model (a directory, or a name on the hub)", "--model", None)
     data = given.data or ask("Rows (.json, .jsonl, .parquet, or a hub name)", "--data", None)
-    _check_paths(model, data)
+    base_directory(model)
+    check_place(data)
     purpose = given.purpose or ask(_choices(), "--purpose", "answers")
     _check_purpose(purpose)
     card = given.card or _this_card()
@@ -160,15 +163,3 @@ def _this_card() -> str | None:
     if not torch.cuda.is_available():
         return None
     return f"{torch.cuda.get_device_properties(0).total_memory / 2**30:.1f}GB"
-
-
-def _check_paths(model: str, data: str) -> None:
-    """What looks like a path is one.
-
-    Raises:
-        UserError: it is not there.
-    """
-    for name, what in ((model, "the model"), (data, "the rows")):
-        is_path = name.startswith((".", "/", "~")) or Path(name).suffix in (".json", ".jsonl")
-        if is_path and not Path(name).exists():
-            raise UserError(f"{what} {name} do{'es' * (what == 'the model')} not exist.")

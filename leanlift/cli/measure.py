@@ -10,11 +10,12 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.errors import UserError
-from leanlift.places import base_directory, check_adapter_place
+from leanlift.files import read_json
+from leanlift.places import RUN_NAME, base_directory, check_adapter_place
 from leanlift.rows.first import check_first_rows
-
-JUDGES = ("auto", "number", "letter", "label", "text", "contains")
+from leanlift.rows.judge import JUDGES, check_judge
 
 
 def add_measure(commands: Any) -> None:
@@ -134,16 +135,26 @@ def _eval(options: argparse.Namespace) -> int:
         given = getattr(options, name)
         if given is not None and given < least:
             raise UserError(f"expected a {name} of at least {least}, got {given}.")
-    if options.judge not in JUDGES:
-        raise UserError(f"expected a judge among {', '.join(JUDGES)}, got {options.judge!r}.")
+    check_judge(options.judge)
     for name in ("output", "predictions"):
         parent = Path(getattr(options, name) or "x").parent
         if not parent.is_dir():
             raise UserError(f"--{name} needs a directory that exists, and {parent} does not.")
-    check_first_rows(options.data, "eval", options.dataset_text_field or "text")
+    check_first_rows(
+        options.data, "eval", options.dataset_text_field or _text_field(options.adapter)
+    )
     from leanlift.cli.eval import eval_command
 
     return eval_command(options)
+
+
+def _text_field(adapter: str | None) -> str:
+    """The column of plain texts that an adapter was trained on, by what its run has noted."""
+    run = Path(adapter or "") / RUN_NAME
+    if adapter is None or not run.is_file():
+        return "text"
+    noted = read_json(run, MOST_OF_A_STRANGER)
+    return str(noted.get("dataset_text_field") or "text") if isinstance(noted, dict) else "text"
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from leanlift.defaults import SPARSE_OPTIMIZERS
+from leanlift.errors import UserError
 from leanlift.numbers import FALSE, TRUE
 
 SOURCES = (
@@ -136,6 +137,25 @@ MEANT = {
     "steps": "max_steps",
 }
 """Names that other tools have for the same."""
+
+
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of an option that is not a training argument, and the other arguments.
+
+    Raises:
+        UserError: it has no value.
+    """
+    value, rest = None, []
+    pending = iter(argv)
+    for argument in pending:
+        key, equals, given = argument.partition("=")
+        if key == name:
+            value = given if equals else next(pending, "")
+            if not value or (not equals and value.startswith("--")):
+                raise UserError(f"{name} needs a value.")
+        else:
+            rest.append(argument)
+    return value, rest
 
 
 def near(wrong: str, names: Iterable[str]) -> str:

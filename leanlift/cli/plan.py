@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from leanlift.cli.options import take_option
 from leanlift.cli.places import new_settings_file
-from leanlift.cli.settings import asks_for_cpu, given_settings, parse_train, take_option
+from leanlift.cli.settings import asks_for_cpu, given_settings, parse_train
 from leanlift.cli.trying import Trying
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError, first_line

@@ -14,62 +14,14 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
-from leanlift.cli.options import near
+from leanlift.cli.help import GROUPS
+from leanlift.cli.options import near, take_option
 from leanlift.cli.yaml_file import read_settings
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError, first_line
 from leanlift.training import LiftSFTConfig, RunArguments
 
-SHOWN = (
-    "output_dir",
-    "max_length",
-    "packing",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "optim_in_backward",
-    "max_grad_norm",
-    "max_nonfinite_steps",
-    "gradient_checkpointing",
-    "logging_steps",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "resume_from_checkpoint",
-    "report_to",
-    "seed",
-    "bf16",
-    "use_cpu",
-)
-"""The fields of SFTConfig in `--help`."""
-
 HELP = ("--help", "-h", "--help_all")
-
-
-def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of an option that is not a training argument, and the other arguments.
-
-    Raises:
-        UserError: it has no value.
-    """
-    value, rest = None, []
-    pending = iter(argv)
-    for argument in pending:
-        key, equals, given = argument.partition("=")
-        if key == name:
-            value = given if equals else next(pending, "")
-            if not value or (not equals and value.startswith("--")):
-                raise UserError(f"{name} needs a value.")
-        else:
-            rest.append(argument)
-    return value, rest
 
 
 def asks_for_cpu(argv: list[str]) -> bool:
@@ -143,7 +95,8 @@ def build_train_parser(show_all: bool = False) -> HfArgumentParser:
     parser.add_argument("--help_all", action="store_true", help="show every option there is")
     if not show_all:
         own = {field.name for field in dataclasses.fields(RunArguments)}
-        shown = {*own, *SHOWN, "fit", "dry_run", "config", "help", "help_all"}
+        grouped = {name for names in GROUPS.values() for name in names}
+        shown = {*own, *grouped, "fit", "dry_run", "config", "help", "help_all"}
         for action in parser._actions:
             negative = action.option_strings and action.option_strings[0].startswith("--no")
             if action.dest not in shown or negative:

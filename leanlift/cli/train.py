@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from leanlift.cli.settings import build_train_parser, parse_train, take_option
+from leanlift.cli.options import take_option
+from leanlift.cli.settings import build_train_parser, parse_train
 from leanlift.cli.trying import Trying
 from leanlift.errors import MaskError, first_line
 from leanlift.memory import MemoryPlan

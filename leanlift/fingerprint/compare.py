@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from leanlift.bounded import LARGEST_SIDE
 from leanlift.cells import cells_of
 from leanlift.errors import UserError
-from leanlift.fingerprint.record import LARGEST_SIDE, BaseFingerprint
+from leanlift.fingerprint.record import BaseFingerprint
 from leanlift.fingerprint.take import Read
 from leanlift.quantized import FrozenWeight, dtype_of
 from leanlift.samples import Comparison, decode

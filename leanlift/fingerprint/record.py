@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from leanlift.bounded import LARGEST_SIDE, is_module_name, is_shape
 from leanlift.errors import UserError
 from leanlift.quantized import WeightFormat, dtype_name, dtype_of
 from leanlift.samples import decode
@@ -59,13 +60,13 @@ class BaseFingerprint:
         _expect(is_name, "the name of the base", name)
         _expect(isinstance(shapes, dict) and len(shapes) > 0, "shapes of trained matrices", shapes)
         for module, shape in shapes.items():
-            _expect(_is_module_name(module), "the name of a module", module)
-            _expect(_is_shape(shape), f"two sizes for {module}", shape)
+            _expect(is_module_name(module), "the name of a module", module)
+            _expect(is_shape(shape), f"two sizes for {module}", shape)
         _expect(isinstance(formats, dict), "formats of matrices", formats)
         _expect(set(shapes) <= set(formats), "a format for every trained matrix", list(formats))
         for module in formats:
-            _expect(_is_module_name(module), "the name of a module", module)
-        is_names = isinstance(sampled, list) and sampled and all(map(_is_module_name, sampled))
+            _expect(is_module_name(module), "the name of a module", module)
+        is_names = isinstance(sampled, list) and sampled and all(map(is_module_name, sampled))
         _expect(bool(is_names), "names of sampled tensors", sampled)
         _expect(isinstance(digest, str), "a digest", digest)
         samples, revision = data.get("samples", {}), data.get("revision")
@@ -87,7 +88,6 @@ class BaseFingerprint:
 
 _KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision"}
 _LATER = {"samples", "revision"}  # of format 2
-LARGEST_SIDE = 2**31 - 1
 _LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
 
 
@@ -109,19 +109,6 @@ def _check_samples(samples: dict[Any, Any], shapes: dict[str, list[int]], ends: 
             decode(text, LARGEST_SIDE**2 if shape is None else shape[0] * shape[1])
         except ValueError as error:
             _expect(False, f"a sample of {name} ({error})", text)
-
-
-def _is_module_name(name: Any) -> bool:
-    """`a.b.0.c`: nothing that could climb out of a model, or of a directory."""
-    return isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) is not None
-
-
-def _is_shape(shape: Any) -> bool:
-    return (
-        isinstance(shape, list)
-        and len(shape) == 2
-        and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in shape)
-    )
 
 
 def _format(module: str, data: Any) -> WeightFormat:

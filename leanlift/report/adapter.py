@@ -6,7 +6,6 @@ with a base. `leanlift.adapter` is what a merge reads by, and knows PEFT's form 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from leanlift.bounded import MOST_OF_A_STRANGER
+from leanlift.bounded import LARGEST_SIDE, MOST_OF_A_STRANGER, is_module_name, is_shape
 from leanlift.errors import UserError
 from leanlift.files import read_json
 from leanlift.measured import is_line
@@ -25,7 +24,6 @@ SEGMENT = 255  # columns; leanlift.sparse.index says why
 ANCHOR_ROWS = 64
 READABLE = (1, 2, 3)
 RETIRED = ".settled"
-LARGEST_SIDE = 2**31 - 1
 CHUNK = 2**20
 
 
@@ -163,7 +161,7 @@ def _wrong_in(data: dict[str, Any]) -> str | None:
         "shapes of trained matrices": lambda: (
             isinstance(shapes, dict)
             and len(shapes) > 0
-            and all(_is_module(name) and _is_shape(shape) for name, shape in shapes.items())
+            and all(is_module_name(name) and is_shape(shape) for name, shape in shapes.items())
         ),
         "formats of matrices": lambda: (
             isinstance(formats, dict)
@@ -178,18 +176,6 @@ def _wrong_in(data: dict[str, Any]) -> str | None:
         ),
     }
     return next((what for what, holds in tests.items() if not holds()), None)
-
-
-def _is_module(name: Any) -> bool:
-    return isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)*", name, re.ASCII) is not None
-
-
-def _is_shape(shape: Any) -> bool:
-    return (
-        isinstance(shape, list)
-        and len(shape) == 2
-        and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in shape)
-    )
 
 
 def _is_format(data: Any) -> bool:

@@ -18,16 +18,16 @@ from transformers.utils import logging as transformers_logging
 from trl.data_utils import common_prefix_length
 
 from leanlift.errors import UserError
-from leanlift.rows.source import Row
-from leanlift.training.answers import Sample, greedy_answers, pad_left, sum_of_losses
-from leanlift.training.data import a_dataset, tokenized
-from leanlift.training.judge import (
+from leanlift.rows.judge import (
     check_judge,
     is_right,
     judges_used,
     last_number,
     same_answer,
 )
+from leanlift.rows.source import Row
+from leanlift.training.answers import Sample, greedy_answers, pad_left, sum_of_losses
+from leanlift.training.data import a_dataset, tokenized
 from leanlift.training.positions import check_positions
 from leanlift.training.tokens import Tokenization, Tokens
 

@@ -95,11 +95,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _go_on_from(self, found: Checkpoint) -> str:
         """Say what has changed since; refuse what may not have."""
-        now = {**self._settings, "loop": {**self._settings.get("loop", {})}}
-        now["loop"].pop(
-            "eval_on_start", None
-        )  # a run sets it at its start, and not when it goes on
-        for change in check_same_settings(found.settings, now, str(found.path)):
+        for change in check_same_settings(found.settings, self._settings, str(found.path)):
             logger.warning("%s", change)
         logger.warning("Resuming from %s.", found.path)
         self.after_the_end = found.last

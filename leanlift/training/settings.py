@@ -34,7 +34,7 @@ save_only_model save_on_each_node enable_jit_checkpoint snapshot merged_dir merg
 log_format
 """
 _EVALUATED = """
-eval_strategy eval_steps eval_delay eval_on_start eval_accumulation_steps eval_packing
+eval_strategy eval_steps eval_delay eval_accumulation_steps eval_packing
 eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size prediction_loss_only
 include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval load_best_model_at_end
 metric_for_best_model greater_is_better eval_dataset_name eval_dataset_split
@@ -57,10 +57,11 @@ FREE = frozenset(
 
 NOT_KEPT = (
     "hub_", "push_to_hub", "resume_from_checkpoint", "local_rank", "do_", "ddp_",
-    "logging_nan_inf_filter", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
-    "liger_kernel_config",
+    "eval_on_start", "logging_nan_inf_filter", "gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs", "liger_kernel_config",
 )  # fmt: skip
-"""Beginnings of keys that are nobody's business, have no effect, or are changed by TRL itself."""
+"""Beginnings of keys that are nobody's business, have no effect, or are changed by TRL or a run
+itself."""
 
 OF_THE_ORDER = ("split_batches", "even_batches", "use_seedable_sampler")
 """What of accelerate's settings decides which rows come when; others are changed while a trainer is

@@ -178,8 +178,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no card of that size": (["--card", "big"], "size of a card such as 8GB"),
     "another kind of file": (["--output", "run.txt"], "a name such as run.yaml"),
     "no directory": (["--output", "no/run.yaml"], "there is no directory"),
-    "no such rows": (["--model", "{base}", "--data", "no.jsonl"], "the rows no.jsonl do not exist"),
-    "no such model": (["--model", "./no", "--data", "{data}"], "the model ./no does not exist"),
+    "no such rows": (["--model", "{base}", "--data", "no.jsonl"], "no.jsonl does not exist"),
+    "no such model": (["--model", "./no", "--data", "{data}"], "the base ./no does not exist"),
     "an option": (["--modle", "m"], "--modle is no option of leanlift init"),
 }
 

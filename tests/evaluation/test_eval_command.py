@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from tiny import load, make_tokenizer
 from leanlift import merge_adapter
 from leanlift.cli import build_parser, main
 from leanlift.cli.eval_text import eval_text
+from leanlift.rows.judge import judged_words
 from leanlift.training.data import load_rows
 from leanlift.training.evaluate import (
     Sample,
     greedy_answers,
     to_samples,
 )
-from leanlift.training.judge import judged_words
 
 EVAL_OPTIONS = {
     "help",
@@ -198,3 +199,19 @@ def test_the_screen_of_a_comparison() -> None:
     plain = eval_text(alone, weights[2:3], [], 0, True)
     assert "--base measures the base" in plain
     assert "go by the loss" in plain
+
+
+def test_rows_are_first_looked_at_by_the_column_that_the_adapter_was_trained_on(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("leanlift.cli.eval.eval_command", lambda options: seen.append(options) or 0)
+    copy, data = tmp_path / "adapter", tmp_path / "rows.jsonl"
+    shutil.copytree(adapter, copy)
+    data.write_text('{"body": "a text"}\n')
+    command = ["eval", "--adapter", str(copy), "--data", str(data)]
+    (copy / "run.json").write_text('{"dataset_text_field": "body"}')
+    assert main(command) == 0
+    (copy / "run.json").write_text("{}")
+    assert main(command) == 2
+    assert len(seen) == 1
