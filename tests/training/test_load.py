@@ -27,7 +27,7 @@ from leanlift import LiftConfig, UserError, get_lift_model, merge_adapter, save_
 from leanlift.model import lift_layers
 from leanlift.quantized import frozen_weight, requantize
 from leanlift.training import RunArguments
-from leanlift.training.base import load_model
+from leanlift.training.base import _other_shapes, load_model
 
 CPU = torch.device("cpu")
 STORED = ["nf4+double", "nf4", "fp4", "int8"]
@@ -326,3 +326,14 @@ def test_numbers_that_float16_has_no_room_for_are_called_that(base: Path, tmp_pa
             UserError, match=r"model\.norm\.weight holds 70000, more than float16 can"
         ):
             merge_adapter(tmp_path / "adapter", tmp_path / "merged", onto=onto, progress=False)
+
+
+def test_an_embedding_of_another_size_is_seen_whatever_transformers_says(base: Path) -> None:
+    """Older versions take one into a quantized model and report nothing."""
+    model = loaded(base, load_in_4bit=False)
+    assert _other_shapes(model, {}) == set()
+    embedding = model.get_input_embeddings()
+    embedding.num_embeddings += 7
+    ((name, stored, expected),) = _other_shapes(model, {"mismatched_keys": set()})
+    assert name == "model.embed_tokens.weight"
+    assert (stored[0] + 7, stored[1]) == tuple(expected)
