@@ -148,12 +148,16 @@ def _eval(options: argparse.Namespace) -> int:
     return eval_command(options)
 
 
-def _text_field(adapter: str | None) -> str:
-    """The column of plain texts that an adapter was trained on, by what its run has noted."""
-    run = Path(adapter or "") / RUN_NAME
-    if adapter is None or not run.is_file():
+def _text_field(adapter: str | None) -> str | None:
+    """The column of plain texts that an adapter was trained on, by what its run has noted; None
+    for one on the hub: nobody knows yet."""
+    if adapter is None:
         return "text"
-    noted = read_json(run, MOST_OF_A_STRANGER)
+    directory = Path(adapter)
+    if not directory.is_dir():
+        return None
+    run = directory / RUN_NAME
+    noted = read_json(run, MOST_OF_A_STRANGER) if run.is_file() else {}
     return str(noted.get("dataset_text_field") or "text") if isinstance(noted, dict) else "text"
 
 

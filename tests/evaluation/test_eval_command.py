@@ -215,3 +215,8 @@ def test_rows_are_first_looked_at_by_the_column_that_the_adapter_was_trained_on(
     (copy / "run.json").write_text("{}")
     assert main(command) == 2
     assert len(seen) == 1
+    command[2] = "acme/adapter"  # on the hub, where nothing has been read yet
+    assert main(command) == 0
+    command[-1] = str(tmp_path / "none.jsonl")
+    assert main(command) == 2
+    assert len(seen) == 2
