@@ -16,6 +16,7 @@ from leanlift.files import read_json
 from leanlift.places import RUN_NAME, base_directory, check_adapter_place
 from leanlift.rows.first import check_first_rows
 from leanlift.rows.judge import JUDGES, check_judge
+from leanlift.rows.source import check_place
 
 
 def add_measure(commands: Any) -> None:
@@ -140,9 +141,10 @@ def _eval(options: argparse.Namespace) -> int:
         parent = Path(getattr(options, name) or "x").parent
         if not parent.is_dir():
             raise UserError(f"--{name} needs a directory that exists, and {parent} does not.")
-    check_first_rows(
-        options.data, "eval", options.dataset_text_field or _text_field(options.adapter)
-    )
+    check_place(options.data)
+    text_field = options.dataset_text_field or _text_field(options.adapter)
+    if text_field is not None:
+        check_first_rows(options.data, "eval", text_field)
     from leanlift.cli.eval import eval_command
 
     return eval_command(options)
