@@ -195,10 +195,15 @@ def thin(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
     ]
 
 
+SMALLEST = 1e-300
+"""A step of an axis: smaller ones are lost to rounding, or are 0."""
+
+
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers from `low` to `high`, about as many as are wanted."""
+    """Round numbers from `low` to `high`, about as many as are wanted; `low` alone where nothing
+    lies between them that has a step of its own."""
     span = high - low
-    if span <= 0:
+    if not SMALLEST * wanted < span < math.inf:
         return [low]
     step = 10 ** math.floor(math.log10(span / wanted))
     factor = next((f for f in (1, 2, 5, 10) if span / (f * step) <= wanted), 10)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 from shutil import which
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pages import Checker, check_page
 from reported import MEMORY, put, whole
@@ -132,6 +134,9 @@ NUMBERS = st.floats(-1e20, 1e20)
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), NUMBERS), min_size=1, max_size=60))
+@example([(0, 5e-324)])
+@example([(0, 0.0), (1, 2.2e-308), (2, -5e-324)])
+@example([(0, 1e20), (1, 5e-324)])
 def test_charts_of_any_numbers_stay_inside(points: list[tuple[int, float]]) -> None:
     points = sorted(points)
     sizes = [(float(x), abs(y)) for x, y in points]
@@ -153,6 +158,11 @@ def test_charts_of_any_numbers_stay_inside(points: list[tuple[int, float]]) -> N
 def test_ticks_are_round_and_inside() -> None:
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(3, 3) == [3]
+    extremes = [0.0, 5e-324, 2.2e-308, 1e-300, 1e-10, 1.0, 1e300, 1.7e308]
+    for low, high in itertools.combinations(sorted([*extremes, *(-x for x in extremes)]), 2):
+        found = ticks(low, high)
+        assert 0 < len(found) < 20
+        assert all(map(math.isfinite, found))
     assert thin([(i, 1.0) for i in range(1000)], 10) == [(i * 100 + 49.5, 1.0) for i in range(10)]
 
 
