@@ -38,7 +38,7 @@ from benchmarks.peers import (
     trained,
 )
 from leanlift import LiftConfig
-from leanlift.memory import LiveBytes
+from leanlift.measure import LiveBytes
 from leanlift.model import lift_state
 
 RANK = 68

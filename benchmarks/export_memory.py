@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from benchmarks.common import write_rows
 from leanlift import LiftConfig, get_lift_model, merge_adapter, save_adapter
 from leanlift.export import ONTO
-from leanlift.memory import LiveBytes
+from leanlift.measure import LiveBytes
 
 MIB = 2**20
 BOUND_OVER_LARGEST = 256 * MIB

@@ -52,7 +52,7 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
-from leanlift.adapter import open_adapter, plan_shira, write_shira
+from leanlift.adapters import open_adapter, plan_shira, write_shira
 from leanlift.model import lift_layers
 from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex
 

@@ -44,8 +44,8 @@ from leanlift.demo.run import BASE
 from leanlift.demo.skills import TARGET_SKILL, make_rows
 from leanlift.model import lift_layers
 from leanlift.training import LiftSFTConfig
-from leanlift.training.checkpointing import put_in_place
-from leanlift.training.whole import RANDOM, SCHEDULE, SEAL
+from leanlift.training.checkpointing.directory import put_in_place
+from leanlift.training.checkpointing.whole import RANDOM, SCHEDULE, SEAL
 
 NEW, OLD = "checkpoint-4", "checkpoint-2"
 FORMS = ("sealed", "forged", "older")

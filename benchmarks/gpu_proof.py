@@ -146,7 +146,7 @@ def _planned(scale: Scale, setting: str, peak: int | None) -> list[tuple[str, di
         return [("plan", {"value": f"skipped: {error}"})]
     from benchmarks.peers import llama
     from leanlift import LiftConfig
-    from leanlift.memory import StepSettings
+    from leanlift.plan import StepSettings
 
     config = LiftConfig(
         density=0.05, values_dtype="bfloat16", quantize_ends=setting != "comfortable"

@@ -35,13 +35,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import write_rows
 from leanlift import LiftTrainer, get_lift_model, merge_adapter, refresh_mask, save_adapter
-from leanlift.checkpoint import write_json
+from leanlift.data.tokenizer import load_tokenizer
 from leanlift.demo.run import BASE
-from leanlift.memory import MemoryMeter, static_categories
+from leanlift.io.tensors import write_json
+from leanlift.measure import MemoryMeter, static_categories
 from leanlift.optim import state_nbytes
 from leanlift.training import LiftSFTConfig, MemoryCallback, RunArguments, plan_of
 from leanlift.training.base import load_model
-from leanlift.training.tokenizer import load_tokenizer
 
 GIB = 2**30
 TOKENS = 128

@@ -30,7 +30,7 @@ from transformers import (
 
 from benchmarks.common import write_rows
 from leanlift import LiftConfig, UserError, plan_memory
-from leanlift.memory import StepSettings
+from leanlift.plan import StepSettings
 
 GIB = 2**30
 

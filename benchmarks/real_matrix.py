@@ -21,9 +21,9 @@ from torch import nn
 
 from benchmarks.common import timed, write_rows
 from leanlift import LiftConfig, get_lift_model, merge_adapter, refresh_mask, save_adapter
-from leanlift.memory import LiveBytes
+from leanlift.measure import LiveBytes
 from leanlift.model import lift_layers
-from leanlift.quantized import WeightFormat, requantize
+from leanlift.weights.quantized import WeightFormat, requantize
 
 M, N, TOKENS, RANK = 4096, 11008, 128, 64
 

@@ -37,7 +37,7 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
-from leanlift.memory import LiveBytes
+from leanlift.measure import LiveBytes
 from leanlift.model import lift_layers
 from leanlift.training import LiftSFTConfig
 

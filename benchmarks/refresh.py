@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from benchmarks.common import timed, write_rows
 from benchmarks.real_matrix import trained_like
 from leanlift import LiftConfig, get_lift_model, refresh_mask
-from leanlift._bnb import quantize_4bit
 from leanlift.model import lift_layers, lift_state
 from leanlift.optim import SparseAdamW
+from leanlift.weights.bnb import quantize_4bit
 
 INTERVALS = (10, 100, 400)
 

@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 from benchmarks.common import timed, write_rows
 from benchmarks.real_matrix import trained_like
-from leanlift.memory import LiveBytes, MemoryMeter, PhasePeak
-from leanlift.quantized import WeightFormat, requantize
+from leanlift.measure import LiveBytes, MemoryMeter, PhasePeak
 from leanlift.selection import (
     Gradient,
     Magnitude,
@@ -45,6 +44,7 @@ from leanlift.selection import (
     selection_nbytes,
 )
 from leanlift.tiles import RowTiles
+from leanlift.weights.quantized import WeightFormat, requantize
 
 Shape = tuple[int, int]
 Case = tuple[Shape, str, WeightFormat]

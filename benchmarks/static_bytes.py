@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.common import write_rows
-from leanlift.quantized import WeightFormat
 from leanlift.selection import count_by_density
 from leanlift.sparse import index_nbytes
+from leanlift.weights.quantized import WeightFormat
 
 DENSITY = 0.05
 GIB = 2**30

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from leanlift._version import __version__
 
 if TYPE_CHECKING:
-    from leanlift.adapter import combine_adapters
+    from leanlift.adapters import combine_adapters
     from leanlift.config import LiftConfig
     from leanlift.errors import UserError
     from leanlift.export import export_peft, merge_adapter
-    from leanlift.hub import push_to_hub
+    from leanlift.io.hub import push_to_hub
     from leanlift.model import (
         get_lift_model,
         load_adapter,
@@ -56,13 +56,13 @@ _HOMES = {
     "LiftSFTConfig": "leanlift.training",
     "LiftTrainer": "leanlift.training",
     "UserError": "leanlift.errors",
-    "combine_adapters": "leanlift.adapter",
+    "combine_adapters": "leanlift.adapters",
     "export_peft": "leanlift.export",
     "get_lift_model": "leanlift.model",
     "load_adapter": "leanlift.model",
     "merge_adapter": "leanlift.export",
     "plan_memory": "leanlift.training",
-    "push_to_hub": "leanlift.hub",
+    "push_to_hub": "leanlift.io.hub",
     "refresh_mask": "leanlift.model",
     "save_adapter": "leanlift.model",
     "scale_adapter": "leanlift.model",

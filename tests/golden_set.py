@@ -37,9 +37,9 @@ from leanlift import (
     plan_memory,
     save_adapter,
 )
-from leanlift.memory import StepSettings
 from leanlift.model import lift_layers
-from leanlift.quantized import WeightFormat
+from leanlift.plan import StepSettings
+from leanlift.weights.quantized import WeightFormat
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "leanlift.json")

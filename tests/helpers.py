@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leanlift.layer import LiftLinear, Workspace
-from leanlift.quantized import frozen_weight
+from leanlift.layers import LiftLinear, Workspace
 from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex
+from leanlift.weights.quantized import frozen_weight
 
 
 def examples(count: int) -> settings:

@@ -19,7 +19,7 @@ from transformers import (
 
 from benchmarks.quality.domain import PAD, Domain
 from benchmarks.quality.score import score
-from leanlift.checkpoint import new_directory, write_json
+from leanlift.io.tensors import new_directory, write_json
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality.methods import TARGETS
-from leanlift.layer import LiftLinear
-from leanlift.quantized import frozen_weight
+from leanlift.layers import LiftLinear
+from leanlift.weights.quantized import frozen_weight
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.quality.domain import Domain
 from benchmarks.quality.methods import Prepared
-from leanlift.layer import LiftLinear
-from leanlift.memory.live import LiveBytes
+from leanlift.layers import LiftLinear
+from leanlift.measure.live import LiveBytes
 from leanlift.model import RefreshReport, refresh_mask
-from leanlift.quantized import is_quantized, weight_tensors
+from leanlift.weights.quantized import is_quantized, weight_tensors
 
 EPS, MAX_NORM = 1e-6, 1.0
 MEASURED = 2  # first steps, whose bytes are followed and whose time does not count

@@ -23,11 +23,13 @@ from peft import LoraConfig
 from trl import SFTTrainer
 
 from benchmarks.quality.methods import TARGETS
-from leanlift.checkpoint import write_json
+from leanlift.data.dataset import load_rows, to_examples
+from leanlift.data.tokenizer import load_tokenizer
 from leanlift.errors import UserError
-from leanlift.training import LiftSFTConfig, RunArguments, evaluate, load_rows, run, to_examples
+from leanlift.evaluation import evaluate
+from leanlift.io.tensors import write_json
+from leanlift.training import LiftSFTConfig, RunArguments, run
 from leanlift.training.base import load_model
-from leanlift.training.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.quality.base import load
 from leanlift import LiftConfig
-from leanlift.checkpoint import read_json, write_json
+from leanlift.io.tensors import read_json, write_json
 from leanlift.model import lift_layers
 from leanlift.model.attach import Choice, attach
 from leanlift.model.base import stock_base

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.quality.domain import Domain, Rows
-from leanlift.training.data import load_rows
-from leanlift.training.evaluate import Sample, greedy_answers, is_right, last_number
+from leanlift.data.dataset import load_rows
+from leanlift.evaluation.evaluate import Sample, greedy_answers, is_right, last_number
 
 PAD, END = "<pad>", "</s>"
 HELD_OUT = 10  # of ten rows, one is held out for validation and one for the test

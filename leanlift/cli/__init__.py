@@ -27,7 +27,7 @@ from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
 from leanlift.cli.measure import add_measure
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line, is_disk_full
-from leanlift.files import check_new
+from leanlift.io.files import check_new
 
 EXIT_USER_ERROR = 2
 EXIT_OUT_OF_MEMORY = 3
@@ -125,7 +125,7 @@ def in_a_sentence(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, UserError):
         return str(error), EXIT_USER_ERROR
     if isinstance(error, (RuntimeError, MemoryError)):  # torch is imported where these come from
-        from leanlift.memory import is_out_of_memory
+        from leanlift.measure import is_out_of_memory
 
         if is_out_of_memory(error):
             return (

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.errors import UserError
-from leanlift.files import check_new
-from leanlift.places import check_adapter_place
+from leanlift.io.files import check_new
+from leanlift.io.places import check_adapter_place
 
 EXPORT_TEXT = """Write what an adapter has learned in a form that other tools load.
 
@@ -106,7 +106,7 @@ def export_command(options: argparse.Namespace) -> int:
             f"{', '.join(given)} cannot go with --format peft, which holds no weights of the base."
         )
     from leanlift.export import export_peft
-    from leanlift.memory import human
+    from leanlift.measure import human
 
     done = export_peft(options.adapter, options.output)
     print(
@@ -126,7 +126,7 @@ def _merge(options: argparse.Namespace) -> int:
     import torch
 
     from leanlift.export import merge_adapter
-    from leanlift.memory import MemoryMeter, human
+    from leanlift.measure import MemoryMeter, human
     from leanlift.training.base import check_loads
 
     if options.base_revision is not None and options.base is None:
@@ -152,7 +152,7 @@ def _merge(options: argparse.Namespace) -> int:
         f"peak {human(peak.tensors)} of tensors, {peak.seconds:.1f} s."
     )
     if options.verify:
-        from leanlift.training.verify import verify_merged
+        from leanlift.evaluation.verify import verify_merged
 
         print(f"Verified: {verify_merged(options.adapter, merged, options.data)}.")
     return 0
@@ -167,7 +167,7 @@ def combine_command(options: argparse.Namespace) -> int:
         if weights is not None:
             raise UserError("--average sets the weights: give it or --weights, not both.")
         weights = [1 / len(options.adapters)] * len(options.adapters)
-    from leanlift.adapter import combine_adapters
+    from leanlift.adapters import combine_adapters
 
     combine_adapters(options.adapters, options.output, weights)
     print(f"Wrote {options.output}: the weighted sum of {len(options.adapters)} adapters.")
@@ -176,7 +176,7 @@ def combine_command(options: argparse.Namespace) -> int:
 
 def push_command(options: argparse.Namespace) -> int:
     """Upload."""
-    from leanlift.hub import push_to_hub
+    from leanlift.io.hub import push_to_hub
 
     print(push_to_hub(options.directory, options.repo_id, options.private))
     return 0

@@ -19,16 +19,16 @@ from leanlift.cli.options import COMMAND, WORDS, Option, flags, near, options, t
 from leanlift.cli.places import new_settings_file
 from leanlift.cli.yaml_file import read_settings
 from leanlift.errors import UserError
-from leanlift.numbers import FALSE, NUMBERS, TRUE, check_number
-from leanlift.places import (
+from leanlift.format import parse_card
+from leanlift.io.places import (
     base_directory,
     check_merged_place,
     checkpoints_in,
     no_room,
 )
+from leanlift.numbers import FALSE, NUMBERS, TRUE, check_number
 from leanlift.rows.first import check_first_rows
 from leanlift.rows.source import check_place
-from leanlift.screen import parse_card
 
 MASK = ("density", "rank_budget", "approx_rank", "refresh_interval", "refresh_margin", "selector")
 """Fields of `LiftConfig` that it holds against each other."""

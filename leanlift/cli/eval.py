@@ -13,17 +13,13 @@ from typing import Any
 
 import torch
 
-from leanlift.adapter import RUN_NAME, open_adapter
-from leanlift.bounded import MOST_OF_A_STRANGER
-from leanlift.checkpoint import read_json, replacing, write_json
+from leanlift.adapters import RUN_NAME, open_adapter
 from leanlift.cli.eval_text import eval_text
+from leanlift.data.dataset import load_rows
+from leanlift.data.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
+from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
-from leanlift.model import freeze_quantized, load_adapter, scale_adapter
-from leanlift.quantized import dtype_of
-from leanlift.rows.judge import are_sentences, judged_words
-from leanlift.training import RunArguments, load_rows
-from leanlift.training.base import check_base_place, load_model
-from leanlift.training.evaluate import (
+from leanlift.evaluation.evaluate import (
     Measured,
     Sample,
     asked_of,
@@ -32,9 +28,14 @@ from leanlift.training.evaluate import (
     quiet_loading,
     to_samples,
 )
+from leanlift.io.bounded import MOST_OF_A_STRANGER
+from leanlift.io.tensors import read_json, replacing, write_json
+from leanlift.model import freeze_quantized, load_adapter, scale_adapter
+from leanlift.rows.judge import are_sentences, judged_words
+from leanlift.training import RunArguments
+from leanlift.training.base import check_base_place, load_model
 from leanlift.training.load import arguments_as_trained
-from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
-from leanlift.training.tokens import Tokenization
+from leanlift.weights.quantized import dtype_of
 
 SHOWN = 3
 WORDS = {"nf4+double": "NF4", "nf4": "NF4, single", "fp4+double": "FP4", "fp4": "FP4, single"}

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from leanlift.screen import count, duration, loss, share, table
+from leanlift.format import count, duration, loss, share, table
 
 WIDTH, LABEL = 80, 18
 LONGEST = 190

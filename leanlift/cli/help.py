@@ -6,7 +6,7 @@ import textwrap
 
 from leanlift.cli.options import Option, defaults_of_mask, options
 from leanlift.defaults import command_defaults
-from leanlift.screen.terminal import WIDTH
+from leanlift.format.terminal import WIDTH
 
 NAMES = 33
 """Columns of the names."""

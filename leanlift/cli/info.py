@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from leanlift.places import (
+from leanlift.format import count, loss, share, size, table
+from leanlift.io.places import (
     CONFIG_NAME,
     FACTS_NAME,
     OWN_TYPE,
     WEIGHTS_NAME,
     adapter_type,
 )
-from leanlift.screen import count, loss, share, size, table
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, FACTS_NAME)
 SHOWN = 10
@@ -39,8 +39,8 @@ def describe(adapter: str | Path) -> dict[str, Any]:
 
 
 def _is_own(directory: Path) -> bool:
-    from leanlift.bounded import MOST_OF_A_STRANGER
-    from leanlift.files import read_json
+    from leanlift.io.bounded import MOST_OF_A_STRANGER
+    from leanlift.io.files import read_json
 
     return adapter_type(read_json(directory / CONFIG_NAME, MOST_OF_A_STRANGER)) == OWN_TYPE
 
@@ -80,7 +80,7 @@ def _described(directory: Path) -> dict[str, Any]:
 
 def _opened(adapter: str | Path) -> dict[str, Any]:
     """Of PEFT's form, and of what comes from the hub: as a merge reads it."""
-    from leanlift.adapter import open_adapter
+    from leanlift.adapters import open_adapter
     from leanlift.sparse import Offsets
 
     def largest(store: Offsets) -> float:

@@ -17,9 +17,9 @@ from typing import NoReturn
 from leanlift.cli.places import new_settings_file
 from leanlift.cli.trying import Trying
 from leanlift.errors import UserError
-from leanlift.places import base_directory
+from leanlift.format import parse_card, short_name, size
+from leanlift.io.places import base_directory
 from leanlift.rows.source import check_place
-from leanlift.screen import parse_card, short_name, size
 
 PURPOSES = {
     "answers": "answer as the rows do: a task, a subject",

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.errors import UserError
-from leanlift.files import read_json
+from leanlift.io.bounded import MOST_OF_A_STRANGER
+from leanlift.io.files import read_json
 
 TABLES = {
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": ("modeling_auto.py",),

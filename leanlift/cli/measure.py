@@ -10,10 +10,10 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from leanlift.bounded import MOST_OF_A_STRANGER
 from leanlift.errors import UserError
-from leanlift.files import read_json
-from leanlift.places import RUN_NAME, base_directory, check_adapter_place
+from leanlift.io.bounded import MOST_OF_A_STRANGER
+from leanlift.io.files import read_json
+from leanlift.io.places import RUN_NAME, base_directory, check_adapter_place
 from leanlift.rows.first import check_first_rows
 from leanlift.rows.judge import JUDGES, check_judge
 from leanlift.rows.source import check_place

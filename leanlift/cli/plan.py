@@ -16,9 +16,9 @@ from leanlift.cli.settings import asks_for_cpu, given_settings, parse_train
 from leanlift.cli.trying import Trying
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError, first_line
-from leanlift.memory import MemoryPlan, format_plan
-from leanlift.memory.picture import check_picture, draw
-from leanlift.screen import short_name, size
+from leanlift.format import short_name, size
+from leanlift.measure.picture import check_picture, draw
+from leanlift.plan import MemoryPlan, format_plan
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of
 from leanlift.training.checks import check_settings
 from leanlift.training.fit import Fit, Taken, fit, parse_card, useful_changes

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from leanlift.errors import UserError
-from leanlift.measured import load_report
+from leanlift.io.measured import load_report
 
 
 def report_command(options: argparse.Namespace) -> int:

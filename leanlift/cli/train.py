@@ -16,7 +16,7 @@ from leanlift.cli.options import take_option
 from leanlift.cli.settings import build_train_parser, parse_train
 from leanlift.cli.trying import Trying
 from leanlift.errors import MaskError, first_line
-from leanlift.memory import MemoryPlan
+from leanlift.plan import MemoryPlan
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
 from leanlift.training.batches import Batches
 from leanlift.training.checks import check_settings

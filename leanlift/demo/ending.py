@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from leanlift import LiftConfig, plan_memory
-from leanlift.memory import StepSettings
+from leanlift.format import bar, gib, share, size
+from leanlift.plan import StepSettings
 from leanlift.report.text import memory_table
-from leanlift.screen import bar, gib, share, size
 
 SEVEN_B = Path(__file__).parent / "seven_b"
 """The config.json of Qwen2.5-7B's shape: all that a plan needs."""

@@ -28,12 +28,12 @@ from leanlift.demo.ending import (
 )
 from leanlift.demo.skills import SOURCE_SKILLS, TARGET_SKILL, Row, make_rows
 from leanlift.errors import UserError
-from leanlift.places import PREDICTIONS_NAME
+from leanlift.evaluation.evaluate import quiet_loading
+from leanlift.format import size
+from leanlift.io.places import PREDICTIONS_NAME
 from leanlift.report.data import read_run
 from leanlift.report.page import write_page
-from leanlift.screen import size
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
-from leanlift.training.evaluate import quiet_loading
 from leanlift.training.screens import Screen, Summary, screen_of
 
 BASE = Path(__file__).parent / "base"

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from leanlift.adapter import RUN_NAME, Adapter
-from leanlift.bounded import MOST_OF_A_STRANGER
-from leanlift.checkpoint import read_json
+from leanlift.adapters import RUN_NAME, Adapter
 from leanlift.errors import UserError
+from leanlift.io.bounded import MOST_OF_A_STRANGER
+from leanlift.io.tensors import read_json
 
 CARD_NAME = "README.md"
 

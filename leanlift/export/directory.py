@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from leanlift.checkpoint import write_json
 from leanlift.errors import UserError
-from leanlift.hub import inside
-from leanlift.quantized import dtype_name, dtype_of
+from leanlift.io.hub import inside
+from leanlift.io.tensors import write_json
+from leanlift.weights.quantized import dtype_name, dtype_of
 
 WEIGHT_SUFFIXES = {
     ".safetensors",

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from leanlift.adapter import Adapter
-from leanlift.cells import Cells, dense_cells, entries_of
+from leanlift.adapters import Adapter
 from leanlift.errors import UserError
 from leanlift.fingerprint import digest_of, other_end, other_matrix, say_what_is_not_known
-from leanlift.quantized import dtype_name, dtype_of
-from leanlift.samples import ENDS, Comparison, Sample, spread
+from leanlift.fingerprint.cells import Cells, dense_cells, entries_of
+from leanlift.fingerprint.samples import ENDS, Comparison, Sample, spread
 from leanlift.source import SourceTensor, Stored, StoredMatrix, locate, matrix_cells
+from leanlift.weights.quantized import dtype_name, dtype_of
 
 
 def places(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, str]:

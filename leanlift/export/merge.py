@@ -26,19 +26,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from leanlift.adapter import Adapter, open_adapter
-from leanlift.checkpoint import ShardedWriter, TensorSpec, new_directory, read_json
+from leanlift.adapters import Adapter, open_adapter
 from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
 from leanlift.export.directory import carry_over, check_space, write_config
 from leanlift.export.identity import check_base, embedding_of, places
 from leanlift.export.rows import put_vocabulary, with_new_rows
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
-from leanlift.hub import local_copy
-from leanlift.quantized import WeightFormat, dtype_name, dtype_of, requantize
+from leanlift.io.hub import local_copy
+from leanlift.io.tensors import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.source import SourceTensor, Stored, StoredMatrix, open_checkpoint, plain_view
 from leanlift.sparse import LayerOffsets
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
+from leanlift.weights.quantized import WeightFormat, dtype_name, dtype_of, requantize
 
 logger = logging.getLogger("leanlift")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from leanlift.adapter import WEIGHTS_NAME, open_adapter, plan_shira, write_shira
-from leanlift.checkpoint import new_directory
+from leanlift.adapters import WEIGHTS_NAME, open_adapter, plan_shira, write_shira
 from leanlift.export.card import CARD_NAME, peft_card
 from leanlift.export.directory import check_space
 from leanlift.export.tokens import copy_tokenizer
+from leanlift.io.tensors import new_directory
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The embedding and the head of a merge, with the rows that the base has not.
 
-The new rows are made again from the base's (`leanlift.grown`), as it was loaded for training; the
-others are read from the file as always.
+The new rows are made again from the base's (`leanlift.weights.grown`), as it was loaded for
+training; the others are read from the file as always.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanlift.adapter import Adapter
+from leanlift.adapters import Adapter
 from leanlift.errors import UserError
 from leanlift.export.identity import embedding_of
-from leanlift.grown import new_rows
-from leanlift.quantized import dtype_of
 from leanlift.source import SourceTensor, Stored, locate
 from leanlift.tiles import CastTiles, DenseTiles, RowTiles
+from leanlift.weights.grown import new_rows
+from leanlift.weights.quantized import dtype_of
 
 
 def with_new_rows(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, Stored]:

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from leanlift.checkpoint import read_json, write_json
+from leanlift.adapters.special import SpecialTokens, as_ids, union
 from leanlift.errors import UserError
-from leanlift.hub import inside
-from leanlift.special import SpecialTokens, as_ids, union
+from leanlift.io.hub import inside
+from leanlift.io.tensors import read_json, write_json
 
 CONFIG = "tokenizer_config.json"
 WHOLE = "tokenizer.json"

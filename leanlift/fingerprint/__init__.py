@@ -5,8 +5,8 @@ carries a fingerprint of the base it was trained over, and loading and merging c
 
 * the names and shapes of the trained matrices,
 * the storage format of every quantized Linear (an adapter over NF4 is not one over INT8),
-* samples of all trained matrices, all norm weights and the embedding (`leanlift.samples`), which
-  are compared with a base in any form, to within what that form leaves open,
+* samples of all trained matrices, all norm weights and the embedding (`samples`), which are
+  compared with a base in any form, to within what that form leaves open (`cells`),
 * a digest of the latter two, rounded to the dtype of loading: where it is equal, nothing else
   needs to be asked about them.
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from leanlift.bounded import LARGEST_SIDE
-from leanlift.cells import cells_of
 from leanlift.errors import UserError
+from leanlift.fingerprint.cells import cells_of
 from leanlift.fingerprint.record import BaseFingerprint
+from leanlift.fingerprint.samples import Comparison, decode
 from leanlift.fingerprint.take import Read
-from leanlift.quantized import FrozenWeight, dtype_of
-from leanlift.samples import Comparison, decode
+from leanlift.io.bounded import LARGEST_SIDE
+from leanlift.weights.quantized import FrozenWeight, dtype_of
 
 logger = logging.getLogger("leanlift")
 

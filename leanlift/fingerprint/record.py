@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from leanlift.bounded import LARGEST_SIDE, is_module_name, is_shape
 from leanlift.errors import UserError
-from leanlift.quantized import WeightFormat, dtype_name, dtype_of
-from leanlift.samples import decode
+from leanlift.fingerprint.samples import decode
+from leanlift.io.bounded import LARGEST_SIDE, is_module_name, is_shape
+from leanlift.weights.quantized import WeightFormat, dtype_name, dtype_of
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from leanlift.cells import Cells, dense_cells
+from leanlift.fingerprint.cells import Cells, dense_cells
 from leanlift.fingerprint.record import BaseFingerprint
-from leanlift.quantized import FrozenWeight, dtype_name, dtype_of
-from leanlift.samples import ENDS, Sample, positions, spread
+from leanlift.fingerprint.samples import ENDS, Sample, positions, spread
+from leanlift.weights.quantized import FrozenWeight, dtype_name, dtype_of
 
 SAMPLED_ROWS = 64
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from leanlift.adapter import (
+from leanlift.adapters import (
     Adapter,
     check_values,
     open_adapter,
     write_adapter,
 )
+from leanlift.adapters.special import SpecialTokens
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, check_same_base
-from leanlift.grown import Grown
-from leanlift.layer import LiftLinear
+from leanlift.layers import LiftLinear
 from leanlift.model.attach import Choice, attach
 from leanlift.model.base import LiveBase, live_base
 from leanlift.model.checks import (
@@ -33,9 +33,9 @@ from leanlift.model.embedding import grow_embedding, head_name
 from leanlift.model.ends import quantize_ends
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.model.surgery import layers_over, replace_modules
-from leanlift.quantized import FrozenWeight
 from leanlift.sparse import LayerOffsets, SegmentedIndex
-from leanlift.special import SpecialTokens
+from leanlift.weights.grown import Grown
+from leanlift.weights.quantized import FrozenWeight
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
-from leanlift.layer import FrozenLinear, Workspace
+from leanlift.layers import FrozenLinear, Workspace
 from leanlift.model.base import (
     LiveBase,
     check_attachable,
@@ -35,10 +35,10 @@ from leanlift.model.strangers import guard
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets
 from leanlift.ops import resolve
-from leanlift.quantized import FrozenWeight
 from leanlift.selection import selection
 from leanlift.source import check_homes
 from leanlift.sparse import SegmentedIndex
+from leanlift.weights.quantized import FrozenWeight
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def get_lift_model(
         calibration: for `selector="gradient"`: batches with `input_ids` and `labels`, gone
             through several times.
         embedding_rows: how many rows the embedding and the head need, `len(tokenizer)` where
-            tokens were added to it. Missing ones are made of the base's (`leanlift.grown`),
+            tokens were added to it. Missing ones are made of the base's (`leanlift.weights.grown`),
             frozen, and come back wherever the adapter is loaded or merged.
 
     Returns:

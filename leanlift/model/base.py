@@ -12,15 +12,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from leanlift.cells import Cells, cells_of
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, fingerprint, other_matrix, with_samples
-from leanlift.hub import snapshot_of
-from leanlift.layer import FrozenLinear
+from leanlift.fingerprint.cells import Cells, cells_of
+from leanlift.fingerprint.samples import Comparison
+from leanlift.io.hub import snapshot_of
+from leanlift.layers import FrozenLinear
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
-from leanlift.quantized import (
+from leanlift.source import stored_cells
+from leanlift.sparse import SegmentedIndex
+from leanlift.weights.quantized import (
     FrozenWeight,
     WeightFormat,
     dtype_of,
@@ -28,9 +31,6 @@ from leanlift.quantized import (
     is_quantized,
     weight_tensors,
 )
-from leanlift.samples import Comparison
-from leanlift.source import stored_cells
-from leanlift.sparse import SegmentedIndex
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from leanlift.adapter import Adapter
+from leanlift.adapters import Adapter
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, other_matrix
+from leanlift.fingerprint.samples import Comparison
 from leanlift.model.base import checkpoint_of
 from leanlift.model.embedding import embedding_size, head_name, rows_to_grow_to
 from leanlift.model.state import LiftState
-from leanlift.quantized import dtype_of
-from leanlift.samples import Comparison
 from leanlift.source import check_homes, stored_cells
+from leanlift.weights.quantized import dtype_of
 
 
 def configs_of(model: nn.Module) -> tuple[Any, Any]:

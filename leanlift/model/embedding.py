@@ -1,8 +1,8 @@
 """Giving a model's embedding and output head more rows, for tokens that the base does not have.
 
-What is in the rows says `leanlift.grown`. The modules stay, and with them their kind, their device
-and whatever hangs on them; only their tensors are replaced. An embedding and a head that share one
-tensor go on sharing it.
+What is in the rows says `leanlift.weights.grown`. The modules stay, and with them their kind,
+their device and whatever hangs on them; only their tensors are replaced. An embedding
+and a head that share one tensor go on sharing it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from leanlift.errors import UserError
-from leanlift.grown import check_growth, new_rows
 from leanlift.tiles import DenseTiles
+from leanlift.weights.grown import check_growth, new_rows
 
 
 def embedding_size(model: Any) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leanlift.ends import FrozenEmbedding, FrozenHead, Head
 from leanlift.errors import UserError
-from leanlift.quantized import (
+from leanlift.layers.ends import FrozenEmbedding, FrozenHead, Head
+from leanlift.weights.quantized import (
     Weight8bit,
     WeightFormat,
     embedding_rows,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from leanlift.errors import UserError
-from leanlift.layer import FrozenLinear
+from leanlift.layers import FrozenLinear
 from leanlift.selection import StreamedTopK
 from leanlift.tiles import TILE_ROW_MULTIPLE
 

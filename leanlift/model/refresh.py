@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
-from leanlift.layer import LiftLinear
+from leanlift.layers import LiftLinear
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.optim import follow_entries
 from leanlift.selection import Favoring, scores_of, selection

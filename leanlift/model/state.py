@@ -9,7 +9,7 @@ from torch import nn
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
-from leanlift.layer import FrozenLinear, LiftLinear, Scratch, Workspace
+from leanlift.layers import FrozenLinear, LiftLinear, Scratch, Workspace
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.layer import LiftLinear
+from leanlift.layers import LiftLinear
 
 EXTRA = "_extra_state"  # as torch calls it
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
-from leanlift.ends import FrozenEmbedding, FrozenHead
-from leanlift.layer import FrozenLinear, LiftLinear, Workspace
+from leanlift.layers import FrozenLinear, LiftLinear, Workspace
+from leanlift.layers.ends import FrozenEmbedding, FrozenHead
+from leanlift.layers.fused_glu import use_gated_product
 from leanlift.model.embedding import grow_embedding
 from leanlift.model.ends import Hold, quantize_ends
-from leanlift.model.gated import use_gated_product
-from leanlift.quantized import FrozenWeight, WeightFormat, frozen_weight, is_quantized
 from leanlift.sparse import SegmentedIndex
+from leanlift.weights.quantized import FrozenWeight, WeightFormat, frozen_weight, is_quantized
 
 OURS = (FrozenLinear, FrozenEmbedding, FrozenHead)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
-from leanlift.quantized import is_quantized
+from leanlift.weights.quantized import is_quantized
 
 
 def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:

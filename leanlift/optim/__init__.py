@@ -1,8 +1,8 @@
 """AdamW for value vectors, and optimizer state that follows its entries."""
 
 from leanlift.optim.adamw import SparseAdamW, adamw_update
-from leanlift.optim.follow import check_followable, follow_entries, state_nbytes
 from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
+from leanlift.optim.remap import check_followable, follow_entries, state_nbytes
 from leanlift.optim.saved import SavedState, check_saved, restore_state, saved_state, unwrap
 from leanlift.optim.validate import LARGEST_GRADIENT
 

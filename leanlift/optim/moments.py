@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from leanlift import _bnb
 from leanlift.errors import UserError
 from leanlift.ops import MomentParts
+from leanlift.weights import bnb
 
-BLOCK = _bnb.MOMENT_BLOCK
+BLOCK = bnb.MOMENT_BLOCK
 TABLES_NBYTES = 2 * 4 * 256
 """The lookup tables of 8-bit moments, one pair per device."""
 
@@ -117,8 +117,8 @@ class EightBitMoments:
         for name, moment in (("exp_avg", first), ("exp_avg_sq", second)):
             codes, absmax = state[f"{name}_codes"], state[f"{name}_absmax"]
             signed = name == "exp_avg"
-            table = _bnb.moment_table(codes.device, signed)
-            _bnb.quantize_moment(moment, table, codes, absmax, signed)
+            table = bnb.moment_table(codes.device, signed)
+            bnb.quantize_moment(moment, table, codes, absmax, signed)
 
     def parts(self, state: State) -> MomentParts:
         device = state["exp_avg_codes"].device
@@ -127,8 +127,8 @@ class EightBitMoments:
             state["exp_avg_sq_codes"],
             state["exp_avg_absmax"],
             state["exp_avg_sq_absmax"],
-            _bnb.moment_table(device, signed=True),
-            _bnb.moment_table(device, signed=False),
+            bnb.moment_table(device, signed=True),
+            bnb.moment_table(device, signed=False),
         )
 
     def nbytes(self, count: int) -> int:
@@ -137,19 +137,19 @@ class EightBitMoments:
     @staticmethod
     def _read(state: State, name: str) -> Tensor:
         codes, absmax = state[f"{name}_codes"], state[f"{name}_absmax"]
-        table = _bnb.moment_table(codes.device, signed=name == "exp_avg")
-        return _bnb.dequantize_moment(codes, absmax, table)
+        table = bnb.moment_table(codes.device, signed=name == "exp_avg")
+        return bnb.dequantize_moment(codes, absmax, table)
 
 
 class BnbMoments:
     """bitsandbytes' own state."""
 
     def read(self, state: State) -> tuple[Tensor, Tensor]:
-        return _bnb.read_moment(state, 1), _bnb.read_moment(state, 2)
+        return bnb.read_moment(state, 1), bnb.read_moment(state, 2)
 
     def write(self, state: State, first: Tensor, second: Tensor) -> None:
-        _bnb.write_moment(state, 1, first)
-        _bnb.write_moment(state, 2, second)
+        bnb.write_moment(state, 1, first)
+        bnb.write_moment(state, 2, second)
 
 
 OWN_MOMENTS: dict[str, OwnMoments] = {"float32": Float32Moments(), "8bit": EightBitMoments()}

@@ -1,7 +1,7 @@
 """What an adapter holds, by matrix: entries, where they are, how far they have moved.
 
 For a look at an adapter, not for its use: it is read by numpy, without torch, and not compared
-with a base. `leanlift.adapter` is what a merge reads by, and knows PEFT's form too.
+with a base. `leanlift.adapters` is what a merge reads by, and knows PEFT's form too.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from leanlift.bounded import LARGEST_SIDE, MOST_OF_A_STRANGER, is_module_name, is_shape
 from leanlift.errors import UserError
-from leanlift.files import read_json
-from leanlift.measured import is_line
-from leanlift.places import CONFIG_NAME, OWN_TYPE, WEIGHTS_NAME, adapter_type
+from leanlift.io.bounded import LARGEST_SIDE, MOST_OF_A_STRANGER, is_module_name, is_shape
+from leanlift.io.files import read_json
+from leanlift.io.measured import is_line
+from leanlift.io.places import CONFIG_NAME, OWN_TYPE, WEIGHTS_NAME, adapter_type
 from leanlift.report.tensors import Tensors, open_by_numpy
 
 SEGMENT = 255  # columns; leanlift.sparse.index says why
@@ -189,7 +189,7 @@ def _is_format(data: Any) -> bool:
 
 
 def _format(data: dict[str, Any]) -> str:
-    """As `leanlift.quantized.WeightFormat` writes itself."""
+    """As `leanlift.weights.quantized.WeightFormat` writes itself."""
     if data["kind"] == "dense":
         return str(data["dtype"])
     block = f"/{data['blocksize']}" if data["blocksize"] not in (0, 64) else ""

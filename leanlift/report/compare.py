@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from leanlift.errors import UserError
-from leanlift.measured import categories_compared
+from leanlift.format import count, duration, loss, size, table
+from leanlift.io.measured import categories_compared
 from leanlift.report.data import Points, Run
-from leanlift.screen import count, duration, loss, size, table
 
 MOST_RUNS = 4
 FIRST = 24

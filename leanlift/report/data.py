@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from leanlift.bounded import MOST_OF_A_STRANGER, parse_bounded, read_bounded
 from leanlift.errors import UserError
-from leanlift.files import read_json
-from leanlift.measured import REPORT_NAME, is_line, load_report
-from leanlift.places import (
+from leanlift.io.bounded import MOST_OF_A_STRANGER, parse_bounded, read_bounded
+from leanlift.io.files import read_json
+from leanlift.io.measured import REPORT_NAME, is_line, load_report
+from leanlift.io.places import (
     CONFIG_NAME,
     PREDICTIONS_NAME,
     RUN_NAME,

@@ -15,15 +15,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from leanlift.errors import UserError
-from leanlift.files import replacing
-from leanlift.measured import categories_compared, difference, phases_compared
+from leanlift.format import count, duration, loss, share, size
+from leanlift.format.names import short_name
+from leanlift.io.files import replacing
+from leanlift.io.measured import categories_compared, difference, phases_compared
 from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Answers, Curve, Run
 from leanlift.report.maps import grid_of, mean_of, share_of
 from leanlift.report.svg import Bars, Line, bar_chart, column_chart, heat_map, line_chart
 from leanlift.report.text import chosen_words, format_words, refresh_words, units
-from leanlift.screen import count, duration, loss, share, size
-from leanlift.screen.names import short_name
 
 PAGE_NAME = "report.html"
 MADE_BY = '<meta name="generator" content="leanlift report">'

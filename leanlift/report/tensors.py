@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from leanlift.bounded import parse_bounded
 from leanlift.errors import UserError
+from leanlift.io.bounded import parse_bounded
 
 LONGEST_HEADER = 64 * 2**20
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}

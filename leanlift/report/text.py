@@ -7,10 +7,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from leanlift.measured import Difference, categories_compared, difference, phases_compared
+from leanlift.format import bar, count, duration, loss, share, size, sparkline, table
+from leanlift.io.measured import Difference, categories_compared, difference, phases_compared
 from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Curve, Points, Run
-from leanlift.screen import bar, count, duration, loss, share, size, sparkline, table
 
 WIDTH = 80
 LABEL = 18  # columns of what stands before a text

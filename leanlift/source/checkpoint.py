@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from leanlift.checkpoint import SAFETENSORS_DTYPES, open_tensors, read_json
 from leanlift.errors import UserError
 from leanlift.fingerprint import sampled_rows
+from leanlift.io.tensors import SAFETENSORS_DTYPES, open_tensors, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leanlift.cells import Cells, cells_of, dense_cells, entries_of
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, Read
+from leanlift.fingerprint.cells import Cells, cells_of, dense_cells, entries_of
 from leanlift.source.checkpoint import open_checkpoint
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from leanlift.errors import UserError, first_line
-from leanlift.quantized import (
+from leanlift.source.checkpoint import SourceTensor
+from leanlift.weights.quantized import (
     STORED_PARTS,
     STORED_STATE,
     FrozenWeight,
     stored_shape,
     stored_weight,
 )
-from leanlift.source.checkpoint import SourceTensor
 
 SCALES, LAYOUT = ".SCB", ".weight_format"
 WEIGHT = ".weight"

@@ -16,12 +16,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from leanlift.errors import UserError, first_line
-from leanlift.hub import cached_commit, check_name
-from leanlift.memory import is_out_of_memory
-from leanlift.places import base_directory
-from leanlift.quantized import dtype_of, frozen_weight, is_quantized
+from leanlift.io.hub import cached_commit, check_name
+from leanlift.io.places import base_directory
+from leanlift.measure import is_out_of_memory
 from leanlift.source import open_checkpoint
 from leanlift.training.arguments import RunArguments
+from leanlift.weights.quantized import dtype_of, frozen_weight, is_quantized
 
 
 def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool = False) -> Any:

@@ -17,11 +17,11 @@ import numpy as np
 from datasets import Dataset
 from torch import Tensor
 
-from leanlift.screen import count
-from leanlift.training.data import TokenRows
-from leanlift.training.lengths import skips_preparation
+from leanlift.data.dataset import TokenRows
+from leanlift.data.lengths import skips_preparation
+from leanlift.data.tokens import IGNORED
+from leanlift.format import count
 from leanlift.training.loss import TRAINED
-from leanlift.training.tokens import IGNORED
 
 UNLIMITED = 2048
 """Tokens that a row is taken to have where nothing limits it and nobody has looked."""

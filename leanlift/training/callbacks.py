@@ -17,8 +17,8 @@ from transformers import (
 from leanlift.errors import UserError
 from leanlift.model import lift_layers, refresh_mask
 from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, unwrap
-from leanlift.training.checkpointing import last_checkpoint
-from leanlift.training.steps import GradientHooks
+from leanlift.training.checkpointing.directory import last_checkpoint
+from leanlift.training.step_guard import GradientHooks
 
 if TYPE_CHECKING:
     from leanlift.training.trainer import LiftTrainer

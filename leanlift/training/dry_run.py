@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from leanlift.memory import MemoryPlan, peak_line
-from leanlift.screen import count, size
+from leanlift.data.dataset import TokenRows
+from leanlift.format import count, size
+from leanlift.plan import MemoryPlan, peak_line
 from leanlift.source import check_matrix_homes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batches
-from leanlift.training.data import TokenRows
 from leanlift.training.inputs import ReadyRows
 from leanlift.training.interrupt import Interrupt
 from leanlift.training.plan import targets_of

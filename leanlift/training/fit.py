@@ -15,8 +15,8 @@ from typing import Any
 
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
-from leanlift.memory import MOMENTS, Known, MemoryPlan
-from leanlift.screen import parse_card, short_name, size
+from leanlift.format import parse_card, short_name, size
+from leanlift.plan import MOMENTS, Known, MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batch, Batches
 from leanlift.training.plan import FakeBase, least_of, plan_of

@@ -6,20 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leanlift.numbers import FALSE, TRUE
-from leanlift.places import check_merged_place, no_room
-from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.checkpointing import checkpoint_to_resume, checkpoints, is_left_behind
-from leanlift.training.data import TokenRows, load_rows
-from leanlift.training.lock import LOCK_NAME
-from leanlift.training.ready import RowsForTraining
-from leanlift.training.tokenizer import (
+from leanlift.data.dataset import TokenRows, load_rows
+from leanlift.data.ready import RowsForTraining
+from leanlift.data.tokenizer import (
     end_tokens,
     load_tokenizer,
     rows_for_template,
     vocabulary_rows,
 )
-from leanlift.training.whole import Checkpoint, check_checkpoint
+from leanlift.io.places import check_merged_place, no_room
+from leanlift.numbers import FALSE, TRUE
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.checkpointing.directory import (
+    checkpoint_to_resume,
+    checkpoints,
+    is_left_behind,
+)
+from leanlift.training.checkpointing.lock import LOCK_NAME
+from leanlift.training.checkpointing.whole import Checkpoint, check_checkpoint
 
 
 @dataclass(frozen=True)

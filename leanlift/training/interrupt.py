@@ -18,7 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leanlift.errors import Interrupted
-from leanlift.training.checkpointing import checkpoints
+from leanlift.training.checkpointing.directory import checkpoints
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from leanlift.adapter import Adapter
+from leanlift.adapters import Adapter
 from leanlift.errors import UserError
 from leanlift.training.arguments import RunArguments
 from leanlift.training.base import load_model

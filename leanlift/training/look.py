@@ -13,15 +13,15 @@ import datasets
 import numpy as np
 from transformers import AutoConfig
 
+from leanlift.data.dataset import token_rows
+from leanlift.data.ready import RowsForTraining
+from leanlift.data.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.errors import UserError, first_line
+from leanlift.format import bar, count
 from leanlift.rows.examples import ExampleReader
 from leanlift.rows.source import load_rows
-from leanlift.screen import bar, count
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import Batch, lengths_of
-from leanlift.training.data import token_rows
-from leanlift.training.ready import RowsForTraining
-from leanlift.training.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 
 LOOKED_AT = 2000
 """Rows that are tokenized, spread evenly over all of them."""

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanlift.ends import LIKELIHOOD, Head, Objective, head_loss
 from leanlift.errors import UserError
-from leanlift.memory import first_tiles
+from leanlift.layers.ends import LIKELIHOOD, Head, Objective, head_loss
 from leanlift.model import output_head
+from leanlift.plan import first_tiles
 
 logger = logging.getLogger("leanlift")
 

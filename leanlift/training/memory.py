@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from leanlift.memory import LiveBytes, MemoryMeter, static_categories, tensor_bytes
+from leanlift.measure import LiveBytes, MemoryMeter, static_categories, tensor_bytes
 from leanlift.model import lift_layers
 from leanlift.optim import state_nbytes
 

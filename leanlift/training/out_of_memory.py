@@ -7,9 +7,10 @@ import logging
 import torch
 
 from leanlift.errors import UserError, first_line
-from leanlift.memory import MemoryPlan, human
+from leanlift.measure import human
+from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.checkpointing import last_checkpoint
+from leanlift.training.checkpointing.directory import last_checkpoint
 from leanlift.training.fit import changes, fit
 
 logger = logging.getLogger("leanlift")

@@ -13,15 +13,15 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from leanlift.config import LiftConfig
-from leanlift.ends import LIKELIHOOD, Objective
 from leanlift.errors import UserError, first_line
-from leanlift.memory import Known, MemoryPlan, StepSettings, least_nbytes, plan_step, shapes_of
-from leanlift.quantized import WeightFormat, dtype_of
-from leanlift.screen import size
+from leanlift.format import size
+from leanlift.layers.ends import LIKELIHOOD, Objective
+from leanlift.plan import Known, MemoryPlan, StepSettings, least_nbytes, plan_step, shapes_of
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import stored_quantization
 from leanlift.training.batches import Batch, Batches, largest_allowed
 from leanlift.training.loss import loss_of_all_tokens, objective_of
+from leanlift.weights.quantized import WeightFormat, dtype_of
 
 logger = logging.getLogger("leanlift")
 

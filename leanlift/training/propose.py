@@ -12,8 +12,8 @@ from typing import Any
 
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError
-from leanlift.memory import MemoryPlan
-from leanlift.screen import count, share, short_name, size
+from leanlift.format import count, share, short_name, size
+from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batches
 from leanlift.training.fit import Taken, fit

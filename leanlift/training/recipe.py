@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from leanlift.checkpoint import replacing
+from leanlift.io.tensors import replacing
 
 WIDTH = 80
 

@@ -18,11 +18,11 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from leanlift.checkpoint import read_json, replacing, write_json, write_tensors
 from leanlift.errors import UserError, first_line
+from leanlift.io.tensors import read_json, replacing, write_json, write_tensors
 from leanlift.model import LiftState, restore_adapter, save_adapter
 from leanlift.optim import SavedState, check_saved, restore_state, saved_state
-from leanlift.training.checkpointing import (
+from leanlift.training.checkpointing.directory import (
     STAGING,
     checkpoint_to_resume,
     clean,
@@ -30,16 +30,21 @@ from leanlift.training.checkpointing import (
     put_in_place,
     rotate,
 )
-from leanlift.training.lock import OutputLock
-from leanlift.training.loop_state import (
+from leanlift.training.checkpointing.lock import OutputLock
+from leanlift.training.checkpointing.loop_state import (
     check_same_schedule,
     plain,
     random_state,
     restore_random_state,
     unpickle,
 )
-from leanlift.training.settings import Settings, check_same_settings, data_facts, settings_of
-from leanlift.training.whole import (
+from leanlift.training.checkpointing.settings import (
+    Settings,
+    check_same_settings,
+    data_facts,
+    settings_of,
+)
+from leanlift.training.checkpointing.whole import (
     OPTIMIZER_FACTS,
     OPTIMIZER_TENSORS,
     PICKLED,

@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from leanlift.errors import UserError
 from leanlift.export import check_space
-from leanlift.memory import MemoryPlan
-from leanlift.screen import size
+from leanlift.format import size
+from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from leanlift.adapter import RUN_NAME
-from leanlift.checkpoint import replacing, write_json
+from leanlift.adapters import RUN_NAME
+from leanlift.data.dataset import calibration_batches
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line
 from leanlift.export import ONTO, MergeReport, merge_adapter
-from leanlift.memory import (
+from leanlift.io.tensors import replacing, write_json
+from leanlift.measure import (
     MemoryMeter,
-    MemoryPlan,
     MemoryReport,
     is_out_of_memory,
     save_report,
@@ -33,17 +33,17 @@ from leanlift.memory import (
 from leanlift.model import embedding_to_cpu, get_lift_model, load_adapter, use_ops
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
-from leanlift.quantized import dtype_of
+from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import check_base_place, load_model, quantization
 from leanlift.training.batches import Batches, worst_batches
 from leanlift.training.callbacks import LastEvaluation
-from leanlift.training.checkpointing import keeping_what_was_good, last_whole_checkpoint
+from leanlift.training.checkpointing.directory import keeping_what_was_good, last_whole_checkpoint
+from leanlift.training.checkpointing.lock import OutputLock
+from leanlift.training.checkpointing.settings import check_same_settings, run_settings, settings_of
 from leanlift.training.checks import check_settings
-from leanlift.training.data import calibration_batches
 from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_run, ready_rows
 from leanlift.training.interrupt import Interrupt, StopAfterStep
-from leanlift.training.lock import OutputLock
 from leanlift.training.memory import FOLLOWED_STEPS, MemoryCallback
 from leanlift.training.out_of_memory import card_nbytes, out_of_memory
 from leanlift.training.plan import plan_of_what_was_measured
@@ -51,7 +51,6 @@ from leanlift.training.room import check_room, check_writable
 from leanlift.training.screens import QuietScreen, Screen, Summary, check_format
 from leanlift.training.screens.libraries import shown, silence
 from leanlift.training.screens.words import stopped_lines
-from leanlift.training.settings import check_same_settings, run_settings, settings_of
 from leanlift.training.told import (
     first_row_of,
     header_of,
@@ -64,6 +63,7 @@ from leanlift.training.told import (
 )
 from leanlift.training.trainer import LiftTrainer
 from leanlift.training.watch import Watch
+from leanlift.weights.quantized import dtype_of
 
 logger = logging.getLogger("leanlift")
 

@@ -14,25 +14,20 @@ import torch
 from datasets import Dataset
 
 from leanlift._version import __version__
-from leanlift.adapter import WEIGHTS_NAME
+from leanlift.adapters import WEIGHTS_NAME
+from leanlift.data.dataset import TokenRows
+from leanlift.data.tokens import IGNORED, ROW_KEYS
 from leanlift.export import TRAINING_KEYS
-from leanlift.memory import (
-    MemoryMeter,
-    MemoryPlan,
-    human,
-    machine_nbytes,
-    resident_now,
-)
+from leanlift.format import count, share
+from leanlift.measure import MemoryMeter, human, machine_nbytes, resident_now
 from leanlift.model import RefreshReport, lift_layers, lift_state, weights_of
-from leanlift.screen import count, share
+from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.data import TokenRows
 from leanlift.training.inputs import ReadyRows
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.out_of_memory import card_nbytes
 from leanlift.training.screens import FirstRow, Header, Memory, Place
 from leanlift.training.screens.words import shell
-from leanlift.training.tokens import IGNORED, ROW_KEYS
 
 logger = logging.getLogger("leanlift")
 

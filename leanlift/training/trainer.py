@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from trl import SFTConfig
 
+from leanlift.data.dataset import TokenRows
+from leanlift.data.lengths import LengthReport
+from leanlift.data.positions import check_positions
+from leanlift.data.ready import Rows, RowsForTraining, drop_untrained_packs
+from leanlift.data.tokenizer import load_tokenizer, tell_model
 from leanlift.defaults import SPARSE_OPTIMIZERS
-from leanlift.ends import FrozenHead
 from leanlift.errors import UserError
-from leanlift.memory import resident_peak
+from leanlift.layers.ends import FrozenHead
+from leanlift.measure import resident_peak
 from leanlift.model import (
     RefreshReport,
     claim,
@@ -34,17 +39,12 @@ from leanlift.rows.examples import columns_of
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
 from leanlift.training.callbacks import Guard, Refresh
+from leanlift.training.checkpointing.lock import make_output
 from leanlift.training.checks import check_numbers, check_settings
-from leanlift.training.data import TokenRows
 from leanlift.training.eval_loss import TokenMeans, trained_tokens
-from leanlift.training.lengths import LengthReport
-from leanlift.training.lock import make_output
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
-from leanlift.training.positions import check_positions
-from leanlift.training.ready import Rows, RowsForTraining, drop_untrained_packs
 from leanlift.training.resumable import ResumableTrainer
-from leanlift.training.steps import StepGuard, clip_to_norm_, total_norm
-from leanlift.training.tokenizer import load_tokenizer, tell_model
+from leanlift.training.step_guard import StepGuard, clip_to_norm_, total_norm
 
 logger = logging.getLogger("leanlift")
 

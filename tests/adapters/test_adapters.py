@@ -25,7 +25,7 @@ from leanlift import (
     scale_adapter,
     unload_adapter,
 )
-from leanlift.adapter import open_adapter
+from leanlift.adapters import open_adapter
 from leanlift.model import lift_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # PEFT's own

@@ -30,10 +30,10 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
-from leanlift.adapter import open_adapter
+from leanlift.adapters import open_adapter
 from leanlift.cli.info import describe, format_info
-from leanlift.grown import MOST_ADDED, Grown
 from leanlift.model import embedding_to_cpu, restore_adapter
+from leanlift.weights.grown import MOST_ADDED, Grown
 
 LIES: dict[str, tuple[dict[str, Any], str]] = {
     "zero": ({"embedding_rows": 0}, "embedding_rows as a number"),

@@ -14,8 +14,8 @@ from victim import NAME, WEIGHTS, Victim, at, edit_json, edit_tensors, set_at
 from leanlift import (
     UserError,
 )
-from leanlift.adapter import open_adapter
-from leanlift.memory import LiveBytes
+from leanlift.adapters import open_adapter
+from leanlift.measure import LiveBytes
 
 TENSOR_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "column-outside": ("own", {f"{NAME}__index__columns": at(0, 200)}, "outside its segment"),

@@ -22,8 +22,9 @@ from leanlift import (
     UserError,
     merge_adapter,
 )
-from leanlift.adapter import open_adapter
-from leanlift.memory import LiveBytes, format_report, load_report
+from leanlift.adapters import open_adapter
+from leanlift.io.measured import load_report
+from leanlift.measure import LiveBytes, format_report
 
 
 class Bomb:

@@ -19,7 +19,7 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
-from leanlift.training.verify import verify_merged
+from leanlift.evaluation.verify import verify_merged
 
 SOURCE = Path(leanlift.__file__).parent
 OWN_FILES = {"demo"}

@@ -23,7 +23,7 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
-from leanlift.adapter import open_adapter, plan_shira, write_shira
+from leanlift.adapters import open_adapter, plan_shira, write_shira
 from leanlift.model import lift_layers
 
 NAME = "model.layers.0.self_attn.q_proj"

@@ -26,13 +26,13 @@ from leanlift import (
     get_lift_model,
     save_adapter,
 )
-from leanlift.checkpoint import new_directory
 from leanlift.cli import main
 from leanlift.cli.settings import parse_train
 from leanlift.errors import first_line
+from leanlift.evaluation.evaluate import evaluate
+from leanlift.io.tensors import new_directory
 from leanlift.training import LiftSFTConfig, plan_memory
 from leanlift.training.checks import check_settings
-from leanlift.training.evaluate import evaluate
 from leanlift.training.run import _timeline
 
 ROWS = [{"prompt": "1 + 1 = ", "completion": "2"}] * 4

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from leanlift import LiftConfig, export_peft, get_lift_model, load_adapter, save_adapter
 from leanlift.cli import main
-from leanlift.places import look_at
+from leanlift.io.places import look_at
 
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen3-8B", "r": 8}
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from tiny import load, make_tokenizer
 
 from leanlift.cli import main
-from leanlift.training.evaluate import (
+from leanlift.evaluation.evaluate import (
     evaluate,
     greedy_answers,
     pad_left,

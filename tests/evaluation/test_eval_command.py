@@ -17,13 +17,13 @@ from tiny import load, make_tokenizer
 from leanlift import merge_adapter
 from leanlift.cli import build_parser, main
 from leanlift.cli.eval_text import eval_text
-from leanlift.rows.judge import judged_words
-from leanlift.training.data import load_rows
-from leanlift.training.evaluate import (
+from leanlift.data.dataset import load_rows
+from leanlift.evaluation.evaluate import (
     Sample,
     greedy_answers,
     to_samples,
 )
+from leanlift.rows.judge import judged_words
 
 EVAL_OPTIONS = {
     "help",

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from tiny import load, make_tokenizer
 
-from leanlift.rows.judge import JUDGES, are_sentences, is_right, judged_words
-from leanlift.training.evaluate import (
+from leanlift.evaluation.evaluate import (
     Sample,
     evaluate,
     last_number,
     same_answer,
     to_samples,
 )
+from leanlift.rows.judge import JUDGES, are_sentences, is_right, judged_words
 
 
 @pytest.mark.parametrize(

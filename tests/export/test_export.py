@@ -15,9 +15,9 @@ from trained import KINDS, logits, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from leanlift import UserError, merge_adapter, save_adapter
-from leanlift.memory import LiveBytes
+from leanlift.evaluation.verify import verify_merged
+from leanlift.measure import LiveBytes
 from leanlift.model import lift_layers
-from leanlift.training.verify import verify_merged
 
 
 def checkpoint(directory: Path) -> dict[str, torch.Tensor]:

@@ -30,12 +30,12 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
-from leanlift.adapter import open_adapter
+from leanlift.adapters import open_adapter
+from leanlift.evaluation.verify import verify_merged
 from leanlift.export.rows import put_vocabulary, with_new_rows
 from leanlift.model import embedding_to_cpu, lift_state, restore_adapter
-from leanlift.quantized import dtype_of
 from leanlift.source import SourceTensor, open_checkpoint, plain_view
-from leanlift.training.verify import verify_merged
+from leanlift.weights.quantized import dtype_of
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain-ends", "int8-ends"])

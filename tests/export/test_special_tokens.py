@@ -20,8 +20,8 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
+from leanlift.adapters.special import SpecialTokens
 from leanlift.export.tokens import _vocabulary
-from leanlift.special import SpecialTokens
 
 STALE = {
     "special_tokens_map.json": {"eos_token": "q", "pad_token": "z", "unk_token": "<unk>"},

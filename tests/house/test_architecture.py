@@ -19,7 +19,7 @@ def run_fresh(code: str) -> None:
         ("leanlift", {"torch", "transformers", "bitsandbytes", "trl"}),
         ("leanlift.ops", {"triton", "transformers", "bitsandbytes"}),
         ("leanlift.selection", {"transformers", "bitsandbytes", "trl"}),
-        ("leanlift.layer", {"transformers", "bitsandbytes", "trl"}),
+        ("leanlift.layers", {"transformers", "bitsandbytes", "trl"}),
         ("leanlift.sparse", {"transformers", "bitsandbytes", "trl"}),
     ],
 )

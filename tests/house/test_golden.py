@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from tiny import load
 
 from leanlift import LiftConfig, export_peft, load_adapter, save_adapter
-from leanlift.adapter import open_adapter
+from leanlift.adapters import open_adapter
 
 WEIGHTS, CONFIG, FACTS = ADAPTER_FILES
 SHAPES_ALONE = ("categories", "entries", "weights", "holds_for", "context", "notes")

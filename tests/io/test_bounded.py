@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from leanlift import UserError
-from leanlift.bounded import MOST_DEPTH, MOST_DIGITS, parse_bounded, read_bounded
-from leanlift.checkpoint import read_json
+from leanlift.io.bounded import MOST_DEPTH, MOST_DIGITS, parse_bounded, read_bounded
+from leanlift.io.tensors import read_json
 
 
 @pytest.fixture(autouse=True)

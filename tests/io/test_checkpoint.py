@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from leanlift import UserError
-from leanlift.checkpoint import (
+from leanlift.io.tensors import (
     ShardedWriter,
     TensorSpec,
     is_running,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from leanlift import UserError
-from leanlift.hub import local_copy, push_to_hub
+from leanlift.io.hub import local_copy, push_to_hub
 
 
 class Hub:
@@ -35,7 +35,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub()
-    monkeypatch.setattr("leanlift.hub.HfApi", lambda: hub)
+    monkeypatch.setattr("leanlift.io.hub.HfApi", lambda: hub)
     return hub
 
 
@@ -44,7 +44,7 @@ def copy_of(source: str | Path) -> Path:
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanlift.hub.snapshot_download", lambda *a, **k: pytest.fail("asked"))
+    monkeypatch.setattr("leanlift.io.hub.snapshot_download", lambda *a, **k: pytest.fail("asked"))
     assert copy_of(tmp_path) == tmp_path
     assert copy_of(str(tmp_path)) == tmp_path
 
@@ -58,7 +58,7 @@ def test_only_the_wanted_files_of_a_name_are_fetched(
         asked.update(name=name, **options)
         return str(tmp_path)
 
-    monkeypatch.setattr("leanlift.hub.snapshot_download", download)
+    monkeypatch.setattr("leanlift.io.hub.snapshot_download", download)
     assert copy_of("someone/model") == tmp_path
     assert asked == {"name": "someone/model", "allow_patterns": ["*.json"], "revision": None}
 

@@ -9,8 +9,8 @@ import torch
 from helpers import random_weight
 from safetensors.torch import save_file
 
-from leanlift.cells import entries_of
-from leanlift.memory import LiveBytes
+from leanlift.fingerprint.cells import entries_of
+from leanlift.measure import LiveBytes
 from leanlift.source.checkpoint import open_checkpoint
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leanlift.layer import LiftLinear
+from leanlift.layers import LiftLinear
 
 
 @pytest.fixture

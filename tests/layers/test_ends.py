@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from helpers import make_base, relative_error
 from torch import Tensor, nn
 
-from leanlift.ends import FrozenEmbedding, FrozenHead, Head, Objective, head_loss
-from leanlift.memory import LiveBytes
-from leanlift.quantized import WeightFormat, embedding_rows, frozen_weight, requantize
+from leanlift.layers.ends import FrozenEmbedding, FrozenHead, Head, Objective, head_loss
+from leanlift.measure import LiveBytes
 from leanlift.tiles import DenseTiles
+from leanlift.weights.quantized import WeightFormat, embedding_rows, frozen_weight, requantize
 
 T, D, V = 33, 48, 1007
 

@@ -16,8 +16,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from leanlift.memory import LiveBytes
-from leanlift.model.gated import use_gated_product
+from leanlift.layers.fused_glu import use_gated_product
+from leanlift.measure import LiveBytes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,

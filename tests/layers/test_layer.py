@@ -26,9 +26,9 @@ from helpers import (
     saved_nbytes,
 )
 
-from leanlift.layer import FrozenLinear, LiftLinear, Workspace
-from leanlift.quantized import frozen_weight
+from leanlift.layers import FrozenLinear, LiftLinear, Workspace
 from leanlift.sparse import SegmentedIndex
+from leanlift.weights.quantized import frozen_weight
 
 SHAPES = [(128, 192), (65, 48), (97, 257)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -70,8 +70,8 @@ def test_several_tiles_give_what_one_gives(monkeypatch: pytest.MonkeyPatch) -> N
     lift.values.data.normal_()
     x, grad_y = random_inputs(lift)
     whole = run_pass(lift, x, grad_y)
-    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
-    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layers.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layers.lift.tile_rows", lambda *_: 64)
     tiled = assert_as_good_as_plain_torch(lift, x, grad_y)
     torch.testing.assert_close(tiled.values, whole.values)
     assert torch.equal(tiled.y, whole.y)

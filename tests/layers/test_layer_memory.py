@@ -21,9 +21,9 @@ from helpers import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from leanlift.layer import LiftLinear, Workspace
-from leanlift.layer.autograd import KeepInput
-from leanlift.quantized import weight_tensors
+from leanlift.layers import LiftLinear, Workspace
+from leanlift.layers.autograd import KeepInput
+from leanlift.weights.quantized import weight_tensors
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
@@ -87,8 +87,8 @@ def test_the_scratch_is_the_only_dense_tensor_left_after_a_step(always: bool) ->
 def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
     density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
-    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layers.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layers.lift.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192), density=density)
     trained = set(lift.index.to_flat().tolist())
     retired = torch.tensor([flat for flat in range(0, 320 * 192, 997) if flat not in trained])
@@ -101,8 +101,8 @@ def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
 
 
 def test_no_operation_of_a_step_makes_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leanlift.layer.frozen.tile_rows", lambda *_: 64)
-    monkeypatch.setattr("leanlift.layer.lift.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layers.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layers.lift.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192))
     lift.workspace.always = True
     scratch = lift.scratch.take(320, 192, torch.float32, torch.device("cpu"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import make_block, make_lift, make_linear4bit
 
-from leanlift.layer import Workspace
+from leanlift.layers import Workspace
 from leanlift.ops import tile_ops
 from leanlift.ops.reference import TorchOps
 from leanlift.sparse import LayerOffsets, Offsets
@@ -25,7 +25,7 @@ def test_operations_are_chosen_once_for_all_layers_and_again_after_a_move(
         asked.append(name)
         return tile_ops(name, device)
 
-    monkeypatch.setattr("leanlift.layer.workspace.tile_ops", counted)
+    monkeypatch.setattr("leanlift.layers.workspace.tile_ops", counted)
     block, x = make_block(Workspace()), torch.randn(3, 48, requires_grad=True)
     for _ in range(3):
         block(x).sum().backward()

@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from tiny import load, make_checkpoint
 
 from leanlift import LiftConfig, UserError, get_lift_model
-from leanlift.memory import (
+from leanlift.io.measured import load_report
+from leanlift.measure import (
     LiveBytes,
     MemoryMeter,
     format_report,
     human,
-    load_report,
     save_report,
     static_categories,
 )

@@ -28,9 +28,9 @@ from leanlift import (
     get_lift_model,
     save_adapter,
 )
-from leanlift.grown import MOST_ADDED, new_rows
 from leanlift.model import lift_layers, lift_state
 from leanlift.tiles import CastTiles, DenseTiles
+from leanlift.weights.grown import MOST_ADDED, new_rows
 
 # --- the rows ------------------------------------------------------------------------------
 

@@ -24,11 +24,11 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
-from leanlift.cells import cells_of, dense_cells, entries_of
+from leanlift.fingerprint.cells import cells_of, dense_cells, entries_of
+from leanlift.fingerprint.samples import Sample, decode, positions, spread
 from leanlift.model import lift_layers, lift_state
-from leanlift.quantized import frozen_weight
-from leanlift.samples import Sample, decode, positions, spread
 from leanlift.tiles import as_tiles
+from leanlift.weights.quantized import frozen_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = 2e-3

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from leanlift import LiftConfig, UserError, get_lift_model, save_adapter
-from leanlift.layer import FrozenLinear
+from leanlift.layers import FrozenLinear
 from leanlift.model import lift_layers, lift_state, use_ops
 from leanlift.model.gradient import gradient_masks
 from leanlift.selection import Magnitude, Principal, select

@@ -29,12 +29,18 @@ from leanlift import (
     save_adapter,
     unload_adapter,
 )
-from leanlift._bnb import EmptyLinear
-from leanlift.layer import FrozenLinear, LiftLinear, Workspace
-from leanlift.memory.fake import attach_fake, fake_tensors
+from leanlift.layers import FrozenLinear, LiftLinear, Workspace
 from leanlift.model import embedding_to_cpu, freeze_quantized
 from leanlift.model.surgery import layers_over, outer_modules, replace_modules
-from leanlift.quantized import Weight4bit, Weight8bit, WeightFormat, frozen_weight, is_quantized
+from leanlift.plan.fake import attach_fake, fake_tensors
+from leanlift.weights.bnb import EmptyLinear
+from leanlift.weights.quantized import (
+    Weight4bit,
+    Weight8bit,
+    WeightFormat,
+    frozen_weight,
+    is_quantized,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,

@@ -24,12 +24,12 @@ from sweeps import swept
 from torch import nn
 
 from leanlift import UserError
-from leanlift._bnb import moment_table
-from leanlift.layer import LiftLinear, Workspace
+from leanlift.layers import LiftLinear, Workspace
 from leanlift.ops import tile_ops
 from leanlift.optim import SparseAdamW
-from leanlift.quantized import frozen_weight
 from leanlift.sparse import SegmentedIndex
+from leanlift.weights.bnb import moment_table
+from leanlift.weights.quantized import frozen_weight
 
 CPU = torch.device("cpu")
 SHAPES = [(4, 512), (9, 48), (5, 257), (3, 1100), (3, 1)]

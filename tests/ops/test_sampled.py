@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from leanlift.layer import Scratch
+from leanlift.layers import Scratch
 from leanlift.ops import tile_ops
 from leanlift.ops.sampled import SAMPLED_DENSITY, TOKENS, compressed_rows
 from leanlift.sparse import SegmentedIndex

@@ -11,7 +11,7 @@ from stepping import VARIANTS, gradients, start, train
 from torch import Tensor, nn
 
 from leanlift import UserError
-from leanlift.memory import LiveBytes
+from leanlift.measure import LiveBytes
 from leanlift.optim import (
     SparseAdamW,
     adamw_nbytes,

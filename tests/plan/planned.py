@@ -14,11 +14,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from leanlift.quantized import WeightFormat
 from leanlift.training import (
     LiftSFTConfig,
     RunArguments,
 )
+from leanlift.weights.quantized import WeightFormat
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,

@@ -49,7 +49,7 @@ def test_fit_takes_changes_in_order_until_it_fits(checkpoints: dict[str, Path]) 
 def test_what_cannot_fit_is_refused_without_a_step(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.memory.plan.step_peak", None)  # whoever runs a step fails
+    monkeypatch.setattr("leanlift.plan.memory.step_peak", None)  # whoever runs a step fails
     args, sft = arguments(checkpoints["llama"], approx_rank=8)
     with pytest.raises(
         UserError, match=r"does not fit 0.0001 GiB: the least setting needs .* while .* more than"

@@ -22,10 +22,10 @@ from transformers import (
 
 from leanlift import LiftConfig, LiftTrainer, get_lift_model
 from leanlift.cli import main
-from leanlift.memory import LiveBytes, MemoryMeter, StepSettings, plan_step, static_categories
+from leanlift.measure import LiveBytes, MemoryMeter, static_categories
 from leanlift.model import embedding_to_cpu
 from leanlift.optim import state_nbytes
-from leanlift.quantized import Weight4bit, Weight8bit, WeightFormat, requantize
+from leanlift.plan import StepSettings, plan_step
 from leanlift.training import (
     LiftSFTConfig,
     MemoryCallback,
@@ -37,6 +37,7 @@ from leanlift.training.fit import (
     fit,
 )
 from leanlift.training.loss import loss_of_all_tokens
+from leanlift.weights.quantized import Weight4bit, Weight8bit, WeightFormat, requantize
 
 
 def load(path: Path, kind: str) -> Any:

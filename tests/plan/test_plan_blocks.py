@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from leanlift import LiftConfig
-from leanlift.ends import Head, Objective, head_loss
-from leanlift.layer import LiftLinear, Workspace
-from leanlift.memory import LiveBytes, blocks
-from leanlift.memory.fake import (
+from leanlift.layers import LiftLinear, Workspace
+from leanlift.layers.ends import Head, Objective, head_loss
+from leanlift.measure import LiveBytes
+from leanlift.plan import blocks
+from leanlift.plan.fake import (
     StepBytes,
     _fused_attention,
     attach_fake,
@@ -32,11 +33,11 @@ from leanlift.memory.fake import (
     forward_peak,
     step_peak,
 )
-from leanlift.memory.pieces import first_pieces, first_tiles
-from leanlift.quantized import WeightDense, WeightFormat, empty_weight
+from leanlift.plan.pieces import first_pieces, first_tiles
 from leanlift.tiles import DenseTiles
 from leanlift.training.loss import loss_of_all_tokens
 from leanlift.training.plan import without_packing_search
+from leanlift.weights.quantized import WeightDense, WeightFormat, empty_weight
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -104,7 +105,7 @@ def test_the_extended_step_is_the_whole_one_to_the_byte(
 ) -> None:
     config, lift = FAMILIES[family][0], LiftConfig(approx_rank=8)
     whole = step(config, True, lift, **SETTINGS[settings])
-    monkeypatch.setattr("leanlift.memory.fake.repeats", _must_repeat)
+    monkeypatch.setattr("leanlift.plan.fake.repeats", _must_repeat)
     assert step(config, False, lift, **SETTINGS[settings]) == whole
     assert min(whole.forward, whole.loss, whole.kept, whole.backward) > 0
 
@@ -128,7 +129,7 @@ def test_an_evaluation_is_planned_from_a_few_blocks_too(
             return forward_peak(model.eval(), loss_of_all_tokens, 2, 32)
 
     part = evaluate()
-    monkeypatch.setattr("leanlift.memory.fake.repetition", lambda model: None)
+    monkeypatch.setattr("leanlift.plan.fake.repetition", lambda model: None)
     assert part == evaluate() > 0
 
 

@@ -17,9 +17,10 @@ from leanlift import UserError
 from leanlift.cli import main
 from leanlift.cli.settings import given_settings, parse_train
 from leanlift.defaults import command_defaults
-from leanlift.memory import MOMENTS, format_plan, picture
-from leanlift.memory.picture import check_picture, draw
-from leanlift.memory.plan_screen import TERMS, label
+from leanlift.measure import picture
+from leanlift.measure.picture import check_picture, draw
+from leanlift.plan import MOMENTS, format_plan
+from leanlift.plan.screen import TERMS, label
 from leanlift.training import plan_of
 
 EXAMPLES = ROOT / "examples"

@@ -20,7 +20,7 @@ from reported import SETTINGS, STATE, put
 from snapshots import assert_screen
 
 from leanlift import UserError
-from leanlift.adapter import open_adapter
+from leanlift.adapters import open_adapter
 from leanlift.cli import main
 from leanlift.cli.info import describe
 from leanlift.report.adapter import read_adapter

@@ -22,8 +22,8 @@ from leanlift.cli import main
 from leanlift.cli import train as command
 from leanlift.errors import Interrupted
 from leanlift.training import LiftSFTConfig, RunArguments, run
+from leanlift.training.checkpointing.lock import LOCK_NAME
 from leanlift.training.interrupt import Interrupt
-from leanlift.training.lock import LOCK_NAME
 from leanlift.training.screens import QuietScreen, Step, Summary
 
 STEPS = 8

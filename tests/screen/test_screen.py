@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leanlift.screen import bar, console, count, duration, gib, loss, share, size, sparkline, table
+from leanlift.format import bar, console, count, duration, gib, loss, share, size, sparkline, table
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from sweeps import swept
 from torch import Tensor
 
 from leanlift.errors import UserError
-from leanlift.quantized import frozen_weight
 from leanlift.selection import (
     Magnitude,
     Principal,
@@ -30,6 +29,7 @@ from leanlift.selection import (
 )
 from leanlift.selection.lowrank import krylov_factors
 from leanlift.tiles import DenseTiles
+from leanlift.weights.quantized import frozen_weight
 
 # --- principal weights ----------------------------------------------------------------------
 

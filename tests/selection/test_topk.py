@@ -20,8 +20,7 @@ from sweeps import swept
 from torch import Tensor
 
 from leanlift.errors import UserError
-from leanlift.memory import LiveBytes
-from leanlift.quantized import frozen_weight
+from leanlift.measure import LiveBytes
 from leanlift.selection import (
     Magnitude,
     Principal,
@@ -36,6 +35,7 @@ from leanlift.selection import (
 from leanlift.selection.blocks import tile_nbytes
 from leanlift.selection.topk import StreamedTopK, topk_nbytes
 from leanlift.tiles import DEFAULT_TILE_BYTES, DenseTiles
+from leanlift.weights.quantized import frozen_weight
 
 SCORES = st.sampled_from([0.0, -0.0, 1e-45, 3e-45, 1e-38, 0.5, 1.0, 1.0000001, 3e38])
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from leanlift import LiftConfig
-from leanlift.training.checkpointing import put_in_place
-from leanlift.training.whole import SEAL
+from leanlift.training.checkpointing.directory import put_in_place
+from leanlift.training.checkpointing.whole import SEAL
 
 RESUMED = LiftConfig(approx_rank=8, refresh_interval=4)
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}

@@ -14,11 +14,11 @@ from datasets import Dataset, Features, List, Value
 from sweeps import swept
 from tiny import make_checkpoint
 
-from leanlift.measured import categories_compared, difference
+from leanlift.data.dataset import TokenRows
+from leanlift.data.lengths import LengthReport
+from leanlift.io.measured import categories_compared, difference
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
 from leanlift.training.batches import Batch, Batches, LargestBatch, lengths_of, worst_batch
-from leanlift.training.data import TokenRows
-from leanlift.training.lengths import LengthReport
 from leanlift.training.loss import TRAINED
 
 ROWS = [

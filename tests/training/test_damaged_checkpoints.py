@@ -14,8 +14,8 @@ from processes import run_python
 from runs import trainer_for
 
 from leanlift import UserError
-from leanlift.training.checkpointing import checkpoint_to_resume
-from leanlift.training.whole import RANDOM, SCHEDULE, SEAL, check_checkpoint
+from leanlift.training.checkpointing.directory import checkpoint_to_resume
+from leanlift.training.checkpointing.whole import RANDOM, SCHEDULE, SEAL, check_checkpoint
 
 
 def flipped(data: bytes) -> bytes:

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from leanlift import UserError
-from leanlift.training import load_rows, to_examples
+from leanlift.data.dataset import load_rows, to_examples
 
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}

@@ -122,7 +122,7 @@ def recorded(
     base: Path, output: Path, schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[Tree], bytes]:
     """The states of the disk in a run, no two of them alike to a reader, and its adapter."""
-    monkeypatch.setattr("leanlift.memory.report.find_spec", lambda name: None)  # no picture
+    monkeypatch.setattr("leanlift.measure.report.find_spec", lambda name: None)  # no picture
     recorder = Recorder(output)
     with recorder.recording(monkeypatch):
         run(*arguments(base, output, lr_scheduler_type=schedule))
@@ -203,7 +203,7 @@ class FullDisk:
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_good(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr("leanlift.memory.report.find_spec", lambda name: None)
+    monkeypatch.setattr("leanlift.measure.report.find_spec", lambda name: None)
     output = tmp_path / "run"
     args, loop = arguments(base, output)
     disk, real = FullDisk(number), os.fsync

@@ -14,7 +14,7 @@ from leanlift import (
     LiftConfig,
     UserError,
 )
-from leanlift.memory import static_categories
+from leanlift.measure import static_categories
 from leanlift.model import lift_layers
 from leanlift.optim import SparseAdamW, adamw_nbytes, unwrap
 from leanlift.sparse import index_nbytes

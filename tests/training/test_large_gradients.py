@@ -16,7 +16,7 @@ from leanlift import (
 )
 from leanlift.model import lift_layers
 from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, unwrap
-from leanlift.training.steps import clip_to_norm_, total_norm
+from leanlift.training.step_guard import clip_to_norm_, total_norm
 
 
 class Spike(LiftTrainer):

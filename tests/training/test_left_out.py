@@ -9,10 +9,10 @@ import pytest
 from datasets import Dataset
 from tokenizers_of_all_kinds import characters
 
-from leanlift.training.data import token_rows, tokenized
-from leanlift.training.lengths import Cut
-from leanlift.training.stream import token_stream
-from leanlift.training.tokens import Tokenization
+from leanlift.data.dataset import token_rows, tokenized
+from leanlift.data.lengths import Cut
+from leanlift.data.stream import token_stream
+from leanlift.data.tokens import Tokenization
 
 USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]

@@ -25,9 +25,9 @@ from transformers import (
 
 from leanlift import LiftConfig, UserError, get_lift_model, merge_adapter, save_adapter
 from leanlift.model import lift_layers
-from leanlift.quantized import frozen_weight, requantize
 from leanlift.training import RunArguments
 from leanlift.training.base import _other_shapes, load_model
+from leanlift.weights.quantized import frozen_weight, requantize
 
 CPU = torch.device("cpu")
 STORED = ["nf4+double", "nf4", "fp4", "int8"]

@@ -16,8 +16,8 @@ from tiny import load, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
-from leanlift.memory import StepSettings
 from leanlift.model import lift_layers
+from leanlift.plan import StepSettings
 from leanlift.training import LiftSFTConfig, plan_memory
 from leanlift.training.loss import TiledLoss, WholeLoss, objective_of, training_loss
 

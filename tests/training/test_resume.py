@@ -19,7 +19,12 @@ from transformers import EarlyStoppingCallback
 from leanlift import LiftTrainer, UserError, get_lift_model
 from leanlift.model import lift_layers
 from leanlift.training import RunArguments
-from leanlift.training.settings import FREE, check_same_settings, data_facts, settings_of
+from leanlift.training.checkpointing.settings import (
+    FREE,
+    check_same_settings,
+    data_facts,
+    settings_of,
+)
 
 # --- settings ------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ from runs import ROWS, settings, trainer_for
 from tiny import load, make_tokenizer
 
 from leanlift import LiftTrainer, UserError, get_lift_model
-from leanlift.training.checkpointing import clean, rotate
-from leanlift.training.lock import OutputLock
+from leanlift.training.checkpointing.directory import clean, rotate
+from leanlift.training.checkpointing.lock import OutputLock
 
 
 def steps_in(output: Path) -> list[int]:
@@ -104,7 +104,7 @@ def test_the_best_checkpoint_is_loaded_and_if_it_is_gone_the_last_adapter_is_sav
 
 HOLD = """
 import sys
-from leanlift.training.lock import OutputLock
+from leanlift.training.checkpointing.lock import OutputLock
 with OutputLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

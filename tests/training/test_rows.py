@@ -11,10 +11,9 @@ from datasets import Dataset
 from tokenizers_of_all_kinds import CHATML, characters
 
 from leanlift import UserError
+from leanlift.data.dataset import load_rows, to_examples, token_rows, tokenized
+from leanlift.data.tokens import Tokenization
 from leanlift.rows.source import as_dataset, plain_rows
-from leanlift.training import load_rows, to_examples
-from leanlift.training.data import token_rows, tokenized
-from leanlift.training.tokens import Tokenization
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}

@@ -22,7 +22,7 @@ from leanlift import (
 from leanlift.model import lift_layers
 from leanlift.optim import unwrap
 from leanlift.training import LiftSFTConfig, last_whole_checkpoint
-from leanlift.training.steps import StepGuard
+from leanlift.training.step_guard import StepGuard
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sparse_adamw"])

@@ -13,9 +13,9 @@ from tiny import load, make_tokenizer
 from tokenizers_of_all_kinds import CHATML, characters
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
+from leanlift.data.tokenizer import load_tokenizer, prepare_tokenizer
+from leanlift.data.tokens import Tokenization
 from leanlift.training import LiftSFTConfig, RunArguments, run
-from leanlift.training.tokenizer import load_tokenizer, prepare_tokenizer
-from leanlift.training.tokens import Tokenization
 
 CHATS = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
 ALPACA = [{"instruction": "q", "input": "", "output": "a"}]
@@ -63,7 +63,7 @@ def trained_by_run(base: Path, rows: Any, sft: LiftSFTConfig) -> tuple[Any, Any,
     texts: list[str] = []
 
     def keep(trainer_model: Any, tokenizer: Any) -> None:
-        from leanlift.training.data import token_rows
+        from leanlift.data.dataset import token_rows
 
         made = token_rows(rows, Tokenization.of(tokenizer, sft))
         texts.append(tokenizer.decode(made.data[0]["input_ids"]))

@@ -22,11 +22,11 @@ from tokenizers_of_all_kinds import (
 from trl import SFTConfig, SFTTrainer
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
+from leanlift.data.dataset import calibration_batches, token_rows, tokenized
+from leanlift.data.lengths import Cut, say
+from leanlift.data.tokens import Tokenization
+from leanlift.evaluation.evaluate import to_samples
 from leanlift.training import LiftSFTConfig
-from leanlift.training.data import calibration_batches, token_rows, tokenized
-from leanlift.training.evaluate import to_samples
-from leanlift.training.lengths import Cut, say
-from leanlift.training.tokens import Tokenization
 
 USER = {"role": "user", "content": "2+2?"}
 FOUR = {"role": "assistant", "content": "4"}

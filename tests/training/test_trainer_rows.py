@@ -14,11 +14,11 @@ from tokenizers_of_all_kinds import CHATML, characters
 from transformers import TrainingArguments
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
+from leanlift.data.dataset import token_rows
+from leanlift.data.lengths import Cut
+from leanlift.data.stream import token_stream
+from leanlift.data.tokens import Tokenization
 from leanlift.training import LiftSFTConfig
-from leanlift.training.data import token_rows
-from leanlift.training.lengths import Cut
-from leanlift.training.stream import token_stream
-from leanlift.training.tokens import Tokenization
 
 ROWS = [{"prompt": f"{i} is ", "completion": "x" * (1 + 3 * i)} for i in range(7)]
 CHATS: list[dict[str, Any]] = [

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from leanlift.errors import UserError
-from leanlift.quantized import (
+from leanlift.tiles import RowTiles
+from leanlift.weights.quantized import (
     FrozenWeight,
     WeightFormat,
     dtype_of,
@@ -35,7 +36,6 @@ from leanlift.quantized import (
     requantize,
     weight_tensors,
 )
-from leanlift.tiles import RowTiles
 
 SHAPES = [(96, 80), (128, 256), (65, 48), (33, 257), (130, 1000)]
 """Aligned to the block, and not; 33x257 has an odd number of entries, 130x1000 several nested
@@ -234,7 +234,9 @@ def test_quantizing_tile_by_tile_is_quantizing_the_whole(
     form = WeightFormat(kind, "float32", block, double)
     whole = requantize(weight, form, cpu)
     int8 = requantize(weight, WeightFormat("int8", "float32"), cpu)
-    monkeypatch.setattr("leanlift._bnb.QUANTIZED_AT_ONCE", 7 * 48)  # three tiles of 4-bit rows
+    monkeypatch.setattr(
+        "leanlift.weights.bnb.QUANTIZED_AT_ONCE", 7 * 48
+    )  # three tiles of 4-bit rows
     assert torch.equal(_whole(requantize(weight, form, cpu)), _whole(whole))
     tiled = requantize(weight, WeightFormat("int8", "float32"), cpu)
     assert torch.equal(_whole(tiled), _whole(int8))

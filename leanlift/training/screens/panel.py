@@ -18,7 +18,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from leanlift.screen import bar, console, count, duration, loss, share, sparkline
+from leanlift.format import bar, console, count, duration, loss, share, sparkline
 from leanlift.training.screens.facts import Evaluation, FirstRow, Header, Refresh, Step, Summary
 from leanlift.training.screens.words import (
     LABEL,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
-from leanlift.screen import count, duration
+from leanlift.format import count, duration
 from leanlift.training.screens.facts import Evaluation, FirstRow, Header, Refresh, Step, Summary
 from leanlift.training.screens.words import (
     evaluation_line,

@@ -7,7 +7,7 @@ import textwrap
 import unicodedata
 from pathlib import Path
 
-from leanlift.screen import count, duration, loss, share, size
+from leanlift.format import count, duration, loss, share, size
 from leanlift.training.screens.facts import (
     Evaluation,
     FirstRow,

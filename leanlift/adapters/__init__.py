@@ -1,0 +1,28 @@
+"""The adapter on disk, in two forms: leanlift's own, and PEFT's SHiRA.
+
+An adapter is a file from the internet. Reading one executes nothing, writes nothing, allocates no
+more than the files hold, and gives sorted positions inside the matrices they belong to, or a
+UserError. Modules are read one at a time, so a merge never holds a whole adapter.
+"""
+
+from leanlift.adapters.combine import combine_adapters
+from leanlift.adapters.native import check_adapter_place, check_values, write_adapter
+from leanlift.adapters.offsets import Adapter
+from leanlift.adapters.read import open_adapter
+from leanlift.adapters.shira import plan_shira, write_shira
+from leanlift.io.places import CONFIG_NAME, FACTS_NAME, RUN_NAME, WEIGHTS_NAME
+
+__all__ = [
+    "CONFIG_NAME",
+    "FACTS_NAME",
+    "RUN_NAME",
+    "WEIGHTS_NAME",
+    "Adapter",
+    "check_adapter_place",
+    "check_values",
+    "combine_adapters",
+    "open_adapter",
+    "plan_shira",
+    "write_adapter",
+    "write_shira",
+]

@@ -1,0 +1,114 @@
+"""Several adapters of one base as one: a weighted sum.
+
+An entry that several adapters have gets the weighted sum of its offsets; one that only some have
+gets what those say, the others counting as zero. Sums are formed in fp32, in the order of the
+adapters. So `add` is weights of 1, `average` weights of 1/n, and one adapter alone with a weight
+is that adapter scaled. What was retired in any of them is an entry like the others afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from leanlift.adapters.native import write_adapter
+from leanlift.adapters.offsets import Adapter
+from leanlift.adapters.read import open_adapter
+from leanlift.errors import UserError
+from leanlift.fingerprint import BaseFingerprint, check_common_samples
+from leanlift.io.tensors import new_directory
+from leanlift.sparse import LayerOffsets, Offsets
+
+
+def combine_adapters(
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    weights: Sequence[float] | None = None,
+    progress: bool = True,
+) -> None:
+    """Write the weighted sum of adapters of one base as an adapter.
+
+    The result has fp32 offsets, the modules and positions of all of them together, and the
+    configuration of the first.
+
+    Args:
+        adapters: directories or hub names.
+        output: a new directory.
+        weights: one per adapter; by default 1 each, their sum.
+        progress: whether to show a bar over the matrices.
+
+    Raises:
+        UserError: adapters of different bases or formats, weights that are not one finite number
+            per adapter, a damaged adapter, or an output that exists.
+    """
+    factors = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+    if not adapters or len(factors) != len(adapters) or not all(map(math.isfinite, factors)):
+        raise UserError(
+            f"expected at least one adapter and a finite weight for each, got {len(adapters)} "
+            f"adapters and the weights {factors}."
+        )
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open_adapter(source)) for source in adapters]
+        base = _common_base(opened)
+        first = opened[0]
+        layers = {
+            name: _sum_up(name, shape, opened, factors)
+            for name, shape in tqdm(
+                base.shapes.items(), desc="Combining", unit="matrix", disable=not progress
+            )
+        }
+        config = replace(first.config, values_dtype="float32")
+        with new_directory(Path(output)) as partial:
+            write_adapter(partial, layers, config, base, 0, first.special, first.grown)
+
+
+def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
+    """The base of all of them, with the shapes of every module that any has trained.
+
+    Raises:
+        UserError: they have different bases.
+    """
+    first = adapters[0].base
+    shapes, formats, samples = dict(first.shapes), dict(first.formats), dict(first.samples)
+    for other in adapters[1:]:
+        base = other.base
+        ends = (first.dtype, first.sampled, first.digest)
+        same = ends == (base.dtype, base.sampled, base.digest)
+        same = same and check_common_samples(first, base)
+        samples |= {name: base.samples[name] for name in base.samples if name not in samples}
+        clash = [n for n, fmt in base.formats.items() if formats.setdefault(n, fmt) != fmt]
+        clash += [n for n, shape in base.shapes.items() if shapes.setdefault(n, shape) != shape]
+        if not same or clash or other.config.quantize_ends != adapters[0].config.quantize_ends:
+            raise UserError(
+                f"{other.directory} was trained over {base.name} in another form than "
+                f"{adapters[0].directory} ({first.name}): only adapters of one base, loaded in one "
+                "format, can be combined."
+            )
+        if other.grown != adapters[0].grown:
+            raise UserError(
+                f"{other.directory} and {adapters[0].directory} were trained with other numbers of "
+                "rows in the embedding: only adapters with as many can be combined."
+            )
+    return replace(first, shapes=shapes, formats=formats, samples=samples)
+
+
+def _sum_up(
+    name: str, shape: tuple[int, int], adapters: list[Adapter], factors: list[float]
+) -> LayerOffsets:
+    """One module's entries: the union of the positions, the weighted sums of the offsets."""
+    flats, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
+    for adapter, factor in zip(adapters, factors, strict=True):
+        for store in adapter.layer(name).stores if name in adapter.base.shapes else ():
+            flats.append(store.index.to_flat())
+            values.append(store.values.float() * factor)
+    union, where = torch.cat(flats).unique(sorted=True, return_inverse=True)
+    total = torch.zeros(union.numel()).index_add_(0, where, torch.cat(values))
+    if not bool(torch.isfinite(total).all()):
+        raise UserError(f"the weighted sum of the offsets of {name} overflows fp32.")
+    return LayerOffsets(Offsets.from_flat(union, total, shape))

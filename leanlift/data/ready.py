@@ -1,0 +1,141 @@
+"""All rows of a run, made ready for TRL: what `leanlift train` does before it loads the base, and
+what `LiftTrainer` does with rows that it is given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from datasets import Dataset, IterableDataset
+
+from leanlift.data.dataset import TokenRows, token_rows
+from leanlift.data.lengths import Cut, check_row_settings, say, skips_preparation
+from leanlift.data.stream import token_stream
+from leanlift.data.tokenizer import prepare_tokenizer
+from leanlift.data.tokens import IGNORED, Tokenization
+from leanlift.errors import UserError
+from leanlift.rows.examples import columns_of
+from leanlift.rows.source import Row
+
+logger = logging.getLogger("leanlift")
+
+Rows: TypeAlias = Dataset | IterableDataset | list[Row] | TokenRows
+"""What is trained and evaluated on."""
+
+
+class RowsForTraining:
+    """Tokenizes the rows of a run as its settings want it.
+
+    Args:
+        tokenizer: of the base; `prepare_tokenizer` is applied to it.
+        sft: an `SFTConfig`.
+        embedding: rows of the base's embedding; None: not known.
+        ends: end tokens of the base's generation config.
+        format: a function that makes a text of a row, as TRL's `formatting_func`.
+
+    Raises:
+        UserError: settings that exclude each other, or that the tokenizer cannot have.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        sft: Any,
+        embedding: int | None = None,
+        ends: Any = None,
+        format: Callable[[Row], str] | None = None,
+    ) -> None:
+        check_row_settings(sft)
+        if format is not None and sft.completion_only_loss:
+            raise UserError(
+                "formatting_func makes texts, which have no completion for completion_only_loss to "
+                "train alone: leave one of the two out."
+            )
+        prepare_tokenizer(tokenizer, sft, embedding)
+        how = Tokenization.of(tokenizer, sft, embedding, ends)
+        self.how = how if format is None else replace(how, text_field="text")
+        self.sft, self.format = sft, format
+
+    def train(self, rows: Any) -> Any:
+        """Rows to train on; see `__call__`."""
+        return self(rows, "train", self.sft.packing)
+
+    def eval(self, rows: Any) -> Any:
+        """Rows to evaluate on, or several datasets by name; None stays None."""
+        packing = self.sft.packing if self.sft.eval_packing is None else self.sft.eval_packing
+        if isinstance(rows, dict):
+            return {name: self(part, name, packing) for name, part in rows.items()}
+        return None if rows is None else self(rows, "eval", packing)
+
+    def __call__(self, rows: Any, name: str, packing: bool) -> Any:
+        """`TokenRows` of a `Dataset` or list, said what became of them; a stream of tokens of a
+        stream; with skip_prepare_dataset, and for `TokenRows`, what was given.
+
+        Raises:
+            UserError: rows that cannot be used.
+        """
+        if isinstance(rows, TokenRows):
+            return rows
+        if skips_preparation(self.sft):
+            _check_prepared(rows, name)
+            return rows
+        if self.format is not None:
+            rows = _formatted(rows, self.format, name)
+        cut = Cut.of(self.sft, packing)
+        if isinstance(rows, IterableDataset):
+            return token_stream(rows, self.how, name, cut)
+        made = token_rows(rows, self.how, name, cut, self.sft.dataset_num_proc)
+        say(made.report, self.how)
+        return made
+
+
+def _check_prepared(rows: Any, name: str) -> None:
+    """Rows that go to the collator as they are."""
+    if isinstance(rows, (Dataset, IterableDataset)):
+        found: Row = next(iter(rows), {})
+        if {"input_ids", "labels"} <= found.keys():
+            return
+    raise UserError(
+        f"skip_prepare_dataset takes rows as they are, and the {name} dataset is not tokenized: "
+        "expected a Dataset with input_ids and labels."
+    )
+
+
+def _formatted(rows: Any, function: Callable[[Row], str], name: str) -> Any:
+    """Rows as texts, by a function of the user's."""
+
+    def text(row: Row) -> Row:
+        made = function(row)
+        if not isinstance(made, str):
+            raise UserError(
+                f"formatting_func returned a {type(made).__name__} for a row of the {name} "
+                "dataset: expected a text."
+            )
+        return {"text": made}
+
+    if isinstance(rows, IterableDataset):
+        return rows.map(text, remove_columns=columns_of(rows))
+    return [text(row) for row in rows]
+
+
+def drop_untrained_packs(packs: Any, name: str) -> Any:
+    """Without packs that hold nothing but untrained parts of split examples: a step of such packs
+    alone would divide by zero. A stream's are left."""
+    if not isinstance(packs, Dataset):
+        return packs
+    keep = [
+        number
+        for number, labels in enumerate(packs["labels"])
+        if any(label != IGNORED for label in labels[1:])
+    ]
+    if not keep or len(keep) == len(packs):
+        return packs
+    logger.warning(
+        "%s: %d of %d packs have no token to train on and are dropped.",
+        name,
+        len(packs) - len(keep),
+        len(packs),
+    )
+    return packs.select(keep)

@@ -1,0 +1,167 @@
+"""What a causal LM makes of tokenized rows: the loss of their trained tokens, greedy answers.
+
+Batches are padded on the left and masked by length, never by token id, so that a pad token which
+is also the end token changes nothing; positions are counted from each row's own first token.
+Greedy is the largest logit, whatever the model's generation config says.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from leanlift.data.tokenizer import as_ids
+from leanlift.data.tokens import IGNORED
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One tokenized row.
+
+    Attributes:
+        prompt: token ids that are given.
+        whole: prompt and completion with its end token.
+        labels: as many as `whole`; -100 does not count in the loss.
+        expected: the completion as text; None where there is no prompt to generate from.
+        answer: what the `answer` column holds, or None.
+    """
+
+    prompt: list[int]
+    whole: list[int]
+    labels: list[int]
+    expected: str | None
+    answer: str | None = None
+
+    @property
+    def start(self) -> int:
+        """Where the first token is that counts; the very first of a text is never predicted."""
+        counted = (i for i, label in enumerate(self.labels) if i and label != IGNORED)
+        return next(counted, len(self.labels))
+
+    @property
+    def trained(self) -> int:
+        """Tokens that count in the loss."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@torch.no_grad()
+def sum_of_losses(
+    model: Any,
+    samples: Sequence[Sample],
+    batch_size: int,
+    progress: bool = False,
+    name: str = "",
+) -> tuple[float, int]:
+    """Summed cross-entropy of the trained tokens, in nats, and their number."""
+    total, tokens = 0.0, 0
+    trained = [sample for sample in samples if sample.trained > 0]
+    only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+    for batch in _batches(
+        trained, lambda s: len(s.whole), batch_size, _bar(name, "loss"), progress
+    ):
+        inputs = pad_left([sample.whole for sample in batch], model.device)
+        spans = [len(sample.whole) - sample.start for sample in batch]
+        kept = max(spans) + 1  # one more position, to predict from
+        logits = model(**inputs, use_cache=False, **({"logits_to_keep": kept} if only_last else {}))
+        for sample, row, n in zip(batch, logits.logits, spans, strict=True):
+            labels = torch.tensor(sample.labels[-n:], device=row.device)
+            found = F.cross_entropy(
+                row[-n - 1 : -1].float(), labels, ignore_index=IGNORED, reduction="sum"
+            )
+            total += float(found)
+            tokens += sample.trained
+    return total, tokens
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: Any,
+    tokenizer: Any,
+    samples: Sequence[Sample],
+    batch_size: int,
+    max_new_tokens: int,
+    progress: bool = False,
+    name: str = "",
+) -> list[str]:
+    """The greedy text after each prompt, up to the end token, in the order of `samples`."""
+    if not samples:
+        return []
+    answers = [""] * len(samples)
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    order = range(len(samples))
+    with _greedy(model, ends, pad, max_new_tokens) as config:
+        for batch in _batches(
+            order, lambda i: len(samples[i].prompt), batch_size, _bar(name, "answers"), progress
+        ):
+            inputs = pad_left([samples[i].prompt for i in batch], model.device)
+            inputs.pop("position_ids")  # generate counts them from the mask, as pad_left does
+            output = model.generate(**inputs, generation_config=config)
+            new = output[:, inputs["input_ids"].shape[1] :].tolist()
+            for i, row in zip(batch, new, strict=True):
+                stop = next((at for at, token in enumerate(row) if token in ends), len(row))
+                answers[i] = tokenizer.decode(row[:stop], skip_special_tokens=True)
+    return answers
+
+
+@contextmanager
+def _greedy(model: Any, ends: list[int], pad: int, new: int) -> Iterator[GenerationConfig]:
+    """A generation config of token ids alone, also in place of the model's own: `generate` fills
+    what another one leaves open from that (penalties, beams, forced and suppressed tokens)."""
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=ends, pad_token_id=pad
+    )
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
+    try:
+        yield config
+    finally:
+        model.generation_config = own
+
+
+def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask`, `position_ids` [B, T]: padding first, masked by length."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = torch.tensor(row)
+        mask[number, width - len(row) :] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "position_ids": positions.to(device),
+    }
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Where generation stops: what the model's generation config says, and the end token."""
+    said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return sorted({*as_ids(tokenizer.eos_token_id), *as_ids(said)})
+
+
+def _bar(name: str, what: str) -> str:
+    return f"{name}: {what}" if name else what
+
+
+def _batches(
+    items: Sequence[Any], length: Any, size: int, what: str, progress: bool
+) -> Iterator[list[Any]]:
+    """Batches of similar length, the longest first: what does not fit shows at once."""
+    ordered = sorted(items, key=length, reverse=True)
+    shown = None if progress else True  # None: on a terminal alone
+    with tqdm(total=len(ordered), desc=what, unit="row", leave=False, disable=shown) as bar:
+        for start in range(0, len(ordered), size):
+            batch = ordered[start : start + size]
+            yield batch
+            bar.update(len(batch))

@@ -1,0 +1,175 @@
+"""Does a merged checkpoint compute what base and adapter do? Asked of stock transformers.
+
+The reference is made without the merge's own code: for `onto="original"` the base is loaded by
+transformers and the offsets are added to its modules; for `onto="quantized"` the base is loaded as
+it was for training and the adapter is attached. Both answer prompts of the training data, and so
+does the merged checkpoint, loaded as any user would load it. What differs then is rounding: the
+weights to the output's dtype, and each operation to the dtype in which it is computed.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from leanlift.adapters import RUN_NAME, Adapter, open_adapter
+from leanlift.data.dataset import load_rows, tokenized
+from leanlift.data.tokenizer import load_tokenizer, vocabulary_rows
+from leanlift.data.tokens import Tokenization
+from leanlift.errors import UserError
+from leanlift.export import MergeReport
+from leanlift.io.bounded import MOST_OF_A_STRANGER
+from leanlift.io.tensors import read_json
+from leanlift.model import grow_embedding, load_adapter, scale_adapter
+from leanlift.tiles import row_ranges, tile_rows
+from leanlift.training.load import load_as_trained
+from leanlift.weights.quantized import dtype_of
+
+BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""The largest difference of a logit that rounding may make, as a share of the largest logit. The
+coarser of the two dtypes (of the weights written, of the trained model's computation) counts."""
+
+TOKENS = 128
+PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        difference: the largest difference of a logit between merged and reference.
+        largest: the largest logit of the reference.
+        effect: the largest change that the adapter itself makes to a logit of the base.
+        bound: what `difference` may be.
+        prompts: how many were tried.
+    """
+
+    difference: float
+    largest: float
+    effect: float
+    bound: float
+    prompts: int
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by {self.difference:.3g} at most on {self.prompts} prompts (bound "
+            f"{self.bound:.3g}; the largest logit is {self.largest:.3g}, and the adapter itself "
+            f"changes them by up to {self.effect:.3g})"
+        )
+
+
+def verify_merged(
+    adapter: str | Path, merged: MergeReport, data: str | None = None
+) -> Verification:
+    """Compare a merged checkpoint with base + adapter.
+
+    Args:
+        adapter: what was merged.
+        merged: what `merge_adapter` returned.
+        data: rows to take prompts from; by default those that the run was trained on.
+
+    Raises:
+        UserError: no prompts, or the logits differ by more than rounding explains.
+    """
+    with open_adapter(adapter) as opened:
+        prompts = _prompts(opened, merged.output, data)
+        make = _as_trained if merged.onto == "quantized" else _onto_original
+        with torch.no_grad():
+            before, reference = make(opened, merged, prompts)
+            found = _logits(_load(merged.output, merged.dtype), prompts)
+        coarser = [merged.dtype] + [opened.base.dtype] * (merged.onto == "quantized")
+    largest = max(float(logits.abs().max()) for logits in reference)
+    result = Verification(
+        difference=_difference(found, reference),
+        largest=largest,
+        effect=_difference(before, reference),
+        bound=max(BOUNDS[dtype] for dtype in coarser) * largest,
+        prompts=len(prompts),
+    )
+    if not result.difference <= result.bound:  # a NaN is no pass
+        raise UserError(
+            f"{merged.output} is not what {adapter} and its base compute: {result}. The directory "
+            "is kept for inspection; do not serve it."
+        )
+    return result
+
+
+def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
+    """Token ids [1, T] of the first examples that the adapter was trained on, cut to `TOKENS`."""
+    run = adapter.directory / RUN_NAME
+    facts = read_json(run, MOST_OF_A_STRANGER) if run.is_file() else {}
+    facts, split = facts if isinstance(facts, dict) else {}, "train"
+    if data is None:
+        data, split = facts.get("dataset_name"), facts.get("dataset_split", split)
+    if not isinstance(data, str):
+        raise UserError(
+            f"{adapter.directory} does not say which data it was trained on: name rows to verify "
+            "with, --data rows.json."
+        )
+    how = Tokenization.as_trained(load_tokenizer(merged), facts, vocabulary_rows(merged))
+    examples = tokenized(load_rows(data, str(split)), how, "first")
+    return [torch.tensor([tokens.ids[:TOKENS]]) for _, _, tokens in islice(examples, PROMPTS)]
+
+
+def _onto_original(
+    adapter: Adapter, merged: MergeReport, prompts: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of the base, and of the base with the offsets added to its modules."""
+    model = _load(merged.base, merged.dtype)
+    if adapter.grown is not None:
+        grow_embedding(model, adapter.grown.rows)
+    before = _logits(model, prompts)
+    for name, (m, n) in adapter.base.shapes.items():
+        weight, offsets = model.get_submodule(name).weight.data, adapter.layer(name)
+        for start, stop in row_ranges(m, tile_rows(n, 4)):
+            rows = weight[start:stop].to("cpu", torch.float32)
+            offsets.add_to_(rows, start, stop)
+            weight[start:stop] = rows.to(weight.dtype)
+    return before, _logits(model, prompts)
+
+
+def _as_trained(
+    adapter: Adapter, merged: MergeReport, prompts: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of the quantized base, and of that with the adapter attached."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_as_trained(adapter, merged.base, device)
+    load_adapter(model, adapter.directory)
+    reference = _logits(model, prompts)
+    scale_adapter(model, 0.0)
+    return _logits(model, prompts), reference
+
+
+def _load(directory: str, dtype: str) -> Any:
+    """A checkpoint as stock transformers loads it; on the GPU where it has room."""
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype_of(dtype), trust_remote_code=False
+    )
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    if torch.cuda.is_available() and 1.3 * needed < torch.cuda.mem_get_info()[0]:
+        model = model.cuda()
+    return model
+
+
+def _logits(model: Any, prompts: list[Tensor]) -> list[Tensor]:
+    """fp32 logits [T, V] of each prompt, on the CPU."""
+    model.eval()
+    device = next(model.parameters()).device
+    found = [model(input_ids=ids.to(device)).logits[0].float().cpu() for ids in prompts]
+    gc.collect()
+    return found
+
+
+def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest absolute difference; NaN where either has one."""
+    return float(
+        torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs, strict=True)]).max()
+    )

@@ -1,0 +1,33 @@
+"""The patched layer: y = x (D(Q) + offsets)^T + bias, with gradients for the offsets alone.
+
+What is kept for the backward pass is x and nothing dense. The work is split over two autograd
+functions, so that activation checkpointing can stop recomputing as soon as it has x back and
+never repeats a matmul whose output nobody needs:
+
+    carrier = KeepInput(x, values, …)   keeps x; in backward forms the gradient of the values
+    y       = Multiply(x, carrier)      keeps nothing; in backward forms the gradient of x
+
+`carrier` is the thread between them: an expanded scalar of y's shape, without memory of its own.
+Its "gradient" is grad_y, which is how KeepInput gets to see it.
+
+Both directions need the effective weight. It is rebuilt each time, in a scratch buffer that all
+layers of a model share; on a CPU, where a 4-bit weight is dequantized into a new tensor, in that.
+The values' gradient is formed by row tiles of grad_y^T @ x, of which only the selected entries are
+kept, and on a CPU only they are formed: no dense weight gradient of more than one tile ever exists.
+
+Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
+"""
+
+from leanlift.layers.frozen import TILE_BYTES, FrozenLinear
+from leanlift.layers.lift import EffectiveTiles, LiftLinear
+from leanlift.layers.workspace import Scratch, Workspace, patched_where_made
+
+__all__ = [
+    "TILE_BYTES",
+    "EffectiveTiles",
+    "FrozenLinear",
+    "LiftLinear",
+    "Scratch",
+    "Workspace",
+    "patched_where_made",
+]

@@ -1,0 +1,68 @@
+"""The two autograd functions of a layer; see `leanlift.layers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from leanlift.layers.frozen import FrozenLinear
+
+
+class KeepInput(torch.autograd.Function):
+    """Keeps x for the backward pass; `consume(x, grad_y)` forms the gradient of `parameter`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        parameter: Tensor,
+        layer: FrozenLinear,
+        consume: Callable[[Tensor, Tensor], Tensor | None],
+    ) -> Tensor:
+        ctx.layer, ctx.version, ctx.consume = layer, layer.version, consume
+        ctx.save_for_backward(x)
+        return x.new_empty(1).expand(*x.shape[:-1], layer.out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor | None, None, None]:
+        (x,) = ctx.saved_tensors
+        layer: FrozenLinear = ctx.layer
+        check_unchanged(layer, ctx.version)
+        grad_y = grad_y.reshape(-1, layer.out_features).to(x.dtype)
+        return None, ctx.consume(x.reshape(-1, layer.in_features), grad_y), None, None
+
+
+class Multiply(torch.autograd.Function):
+    """y = x W_eff^T + bias. Keeps nothing: W_eff is rebuilt for the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: FrozenLinear) -> Tensor:
+        ctx.layer, ctx.version, ctx.dtype = layer, layer.version, x.dtype
+        bias = layer.bias
+        weight = layer.effective_weight(x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_x = None
+        check_unchanged(ctx.layer, ctx.version)
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_y.to(ctx.dtype) @ ctx.layer.effective_weight(ctx.dtype)
+        return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
+
+
+def check_unchanged(layer: FrozenLinear, version: tuple[float, ...]) -> None:
+    """Nothing of the weight is saved for backward, so nobody else would notice a change."""
+    if layer.version != version:
+        raise RuntimeError(
+            "the offsets of a leanlift layer changed between its forward and its backward pass: "
+            "step the optimizer, load adapters and refresh masks only when no backward is pending"
+        )

@@ -1,0 +1,123 @@
+"""A frozen Linear whose weight is made for each use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leanlift.layers.autograd import KeepInput, Multiply
+from leanlift.layers.workspace import Scratch, Workspace, patched_where_made
+from leanlift.sparse import Offsets, add_offsets_
+from leanlift.tiles import RowTiles, makes_new_rows, row_ranges, tile_rows
+
+TILE_BYTES = 16 * 2**20
+"""Of fp32 rows that are read, patched or formed at once: the decoded positions of a tile, and the
+like, are a few times its entries."""
+
+
+class FrozenLinear(nn.Module):
+    """A Linear whose weight is dequantized into the shared scratch for each use.
+
+    Stands in for quantized Linears that are not trained, so that none of bitsandbytes' own
+    forwards runs in a leanlift model (its CPU path repacks the weight and then reads it wrongly).
+
+    Args:
+        base: the module that holds the frozen weight and bias; its own forward is never called.
+        weight: the same weight as RowTiles, dequantized.
+        workspace: shared by all layers of a model.
+
+    Attributes:
+        observer: if set, called in each backward pass with x [T, n] and grad_y [T, m], from which
+            any part of the dense weight gradient can be formed; for calibration.
+
+    The dtype of the computation is the one autocast asks for, else the dtype of x.
+    """
+
+    def __init__(self, base: nn.Module, weight: RowTiles, workspace: Workspace) -> None:
+        super().__init__()
+        self.base = base
+        self.weight_tiles = weight
+        self.workspace = workspace
+        self._fresh = makes_new_rows(weight)
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.out_features, self.in_features = weight.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight as the base holds it, packed if it is 4-bit: some models ask for its
+        dtype or device."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
+        return Multiply.apply(x, self._carrier(x) if torch.is_grad_enabled() else None, self)
+
+    def _carrier(self, x: Tensor) -> Tensor | None:
+        """The thread to whoever needs x and grad_y in the backward pass; None if nobody does."""
+        if self.observer is None:
+            return None
+        anchor = torch.zeros((), device=x.device, requires_grad=True)
+        return KeepInput.apply(x, anchor, self, self.observer)
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """The effective weight [m, n], in the shared scratch: valid until its next use.
+
+        On a CPU, a weight whose rows are new tensors is patched where it was dequantized: into a
+        scratch it could only be copied.
+        """
+        source, m, n = self.weight_tiles, self.out_features, self.in_features
+        device, shared = source.device, self.workspace
+        ops = shared.ops or shared.choose(device)
+        if ops.whole:
+            weight = shared.scratch.take(m, n, dtype, device)
+            ops.effective_rows(source, self.offsets(0, m), 0, m, weight)
+            return weight
+        if not shared.always and patched_where_made(self._fresh, source.dtype, dtype, device.type):
+            weight = source.rows(0, m)
+            for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
+                for store in self.offsets(start, stop):
+                    add_offsets_(weight[start:stop], store)
+            return weight
+        weight = shared.scratch.take(m, n, dtype, device)
+        for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
+            ops.effective_rows(source, self.offsets(start, stop), start, stop, weight[start:stop])
+        return weight
+
+    @property
+    def scratch(self) -> Scratch:
+        """The buffer that all layers of the model share."""
+        return self.workspace.scratch
+
+    def offsets(self, start: int, stop: int) -> Sequence[Offsets]:
+        """The stores whose offsets lie in rows `start:stop`: none here."""
+        return ()
+
+    @property
+    def version(self) -> tuple[float, ...]:
+        """Changes whenever the effective weight does."""
+        return ()
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """x in the dtype of the computation."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected an input [..., {self.in_features}], got {tuple(x.shape)}")
+        if torch.is_autocast_enabled(x.device.type):
+            return x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.workspace.moved()
+        return self

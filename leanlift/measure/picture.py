@@ -1,0 +1,99 @@
+"""Stacked bars of bytes by category, with a line per card. Needs matplotlib, which is an extra."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from leanlift.errors import UserError
+from leanlift.format import size
+from leanlift.io.tensors import replacing
+from leanlift.measure.meter import CATEGORIES
+
+CARDS = (6, 8, 12, 16, 24, 48)
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check_picture(path: str | Path) -> None:
+    """Refuse a picture that could not be drawn or written, before anything slow.
+
+    Raises:
+        UserError: no such directory, one that may not be written, a file of another kind, or no
+            matplotlib.
+    """
+    path = Path(path).expanduser()
+    if path.suffix not in ENDINGS:
+        raise UserError(f"{path} is no picture: expected a name that ends in {', '.join(ENDINGS)}.")
+    if not path.parent.is_dir():
+        raise UserError(f"there is no directory {path.parent} for {path.name}: make it first.")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: name another place.")
+    _figure()
+
+
+def draw(
+    bars: Mapping[str, Mapping[str, int]], path: str | Path, title: str, context: int = 0
+) -> None:
+    """Draw one horizontal bar per entry of `bars` (name -> bytes by category) into an image, and a
+    line for each card that is near their lengths.
+
+    Args:
+        bars, path: what to draw, and where.
+        title: what is drawn, for which model.
+        context: bytes of a card that no tensor can have.
+
+    Raises:
+        UserError: as `check_picture`.
+    """
+    check_picture(path)
+    figure = _figure()(figsize=(9, 2.1 + 0.6 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    scale, unit = _unit(max(sum(bar.values()) for bar in bars.values()))
+    names = [f"{name}: {size(sum(bar.values()))}" for name, bar in bars.items()]
+    left = dict.fromkeys(bars, 0.0)
+    for number, category in enumerate(CATEGORIES):
+        sizes = [bar.get(category, 0) / scale for bar in bars.values()]
+        if not any(sizes):
+            continue
+        axes.barh(names, sizes, left=list(left.values()), color=f"C{number % 10}", label=category)
+        left = {name: left[name] + part for name, part in zip(bars, sizes, strict=True)}
+    axes.set_title(f"{title}")
+    axes.set_xlabel(unit)
+    axes.invert_yaxis()
+    for card in _cards(max(left.values()) if unit == "GiB" else 0.0, context / scale):
+        room = card - context / scale
+        axes.axvline(room, color="gray", linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{card} GB card", (room, 1), xycoords=("data", "axes fraction"), ha="right",
+            va="top", rotation=90, fontsize="small", xytext=(-2, -3), textcoords="offset points",
+        )  # fmt: skip
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    target = Path(path).expanduser()
+    with replacing(target) as temporary:
+        figure.savefig(temporary, format=target.suffix.removeprefix("."), dpi=150)
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "drawing needs matplotlib: pip install 'leanlift[plots]', or leave the picture out."
+        ) from None
+    return Figure
+
+
+def _unit(longest: int) -> tuple[int, str]:
+    """The unit in which the longest bar reads well."""
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+    return next((unit for unit in units if longest >= unit[0]), (1, "bytes"))
+
+
+def _cards(longest: float, context: float) -> list[int]:
+    """The cards whose room is of the order of a bar: those that it fills to a third or more, and
+    the first one that has room for it."""
+    fits = [card for card in CARDS if card - context >= longest]
+    short = [card for card in CARDS if card - context < longest and card > longest / 3]
+    return [*short, *fits[:1]] if longest else []

@@ -1,0 +1,310 @@
+"""A training step that allocates nothing: the real model and layers under fake tensors.
+
+Fake tensors have shapes, dtypes and storages of a size, but no memory behind them. The model is
+built by transformers from its configuration, its Linears are replaced by our layers over storage
+without contents, and forward and backward run as they would in training, while `LiveBytes` keeps
+the peak. So a plan does not guess activations. What is not run here is the optimizer's step,
+whose temporaries have a rule of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leanlift.config import LiftConfig
+from leanlift.layers import FrozenLinear, LiftLinear, Workspace
+from leanlift.measure.live import LiveBytes
+from leanlift.model.ends import INT8, embedding_to_cpu
+from leanlift.model.surgery import layers_over, operate
+from leanlift.model.targets import find_targets
+from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
+from leanlift.plan.pieces import first_pieces
+from leanlift.sparse import SEGMENT, SegmentedIndex
+from leanlift.weights.quantized import (
+    FrozenWeight,
+    Weight8bit,
+    WeightFormat,
+    empty_weight,
+    frozen_weight,
+)
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Loss of a model on input ids [B, S] and labels [B, S]."""
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of a step beyond what stays: the peak in the forward pass up to the hidden states, the
+    peak in the loss, what is kept for the backward pass, and the peak in that."""
+
+    forward: int
+    loss: int
+    kept: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.loss, self.backward)
+
+
+@dataclass(frozen=True)
+class EvenIndex(SegmentedIndex):
+    """An index whose entries are spread evenly over the rows: sizes are known without reading."""
+
+    def _before(self, row: int) -> int:
+        return self.count * min(row, self.shape[0]) // self.shape[0]
+
+
+def even_index(shape: tuple[int, int], count: int) -> EvenIndex:
+    """Storage for `count` positions of an m x n matrix, without contents."""
+    m, n = shape
+    return EvenIndex(
+        shape=shape,
+        columns=torch.empty(count, dtype=torch.uint8),
+        counts=torch.empty(m, -(-n // SEGMENT), dtype=torch.uint8),
+        ends=torch.empty(m, dtype=torch.int32),
+        anchors=torch.empty(0, dtype=torch.int64),
+    )
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Everything made inside is fake, on the "CPU", whatever the machine has."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        yield
+
+
+def attach_fake(
+    model: Any,
+    config: LiftConfig,
+    fmt: WeightFormat | None,
+    embedding_on_cpu: bool = False,
+    workspace: Workspace | None = None,
+) -> dict[str, EvenIndex]:
+    """Replace the Linears of a fake 16/32-bit model as loading and attaching would.
+
+    Args:
+        model: built under `fake_tensors`.
+        config: what is trained.
+        fmt: how Linears other than the output head are quantized; None: they are not.
+        embedding_on_cpu: whether the embedding is kept there.
+        workspace: of the layers; None: one whose scratch is always used.
+
+    Returns:
+        The positions of every target, spread evenly.
+    """
+    targets = find_targets(model, config.target_modules)
+    config.check_patterns(targets)
+    weights = planned_weights(model, fmt, targets)
+    indices = {n: even_index(weights[n].shape, config.count(weights[n].shape, n)) for n in targets}
+    workspace = first_pieces(always=True) if workspace is None else workspace
+    make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
+    operate(model, make_layer, _without_numbers if config.quantize_ends else None)
+    if embedding_on_cpu:
+        embedding_to_cpu(model)
+    return indices
+
+
+def planned_weights(
+    model: Any, fmt: WeightFormat | None, targets: list[str]
+) -> dict[str, FrozenWeight]:
+    """Weights without numbers, of the Linears of a fake 16/32-bit model that loading quantizes, or
+    of its targets where it does not."""
+    head, trained = model.get_output_embeddings(), set(targets)
+    weights: dict[str, FrozenWeight] = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or module is head:
+            continue
+        if fmt is not None:
+            m, n = module.weight.shape
+            weights[name] = empty_weight((m, n), fmt, module.bias)
+        elif name in trained:
+            weights[name] = frozen_weight(module, name)
+    return weights
+
+
+def _without_numbers(weight: Tensor) -> Weight8bit:
+    m, n = weight.shape
+    held = empty_weight((m, n), INT8)
+    assert isinstance(held, Weight8bit)
+    return held
+
+
+def step_peak(
+    model: Any,
+    loss: Loss,
+    batch: int,
+    length: int,
+    in_backward: bool,
+    accumulate: bool,
+    offload: bool = False,
+    whole: bool = False,
+) -> StepBytes:
+    """Bytes beyond weights, values and scratch of one forward and backward pass.
+
+    Args:
+        model: from `attach_fake`, in training mode.
+        loss: what is trained on.
+        batch, length: of a micro-batch, in rows and tokens.
+        in_backward: whether each gradient is freed as soon as it exists.
+        accumulate: whether gradients of an earlier micro-batch are there already.
+        offload: whether what autograd saves is moved to the CPU.
+        whole: whether every block is run, also where they repeat.
+    """
+    way = None if whole else repetition(model)
+    values = [m.values for m in model.modules() if isinstance(m, LiftLinear)]
+    earlier = sum(v.nbytes for v in values) if accumulate else 0
+    if way is not None:
+        laps = _laps(model, loss, batch, length, in_backward, accumulate, offload, way)
+        if repeats(laps, way):
+            return _step_bytes(whole_step(laps, way), earlier)
+    laps = _laps(model, loss, batch, length, in_backward, accumulate, offload, None)
+    return _step_bytes(laps, earlier)
+
+
+def forward_peak(model: Any, loss: Loss, batch: int, length: int) -> int:
+    """Bytes beyond weights, values and scratch of a forward pass without a backward one, as in an
+    evaluation; the arguments are those of `step_peak`. What stays from block to block does not
+    grow, so the blocks that show two periods stand for all."""
+    _take_scratch(model)
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with (
+        in_part(model, repetition(model)),
+        _fused_attention(),
+        torch.no_grad(),
+        LiveBytes() as live,
+    ):
+        loss(model, ids, ids.clone())
+    return live.peak
+
+
+def _laps(
+    model: Any,
+    loss: Loss,
+    batch: int,
+    length: int,
+    in_backward: bool,
+    accumulate: bool,
+    offload: bool,
+    way: Repetition | None,
+) -> list[Lap]:
+    """The laps of a step through the blocks that `way` says. Gradients of an earlier micro-batch,
+    where they accumulate, are there before it, and in no lap."""
+    layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
+    _take_scratch(model)
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    handles = [
+        layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
+        for layer in layers
+    ]
+    for layer in layers if accumulate else ():
+        layer.values.grad = torch.empty_like(layer.values)
+    try:
+        with (
+            in_part(model, way),
+            _fused_attention(),
+            _offloading(offload),
+            LiveBytes() as live,
+        ):
+            laps = Laps(live)
+            handles.append(
+                model.base_model.register_forward_hook(lambda *_: laps.mark("hidden states"))
+            )
+            with laps.at_blocks(model, way):
+                computed = loss(model, ids, ids.clone())
+                laps.mark("loss")
+                with laps.backward_pass():
+                    computed.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            layer.values.grad = None
+    return laps.done
+
+
+def _take_scratch(model: Any) -> None:
+    """Let a scratch that is always used be there already, as from the step before."""
+    linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    if linears[0].workspace.always:
+        widest = max((m.weight_tiles.shape for m in linears), key=math.prod)
+        dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+        linears[0].scratch.take(*widest, dtype, torch.device("cpu"))
+
+
+def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:
+    """The figures of a pass beside gradients of an earlier one."""
+    names = [lap.mark[0] for lap in laps]
+    hidden, loss = names.index("hidden states"), names.index("loss")
+    return StepBytes(
+        forward=earlier + max(lap.peak for lap in laps[: hidden + 1]),
+        loss=earlier + max(lap.peak for lap in laps[hidden + 1 : loss + 1]),
+        kept=earlier + laps[loss].end,
+        backward=earlier + max(lap.peak for lap in laps[loss + 1 :]),
+    )
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Fake tensors have no device whose fused kernels could be asked for: torch would fall back to
+    whole attention matrices, which neither a CPU nor a GPU makes."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    functional: Any = torch.nn.functional
+    stock = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = stock
+
+
+OFFLOADED_FROM = 1024
+"""Bytes from which TRL's offloading moves a saved tensor."""
+
+
+def _offloading(wanted: bool) -> Any:
+    """Saved tensors cost nothing here and are made again when they are needed."""
+    if not wanted:
+        return nullcontext()
+
+    def pack(tensor: Tensor) -> Any:
+        stays = isinstance(tensor, nn.Parameter) or tensor.nbytes < OFFLOADED_FROM
+        return tensor if stays else (tensor.shape, tensor.dtype)
+
+    def unpack(held: Any) -> Tensor:
+        return held if isinstance(held, Tensor) else torch.empty(held[0], dtype=held[1])
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _look(values: Any) -> None:
+    """What training does with every gradient."""
+    torch.isfinite(values.grad).all()
+
+
+def _free(values: Any) -> None:
+    _look(values)
+    values.grad = None
