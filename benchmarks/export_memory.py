@@ -62,7 +62,7 @@ def write_adapter(base: Path, kind: str, ends: bool, path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         base, quantization_config=quantization, dtype=torch.float32
     )
-    config = LiftConfig(density=0.01, selector="magnitude", quantize_ends=ends)
+    config = LiftConfig(density=0.01, selector="magnitude", quantize_embeddings=ends)
     model = get_lift_model(model, config, progress=False)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -149,7 +149,7 @@ def _planned(scale: Scale, setting: str, peak: int | None) -> list[tuple[str, di
     from leanlift.plan import StepSettings
 
     config = LiftConfig(
-        density=0.05, values_dtype="bfloat16", quantize_ends=setting != "comfortable"
+        density=0.05, values_dtype="bfloat16", quantize_embeddings=setting != "comfortable"
     )
     cuda = scale.device.type == "cuda"
     settings = StepSettings(

@@ -27,7 +27,7 @@ DEMO = Path(__file__).parents[1] / "leanlift" / "demo" / "base"
 STEPS, SAVED = 6, 3
 
 LEAN = [
-    "--optim", "sparse_adamw_8bit", "--values_dtype", "bfloat16", "--quantize_ends", "true",
+    "--optim", "sparse_adamw_8bit", "--values_dtype", "bfloat16", "--quantize_embeddings", "true",
     "--optim_in_backward", "true", "--max_grad_norm", "0",
 ]  # fmt: skip
 LEAST = [*LEAN, "--activation_offloading", "true", "--embedding_on_cpu", "true"]

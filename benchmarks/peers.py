@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from leanlift import LiftConfig
-from leanlift.layers.ends import head_loss
+from leanlift.layers.lm_head import head_loss
 from leanlift.model import claim, get_lift_model, output_head
 
 SPECTRUM = 256

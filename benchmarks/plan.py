@@ -67,9 +67,9 @@ MODELS: dict[str, Any] = {
 STEP: dict[str, Any] = {"batch": 1, "length": 2048, "optim": "sparse_adamw_8bit"}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "comfortable": ({}, {}),
-    "lean": ({"quantize_ends": True}, {"in_backward": True}),
+    "lean": ({"quantize_embeddings": True}, {"in_backward": True}),
     "least": (
-        {"quantize_ends": True},
+        {"quantize_embeddings": True},
         {"in_backward": True, "offload": True, "embedding_on_cpu": True},
     ),
 }

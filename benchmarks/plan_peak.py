@@ -43,11 +43,11 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16 values": {"optim": "sparse_adamw_8bit", "values_dtype": "bfloat16"},
     "in backward": BACKWARD,
     "in backward, checkpointing": {**BACKWARD, "gradient_checkpointing": True},
-    "INT8 ends": {"quantize_ends": True},
+    "INT8 ends": {"quantize_embeddings": True},
     "least": {
         **BACKWARD,
         "gradient_checkpointing": True,
-        "quantize_ends": True,
+        "quantize_embeddings": True,
         "embedding_on_cpu": True,
         "values_dtype": "bfloat16",
     },

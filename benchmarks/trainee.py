@@ -142,7 +142,7 @@ def lifted(
         approx_rank=8 if scale.small else RANK,
         selector=selector,
         values_dtype="bfloat16",
-        quantize_ends=setting != "comfortable",
+        quantize_embeddings=setting != "comfortable",
     )
     model, start = base(scale), allocated(scale)
     if scale.device.type == "cuda":

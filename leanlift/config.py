@@ -24,7 +24,7 @@ from leanlift.selection import (
 SELECTORS = ("principal", "magnitude", "random", "gradient")
 ALL_LINEAR = "all-linear"
 TARGET_PRESETS = (ALL_LINEAR, "attention", "mlp")
-FORMER_NAMES = {"settled_limit": "retired_limit"}
+FORMER_NAMES = {"settled_limit": "retired_limit", "quantize_ends": "quantize_embeddings"}
 LARGEST_LIMIT = 1e6  # times the trained entries: far beyond what any density leaves to retire
 MOST_PATTERNS, LONGEST_PATTERN = 64, 256  # compiled as they are read, from anyone's file
 VALUES_DTYPES = ("float32", "bfloat16")
@@ -73,9 +73,9 @@ class LiftConfig:
         values_dtype: of the trained offsets and their gradients: "float32", or "bfloat16" for two
             bytes less each; that needs an optimizer that rounds stochastically (`SparseAdamW`).
             fp32 by default because any optimizer can train it.
-        quantize_ends: whether the frozen embedding and output head are held in INT8, one scale
-            per row. They are not trained; an export onto the original has them in 16 bits. Off by
-            default: the model is then the one that stock transformers loads.
+        quantize_embeddings: whether the frozen embedding and output head are held in INT8, one
+            scale per row. They are not trained; an export onto the original has them in 16 bits.
+            Off by default: the model is then the one that stock transformers loads.
         selection_seed: start of the principal selection's iteration, and the random mask.
         selection_tile_mib: how much of a matrix the selection reads at once, in MiB. Changes
             memory, never the mask.
@@ -92,7 +92,7 @@ class LiftConfig:
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     density_pattern: Mapping[str, float] = field(default_factory=dict)
     values_dtype: str = "float32"
-    quantize_ends: bool = False
+    quantize_embeddings: bool = False
     selection_seed: int = 0
     selection_tile_mib: int = 32
 
@@ -296,7 +296,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ),
     ),
     "values_dtype": ("a name", _is_text),
-    "quantize_ends": ("true or false", lambda v: isinstance(v, bool)),
+    "quantize_embeddings": ("true or false", lambda v: isinstance(v, bool)),
     "selection_seed": ("a whole number", _is_int),
     "selection_tile_mib": ("a whole number", _is_int),
 }

@@ -62,7 +62,9 @@ class Case:
 CASES = {
     "nf4": Case("tied", "nf4", {"density": 0.02, "refresh_interval": 3}, refreshed=True),
     "int8": Case(
-        "untied", "int8", {"rank_budget": 1, "values_dtype": "bfloat16", "quantize_ends": True}
+        "untied",
+        "int8",
+        {"rank_budget": 1, "values_dtype": "bfloat16", "quantize_embeddings": True},
     ),
     "dense": Case(
         "biased", "dense", {"target_modules": ["q_proj", "down_proj"], "retired_limit": None}
@@ -175,7 +177,7 @@ def planned(name: str, directory: Path) -> dict[str, Any]:
     model, fmt = PLANS[name]
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(PLANNED[model].to_dict()))
-    config = LiftConfig.from_dict({"approx_rank": 8, "refresh_interval": 4, "quantize_ends": True})
+    config = LiftConfig(approx_rank=8, refresh_interval=4, quantize_embeddings=True)
     settings = StepSettings(batch=2, length=48, eval_batch=1)
     plan = plan_memory(directory, config, settings, FORMATS[fmt])
     facts: dict[str, Any] = json.loads(json.dumps(plan.to_dict()))

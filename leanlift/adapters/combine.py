@@ -84,7 +84,8 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
         samples |= {name: base.samples[name] for name in base.samples if name not in samples}
         clash = [n for n, fmt in base.formats.items() if formats.setdefault(n, fmt) != fmt]
         clash += [n for n, shape in base.shapes.items() if shapes.setdefault(n, shape) != shape]
-        if not same or clash or other.config.quantize_ends != adapters[0].config.quantize_ends:
+        same &= other.config.quantize_embeddings == adapters[0].config.quantize_embeddings
+        if not same or clash:
             raise UserError(
                 f"{other.directory} was trained over {base.name} in another form than "
                 f"{adapters[0].directory} ({first.name}): only adapters of one base, loaded in one "

@@ -42,7 +42,7 @@ OWN_WORDS = {
     "values_dtype": "of the trained offsets",
     "optim": "or sparse_adamw, adamw_torch, adamw_8bit, …",
     "optim_in_backward": "update each matrix at once; max_grad_norm 0",
-    "quantize_ends": "embedding and output head in INT8",
+    "quantize_embeddings": "embedding and output head in INT8",
     "embedding_on_cpu": "not where it is tied to the head",
     "activation_offloading": "activations wait in the CPU's memory",
     "ops": "triton, torch, or auto",
@@ -76,7 +76,7 @@ PLAN_USAGE = """usage: leanlift plan --model_name_or_path M [--key value ...] [-
 
 What fine-tuning M will need, from its config.json alone: a hub name, a
 directory, or the file. Takes the keys of 'leanlift train' (see its --help):
-  --max_length 2048 --density 0.05 --quantize_ends true
+  --max_length 2048 --density 0.05 --quantize_embeddings true
 
   --fit 8GB     choose settings with which a card of this size will do, and
                 say why
@@ -103,7 +103,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Memory": (
         "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-        "values_dtype", "optim", "optim_in_backward", "quantize_ends", "embedding_on_cpu",
+        "values_dtype", "optim", "optim_in_backward", "quantize_embeddings", "embedding_on_cpu",
         "activation_offloading", "ops", "snapshot", "use_cpu",
     ),
     "Training loop": (

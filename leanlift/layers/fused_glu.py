@@ -27,8 +27,8 @@ SILU = "transformers.activations.SiLUActivation"
 TOKENS = 256
 
 
-def use_gated_product(model: nn.Module) -> list[str]:
-    """Let every MLP whose forward is the well-known one use `gated_product`, in place.
+def use_fused_glu(model: nn.Module) -> list[str]:
+    """Let every MLP whose forward is the well-known one use `fused_glu`, in place.
 
     Returns:
         The names of the modules that do.
@@ -41,14 +41,14 @@ def use_gated_product(model: nn.Module) -> list[str]:
     return found
 
 
-def gated_product(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+def fused_glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     """act(gate) * up, both of one shape [..., d]; `act` works entry by entry."""
-    product: Tensor = _GatedProduct.apply(gate, up, act)
+    product: Tensor = _FusedGlu.apply(gate, up, act)
     return product
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
-    y: Tensor = self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.act_fn))
+    y: Tensor = self.down_proj(fused_glu(self.gate_proj(x), self.up_proj(x), self.act_fn))
     return y
 
 
@@ -61,7 +61,7 @@ def _is_stock(kind: type[nn.Module]) -> bool:
     return body in (f"down_proj={STOCK}returndown_proj", f"return{STOCK}")
 
 
-class _GatedProduct(torch.autograd.Function):
+class _FusedGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(gate, up)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from leanlift.layers import FrozenLinear, LiftLinear
-from leanlift.layers.ends import FrozenEmbedding, FrozenHead
+from leanlift.layers.embedding import FrozenEmbedding
+from leanlift.layers.lm_head import FrozenHead
 from leanlift.measure.live import LiveBytes
 from leanlift.optim import state_nbytes
 from leanlift.weights.quantized import weight_tensors

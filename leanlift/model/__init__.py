@@ -8,9 +8,9 @@ from leanlift.model.adapters import (
     unload_adapter,
 )
 from leanlift.model.attach import get_lift_model, use_ops
-from leanlift.model.embedding import embedding_size, grow_embedding
-from leanlift.model.ends import embedding_to_cpu, output_head
+from leanlift.model.embeddings import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
+from leanlift.model.resize_embeddings import embedding_size, grow_embedding
 from leanlift.model.state import LiftState, lift_layers, lift_state, weights_of
 from leanlift.model.strangers import claim
 from leanlift.model.surgery import freeze_quantized

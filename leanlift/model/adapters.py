@@ -29,8 +29,8 @@ from leanlift.model.checks import (
     check_special,
     configs_of,
 )
-from leanlift.model.embedding import grow_embedding, head_name
-from leanlift.model.ends import quantize_ends
+from leanlift.model.embeddings import quantize_embeddings
+from leanlift.model.resize_embeddings import grow_embedding, head_name
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.model.surgery import layers_over, replace_modules
 from leanlift.sparse import LayerOffsets, SegmentedIndex
@@ -220,7 +220,7 @@ def _replace(
 ) -> None:
     """Bring an attached model's layers to the modules and counts of `adapter`."""
     state, facts = lift_state(model), base.facts
-    if state.ends_quantized and not adapter.config.quantize_ends:
+    if state.ends_quantized and not adapter.config.quantize_embeddings:
         raise UserError(
             f"{adapter.directory} was trained over an embedding and head in 16 bits, but the model "
             "holds them in INT8: load the base again."
@@ -228,8 +228,8 @@ def _replace(
     if adapter.grown is not None and state.embedding_rows is None:
         grow_embedding(model, adapter.grown.rows)
         state.embedding_rows = adapter.grown.rows
-    if adapter.config.quantize_ends and not state.ends_quantized:
-        facts = replace(facts, formats={**facts.formats, **quantize_ends(model)})
+    if adapter.config.quantize_embeddings and not state.ends_quantized:
+        facts = replace(facts, formats={**facts.formats, **quantize_embeddings(model)})
         state.ends_quantized = True
     dtype = getattr(torch, adapter.config.values_dtype)
     indices = _indices(offsets, base)

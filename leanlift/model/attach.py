@@ -27,9 +27,9 @@ from leanlift.model.base import (
     stock_base,
     with_base_samples,
 )
-from leanlift.model.embedding import rows_to_grow_to, with_more_rows
-from leanlift.model.ends import check_ends, int8
+from leanlift.model.embeddings import check_ends, int8
 from leanlift.model.gradient import gradient_masks
+from leanlift.model.resize_embeddings import rows_to_grow_to, with_more_rows
 from leanlift.model.state import LiftState, lift_layers, lift_state, print_trainable_parameters
 from leanlift.model.strangers import guard
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
@@ -129,7 +129,7 @@ def attach(
     facts, checkpoint = base.facts, checkpoint_of(base.facts)
     if checkpoint is not None:
         check_homes(facts, checkpoint)
-    if config.quantize_ends:
+    if config.quantize_embeddings:
         check_ends(model)
     embedding_rows = rows_to_grow_to(model, embedding_rows)
     choices = _choices(base, choose, what, progress)
@@ -138,14 +138,14 @@ def attach(
         facts = with_base_samples(base, indices, checkpoint)
     workspace = Workspace()
     make_layer = layers_over(base.weights, indices, workspace, getattr(torch, config.values_dtype))
-    ends = operate(model, make_layer, int8 if config.quantize_ends else None, embedding_rows)
+    ends = operate(model, make_layer, int8 if config.quantize_embeddings else None, embedding_rows)
     own_base(model)
     holder: Any = model
     holder.leanlift = LiftState(
         config,
         replace(facts, formats={**facts.formats, **ends}),
         workspace,
-        ends_quantized=config.quantize_ends,
+        ends_quantized=config.quantize_embeddings,
         embedding_rows=embedding_rows,
         unconverged=[name for name, choice in choices.items() if not choice.converged],
     )

@@ -11,7 +11,7 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, other_matrix
 from leanlift.fingerprint.samples import Comparison
 from leanlift.model.base import checkpoint_of
-from leanlift.model.embedding import embedding_size, head_name, rows_to_grow_to
+from leanlift.model.resize_embeddings import embedding_size, head_name, rows_to_grow_to
 from leanlift.model.state import LiftState
 from leanlift.source import check_homes, stored_cells
 from leanlift.weights.quantized import dtype_of

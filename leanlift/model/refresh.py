@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from leanlift.config import LiftConfig
 from leanlift.layers import LiftLinear
 from leanlift.model.state import lift_layers, lift_state
-from leanlift.optim import follow_entries
+from leanlift.optim import remap_entries
 from leanlift.selection import Favoring, scores_of, selection
 from leanlift.sparse import BoundedMask, bounded_mask
 
@@ -67,7 +67,7 @@ def refresh_mask(
             unconverged.append(name)
         change = layer.change_mask(mask.flat)
         if optimizer is not None:
-            follow_entries(optimizer, layer.values, change.source)
+            remap_entries(optimizer, layer.values, change.source)
         replaced += int((change.source < 0).sum())
         total += layer.index.count
         retired += change.retired_count

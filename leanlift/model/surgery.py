@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace
-from leanlift.layers.ends import FrozenEmbedding, FrozenHead
-from leanlift.layers.fused_glu import use_gated_product
-from leanlift.model.embedding import grow_embedding
-from leanlift.model.ends import Hold, quantize_ends
+from leanlift.layers.embedding import FrozenEmbedding
+from leanlift.layers.fused_glu import use_fused_glu
+from leanlift.layers.lm_head import FrozenHead
+from leanlift.model.embeddings import Hold, quantize_embeddings
+from leanlift.model.resize_embeddings import grow_embedding
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.quantized import FrozenWeight, WeightFormat, frozen_weight, is_quantized
 
@@ -107,10 +108,10 @@ def operate(
     """
     model.requires_grad_(False)
     replace_modules(model, make_layer)
-    use_gated_product(model)
+    use_fused_glu(model)
     if embedding_rows is not None:
         grow_embedding(model, embedding_rows)
-    return {} if hold_ends is None else quantize_ends(model, hold_ends)
+    return {} if hold_ends is None else quantize_embeddings(model, hold_ends)
 
 
 def freeze_quantized(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from leanlift.optim.adamw import SparseAdamW, adamw_update
 from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
-from leanlift.optim.remap import check_followable, follow_entries, state_nbytes
+from leanlift.optim.remap import check_remappable, remap_entries, state_nbytes
 from leanlift.optim.saved import SavedState, check_saved, restore_state, saved_state, unwrap
 from leanlift.optim.validate import LARGEST_GRADIENT
 
@@ -13,9 +13,9 @@ __all__ = [
     "SparseAdamW",
     "adamw_nbytes",
     "adamw_update",
-    "check_followable",
+    "check_remappable",
     "check_saved",
-    "follow_entries",
+    "remap_entries",
     "restore_state",
     "saved_state",
     "state_nbytes",

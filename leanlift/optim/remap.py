@@ -37,7 +37,7 @@ from leanlift.optim.saved import unwrap
 from leanlift.weights import bnb
 
 
-def check_followable(optimizer: Optimizer) -> None:
+def check_remappable(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose state a mask refresh could not move.
 
     Raises:
@@ -48,7 +48,7 @@ def check_followable(optimizer: Optimizer) -> None:
 
 
 @torch.no_grad()
-def follow_entries(optimizer: Optimizer, parameter: nn.Parameter, source: Tensor) -> None:
+def remap_entries(optimizer: Optimizer, parameter: nn.Parameter, source: Tensor) -> None:
     """Re-sort the moments of `parameter` after a mask change.
 
     Args:

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from leanlift.config import LiftConfig
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace
 from leanlift.measure.live import LiveBytes
-from leanlift.model.ends import INT8, embedding_to_cpu
+from leanlift.model.embeddings import INT8, embedding_to_cpu
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
@@ -107,7 +107,7 @@ def attach_fake(
     indices = {n: even_index(weights[n].shape, config.count(weights[n].shape, n)) for n in targets}
     workspace = first_pieces(always=True) if workspace is None else workspace
     make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
-    operate(model, make_layer, _without_numbers if config.quantize_ends else None)
+    operate(model, make_layer, _without_numbers if config.quantize_embeddings else None)
     if embedding_on_cpu:
         embedding_to_cpu(model)
     return indices

@@ -236,7 +236,7 @@ def _attached(
     """The fake model, ready for a step, and its shapes."""
     model = build()
     weights = sum(p.numel() for p in model.parameters())
-    ends, loaded, other = unquantized_nbytes(model, config.quantize_ends, settings)
+    ends, loaded, other = unquantized_nbytes(model, config.quantize_embeddings, settings)
     workspace = first_pieces(always=needs_scratch(fmt, settings))
     indices = attach_fake(model, config, fmt, settings.embedding_on_cpu, workspace)
     targets = {name: index.shape for name, index in indices.items()}
@@ -334,7 +334,7 @@ def _holds_for(
         "checkpointing": settings.checkpointing,
         "offloading": settings.offload,
         "in_backward": settings.in_backward,
-        "quantize_ends": config.quantize_ends,
+        "quantize_embeddings": config.quantize_embeddings,
         "embedding_on_cpu": settings.embedding_on_cpu,
         "refresh_interval": config.refresh_interval,
         "evaluation_rows": settings.eval_batch,

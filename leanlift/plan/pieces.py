@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from leanlift.layers import TILE_BYTES, Workspace
-from leanlift.layers.ends import TILE_BYTES as HEAD_TILE_BYTES
-from leanlift.layers.ends import Head
+from leanlift.layers.lm_head import TILE_BYTES as HEAD_TILE_BYTES
+from leanlift.layers.lm_head import Head
 from leanlift.ops.parts import Take
 from leanlift.ops.reference import TorchOps
 from leanlift.ops.sampled import TOKENS

@@ -10,7 +10,7 @@ from torch import nn
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.layers import FrozenLinear, patched_where_made
-from leanlift.model.ends import INT8
+from leanlift.model.embeddings import INT8
 from leanlift.optim import TABLES_NBYTES, adamw_nbytes
 from leanlift.selection import selection_nbytes
 from leanlift.sparse import index_nbytes, retired_nbytes
@@ -159,7 +159,7 @@ def _weight_nbytes(shape: tuple[int, int], fmt: WeightFormat | None, item: int) 
 
 
 def unquantized_nbytes(
-    model: Any, quantize_ends: bool, settings: StepSettings
+    model: Any, quantize_embeddings: bool, settings: StepSettings
 ) -> tuple[int, int, int]:
     """Of a 16/32-bit model: bytes of the embedding and head as they will be held in training, as
     they are loaded, and bytes of everything else that is no weight of a Linear.
@@ -178,7 +178,9 @@ def unquantized_nbytes(
     held = [] if away else [embedding.weight]
     held += [] if tied else [head.weight]
     bias = 0 if head is None or head.bias is None else head.bias.nbytes
-    ends = sum(INT8.nbytes(tuple(w.shape)) if quantize_ends else w.nbytes for w in held) + bias
+    ends = (
+        sum(INT8.nbytes(tuple(w.shape)) if quantize_embeddings else w.nbytes for w in held) + bias
+    )
     counted = {id(embedding.weight), *({id(p) for p in head.parameters()} if head else ())}
     counted |= {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
     rest = {

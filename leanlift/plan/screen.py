@@ -43,7 +43,7 @@ def header(plan: dict[str, Any]) -> list[str]:
     base = f"base in {BASES.get(held['base'], held['dtype'])}"
     if held["double_quantization"]:
         base += " with double quantization"
-    if held["quantize_ends"]:
+    if held["quantize_embeddings"]:
         base += ", embedding and head in INT8"
     if held["embedding_on_cpu"]:
         base += ", embedding on the CPU"

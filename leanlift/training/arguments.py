@@ -128,8 +128,8 @@ class RunArguments:
             "help": "dtype of the trained offsets: float32, or bfloat16 with a sparse_adamw optim"
         },
     )
-    quantize_ends: bool = field(
-        default=LiftConfig.quantize_ends,
+    quantize_embeddings: bool = field(
+        default=LiftConfig.quantize_embeddings,
         metadata={"help": "hold the embedding and the output head in INT8 too"},
     )
     embedding_on_cpu: bool = field(
@@ -199,7 +199,7 @@ class RunArguments:
             target_modules=self.target_modules[0] if preset else tuple(self.target_modules),
             density_pattern=self._densities(),
             values_dtype=self.values_dtype,
-            quantize_ends=self.quantize_ends,
+            quantize_embeddings=self.quantize_embeddings,
             selection_seed=self.selection_seed,
             selection_tile_mib=self.selection_tile_mib,
         )

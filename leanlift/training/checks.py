@@ -22,7 +22,7 @@ from leanlift.config import LiftConfig
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError, first_line
 from leanlift.numbers import NUMBERS, WHOLE, check_number
-from leanlift.optim import check_followable
+from leanlift.optim import check_remappable
 
 __all__ = ["NUMBERS", "SPARSE_OPTIMIZERS", "WHOLE", "check_numbers", "check_settings"]
 
@@ -154,7 +154,7 @@ def _check_optimizer(sft: Any, config: LiftConfig) -> None:
             "adamw_8bit, sparse_adamw or sparse_adamw_8bit."
         ) from None
     if config.refresh_interval:
-        check_followable(optimizer)
+        check_remappable(optimizer)
 
 
 def _check_schedule(sft: Any) -> None:

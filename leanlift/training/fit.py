@@ -240,10 +240,10 @@ def ordered_changes(
     smaller = tuple(_smaller_batches(sft))
     if smaller:
         yield smaller
-    if not args.quantize_ends:
+    if not args.quantize_embeddings:
         yield (
             Change(
-                {"quantize_ends": True},
+                {"quantize_embeddings": True},
                 "embedding and head in INT8 while training: a little rounding",
             ),
         )
@@ -351,7 +351,7 @@ def _at_most(change: Change, plan: MemoryPlan) -> float:
     activations = held["activations and workspace"]
     return {
         "density": sum(held[name] for name in entries) / 2,
-        "quantize_ends": held["embeddings and head"] / 2,
+        "quantize_embeddings": held["embeddings and head"] / 2,
         "embedding_on_cpu": held["embeddings and head"] / 2,
         "optim": 0.75 * held["optimizer state"],
         "values_dtype": (held["values"] + held["gradients"]) / 2,

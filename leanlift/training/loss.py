@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanlift.errors import UserError
-from leanlift.layers.ends import LIKELIHOOD, Head, Objective, head_loss
+from leanlift.layers.lm_head import LIKELIHOOD, Head, Objective, head_loss
 from leanlift.model import output_head
 from leanlift.plan import first_tiles
 

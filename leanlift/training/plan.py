@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
 from leanlift.format import size
-from leanlift.layers.ends import LIKELIHOOD, Objective
+from leanlift.layers.lm_head import LIKELIHOOD, Objective
 from leanlift.plan import Known, MemoryPlan, StepSettings, least_nbytes, plan_step, shapes_of
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import stored_quantization

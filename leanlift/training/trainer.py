@@ -22,7 +22,7 @@ from leanlift.data.ready import Rows, RowsForTraining, drop_untrained_packs
 from leanlift.data.tokenizer import load_tokenizer, tell_model
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
-from leanlift.layers.ends import FrozenHead
+from leanlift.layers.lm_head import FrozenHead
 from leanlift.measure import resident_peak
 from leanlift.model import (
     RefreshReport,
@@ -32,7 +32,7 @@ from leanlift.model import (
 )
 from leanlift.optim import (
     SparseAdamW,
-    check_followable,
+    check_remappable,
     unwrap,
 )
 from leanlift.rows.examples import columns_of
@@ -246,7 +246,7 @@ class LiftTrainer(ResumableTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self._lift.config.refresh_interval:
-            check_followable(optimizer)
+            check_remappable(optimizer)
         if self._lift.config.values_dtype != "float32" and not isinstance(
             unwrap(optimizer), SparseAdamW
         ):
@@ -270,8 +270,8 @@ class LiftTrainer(ResumableTrainer):
         if self._loss is None or "shift_labels" in inputs:
             if isinstance(model.get_output_embeddings(), FrozenHead):
                 raise UserError(
-                    "quantize_ends keeps no dense output head: leave out compute_loss_func, and "
-                    "set router_aux_loss_coef=0 for a model with a router."
+                    "quantize_embeddings keeps no dense output head: leave out compute_loss_func, "
+                    "and set router_aux_loss_coef=0 for a model with a router."
                 )
             inputs = {key: value for key, value in inputs.items() if key != TRAINED}
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

@@ -94,7 +94,7 @@ def test_a_merge_does_not_take_another_matrix_for_the_head(
     tmp_path: Path, quantized: bool, head: str
 ) -> None:
     base = make_checkpoint(tmp_path / "base", tied=False, intermediate=HAVE)
-    lift = LiftConfig(approx_rank=4, refresh_interval=0, quantize_ends=quantized)
+    lift = LiftConfig(approx_rank=4, refresh_interval=0, quantize_embeddings=quantized)
     save_adapter(grown(load(base, "dense"), lift), tmp_path / "adapter")
     merge_adapter(tmp_path / "adapter", tmp_path / "fine", progress=False)
     edit(tmp_path / "adapter", output_head=head)
@@ -147,7 +147,7 @@ def test_switching_grows_or_refuses(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("held", ["int8", "cpu"])
 def test_replaced_ends_do_not_grow(tmp_path: Path, held: str) -> None:
     path = make_any(tmp_path / "base", "untied")
-    lift = LiftConfig(approx_rank=4, refresh_interval=0, quantize_ends=held == "int8")
+    lift = LiftConfig(approx_rank=4, refresh_interval=0, quantize_embeddings=held == "int8")
     save_adapter(grown(load(path, "dense"), lift), tmp_path / "adapter")
     model = get_lift_model(load(path, "dense"), lift, progress=False).eval()
     if held == "cpu":

@@ -39,7 +39,7 @@ OWN_OPTIONS = {
     "refresh_margin",
     "retired_limit",
     "values_dtype",
-    "quantize_ends",
+    "quantize_embeddings",
     "embedding_on_cpu",
     "ops",
     "snapshot",

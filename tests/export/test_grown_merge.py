@@ -45,7 +45,7 @@ def test_a_reloaded_and_a_merged_model_are_the_trained_one(
     tmp_path: Path, ends: str, kind: str, quantized: bool
 ) -> None:
     path = make_any(tmp_path / "base", ends)
-    lift = LiftConfig(approx_rank=4, refresh_interval=0, quantize_ends=quantized)
+    lift = LiftConfig(approx_rank=4, refresh_interval=0, quantize_embeddings=quantized)
     model = grown(load(path, kind), lift)
     expected = logits(model)
     assert expected.shape[-1] == ROWS == model.config.vocab_size

@@ -41,7 +41,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_copies_compute_the_same_and_are_apart(
     base: Path, tmp_path: Path, kind: str, ends: bool, refreshed: bool
 ) -> None:
-    model = attached(base, kind, quantize_ends=ends)
+    model = attached(base, kind, quantize_embeddings=ends)
     if refreshed:
         refresh_mask(model)
     expected = logits(model)  # scratch buffers are there now

@@ -71,7 +71,7 @@ FORMATS: dict[str, WeightFormat | None] = {
 }
 WAYS: dict[str, dict[str, Any]] = {
     "all": {"density": 0.05},
-    "attention, int8 ends": {"target_modules": "attention", "quantize_ends": True},
+    "attention, int8 ends": {"target_modules": "attention", "quantize_embeddings": True},
     "bf16 values": {"rank_budget": 1, "values_dtype": "bfloat16"},
 }
 
@@ -138,7 +138,7 @@ def test_a_plan_has_the_modules_of_what_attaches(
         checkpoints[family], quantization_config=quantization(kind), dtype=torch.float32
     )
     get_lift_model(real, config, progress=False)
-    on_cpu = config.quantize_ends and "tied" not in family and "gemma" not in family
+    on_cpu = config.quantize_embeddings and "tied" not in family and "gemma" not in family
     if on_cpu:
         embedding_to_cpu(real)
     with fake_tensors():

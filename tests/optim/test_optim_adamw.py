@@ -15,7 +15,7 @@ from leanlift.measure import LiveBytes
 from leanlift.optim import (
     SparseAdamW,
     adamw_nbytes,
-    follow_entries,
+    remap_entries,
 )
 
 # --- The same as AdamW ---------------------------------------------------------------------
@@ -146,7 +146,7 @@ def zero_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Non
 def follow(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
     source = torch.arange(parameter.numel())
     source[0] = -1
-    follow_entries(optimizer, parameter, source)
+    remap_entries(optimizer, parameter, source)
 
 
 @pytest.mark.parametrize("size", [1e-2, 1.0, 1e3])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from leanlift import UserError
-from leanlift.optim import check_followable, follow_entries, state_nbytes
+from leanlift.optim import check_remappable, remap_entries, state_nbytes
 
 COUNT = 5000  # above bitsandbytes' 4096, below which it keeps fp32 state
 
@@ -35,7 +35,7 @@ def test_torch_moments_follow_bit_for_bit() -> None:
     parameter, optimizer = stepped(torch.optim.AdamW)
     old = {key: optimizer.state[parameter][key].clone() for key in ("exp_avg", "exp_avg_sq")}
     source = shuffled_source()
-    follow_entries(optimizer, parameter, source)
+    remap_entries(optimizer, parameter, source)
     new, stays = optimizer.state[parameter], source >= 0
     assert torch.equal(new["exp_avg"][stays], old["exp_avg"][source[stays]])
     assert torch.equal(new["exp_avg_sq"][stays], old["exp_avg_sq"][source[stays]])
@@ -55,7 +55,7 @@ def test_eight_bit_moments_follow_within_their_own_precision() -> None:
 
     old = {which: read(which) for which in (1, 2)}
     source = shuffled_source()
-    follow_entries(optimizer, parameter, source)
+    remap_entries(optimizer, parameter, source)
     stays = source >= 0
     for which in (1, 2):
         wanted, got = old[which][source[stays]], read(which)[stays]
@@ -83,7 +83,7 @@ def test_a_newcomer_never_jumps(beta2: float) -> None:
         if start == "ours":
             source = torch.arange(100)
             source[0] = -1
-            follow_entries(optimizer, parameter, source)
+            remap_entries(optimizer, parameter, source)
         else:
             optimizer.state[parameter]["exp_avg"][0] = 0
             optimizer.state[parameter]["exp_avg_sq"][0] = 0
@@ -102,7 +102,7 @@ def test_a_newcomer_never_jumps(beta2: float) -> None:
 def test_an_optimizer_that_has_not_stepped_has_nothing_to_move() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([parameter])
-    follow_entries(optimizer, parameter, torch.tensor([0, 1, -1]))
+    remap_entries(optimizer, parameter, torch.tensor([0, 1, -1]))
     assert not optimizer.state
 
 
@@ -117,7 +117,7 @@ def test_an_optimizer_that_has_not_stepped_has_nothing_to_move() -> None:
 )
 def test_an_optimizer_that_cannot_follow_is_refused(optimizer: torch.optim.Optimizer) -> None:
     with pytest.raises(UserError, match="cannot move the state of"):
-        check_followable(optimizer)
+        check_remappable(optimizer)
 
 
 def test_state_bytes_are_those_of_the_tensors() -> None:

@@ -69,7 +69,7 @@ def test_free_changes_come_first_and_a_smaller_batch_before_what_moves(
     groups = list(ordered_changes(args, sft))
     assert [next(iter(choices[0].keys)) for choices in groups] == [
         "optim", "values_dtype", "per_device_eval_batch_size", "gradient_checkpointing",
-        "per_device_train_batch_size", "quantize_ends", "embedding_on_cpu",
+        "per_device_train_batch_size", "quantize_embeddings", "embedding_on_cpu",
         "activation_offloading", "optim_in_backward", "density",
     ]  # fmt: skip
     settings = args, sft
@@ -112,7 +112,7 @@ def test_the_density_that_is_chosen_is_the_largest_that_fits(
 ) -> None:
     """Places in the list of densities, for which the card is as large as the plan needs."""
     args, sft = arguments(
-        checkpoints["llama"], **LEAN, approx_rank=8, quantize_ends=True, density=0.5,
+        checkpoints["llama"], **LEAN, approx_rank=8, quantize_embeddings=True, density=0.5,
         per_device_train_batch_size=1, optim_in_backward=True, max_grad_norm=0.0,
     )  # fmt: skip
     needed = {

@@ -55,7 +55,7 @@ SIMPLE += [(name, "nf4+double", True) for name in MODELS]
 def test_every_static_category_is_the_bytes_of_the_tensors(
     checkpoints: dict[str, Path], name: str, kind: str, ends: bool
 ) -> None:
-    config = LiftConfig(density=0.05, approx_rank=8, quantize_ends=ends)
+    config = LiftConfig(density=0.05, approx_rank=8, quantize_embeddings=ends)
     model = get_lift_model(load(checkpoints[name], kind), config, progress=False)
     planned = plan_memory(
         checkpoints[name],
@@ -87,8 +87,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "bf16 values": {"optim": "sparse_adamw_8bit", "values_dtype": "bfloat16"},
     "bf16": {"dtype": "bfloat16"},
-    "int8 ends": {"quantize_ends": True},
-    "embedding on the cpu": {"quantize_ends": True, "embedding_on_cpu": True},
+    "int8 ends": {"quantize_embeddings": True},
+    "embedding on the cpu": {"quantize_embeddings": True, "embedding_on_cpu": True},
     "tied": {"model": "qwen2, tied"},
     "gemma2": {"model": "gemma2"},
 }
@@ -105,7 +105,7 @@ def test_the_planned_peak_is_the_measured_one_within_5_percent(
     path = checkpoints[changes.pop("model", "llama")]
     dtype = changes.pop("dtype", "float32")
     on_cpu = changes.pop("embedding_on_cpu", False)
-    lift = {k: changes.pop(k) for k in ("values_dtype", "quantize_ends") if k in changes}
+    lift = {k: changes.pop(k) for k in ("values_dtype", "quantize_embeddings") if k in changes}
     config = LiftConfig(density=0.05, approx_rank=8, **lift)
     options = {
         "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "max_steps": 3,
@@ -266,7 +266,7 @@ def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
     sizes = {**SIZES, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1}
     fmt = FORMATS[kind]
     assert fmt is not None
-    config = LiftConfig(density=0.05, selector="magnitude", quantize_ends=True)
+    config = LiftConfig(density=0.05, selector="magnitude", quantize_embeddings=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
     model.to_empty(device="cpu")

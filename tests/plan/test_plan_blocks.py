@@ -21,7 +21,7 @@ from transformers import (
 
 from leanlift import LiftConfig
 from leanlift.layers import LiftLinear, Workspace
-from leanlift.layers.ends import Head, Objective, head_loss
+from leanlift.layers.lm_head import Head, Objective, head_loss
 from leanlift.measure import LiveBytes
 from leanlift.plan import blocks
 from leanlift.plan.fake import (

@@ -58,7 +58,7 @@ def test_fit_says_what_it_changed_and_its_file_is_taken_as_it_is(
         place.read_text(), "plan-fit-yaml", {str(models): "MODELS", str(place): "run.yaml"}
     )
     keys = yaml.safe_load(place.read_text())
-    assert keys.items() >= {"max_length": 2048, "seed": 3, "quantize_ends": True}.items()
+    assert keys.items() >= {"max_length": 2048, "seed": 3, "quantize_embeddings": True}.items()
     args, sft = parse_train(["--config", str(place)])
     assert plan_of(args, sft).fits(8)
     assert main(["plan", *argv, "--save", str(place)]) == 2
@@ -154,7 +154,7 @@ def screen_of(**changes: Any) -> tuple[dict[str, Any], list[str]]:
             "rows": 1, "tokens": 512, "trained_tokens": None, "padded": False, "accumulation": 1,
             "base": "nf4", "double_quantization": True, "dtype": "bfloat16",
             "values_dtype": "bfloat16", "optimizer": "sparse_adamw_8bit", "checkpointing": True,
-            "offloading": False, "in_backward": False, "quantize_ends": False,
+            "offloading": False, "in_backward": False, "quantize_embeddings": False,
             "embedding_on_cpu": False, "refresh_interval": 0, "evaluation_rows": 0, "cuda": True,
         },
         **changes,

@@ -177,7 +177,7 @@ def test_the_tiled_loss_is_trl_s(base: Path, tmp_path: Path, changes: dict[str, 
 
 @pytest.mark.parametrize("name", ["label_smoothing_factor", "loss_type"])
 def test_ends_in_int8_go_with_every_cost(base: Path, tmp_path: Path, name: str) -> None:
-    ends = LiftConfig(density=0.1, selector="magnitude", quantize_ends=True)
+    ends = LiftConfig(density=0.1, selector="magnitude", quantize_embeddings=True)
     value = 0.1 if name == "label_smoothing_factor" else "dft"
     with pytest.warns(FutureWarning) if name.startswith("label") else nullcontext():
         trainer = trainer_for(base, tmp_path, ends, **{name: value})
@@ -192,7 +192,7 @@ def logged(trainer: LiftTrainer, key: str = "loss") -> list[float]:
 
 @pytest.mark.parametrize("ends", [False, True], ids=["", "int8-ends"])
 def test_noise_on_embeddings_is_noise(base: Path, tmp_path: Path, ends: bool) -> None:
-    lift = replace(LIFT, quantize_ends=ends)
+    lift = replace(LIFT, quantize_embeddings=ends)
     plain, noisy = (
         logged(trainer_for(base, tmp_path / str(alpha), lift, neftune_noise_alpha=alpha))
         for alpha in (None, 50.0)

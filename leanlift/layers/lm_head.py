@@ -1,6 +1,6 @@
-"""The two ends of a language model, frozen: the embedding and the output head with its loss.
+"""The frozen output head of a language model, and the cross-entropy over it.
 
-Both may be held in INT8, and the whole logits are never there: with a vocabulary of 128k they
+The head may be held in INT8, and the whole logits are never there: with a vocabulary of 128k they
 would be the largest tensor of all. The loss goes over the vocabulary in tiles, twice: once for
 the log-sum-exp, kept running, and once for the gradient of the hidden states, which is formed in
 the forward pass already, since the head itself has none. Where all logits together are no larger
@@ -267,45 +267,3 @@ def _tiles(weight: RowTiles, dtype: torch.dtype) -> Any:
     m, n = weight.shape
     for start, stop in row_ranges(m, max(64, TILE_BYTES // (4 * n))):
         yield start, stop, weight.rows(start, stop).to(dtype)
-
-
-class FrozenEmbedding(nn.Module):
-    """An embedding in 16 or 32 bits or in INT8, on the model's device or on the CPU.
-
-    Args:
-        storage: looks rows up; see `quantized.embedding_rows`.
-        dtype: of what comes out.
-        stays: True leaves the storage where it is, whatever the model is moved to.
-        scale: scalar that rows are multiplied by, as Gemma does.
-    """
-
-    def __init__(
-        self,
-        storage: nn.Module,
-        rows: Any,
-        dtype: torch.dtype,
-        stays: bool,
-        scale: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self._rows = rows
-        self.dtype = dtype
-        self.register_buffer("embed_scale", scale, persistent=False)
-        if stays:
-            self.__dict__["storage"] = storage  # unknown to nn.Module, so that .to() passes it by
-        else:
-            self.storage = storage
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as the storage holds it."""
-        weight: Tensor = self.storage.weight  # type: ignore[assignment]
-        return weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[..., d] for ids [...], on the device of `ids`."""
-        held = self.weight.device
-        rows: Tensor = self._rows(self.storage, ids.to(held))
-        rows = rows.to(self.dtype).to(ids.device)
-        scale: Tensor | None = self.embed_scale  # type: ignore[assignment]
-        return rows if scale is None else rows * scale.to(self.dtype)

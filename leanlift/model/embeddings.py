@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanlift.errors import UserError
-from leanlift.layers.ends import FrozenEmbedding, FrozenHead, Head
+from leanlift.layers.embedding import FrozenEmbedding
+from leanlift.layers.lm_head import FrozenHead, Head
 from leanlift.weights.quantized import (
     Weight8bit,
     WeightFormat,
@@ -32,7 +33,7 @@ def int8(weight: Tensor) -> Weight8bit:
     return tiles
 
 
-def quantize_ends(model: Any, hold: Hold = int8) -> dict[str, WeightFormat]:
+def quantize_embeddings(model: Any, hold: Hold = int8) -> dict[str, WeightFormat]:
     """Hold the embedding and the output head in INT8, one scale per row; tied ones once.
 
     Args:
@@ -122,7 +123,7 @@ def check_ends(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         raise UserError(
             f"the ends of this {type(model).__name__} are a {type(embedding).__name__} and a "
-            f"{type(head).__name__}; quantize_ends expects a plain Embedding and a Linear."
+            f"{type(head).__name__}; quantize_embeddings expects a plain Embedding and a Linear."
         )
     embed_scale(embedding)
     return embedding, head
@@ -139,6 +140,6 @@ def embed_scale(embedding: nn.Module) -> Tensor | None:
     if not known and not isinstance(scale, Tensor):
         raise UserError(
             f"the embedding is a {type(embedding).__name__}, which leanlift cannot replace: leave "
-            "out quantize_ends and embedding_on_cpu for this model."
+            "out quantize_embeddings and embedding_on_cpu for this model."
         )
     return scale

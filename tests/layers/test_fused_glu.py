@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from leanlift.layers.fused_glu import use_gated_product
+from leanlift.layers.fused_glu import use_fused_glu
 from leanlift.measure import LiveBytes
 
 SIZES: dict[str, Any] = {
@@ -34,7 +34,7 @@ def build(kind: Any, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Gemma2Config])
 def test_outputs_and_gradients_are_the_stock_ones(kind: Any, dtype: torch.dtype) -> None:
     stock, ours = build(kind, dtype), build(kind, dtype)
-    assert len(use_gated_product(ours)) == 2
+    assert len(use_fused_glu(ours)) == 2
     ids = torch.randint(64, (3, 150))
     for model in (stock, ours):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -43,13 +43,13 @@ def test_outputs_and_gradients_are_the_stock_ones(kind: Any, dtype: torch.dtype)
 
 
 def test_another_mlp_is_left_alone() -> None:
-    assert use_gated_product(build(Phi3Config, torch.float32)) == []
+    assert use_fused_glu(build(Phi3Config, torch.float32)) == []
 
 
 def test_two_tensors_less_are_alive() -> None:
     stock = build(LlamaConfig, torch.float32).model.layers[0].mlp
     ours = build(LlamaConfig, torch.float32).model.layers[0]
-    use_gated_product(ours)
+    use_fused_glu(ours)
     x = torch.randn(4000, 32, requires_grad=True)
     wide = 4000 * 96 * 4
     assert saved_nbytes(stock, x) - saved_nbytes(ours.mlp, x) >= wide

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from helpers import make_base, relative_error
 from torch import Tensor, nn
 
-from leanlift.layers.ends import FrozenEmbedding, FrozenHead, Head, Objective, head_loss
+from leanlift.layers.embedding import FrozenEmbedding
+from leanlift.layers.lm_head import FrozenHead, Head, Objective, head_loss
 from leanlift.measure import LiveBytes
 from leanlift.tiles import DenseTiles
 from leanlift.weights.quantized import WeightFormat, embedding_rows, frozen_weight, requantize

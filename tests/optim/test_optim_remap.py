@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlift import UserError
-from leanlift.optim import SparseAdamW, check_followable, follow_entries
+from leanlift.optim import SparseAdamW, check_remappable, remap_entries
 from leanlift.optim.moments import own_moments
 
 COUNT = 5003
@@ -43,7 +43,7 @@ def both(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tens
 def test_fp32_moments_follow_bit_for_bit() -> None:
     parameter, optimizer = stepped(SparseAdamW)
     old, source = both(optimizer, parameter), shuffled_source()
-    follow_entries(optimizer, parameter, source)
+    remap_entries(optimizer, parameter, source)
     new, stays = both(optimizer, parameter), source >= 0
     for before, after in zip(old, new, strict=True):
         assert torch.equal(after[stays], before[source[stays]])
@@ -55,7 +55,7 @@ def test_fp32_moments_follow_bit_for_bit() -> None:
 def test_eight_bit_moments_follow_within_their_own_precision() -> None:
     parameter, optimizer = stepped(SparseAdamW, moments="8bit")
     old, source = both(optimizer, parameter), shuffled_source()
-    follow_entries(optimizer, parameter, source)
+    remap_entries(optimizer, parameter, source)
     new, stays = both(optimizer, parameter), source >= 0
     for before, after in zip(old, new, strict=True):
         wanted, got = before[source[stays]], after[stays]
@@ -76,13 +76,13 @@ def test_eight_bit_moments_follow_within_their_own_precision() -> None:
 def test_paged_adam_follows(name: str, bits: str) -> None:
     """On a CPU bitsandbytes falls back to ordinary memory, in the same layout."""
     parameter, optimizer = stepped(getattr(bnb.optim, f"Paged{name}{bits}"))
-    check_followable(optimizer)
+    check_remappable(optimizer)
     state = optimizer.state[parameter]
     assert (state["state1"].dtype == torch.uint8) == (bits == "8bit")
     source = torch.arange(COUNT)
     source[7] = -1
     old = state["state1"].clone()
-    follow_entries(optimizer, parameter, source)
+    remap_entries(optimizer, parameter, source)
     keeps = torch.arange(COUNT) // 256 != 0
     if bits == "8bit":
         assert state["state1"][7] == 127
@@ -95,9 +95,9 @@ def test_paged_adam_follows(name: str, bits: str) -> None:
 @pytest.mark.parametrize("kind", [bnb.optim.PagedLion8bit, bnb.optim.PagedAdEMAMix8bit])
 def test_other_paged_optimizers_are_refused(kind: Any) -> None:
     with pytest.raises(UserError, match="cannot move the state of"):
-        check_followable(kind([nn.Parameter(torch.zeros(3))]))
+        check_remappable(kind([nn.Parameter(torch.zeros(3))]))
 
 
 def test_adafactor_is_refused() -> None:
     with pytest.raises(UserError, match="cannot move the state of Adafactor"):
-        check_followable(torch.optim.Adafactor([nn.Parameter(torch.zeros(3))]))
+        check_remappable(torch.optim.Adafactor([nn.Parameter(torch.zeros(3))]))

@@ -21,7 +21,7 @@ from leanlift import (
 )
 from leanlift.model import embedding_to_cpu
 
-ENDS = LiftConfig(density=0.1, approx_rank=8, quantize_ends=True)
+ENDS = LiftConfig(density=0.1, approx_rank=8, quantize_embeddings=True)
 
 
 def logits_of(model: Any) -> torch.Tensor:
@@ -31,7 +31,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_quantized_ends_train_save_load_and_merge(tmp_path: Path, tied: bool) -> None:
+def test_quantized_embeddings_train_save_load_and_merge(tmp_path: Path, tied: bool) -> None:
     path = make_checkpoint(tmp_path / "base", tied=tied)
     trainer = sparse_trainer(path, tmp_path / "run", ENDS, max_steps=20, learning_rate=1e-2)
     losses = trainer.train()

@@ -1,0 +1,50 @@
+"""The frozen embedding of a language model, in 16 or 32 bits or in INT8, or on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenEmbedding(nn.Module):
+    """An embedding in 16 or 32 bits or in INT8, on the model's device or on the CPU.
+
+    Args:
+        storage: looks rows up; see `quantized.embedding_rows`.
+        dtype: of what comes out.
+        stays: True leaves the storage where it is, whatever the model is moved to.
+        scale: scalar that rows are multiplied by, as Gemma does.
+    """
+
+    def __init__(
+        self,
+        storage: nn.Module,
+        rows: Any,
+        dtype: torch.dtype,
+        stays: bool,
+        scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self._rows = rows
+        self.dtype = dtype
+        self.register_buffer("embed_scale", scale, persistent=False)
+        if stays:
+            self.__dict__["storage"] = storage  # unknown to nn.Module, so that .to() passes it by
+        else:
+            self.storage = storage
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the storage holds it."""
+        weight: Tensor = self.storage.weight  # type: ignore[assignment]
+        return weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[..., d] for ids [...], on the device of `ids`."""
+        held = self.weight.device
+        rows: Tensor = self._rows(self.storage, ids.to(held))
+        rows = rows.to(self.dtype).to(ids.device)
+        scale: Tensor | None = self.embed_scale  # type: ignore[assignment]
+        return rows if scale is None else rows * scale.to(self.dtype)
