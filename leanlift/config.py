@@ -1,5 +1,9 @@
 """LiftConfig: what to train, and how the mask is chosen.
 
+Each setting is declared once, here: its type, default, what it may be, and its help. The check of a
+config, its docstring, the options of the command line and the keys of a YAML file are made of that
+(`leanlift.settings`), so nothing heavy is imported before a mask is chosen.
+
 A config is unpacked at the edge (`get_lift_model`) and never travels further down: the rooms
 below take plain arguments.
 """
@@ -7,27 +11,43 @@ below take plain arguments.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 from leanlift.errors import MaskError, UserError
-from leanlift.selection import (
-    Magnitude,
-    Principal,
-    Random,
-    Scorer,
-    count_by_density,
-    count_by_rank,
+from leanlift.settings import (
+    ALL_LINEAR,
+    AT_LEAST_1,
+    DENSITIES,
+    SHARE,
+    SWITCH,
+    TARGET_PRESETS,
+    TARGETS,
+    WHOLE,
+    about,
+    attributes,
+    check_fields,
+    number,
+    one_of,
+    optional,
+    todays_names,
+    whole,
 )
 
+if TYPE_CHECKING:
+    from leanlift.selection import Scorer
+
+__all__ = ["ALL_LINEAR", "TARGET_PRESETS", "LiftConfig"]
+
 SELECTORS = ("principal", "magnitude", "random", "gradient")
-ALL_LINEAR = "all-linear"
-TARGET_PRESETS = (ALL_LINEAR, "attention", "mlp")
-FORMER_NAMES = {"settled_limit": "retired_limit", "quantize_ends": "quantize_embeddings"}
 LARGEST_LIMIT = 1e6  # times the trained entries: far beyond what any density leaves to retire
-MOST_PATTERNS, LONGEST_PATTERN = 64, 256  # compiled as they are read, from anyone's file
 VALUES_DTYPES = ("float32", "bfloat16")
+
+
+LIMIT = number(
+    f"0 or more and at most {LARGEST_LIMIT:g}", lambda value: 0 <= value <= LARGEST_LIMIT
+)
 
 
 @dataclass(frozen=True)
@@ -35,91 +55,138 @@ class LiftConfig:
     """How many entries of which matrices are trained, and how they are chosen.
 
     Where a default comes from stands with it; "measured" means `benchmarks/quality`, a miniature.
-
-    Attributes:
-        density: share of each target matrix that is trained: k = ⌊density · m · n⌋. 0.05 is about
-            the budget of the paper's 7B runs (r = 128 is 4.75 % of Llama-2-7B). Measured, half of
-            it learns less and twice as much no more.
-        rank_budget: r; if given, k = r · (m + n), the parameter count of a rank-r LoRA, and
-            `density` is not used.
-        approx_rank: R, the rank of the approximation whose largest entries are the principal
-            weights. The paper's 7B runs take 64, half of r; measured, r is ahead of 1 and of 8 r.
-        refresh_interval: optimizer steps between two selections from the current weights; 0:
-            the mask is chosen once. The paper takes 10 to 2000, mostly 400. Measured, refreshes
-            change what is learned by less than the seeds do and keep a little more of the source;
-            the default is 0 because retired entries take memory.
-        refresh_margin: hysteresis; at a refresh the scores of active entries count 1 + margin
-            times, so that an entry leaves only where a newcomer beats it by the margin. 0: the
-            method as published; not measured.
-        retired_limit: entries that may be retired (let go by refreshes, their offsets kept), as a
-            share of the trained ones, in each matrix; None: no bound. At the bound a refresh
-            admits fewer newcomers. 0.5 is our choice: the store then costs at most about a fifth
-            of what the trained entries and their fp32 optimizer state do.
-        selector: "principal" (the method), "magnitude", "random", or "gradient" (largest
-            accumulated gradient over a calibration set). The paper's ablation on Llama-2-7B has
-            principal ahead of magnitude ahead of gradient, which is why it is the default.
-            Measured, principal, magnitude and random learn as much, the latter two at up to three
-            times the learning rate.
-        block: b; above 1, b x b blocks of the principal scores are taken whole (the paper's
-            structured variant takes 4); k is rounded down to a multiple of b². 1, as in the
-            paper's main runs.
-        target_modules: "all-linear" (every Linear inside the blocks; never embeddings, lm_head
-            or norms; the paper's), "attention" or "mlp" (those of them), or endings of module
-            names such as ["q_proj", "v_proj"].
-        density_pattern: densities of their own for some targets, as PEFT's `rank_pattern` has
-            ranks: a regular expression for the end of a module's name -> density, e.g.
-            {"down_proj": 0.1, r"layers\\.0\\..*": 0.02}. The first match counts, and takes
-            precedence over density and rank_budget.
-        values_dtype: of the trained offsets and their gradients: "float32", or "bfloat16" for two
-            bytes less each; that needs an optimizer that rounds stochastically (`SparseAdamW`).
-            fp32 by default because any optimizer can train it.
-        quantize_embeddings: whether the frozen embedding and output head are held in INT8, one
-            scale per row. They are not trained; an export onto the original has them in 16 bits.
-            Off by default: the model is then the one that stock transformers loads.
-        selection_seed: start of the principal selection's iteration, and the random mask.
-        selection_tile_mib: how much of a matrix the selection reads at once, in MiB. Changes
-            memory, never the mask.
     """
 
-    density: float = 0.05
-    rank_budget: int | None = None
-    approx_rank: int = 64
-    refresh_interval: int = 0
-    refresh_margin: float = 0.0
-    retired_limit: float | None = 0.5
-    selector: str = "principal"
-    block: int = 1
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
-    density_pattern: Mapping[str, float] = field(default_factory=dict)
-    values_dtype: str = "float32"
-    quantize_embeddings: bool = False
-    selection_seed: int = 0
-    selection_tile_mib: int = 32
+    density: float = field(
+        default=0.05,
+        metadata=about(
+            SHARE,
+            "share of each matrix that is trained. k = ⌊density · m · n⌋ of its entries; 0.05 is "
+            "about the budget of the paper's 7B runs (r = 128 is 0.0475 of Llama-2-7B). Measured, "
+            "half of it learns less and twice as much no more.",
+        ),
+    )
+    rank_budget: int | None = field(
+        default=None,
+        metadata=about(
+            optional(AT_LEAST_1),
+            "r·(m+n) entries a matrix, as a rank-r LoRA has. Takes the place of density.",
+        ),
+    )
+    approx_rank: int = field(
+        default=64,
+        metadata=about(
+            AT_LEAST_1,
+            "rank of the approximation that ranks entries. Its largest entries are the principal "
+            "weights. The paper's 7B runs take 64, half of r; measured, r is ahead of 1 and of "
+            "8 r.",
+        ),
+    )
+    refresh_interval: int = field(
+        default=0,
+        metadata=about(
+            whole("0 (never) or more", lambda value: value >= 0),
+            "choose anew every so many steps; 0: never. Optimizer steps between two selections "
+            "from the current weights. The paper takes 10 to 2000, mostly 400. Measured, refreshes "
+            "change what is learned by less than the seeds do and keep a little more of the "
+            "source; 0 because retired entries take memory.",
+        ),
+    )
+    refresh_margin: float = field(
+        default=0.0,
+        metadata=about(
+            number("0 or more", lambda value: value >= 0),
+            "how much better a newcomer must be. At a refresh the scores of active entries "
+            "count 1 + margin times, so that an entry leaves only where a newcomer beats it by the "
+            "margin. 0: the method as published; not measured.",
+        ),
+    )
+    retired_limit: float | None = field(
+        default=0.5,
+        metadata=about(
+            optional(LIMIT),
+            "entries let go, per trained one; none: no bound. Entries that refreshes retire keep "
+            "their offsets, in each matrix; at the bound a refresh admits fewer newcomers. 0.5 is "
+            "our choice: the store then costs at most about a fifth of what the trained entries "
+            "and their fp32 optimizer state do.",
+        ),
+    )
+    selector: str = field(
+        default="principal",
+        metadata=about(
+            one_of(*SELECTORS),
+            "principal, magnitude, random or gradient. Principal is the method; gradient takes the "
+            "largest accumulated gradients over a calibration set. The paper's ablation on "
+            "Llama-2-7B has principal ahead of magnitude ahead of gradient. Measured, principal, "
+            "magnitude and random learn as much, the latter two at up to three times the learning "
+            "rate.",
+        ),
+    )
+    block: int = field(
+        default=1,
+        metadata=about(
+            AT_LEAST_1,
+            "b: take b x b blocks whole. Above 1, with selector=principal (the paper's structured "
+            "variant takes 4); k is rounded down to a multiple of b². 1, as in the paper's main "
+            "runs.",
+        ),
+    )
+    target_modules: str | tuple[str, ...] = field(
+        default=ALL_LINEAR,
+        metadata=about(
+            TARGETS,
+            "all-linear, attention, mlp, or names: q_proj v_proj. All-linear is every Linear "
+            "inside the blocks, never embeddings, lm_head or norms, as in the paper; attention and "
+            "mlp are those of them; names are endings of module names.",
+        ),
+    )
+    density_pattern: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata=about(
+            DENSITIES,
+            """own densities: '{"down_proj": 0.1}'. As PEFT's rank_pattern has ranks: a regular """
+            "expression for the end of a module's name, and its density. The first match counts, "
+            "and takes precedence over density and rank_budget.",
+        ),
+    )
+    values_dtype: str = field(
+        default="float32",
+        metadata=about(
+            one_of(*VALUES_DTYPES),
+            "dtype of the trained offsets. And of their gradients: float32, or bfloat16, which "
+            "takes two bytes less each and needs an optimizer that rounds stochastically "
+            "(sparse_adamw). fp32 in Python because any optimizer can train it.",
+        ),
+    )
+    quantize_embeddings: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH,
+            "embedding and output head in INT8. One scale per row; they are not trained, and an "
+            "export onto the original has them in 16 bits. Off because the model is then the one "
+            "that stock transformers loads.",
+        ),
+    )
+    selection_seed: int = field(
+        default=0,
+        metadata=about(
+            WHOLE, "seed of the selection. Start of the principal iteration, and the random mask."
+        ),
+    )
+    selection_tile_mib: int = field(
+        default=32,
+        metadata=about(
+            AT_LEAST_1,
+            "MiB of a matrix that the selection reads at once. Changes memory, never the mask.",
+        ),
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, list):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        self._check_types()
-        for density in (self.density, *self.density_pattern.values()):
-            if not 0 < density <= 1:
-                raise UserError(f"expected a density in (0, 1], got {density}: try 0.05.")
-        longest = max(map(len, self.density_pattern), default=0)
-        if len(self.density_pattern) > MOST_PATTERNS or longest > LONGEST_PATTERN:
-            raise UserError(
-                f"expected at most {MOST_PATTERNS} patterns of at most {LONGEST_PATTERN} "
-                f"characters as density_pattern, got {len(self.density_pattern)}, the longest of "
-                f"{longest}."
-            )
-        for pattern in self.density_pattern:
-            try:
-                re.compile(pattern)
-                re.compile(_whole_name(pattern))  # in which it may not have flags of its own
-            except (re.error, RecursionError, OverflowError) as error:
-                raise UserError(
-                    f"the density_pattern {pattern!r:.200} is no regular expression for the end "
-                    f"of a name: {error}."
-                ) from None
-        if self.block < 1 or (self.block > 1 and self.selector != "principal"):
+        check_fields(self)
+        self._check_patterns()
+        if self.block > 1 and self.selector != "principal":
             raise UserError(
                 f"expected block=1, or more with selector=principal; got block={self.block} with "
                 f"selector={self.selector}."
@@ -129,40 +196,17 @@ class LiftConfig:
                 "selector=gradient needs its calibration set for every selection: use "
                 "refresh_interval=0 with it."
             )
-        if self.values_dtype not in VALUES_DTYPES:
-            raise UserError(
-                f"expected a values_dtype among {VALUES_DTYPES}, got {self.values_dtype!r}."
-            )
-        if self.selection_tile_mib < 1:
-            raise UserError(
-                f"expected a selection_tile_mib of at least 1, got {self.selection_tile_mib}."
-            )
-        if self.rank_budget is not None and self.rank_budget < 1:
-            raise UserError(f"expected a rank_budget of at least 1, got {self.rank_budget}.")
-        if self.approx_rank < 1:
-            raise UserError(f"expected an approx_rank of at least 1, got {self.approx_rank}.")
-        if self.refresh_interval < 0:
-            raise UserError(
-                f"expected a refresh_interval of 0 (never) or more, got {self.refresh_interval}."
-            )
-        if not 0 <= self.refresh_margin < float("inf"):
-            raise UserError(
-                f"expected a refresh_margin of 0 or more, got {self.refresh_margin}: try 0.1."
-            )
-        if self.retired_limit is not None and not 0 <= self.retired_limit <= LARGEST_LIMIT:
-            raise UserError(
-                "expected a retired_limit of 0 or more, or none, and no more than "
-                f"{LARGEST_LIMIT:g}; got {self.retired_limit}: try 0.5."
-            )
-        if self.selector not in SELECTORS:
-            raise UserError(f"expected a selector among {SELECTORS}, got {self.selector!r}.")
 
-    def _check_types(self) -> None:
-        """A config may come from a file that anyone has written."""
-        for name, (kind, is_kind) in _FIELDS.items():
-            value = getattr(self, name)
-            if not is_kind(value):
-                raise UserError(f"expected {name} to be {kind}, got {value!r:.80}.")
+    def _check_patterns(self) -> None:
+        for pattern in self.density_pattern:
+            try:
+                re.compile(pattern)
+                re.compile(_whole_name(pattern))  # in which it may not have flags of its own
+            except (re.error, RecursionError, OverflowError) as error:
+                raise UserError(
+                    f"the density_pattern {pattern!r:.200} is no regular expression for the end "
+                    f"of a name: {error}."
+                ) from None
 
     def scorer(self) -> Scorer:
         """The selection object that `selector` names, for one that needs the weights alone.
@@ -170,6 +214,8 @@ class LiftConfig:
         Raises:
             UserError: selector="gradient", which needs a calibration set.
         """
+        from leanlift.selection import Magnitude, Principal, Random  # imports torch
+
         if self.selector == "principal":
             return Principal(rank=self.approx_rank, block=self.block, seed=self.selection_seed)
         if self.selector == "magnitude":
@@ -183,6 +229,7 @@ class LiftConfig:
 
     @property
     def selection_tile_bytes(self) -> int:
+        """How much of a matrix the selection reads at once."""
         return self.selection_tile_mib * 2**20
 
     def count(self, shape: tuple[int, int], name: str = "a target") -> int:
@@ -191,6 +238,8 @@ class LiftConfig:
         Raises:
             UserError: the budget selects nothing, or more than there is.
         """
+        from leanlift.selection import count_by_density, count_by_rank  # imports torch
+
         own = next(
             (d for p, d in self.density_pattern.items() if re.match(_whole_name(p), name)), None
         )
@@ -236,18 +285,22 @@ class LiftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return asdict(self)
+        return {
+            each.name: dict(value) if isinstance(value, Mapping) else value
+            for each in fields(LiftConfig)
+            for value in [getattr(self, each.name)]
+        }
 
     @classmethod
     def from_dict(cls, data: Any) -> LiftConfig:
-        """Back from `to_dict`.
+        """Back from `to_dict`; keys of earlier releases are taken too.
 
         Raises:
             UserError: a key that this version does not know, or a value that no config can have.
         """
         if not isinstance(data, dict):
             raise UserError(f"expected the keys of a LiftConfig, got {data!r:.80}.")
-        data = {FORMER_NAMES.get(key, key): value for key, value in data.items()}
+        data = todays_names(data, "the config")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
@@ -258,46 +311,9 @@ class LiftConfig:
         return cls(**data)
 
 
+LiftConfig.__doc__ = f"{LiftConfig.__doc__ or ''}\n{attributes(LiftConfig)}"
+
+
 def _whole_name(pattern: str) -> str:
     """A regular expression for whole names that end as `pattern` says, at a dot."""
     return rf"(?:.*\.)?(?:{pattern})$"
-
-
-def _is_int(value: Any) -> bool:
-    """One that torch can take as a seed, a size or a step: 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or isinstance(value, float)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "density": ("a number", _is_number),
-    "rank_budget": ("a whole number or none", lambda v: v is None or _is_int(v)),
-    "approx_rank": ("a whole number", _is_int),
-    "refresh_interval": ("a whole number", _is_int),
-    "refresh_margin": ("a number", _is_number),
-    "retired_limit": ("a number or none", lambda v: v is None or _is_number(v)),
-    "selector": ("a name", _is_text),
-    "block": ("a whole number", _is_int),
-    "target_modules": (
-        "a name or a list of names",
-        lambda v: _is_text(v) or (isinstance(v, tuple) and all(map(_is_text, v))),
-    ),
-    "density_pattern": (
-        "a mapping from patterns to numbers",
-        lambda v: (
-            isinstance(v, Mapping) and all(_is_text(k) and _is_number(d) for k, d in v.items())
-        ),
-    ),
-    "values_dtype": ("a name", _is_text),
-    "quantize_embeddings": ("true or false", lambda v: isinstance(v, bool)),
-    "selection_seed": ("a whole number", _is_int),
-    "selection_tile_mib": ("a whole number", _is_int),
-}
-"""What each field may hold, in words and as a test."""

@@ -9,7 +9,6 @@ command that needs it.
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import logging
 import os
@@ -21,11 +20,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
 
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
+from leanlift.cli.init import add_init
 from leanlift.cli.measure import add_measure
+from leanlift.cli.parsing import Parser, asks_for_help, take_switch
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line, is_disk_full
 from leanlift.io.files import check_new
 
@@ -33,25 +33,26 @@ EXIT_USER_ERROR = 2
 EXIT_OUT_OF_MEMORY = 3
 EXIT_INTERRUPTED = 130
 
+WITH_SETTINGS = ("train", "plan")
+"""Commands that take every setting as an option: parsed by themselves, from what is declared."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    debug = False
     _no_telemetry()
     _quiet_libraries()
     _any_stream_takes_our_words()
     try:
-        if arguments[:1] in (["train"], ["plan"]):
-            _answer_early(arguments[0], arguments[1:])
-        if arguments[:1] in (["train"], ["plan"], ["init"]):
-            with starting():
-                module = importlib.import_module(f"leanlift.cli.{arguments[0]}")
-            command = getattr(module, f"{arguments[0]}_command")
-            return int(command(arguments[1:]))
-        options = build_parser().parse_args(arguments)
-        return int(options.run(options))
+        debug, arguments = take_switch(arguments, "--debug")
+        options, rest = build_parser().parse_known_args(arguments)
+        if rest and options.command not in WITH_SETTINGS:
+            raise UserError(
+                f"{rest[0]} is no option of leanlift {options.command}: see leanlift "
+                f"{options.command} --help."
+            )
+        return int(options.run(rest if options.command in WITH_SETTINGS else options))
     except BrokenPipeError:  # whoever reads has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or its flush at the end complains
         return 0
@@ -66,26 +67,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return said[1]
 
 
-def _answer_early(command: str, arguments: list[str]) -> None:
-    """Say what needs nothing heavy: help, and what is wrong with keys, places and first rows."""
+def _train(arguments: Sequence[str]) -> int:
+    """Say what needs nothing heavy, then train."""
     from leanlift.cli.early import check_early
-    from leanlift.cli.help import PLAN_USAGE, train_help
+    from leanlift.cli.help import train_help
 
-    if command == "plan" and (not arguments or {"--help", "-h"} & set(arguments)):
+    asked, all_of_it = asks_for_help(arguments)
+    text = train_help(all_of_it) if asked else None
+    if text is not None:
+        print(text)
+        raise SystemExit(0)  # as argparse does it
+    if not asked:
+        check_early("train", arguments)
+    with starting():
+        from leanlift.cli.train import train_command
+    return train_command(arguments)
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    """Say what needs nothing heavy, then plan."""
+    from leanlift.cli.early import check_early
+    from leanlift.cli.help import PLAN_USAGE
+
+    if not arguments or any(asks_for_help(arguments)):
         print(PLAN_USAGE)
         raise SystemExit(0)
-    if command == "train" and {"--help", "-h", "--help_all"} & set(arguments):
-        said = train_help("--help_all" in arguments)
-        if said is not None:
-            print(said)
-            raise SystemExit(0)  # as argparse does it
-    if {"--help", "-h", "--help_all"} & set(arguments):
-        return  # as the parser itself has it
-    mask = check_early(command, arguments)
-    if mask:
-        from leanlift.config import LiftConfig
-
-        LiftConfig(**mask)
+    check_early("plan", arguments)
+    with starting():
+        from leanlift.cli.plan import plan_command
+    return plan_command(arguments)
 
 
 def _say(sentence: str) -> None:
@@ -141,24 +151,13 @@ def in_a_sentence(error: Exception) -> tuple[str, int] | None:
     return None
 
 
-class Parser(argparse.ArgumentParser):
-    """Options under their whole names alone: a new one would change what a shortened one means.
-    What is wrong with them is one sentence, like everything else that is."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help.")
-
-
 def path(text: str) -> str:
     """A path or a hub name; `~` is expanded, which a shell does not after `=`."""
     return os.path.expanduser(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command but `plan` and `train`, whose options come from dataclasses."""
+    """The parser of every command; what comes after `plan` and `train` is left over."""
     parser = Parser(
         prog="leanlift",
         description="Fine-tune a 7B language model on one consumer GPU: a frozen 4-bit base, 5 % "
@@ -174,10 +173,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
-    commands.add_parser("init", help="look at rows and card, propose settings", add_help=False)
-    commands.add_parser("plan", help="what a run will need, before it is made", add_help=False)
-    commands.add_parser("train", help="fine-tune a model", add_help=False)
-
+    add_init(commands)
+    for name, text, run in (
+        ("plan", "what a run will need, before it is made", _plan),
+        ("train", "fine-tune a model", _train),
+    ):
+        commands.add_parser(name, help=text, add_help=False).set_defaults(run=run)
     add_measure(commands)
     add_export(commands)
     return parser

@@ -8,16 +8,16 @@ that the later checks have; those look at everything, again and in full.
 from __future__ import annotations
 
 import difflib
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from leanlift.cli.kinds import check_kind
-from leanlift.cli.options import COMMAND, WORDS, Option, flags, near, options, take_option, words_of
+from leanlift.cli.options import WORDS, options, words_of
+from leanlift.cli.parsing import check_values, read_file, read_flags
 from leanlift.cli.places import new_settings_file
-from leanlift.cli.yaml_file import read_settings
 from leanlift.errors import UserError
 from leanlift.format import parse_card
 from leanlift.io.places import (
@@ -26,86 +26,64 @@ from leanlift.io.places import (
     checkpoints_in,
     no_room,
 )
-from leanlift.numbers import FALSE, NUMBERS, TRUE, check_number
 from leanlift.rows.first import check_first_rows
 from leanlift.rows.source import check_place
-
-MASK = ("density", "rank_budget", "approx_rank", "refresh_interval", "refresh_margin", "selector")
-"""Fields of `LiftConfig` that it holds against each other."""
-
-
-CHOICES = {
-    "bnb_4bit_quant_type": ("nf4", "fp4"),
-    "dtype": ("bfloat16", "float16", "float32"),
-    "log_format": ("auto", "rich", "plain", "json"),
-    "merge_onto": ("original", "quantized"),
-    "ops": ("auto", "torch", "triton"),
-    "values_dtype": ("float32", "bfloat16"),
-}
-"""What our own settings may be, where that is a word of a few."""
+from leanlift.run_arguments import RunArguments
+from leanlift.settings import FALSE, TRUE
 
 
-def check_early(command: str, argv: list[str]) -> dict[str, Any]:
+def check_early(command: str, argv: Sequence[str]) -> None:
     """Look at keys, values, places and first rows.
 
     Args:
         command: "train" or "plan".
         argv: its arguments.
 
-    Returns:
-        What is said of the mask, for `LiftConfig` to look at: that imports torch.
-
     Raises:
         UserError: there is something wrong.
     """
     table = options()
     if table is None:
-        return {}
-    if command == "plan":
-        argv = _without_plans_own(argv)
-    card, argv = take_option(argv, "--fit")
-    if card is not None:
-        parse_card(card)
-    given = _read_flags(command, argv, table)
-    if "config" in given:
-        given = _read_file(Path(str(given["config"])).expanduser(), table) | given
-    _check_required(command, given)
-    for name in NUMBERS:
-        value = _number(given.get(name), table.get(name))
-        if value is not None:
-            check_number(name, value)
-    for name, words in CHOICES.items():
-        if given.get(name) is not None and str(given[name]) not in words:
-            listed = " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-            raise UserError(f"expected {name} as {listed}, got {given[name]!r}.")
+        return
+    given, own = read_flags(command, argv, table)
+    if own.fit is not None:
+        parse_card(own.fit)
+    if command == "plan" and own.save is not None:
+        new_settings_file(own.save)
+    if own.config is not None:
+        given = read_file(own.config, table) | given
+    check_values(given, table)
+    check_given(command, given)
     for name in WORDS:
         _check_word(name, given.get(name))
-    base = str(given["model_name_or_path"])
+    args = _run_arguments(given)
     try:
-        _check_base(command, base, given)
+        _check_base(command, args, bool(given.get("trust_remote_code")))
     except UserError as error:
         if command == "plan":
+            base = args.model_name_or_path
             raise UserError(f"the model {base} cannot be planned for: {error}") from None
         raise
     if command == "train":
         _check_places(given)
         _check_rows(given)
-    return _mask(given, table)
 
 
-def _without_plans_own(argv: list[str]) -> list[str]:
-    """The arguments that `plan` shares with `train`; its place for settings is looked at."""
-    _, argv = take_option([each for each in argv if each not in ("--json", "--cpu")], "--plot")
-    place, argv = take_option(argv, "--save")
-    if place is not None:
-        new_settings_file(place)
-    return argv
+def _run_arguments(given: Mapping[str, Any]) -> RunArguments:
+    """The settings of a run, each of its kind; of a plan, without its rows.
+
+    Raises:
+        UserError: one is not.
+    """
+    own = {field.name for field in fields(RunArguments)}
+    found = {"dataset_name": "", **{key: each for key, each in given.items() if key in own}}
+    return RunArguments(**found)
 
 
 def _check_word(name: str, value: Any) -> None:
     """A word of an enumeration, if it is one that is known."""
     known = words_of(name)
-    if value is None or not known or value is False or str(value) in known:
+    if value is None or not known or str(value) in known:
         return
     close = difflib.get_close_matches(str(value), sorted(known), n=1)
     listed = sorted(known) if len(known) < 6 else [*sorted(known)[:4], "…"]
@@ -113,38 +91,44 @@ def _check_word(name: str, value: Any) -> None:
     raise UserError(f"{name} cannot be {str(value)!r}: {meant}")
 
 
-def _check_base(command: str, base: str, given: dict[str, Any]) -> None:
+def _check_base(command: str, args: RunArguments, trusted: bool) -> None:
     """A directory with a model of a kind that is trained, or what may be a hub name; for a plan a
     config.json alone."""
-    path = Path(base).expanduser()
+    base = args.model_name_or_path
+    path = Path(base)
     if command == "plan" and path.is_file() and path.suffix == ".json":
         return
-    directory = base_directory(base, given.get("model_revision"))
+    directory = base_directory(base, args.model_revision)
     if directory is not None:
-        check_kind(directory, base, _true(given, "trust_remote_code"))
+        check_kind(directory, base, trusted)
 
 
-def _check_required(command: str, given: dict[str, Any]) -> None:
-    if _true(given, "load_in_8bit") and _true(given, "load_in_4bit"):
+def check_given(command: str, given: Mapping[str, Any]) -> None:
+    """Refuse what is said together and cannot be meant, and a command without what it needs.
+
+    Raises:
+        UserError: there is something of it.
+    """
+    if given.get("load_in_8bit") and given.get("load_in_4bit"):
         raise UserError("load_in_4bit and load_in_8bit exclude each other: choose one.")
     if given.get("density") is not None and given.get("rank_budget") is not None:
         raise UserError("rank_budget takes the place of density: give one of them.")
-    if "model_name_or_path" not in given:
+    if given.get("model_name_or_path") is None:
         raise UserError(
             f"leanlift {command} needs a base: give --model_name_or_path DIRECTORY_OR_HUB_NAME, or "
             "name a file of settings with --config."
         )
-    evaluates = str(given.get("eval_strategy") or "no") not in ("no", "False")
+    evaluates = given.get("eval_strategy") not in (None, "no")
     if evaluates and command == "train" and not given.get("eval_dataset_name"):
         raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
-    if command == "train" and "dataset_name" not in given:
+    if command == "train" and given.get("dataset_name") is None:
         raise UserError(
             "leanlift train needs rows: give --dataset_name rows.json, or name a file of settings "
             "with --config."
         )
 
 
-def _check_places(given: dict[str, Any]) -> None:
+def _check_places(given: Mapping[str, Any]) -> None:
     output = Path(str(given.get("output_dir") or "leanlift-output")).expanduser()
     if given.get("merged_dir"):
         check_merged_place(str(Path(str(given["merged_dir"])).expanduser()), output)
@@ -177,7 +161,7 @@ def _is_result(entry: Path) -> bool:
     return not entry.name.startswith(".") and not entry.name.endswith(".partial")
 
 
-def _check_rows(given: dict[str, Any]) -> None:
+def _check_rows(given: Mapping[str, Any]) -> None:
     """Whether files of rows are there, and their columns and first rows are of a known shape."""
     text_field = str(given.get("dataset_text_field") or "text")
     for key, name in (("dataset_name", "train"), ("eval_dataset_name", "eval")):
@@ -187,117 +171,3 @@ def _check_rows(given: dict[str, Any]) -> None:
         check_place(source)
         if "dataset_kwargs" not in given and "[" not in part:  # of a part other rows come first
             check_first_rows(source, name, text_field)
-
-
-def _mask(given: dict[str, Any], table: dict[str, Option]) -> dict[str, Any]:
-    numbers = {name: _number(given.get(name), table[name]) for name in MASK if name != "selector"}
-    known = {name: value for name, value in numbers.items() if value is not None}
-    return known | ({"selector": str(given["selector"])} if "selector" in given else {})
-
-
-def _number(value: Any, option: Option | None) -> Any:
-    """A given value as the number it stands for; None where there is none."""
-    if value is None or option is None or not {"int", "float"} & set(option.kinds):
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return None
-    for kind in (int, float):
-        if kind.__name__ in option.kinds:
-            try:
-                return kind(value)
-            except (ValueError, OverflowError):
-                continue
-    return None
-
-
-def _true(given: dict[str, Any], name: str) -> bool:
-    return str(given.get(name, "false")).lower() in TRUE
-
-
-# --- flags and file -------------------------------------------------------------------------
-
-
-def _read_flags(command: str, argv: list[str], table: dict[str, Option]) -> dict[str, Any]:
-    """What flags say, as texts; a switch without a value is True.
-
-    Raises:
-        UserError: a flag that does not exist, lacks its value, or has one that it cannot have.
-    """
-    given: dict[str, Any] = {}
-    known, pending = set(flags()), list(reversed(argv))
-
-    def following() -> bool:
-        return bool(pending) and not pending[-1].startswith("--")
-
-    while pending:
-        token = pending.pop()
-        flag, equals, text = token.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if not token.startswith("--") or flag not in known:
-            raise UserError(_stray(command, token, known))
-        if name in ("help", "help_all", "dry_run"):
-            if equals:
-                raise UserError(f"{flag} takes no value: leave {equals}{text} out.")
-            given[name] = True
-            continue
-        if name not in table and name not in COMMAND:
-            given[name.removeprefix("no_")] = False
-            continue
-        option = table.get(name)
-        if option is not None and option.is_bool and not equals and not following():
-            given[name] = True
-            continue
-        if not equals:
-            if not following():
-                raise UserError(f"{flag} needs a value.")
-            text = pending.pop()
-        if option is not None and option.takes_many:
-            values = [text]
-            while following():
-                values.append(pending.pop())
-            given[name] = values
-            continue
-        if option is not None and option.refuses(text):
-            raise UserError(f"{flag} cannot be {text!r}: expected {_expected(option)}.")
-        given[name] = text.lower() in TRUE if option is not None and option.is_bool else text
-    return given
-
-
-def _stray(command: str, token: str, known: Iterable[str]) -> str:
-    if token.endswith((".yaml", ".yml")):
-        return f"a file of settings is named with --config: leanlift {command} --config {token}."
-    if not token.startswith("-"):
-        return (
-            f"{token} stands alone: leanlift {command} takes a base as --model_name_or_path, rows "
-            "as --dataset_name, a file of settings as --config."
-        )
-    return f"{token} is no option of leanlift {command}{near(token, known)}"
-
-
-def _expected(option: Option) -> str:
-    kind = option.kinds[0]
-    words = {"int": "a whole number", "float": "a number"}
-    return words.get(kind, f"{TRUE[1]} or {FALSE[1]}")
-
-
-def _read_file(path: Path, table: dict[str, Option]) -> dict[str, Any]:
-    """What the file of settings says.
-
-    Raises:
-        UserError: as `read_settings`; a key that does not exist, or a value that it cannot have.
-    """
-    settings = read_settings(path)
-    for key, value in settings.items():
-        option = table.get(key)
-        if option is None:
-            raise UserError(f"{path} has an unknown key {key!r}{near(str(key), table)}")
-        if value is None or not option.kinds or len(option.kinds) != 1:
-            continue
-        scalar = option.kinds[0] in ("bool", "int", "float")
-        nested = isinstance(value, (dict, list)) or isinstance(value, bool) != option.is_bool
-        if scalar and (
-            (nested and not (option.is_bool and isinstance(value, str)))
-            or option.refuses(json.dumps(value) if isinstance(value, bool) else str(value))
-        ):
-            raise UserError(f"{path}: {key} cannot be {value!r}.")
-    return settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from leanlift.cli.options import Option, defaults_of_mask, options
+from leanlift.cli.options import Option, options
 from leanlift.defaults import command_defaults
 from leanlift.format.terminal import WIDTH
 
@@ -14,39 +14,14 @@ NAMES = 33
 MORE = "More: the README, and docs/ beside it."
 
 OWN_WORDS = {
-    "model_name_or_path": "the base: a directory or a hub name",
-    "model_revision": "branch, tag or commit of a base on the hub",
-    "bnb_4bit_use_double_quant": "quantize scales too",
-    "dtype": "of the rest; default bfloat16, on a CPU float32",
-    "attn_implementation": "e.g. sdpa or flash_attention_2",
-    "dataset_name": "a .json, .jsonl or .parquet file, or a hub name",
-    "dataset_split": "of a hub dataset, or train[:100] of a file",
-    "eval_dataset_split": "of a hub dataset",
     "max_length": "rows of more tokens are cut",
     "packing": "several rows in one of max_length tokens",
-    "density": "share of each matrix that is trained",
-    "rank_budget": "r·(m+n) entries a matrix, as a rank-r LoRA has",
-    "approx_rank": "rank of the approximation that ranks entries",
-    "target_modules": "or attention, mlp, q_proj v_proj …",
-    "density_pattern": """own densities: '{"down_proj": 0.1}'""",
-    "selector": "or magnitude, random, gradient",
-    "calibration_rows": "rows that selector=gradient looks at",
-    "block": "b: take b x b blocks whole",
-    "refresh_interval": "choose anew every so many steps; 0: never",
-    "refresh_margin": "by how much a newcomer must be larger",
-    "retired_limit": "entries let go, per trained one; below 0: any",
-    "selection_seed": "of the selection",
     "per_device_train_batch_size": "rows at a time",
     "gradient_accumulation_steps": "so often before a step",
     "gradient_checkpointing": "compute activations again instead of keeping them",
-    "values_dtype": "of the trained offsets",
     "optim": "or sparse_adamw, adamw_torch, adamw_8bit, …",
     "optim_in_backward": "update each matrix at once; max_grad_norm 0",
-    "quantize_embeddings": "embedding and output head in INT8",
-    "embedding_on_cpu": "not where it is tied to the head",
     "activation_offloading": "activations wait in the CPU's memory",
-    "ops": "triton, torch, or auto",
-    "snapshot": "keep torch's memory timeline, on CUDA",
     "use_cpu": "also beside a GPU",
     "num_train_epochs": "passes over the rows",
     "max_steps": "instead of num_train_epochs; -1: that",
@@ -59,17 +34,14 @@ OWN_WORDS = {
     "seed": "of the rows' order",
     "bf16": "bf16 autocast; default: on a GPU",
     "output_dir": "adapter, checkpoints and reports",
-    "merged_dir": "also write the merged fp16 checkpoint there",
-    "merge_onto": "or quantized: exactly what was trained",
     "logging_steps": "a line every so many steps",
-    "log_format": "or rich, plain, json",
     "report_to": "e.g. tensorboard or wandb",
     "save_strategy": "or no, epoch",
     "save_steps": "with save_strategy steps",
     "save_total_limit": "checkpoints that are kept; none: all",
     "resume_from_checkpoint": "true: the last whole one; or a path",
 }
-"""A line for each of the groups' options; --help_all has their own words."""
+"""A line for each of the groups' options of the loop; --help_all has their own words."""
 
 PLAN_USAGE = """usage: leanlift plan --model_name_or_path M [--key value ...] [--fit 8GB]
                      [--save run.yaml] [--cpu] [--json] [--plot FILE]
@@ -139,7 +111,6 @@ def train_help(show_all: bool) -> str | None:
     ]
     lines += [line for name, text in COMMAND.items() for line in _entry(name, text)]
     command = {name: str(value) for name, value in command_defaults({}).items()}
-    mask = defaults_of_mask()
     groups = dict(GROUPS)
     if show_all:
         grouped = {name for names in GROUPS.values() for name in names}
@@ -150,26 +121,21 @@ def train_help(show_all: bool) -> str | None:
         lines += ["", title]
         for name in names:
             if name in table:
-                value = "VALUES" if table[name].takes_many else "VALUE"
-                lines += _entry(
-                    f"--{name} {value}", _words(table[name], command, mask, not show_all)
-                )
+                value = "VALUES" if table[name].kind.many else "VALUE"
+                lines += _entry(f"--{name} {value}", _words(table[name], command, not show_all))
     return "\n".join([*lines, "", MORE])
 
 
-def _words(option: Option, command: dict[str, str], mask: dict[str, str], short: bool) -> str:
+def _words(option: Option, command: dict[str, str], short: bool) -> str:
     """Its help, and what it is where nothing is said."""
-    text = (OWN_WORDS.get(option.name, "") if short else "") or option.help.rstrip(".")
+    text = (OWN_WORDS.get(option.name) or option.brief) if short else ""
+    text = text or option.help.rstrip(".")
     if option.required:
         return f"{text} (required)"
-    default = option.default or ""
-    if option.name in command or default.startswith("LiftConfig."):
-        default = command.get(option.name) or mask.get(option.name, "")
-    if option.name == "target_modules":
-        default = "all-linear"
+    default = command.get(option.name) or option.default or ""
     if "default" in text or default in ("none", "") or len(default) > 30:
         return text
-    return f"{text} ({default.lower() if option.is_bool else default})"
+    return f"{text} ({default.lower() if option.kind.switch else default})"
 
 
 def _entry(name: str, text: str) -> list[str]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 from leanlift.cli.places import new_settings_file
 from leanlift.cli.trying import Trying
@@ -37,9 +37,8 @@ Ask = Callable[[str, str, str | None], str]
 """(question, flag, default) -> answer."""
 
 
-def init_command(argv: Sequence[str]) -> int:
+def _init(given: argparse.Namespace) -> int:
     """Ask, look, propose, write."""
-    given = build_parser().parse_args(list(argv))
     place = new_settings_file(given.output)
     ask = _asker(given.yes)
     if given.purpose is not None:
@@ -88,15 +87,15 @@ def _propose(
     print(f"    leanlift train --config {place}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options of `leanlift init`."""
-    parser = _Parser(
-        prog="leanlift init",
+def add_init(commands: Any) -> None:
+    """The parser of the command."""
+    parser = commands.add_parser(
+        "init",
+        help="look at rows and card, propose settings",
         description="Look at rows and a card, propose settings, and write them as a file for "
         "'leanlift train'. What is not given is asked for.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", type=os.path.expanduser, help="the base: a directory, or a name on the hub")
@@ -106,17 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", default="run.yaml", help="the file to write (default: run.yaml)")
     add("--output_dir", help="of the run (default: runs/MODEL-ROWS)")
     add("--yes", action="store_true", help="ask nothing: take the defaults")
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are those of the rest of the command line."""
-
-    def error(self, message: str) -> NoReturn:
-        wrong = message.removeprefix("unrecognized arguments: ")
-        if wrong != message:
-            message = f"{wrong.split()[0]} is no option of leanlift init"
-        raise UserError(f"{message}: see leanlift init --help.")
+    parser.set_defaults(run=_init)
 
 
 def _asker(yes: bool) -> Ask:

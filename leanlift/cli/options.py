@@ -1,96 +1,121 @@
-"""The options of `leanlift train`, read out of the sources that declare them.
+"""The settings of `leanlift train` and `plan`, each as an option: what it may be, and its help.
 
-They are the fields of `RunArguments` and of `LiftSFTConfig`, which has TRL's and transformers'.
-Importing those takes five seconds; reading them as text takes a tenth of one. So `--help` and a
-mistyped key are answered at once, and nothing is listed twice: names, types, defaults and help
-come from the dataclasses' own files. Where those are not where they are looked for, there is no
-table, and what is wrong is said later, by the parser itself.
+Those of `RunArguments` come from its declaration. Those of the loop are the fields of
+`LiftSFTConfig`, which has TRL's and transformers'. Importing that takes five seconds; reading its
+sources as text takes a tenth of one. So `--help` and a mistyped key are answered at once, and
+nothing is listed twice. Where those sources are not as they are known, there is no table, and what
+is wrong is said later, by the classes themselves (`leanlift.cli.settings`).
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
 import re
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from leanlift.defaults import SPARSE_OPTIMIZERS
-from leanlift.errors import UserError
-from leanlift.numbers import FALSE, TRUE
+from leanlift.run_arguments import RunArguments
+from leanlift.settings import (
+    ANYTHING,
+    NUMBER,
+    NUMBERS,
+    SWITCH,
+    TEXT,
+    WHOLE,
+    WORD,
+    Kind,
+    brief,
+    kind_of,
+    optional,
+)
 
 SOURCES = (
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),
     ("trl", "trainer/sft_config.py", "SFTConfig"),
     ("leanlift", "training/arguments.py", "LiftSFTConfig"),
-    ("leanlift", "training/arguments.py", "RunArguments"),
 )
 """Package, file and class; a later one's fields replace an earlier one's."""
-
-COMMAND = ("config", "fit", "dry_run", "help", "help_all")
-"""Options of the command that are no fields."""
-
-SCALARS = {"bool", "int", "float", "str"}
 
 
 @dataclass(frozen=True)
 class Option:
-    """A field as its source has it.
+    """A setting as the command line has it.
 
     Attributes:
-        kinds: the types that its annotation names, without None: "int", "str", "list[str]", …
-        default: as it is written; None where there is none.
+        kind: what it may be.
+        default: as a person writes it; None where there is none.
         help: one line; "" where it is not a plain text.
-        required: whether it has no default.
-        optional: whether its annotation names None.
+        brief: the beginning of it that stands for itself; "" where somebody else wrote it.
     """
 
     name: str
-    kinds: tuple[str, ...]
+    kind: Kind
     default: str | None
     help: str
-    required: bool
-    optional: bool = False
+    brief: str = ""
 
     @property
-    def is_bool(self) -> bool:
-        return self.kinds == ("bool",)
+    def required(self) -> bool:
+        return self.default is None
 
-    @property
-    def takes_many(self) -> bool:
-        """Whether its flag may take every value up to the next flag."""
-        lists = [kind.startswith("list") for kind in self.kinds]
-        return bool(lists) and (all(lists) or (any(lists) and not self.optional))
 
-    def refuses(self, text: str) -> bool:
-        """Whether a text can be no value of it, for certain: of numbers and switches alone."""
-        if not set(self.kinds) <= {"bool", "int", "float"} or len(self.kinds) != 1:
-            return False
-        kind = self.kinds[0]
-        if kind == "bool":
-            return text.lower() not in (*TRUE, *FALSE)
-        try:
-            float(text) if kind == "float" else int(text)
-        except ValueError:
-            return True
-        return False
+def run_options() -> dict[str, Option]:
+    """Those that `RunArguments` declares."""
+    found = {}
+    for each in fields(RunArguments):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        written = None if default is MISSING else "none" if default in (None, {}) else str(default)
+        text = each.metadata["help"]
+        found[each.name] = Option(each.name, kind_of(each), written, text.rstrip("."), brief(text))
+    return found
+
+
+def kind_of_types(name: str, types: tuple[str, ...], or_none: bool) -> Kind:
+    """What a field of TRL's or transformers' may be, as far as that is known.
+
+    Args:
+        name: of the field.
+        types: that its annotation names, without None: "int", "str", "list[str]", …
+        or_none: whether it names None.
+    """
+    if name in NUMBERS:
+        return NUMBERS[name]
+    if name in WORDS:
+        return optional(WORD) if or_none else WORD
+    plain = {"bool": SWITCH, "int": WHOLE, "float": NUMBER}
+    if set(types) == {"str", "bool"}:
+        types = ("bool",)  # as transformers' own parser has it
+    if len(types) == 1 and types[0] in plain:
+        return optional(plain[types[0]]) if or_none else plain[types[0]]
+    lists = [each.startswith("list") for each in types]
+    if lists and (all(lists) or (any(lists) and not or_none)):
+        return MANY
+    return TEXT if types == ("str",) else ANYTHING
+
+
+def _as_list(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+MANY = Kind("a list", lambda value: isinstance(value, list), _as_list, many=True)
 
 
 @cache
 def options() -> dict[str, Option] | None:
-    """Every field by name; None where the sources are not as they are known."""
+    """Every setting by name; None where the sources are not as they are known."""
     found: dict[str, Option] = {}
     for package, file, name in SOURCES:
-        fields = _fields(package, file, name)
-        if fields is None:
+        declared = _fields(package, file, name)
+        if declared is None:
             return None
-        found |= fields
-    return found
+        found |= declared
+    return found | run_options()
 
 
 WORDS = {
@@ -114,73 +139,6 @@ def words_of(name: str) -> frozenset[str]:
         if isinstance(part, ast.Assign) and isinstance(part.value, ast.Constant)
     }
     return frozenset(found | set(SPARSE_OPTIMIZERS) if found and name == "optim" else found)
-
-
-def defaults_of_mask() -> dict[str, str]:
-    """Defaults that `RunArguments` takes from `LiftConfig`, as they are written there."""
-    fields = _fields("leanlift", "config.py", "LiftConfig") or {}
-    return {name: field.default for name, field in fields.items() if field.default is not None}
-
-
-MEANT = {
-    "batch_size": "per_device_train_batch_size",
-    "data": "dataset_name",
-    "dataset": "dataset_name",
-    "epochs": "num_train_epochs",
-    "lora_r": "rank_budget",
-    "lr": "learning_rate",
-    "model": "model_name_or_path",
-    "output": "output_dir",
-    "r": "rank_budget",
-    "rank": "rank_budget",
-    "save_dir": "output_dir",
-    "steps": "max_steps",
-}
-"""Names that other tools have for the same."""
-
-
-def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of an option that is not a training argument, and the other arguments.
-
-    Raises:
-        UserError: it has no value.
-    """
-    value, rest = None, []
-    pending = iter(argv)
-    for argument in pending:
-        key, equals, given = argument.partition("=")
-        if key == name:
-            value = given if equals else next(pending, "")
-            if not value or (not equals and value.startswith("--")):
-                raise UserError(f"{name} needs a value.")
-        else:
-            rest.append(argument)
-    return value, rest
-
-
-def near(wrong: str, names: Iterable[str]) -> str:
-    """The end of a sentence about a name that does not exist."""
-    wrong, names = wrong.partition("=")[0], list(names)
-    dashes = wrong[: len(wrong) - len(wrong.lstrip("-"))]
-    meant = MEANT.get(wrong.lstrip("-").replace("-", "_").lower())
-    if meant is not None and f"{dashes}{meant}" in names:
-        return f": did you mean {dashes}{meant}?"
-    close = difflib.get_close_matches(wrong, names, n=1, cutoff=0.7)
-    return f": did you mean {close[0]}?" if close else ": see leanlift train --help_all."
-
-
-def flags() -> list[str]:
-    """Every spelling of every option, as a command line may have it."""
-    names: list[str] = []
-    for option in (options() or {}).values():
-        names += _spellings(option.name)
-        if option.is_bool and option.default == "True":
-            names += _spellings(f"no_{option.name}")
-    return [*names, *(f"--{name}" for name in COMMAND), "-h"]
-
-
-def _spellings(name: str) -> list[str]:
-    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _fields(package: str, file: str, name: str) -> dict[str, Option] | None:
@@ -222,9 +180,9 @@ def _option(node: ast.AnnAssign) -> Option | None:
         text = _help(given.get("metadata"))
     elif value is not None:
         default = _written(value)
-    kinds = _kinds(node.annotation)
-    optional = re.search(r"\b(None|Optional)\b", ast.unparse(node.annotation)) is not None
-    return Option(node.target.id, kinds, default, text, default is None, optional)
+    name, types = node.target.id, _types(node.annotation)
+    or_none = re.search(r"\b(None|Optional)\b", ast.unparse(node.annotation)) is not None
+    return Option(name, kind_of_types(name, types, or_none), default, text)
 
 
 def _written(node: ast.expr | None) -> str | None:
@@ -248,14 +206,14 @@ def _help(metadata: ast.expr | None) -> str:
     return ""
 
 
-def _kinds(annotation: ast.expr) -> tuple[str, ...]:
+def _types(annotation: ast.expr) -> tuple[str, ...]:
     """The alternatives of an annotation, None left out."""
     if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
-        return (*_kinds(annotation.left), *_kinds(annotation.right))
+        return (*_types(annotation.left), *_types(annotation.right))
     text = ast.unparse(annotation)
     for form in ("Optional[", "Union["):
         if text.removeprefix("typing.").startswith(form) and isinstance(annotation, ast.Subscript):
             inner = annotation.slice
             parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            return tuple(kind for part in parts for kind in _kinds(part))
+            return tuple(each for part in parts for each in _types(part))
     return () if text == "None" else (text,)

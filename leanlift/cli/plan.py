@@ -10,9 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from leanlift.cli.options import take_option
 from leanlift.cli.places import new_settings_file
-from leanlift.cli.settings import asks_for_cpu, given_settings, parse_train
+from leanlift.cli.settings import read_command
 from leanlift.cli.trying import Trying
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError, first_line
@@ -31,42 +30,35 @@ SMALL = 4 * 2**30
 
 def plan_command(argv: Sequence[str]) -> int:
     """Plan, and print what came out."""
-    rest = [argument for argument in argv if argument not in ("--json", "--cpu")]
-    card, rest = take_option(rest, "--fit")
-    picture, rest = take_option(rest, "--plot")
-    place, rest = take_option(rest, "--save")
-    gib = None if card is None else parse_card(card)
-    if picture is not None:
-        check_picture(picture)
-    if place is not None:
-        new_settings_file(place)
-    given = given_settings(rest)
-    if "dataset_name" not in given:
-        rest += ["--dataset_name", "rows.json"]
-    args, sft = parse_train(rest)
+    asked = read_command("plan", argv)
+    own, args, sft = asked.own, asked.args, asked.sft
+    gib = None if own.fit is None else parse_card(own.fit)
+    if own.plot is not None:
+        check_picture(own.plot)
+    if own.save is not None:
+        new_settings_file(own.save)
     check_settings(sft, args.lift_config())
-    cuda = "--cpu" not in argv and not asks_for_cpu(rest)
-    as_json = "--json" in argv
+    cuda = not (own.cpu or asked.given.get("use_cpu"))
     found, plan = _planned(args, sft, gib, cuda)
     taken = () if found is None else found.taken
     if found is not None:
         args, sft = found.args, found.sft
-    if as_json:
+    if own.json:
         print(json.dumps({**plan.to_dict(), "changed": [_as_json(t) for t in taken]}, indent=2))
     else:
         print(format_plan(plan.to_dict()), flush=True)
-    if gib is not None and not as_json:
+    if gib is not None and not own.json:
         print("\n".join(["", *fitted(taken, plan, gib)]))
-    elif not as_json and plan.needed > SMALL:
+    elif not own.json and plan.needed > SMALL:
         with Trying() as trying:
             useful = useful_changes(args, sft, plan, cuda, say=trying)
         print("\n".join(["", *advice(useful)]) if useful else "")
-    if picture is not None:
+    if own.plot is not None:
         title = f"{short_name(plan.model)}: planned memory of a training step, {size(plan.peak)}"
-        draw({"planned": plan.categories}, picture, title, plan.context)
-        _say(f"Wrote {picture}")
-    if place is not None:
-        _save(place, given, args, sft, plan, found)
+        draw({"planned": plan.categories}, own.plot, title, plan.context)
+        _say(f"Wrote {own.plot}")
+    if own.save is not None:
+        _save(own.save, asked.given, args, sft, plan, found)
     return 0
 
 

@@ -8,205 +8,151 @@ for, as a flag's is, and no name is guessed: an unknown one is refused with the 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser
 
-from leanlift.cli.help import GROUPS
-from leanlift.cli.options import near, take_option
-from leanlift.cli.yaml_file import read_settings
+from leanlift.cli.early import check_given
+from leanlift.cli.options import MANY, Option, kind_of_types, run_options
+from leanlift.cli.parsing import (
+    Parser,
+    add_own,
+    add_settings,
+    check_values,
+    read_file,
+    read_flags,
+)
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError, first_line
+from leanlift.settings import Kind, one_of, optional
 from leanlift.training import LiftSFTConfig, RunArguments
 
-HELP = ("--help", "-h", "--help_all")
+logger = logging.getLogger("leanlift")
+
+ROWS_OF_A_PLAN = "rows.json"
+"""What a plan takes for the rows where none are named: it reads none."""
 
 
-def asks_for_cpu(argv: list[str]) -> bool:
-    """Whether the file or the flags say that the run is one on the CPU."""
-    return bool(_given(argv)[0].get("use_cpu"))
+@dataclass(frozen=True)
+class Asked:
+    """What a command line asks for.
+
+    Attributes:
+        args, sft: the settings, with the command's defaults.
+        given: those that the file and the flags name, and what they say; flags override the file.
+        own: the options of the command that are no settings.
+    """
+
+    args: RunArguments
+    sft: LiftSFTConfig
+    given: dict[str, Any]
+    own: argparse.Namespace
 
 
-def given_settings(argv: list[str]) -> dict[str, Any]:
-    """What the file and the flags say, by key; flags override the file.
+def parse_train(argv: Sequence[str]) -> tuple[RunArguments, LiftSFTConfig]:
+    """As `read_command`: the settings alone, of `leanlift train`."""
+    asked = read_command("train", argv)
+    return asked.args, asked.sft
+
+
+def read_command(command: str, argv: Sequence[str]) -> Asked:
+    """Settings from a YAML file and flags.
+
+    Args:
+        command: "train" or "plan".
+        argv: its arguments.
 
     Raises:
-        UserError: as `parse_train`.
+        UserError: unknown keys, wrong values, or settings that exclude each other.
     """
-    return dict(_given(argv)[0])
-
-
-def parse_train(argv: list[str]) -> tuple[RunArguments, LiftSFTConfig]:
-    """Arguments from a YAML file and flags.
-
-    Raises:
-        UserError: unknown keys, wrong types, or settings that exclude each other.
-    """
-    parser = build_train_parser(show_all="--help_all" in argv)
-    if set(HELP) & set(argv):
-        parser.print_help()
+    table = table_of_classes()
+    said: list[str] = []
+    flags, own = read_flags(command, argv, table, said.append)
+    if own.help or own.help_all:
+        build_parser(command).print_help()
         raise SystemExit(0)
-    given, settings, argv = _given(argv)
-    _check_given(given)
-    settings = command_defaults(given) | settings
-    for action in parser._actions:
-        if action.dest in settings:
-            action.required = False
-    parser.set_defaults(**settings)
+    given = {} if own.config is None else read_file(own.config, table, said.append)
+    given |= flags
+    check_values(given, table)
+    check_given(command, given)
+    for line in said:
+        logger.warning("%s", line)
+    values = command_defaults(given) | given
+    if command == "plan":
+        values.setdefault("dataset_name", ROWS_OF_A_PLAN)
+    run = {field.name for field in fields(RunArguments)}
     try:
-        args, sft, *_ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        args = RunArguments(**{key: value for key, value in values.items() if key in run})
+        sft = LiftSFTConfig(**{key: value for key, value in values.items() if key not in run})
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"these settings do not work: {first_line(error)}") from error
     except ImportError as error:
         raise UserError(
             f"a setting needs a package that is missing: {first_line(error)}"
         ) from error
-    return args, sft
+    return Asked(args, sft, given, own)
 
 
-def build_train_parser(show_all: bool = False) -> HfArgumentParser:
-    """The parser of `leanlift train`."""
-    parser = _Parser(
-        (RunArguments, LiftSFTConfig),
-        prog="leanlift train",
-        usage="leanlift train --config run.yaml [--key value ...]",
-        description="Fine-tune the principal weights of a model. Every key may stand in the YAML "
-        "file or be given as a flag; flags override the file.",
-        epilog="Every other field of TRL's SFTConfig works too; --help_all lists them.",
+def build_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of `leanlift train` or `plan`, with the libraries' own help."""
+    parser = Parser(
+        prog=f"leanlift {command}",
+        usage=f"leanlift {command} --config run.yaml [--key value ...]",
+        description="Every key may stand in the YAML file or be given as a flag; flags override "
+        "the file.",
         formatter_class=_OneName,
         add_help=False,
-        allow_abbrev=False,
     )
-    for action in parser._actions:  # a switch without a value is on, also where it may be none
-        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
-            action.nargs, action.const = "?", True
-    parser.add_argument("--fit", help="choose settings for a card of this size, e.g. 8GB")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="look at everything, plan, and train nothing"
-    )
-    parser.add_argument("--config", help="a YAML file with any of these keys")
-    parser.add_argument(
-        "--help", "-h", action="store_true", help="show the options that matter most"
-    )
-    parser.add_argument("--help_all", action="store_true", help="show every option there is")
-    if not show_all:
-        own = {field.name for field in dataclasses.fields(RunArguments)}
-        grouped = {name for names in GROUPS.values() for name in names}
-        shown = {*own, *grouped, "fit", "dry_run", "config", "help", "help_all"}
-        for action in parser._actions:
-            negative = action.option_strings and action.option_strings[0].startswith("--no")
-            if action.dest not in shown or negative:
-                action.help = argparse.SUPPRESS
+    add_settings(parser, table_of_classes().values())
+    add_own(parser, command)
     return parser
 
 
-class _Parser(HfArgumentParser):
-    """A parser whose complaints are those of the rest of the command line."""
+def table_of_classes() -> dict[str, Option]:
+    """Every setting by name, as the classes have it: their annotations as transformers reads them.
+    `leanlift.cli.options.options` has the same of their sources."""
+    hints = get_type_hints(LiftSFTConfig)
+    found: dict[str, Option] = {}
+    for action in HfArgumentParser((LiftSFTConfig,), add_help=False)._actions:
+        if action.dest in found:  # the --no_ of a switch
+            continue
+        default = None if action.required else str(action.default)
+        kind = _kind(action, hints[action.dest])
+        found[action.dest] = Option(action.dest, kind, default, action.help or "")
+    return found | run_options()
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see leanlift train --help.")
+
+def _kind(action: argparse.Action, hint: Any) -> Kind:
+    convert: Any = action.type
+    name = getattr(convert, "__name__", "").replace("string_to_bool", "bool")
+    or_none = type(None) in get_args(hint)
+    if action.choices is not None:
+        words = one_of(*map(str, action.choices))
+        return optional(words) if or_none else words
+    if action.nargs == "+":
+        return Kind(MANY.what, MANY.holds, partial(_converted, convert), many=True)
+    types = (name,) if name != "str" or set(get_args(hint)) <= {str, type(None)} else ()
+    return kind_of_types(action.dest, types, or_none)
+
+
+def _converted(convert: Callable[[Any], Any], given: Any) -> list[Any]:
+    return [convert(each) for each in MANY.take(given)]
 
 
 class _OneName(argparse.HelpFormatter):
-    """One name per option: the dashed spelling and a list of twelve schedulers help nobody."""
+    """One name per option: the dashed spelling helps nobody."""
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
+    def __init__(self, prog: str, **more: Any) -> None:
+        super().__init__(prog, **{**more, "max_help_position": 34, "width": 100})
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         name = action.option_strings[0]
         return (
             name if action.nargs == 0 else f"{name} {'VALUES' if action.nargs == '+' else 'VALUE'}"
         )
-
-
-def _given(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """What the file and the flags say, what the file says, and the arguments without it."""
-    path, argv = take_option(argv, "--config")
-    settings = _read_config(Path(path).expanduser()) if path else {}
-    return settings | _flags(argv), settings, argv
-
-
-def _flags(argv: list[str]) -> dict[str, Any]:
-    """What the flags alone say.
-
-    Raises:
-        UserError: a flag that does not exist, or a value that it cannot have.
-    """
-    silent = build_train_parser(show_all=True)
-    for action in silent._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    silent._defaults.clear()
-    found, unknown = silent.parse_known_args(argv)
-    if unknown:
-        names = [name for action in silent._actions for name in action.option_strings]
-        raise UserError(f"{unknown[0]} is no option of leanlift train{near(unknown[0], names)}")
-    return vars(found)
-
-
-def _check_given(given: dict[str, Any]) -> None:
-    """Refuse what cannot be meant together."""
-    if given.get("load_in_4bit") and given.get("load_in_8bit"):
-        raise UserError("load_in_4bit and load_in_8bit exclude each other: choose one.")
-
-
-# --- the YAML file --------------------------------------------------------------------------
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A YAML mapping of known keys, values as argparse would have them."""
-    settings = read_settings(path)
-    actions = {
-        action.dest: action
-        for action in reversed(build_train_parser()._actions)  # a --no_x comes after its --x
-        if action.dest not in ("help", "help_all", "config", "fit", "dry_run")
-    }
-    kinds = {**get_type_hints(RunArguments), **get_type_hints(LiftSFTConfig)}
-    for key, value in settings.items():
-        if key not in actions:
-            raise UserError(f"{path} has an unknown key {key!r}{near(str(key), actions)}")
-        settings[key] = _as_option(path, actions[key], kinds.get(key, str), value)
-    return settings
-
-
-def _as_option(path: Path, action: argparse.Action, kind: Any, value: Any) -> Any:
-    """A value of the file as the flag of the same name would have it."""
-    if value is None or (isinstance(value, dict) and _takes(kind, dict)):
-        return value
-    if action.dest == "density_pattern" and isinstance(value, dict):
-        return value
-    if action.nargs == "+" or (isinstance(value, list) and _takes(kind, list)):
-        items = value if isinstance(value, list) else [value]
-        return [_scalar(path, action, item) for item in items]
-    return _scalar(path, action, value)
-
-
-def _takes(kind: Any, other: type) -> bool:
-    """Whether a field's type has room for a dict or a list."""
-    return (
-        get_origin(kind) is other or kind is other or any(_takes(k, other) for k in get_args(kind))
-    )
-
-
-def _scalar(path: Path, action: argparse.Action, value: Any) -> Any:
-    """One value through the field's own conversion: 2e-4 is a string in YAML 1.1."""
-    convert: Any = action.type or str
-    boolean = getattr(convert, "__name__", "") == "string_to_bool"
-    if value is False and action.dest.endswith("_strategy"):
-        value = "no"  # which YAML takes for false
-    quoted = boolean and isinstance(value, str)
-    try:
-        if isinstance(value, (dict, list)) or (
-            isinstance(value, bool) != boolean and not quoted and convert is not str
-        ):
-            raise ValueError
-        converted = value if isinstance(value, bool) else convert(str(value))
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        raise UserError(f"{path}: {action.dest} cannot be {value!r}.") from None
-    if action.choices is not None and converted not in action.choices:
-        raise UserError(f"{path}: {action.dest} is one of {list(action.choices)}, not {value!r}.")
-    return converted

@@ -12,8 +12,8 @@ from functools import partial
 
 import torch
 
-from leanlift.cli.options import take_option
-from leanlift.cli.settings import build_train_parser, parse_train
+from leanlift.cli.parsing import take_switch, without
+from leanlift.cli.settings import parse_train, read_command
 from leanlift.cli.trying import Trying
 from leanlift.errors import MaskError, first_line
 from leanlift.plan import MemoryPlan
@@ -26,29 +26,28 @@ from leanlift.training.out_of_memory import card_nbytes
 from leanlift.training.screens import Screen, screen_of
 from leanlift.training.screens.words import shell
 
-__all__ = ["build_train_parser", "parse_train", "resuming", "train_command"]
+__all__ = ["parse_train", "resuming", "train_command"]
 
 logger = logging.getLogger("leanlift")
 
 
 def train_command(argv: Sequence[str]) -> int:
     """Parse and run; the run shows itself."""
-    command = resuming(argv)
-    dry = "--dry_run" in argv
-    card, argv = take_option([a for a in argv if a != "--dry_run"], "--fit")
-    args, sft = parse_train(argv)
+    asked = read_command("train", argv)
+    args, sft = asked.args, asked.sft
     cuda = torch.cuda.is_available() and not sft.use_cpu
     screen = screen_of(args.log_format)
-    if card is not None:
+    if asked.own.fit is not None:
         check_settings(sft, args.lift_config())
         with Trying() as trying:
-            found = fit(args, sft, parse_card(card), cuda, trying)
+            found = fit(args, sft, parse_card(asked.own.fit), cuda, trying)
         args, sft = found.args, found.sft
     plan = partial(_plan, args, sft, cuda)
-    if dry:
-        _look(args, sft, plan, screen, argv, card)
+    if asked.own.dry_run:
+        command = shell("leanlift", "train", *take_switch(argv, "--dry_run")[1])
+        _look(args, sft, plan, screen, command)
     else:
-        run(args, sft, plan=plan, screen=screen, command=command)
+        run(args, sft, plan=plan, screen=screen, command=resuming(argv))
     return 0
 
 
@@ -57,14 +56,11 @@ def _look(
     sft: LiftSFTConfig,
     plan: Callable[[Batches], MemoryPlan | None],
     screen: Screen,
-    argv: Sequence[str],
-    card: str | None,
+    command: str,
 ) -> None:
     """A dry run, and the command of the real one."""
     room = None if sft.use_cpu else card_nbytes(torch.cuda.is_available())
     lines = dry_run(args, sft, plan, screen, room)
-    fitted = ["--fit", card] if card is not None else []
-    command = shell("leanlift", "train", *argv, *fitted)
     if args.log_format == "json":
         print(json.dumps({"event": "ready", "lines": lines, "command": command}))
     else:
@@ -74,15 +70,7 @@ def _look(
 def resuming(argv: Sequence[str]) -> str:
     """The command that goes on with a run that was started with these arguments."""
     key = "resume_from_checkpoint"
-    names = (f"--{key}", f"--{key.replace('_', '-')}")
-    kept: list[str] = []
-    pending = iter(argv)
-    for argument in pending:
-        if argument in names:
-            next(pending, None)
-        elif not argument.startswith(tuple(f"{name}=" for name in names)):
-            kept.append(argument)
-    return shell("leanlift", "train", *kept, f"--{key}", "true")
+    return shell("leanlift", "train", *without(argv, key), f"--{key}", "true")
 
 
 def _plan(

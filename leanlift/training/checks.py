@@ -8,7 +8,6 @@ library's words, or not at all.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,10 +20,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 from leanlift.config import LiftConfig
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError, first_line
-from leanlift.numbers import NUMBERS, WHOLE, check_number
 from leanlift.optim import check_remappable
+from leanlift.settings import NUMBERS
 
-__all__ = ["NUMBERS", "SPARSE_OPTIMIZERS", "WHOLE", "check_numbers", "check_settings"]
+__all__ = ["NUMBERS", "SPARSE_OPTIMIZERS", "check_numbers", "check_settings"]
 
 LEFT_OUT = object()
 """A setting that this version of the library, or this kind of config, has not."""
@@ -36,12 +35,10 @@ def check_numbers(sft: Any) -> None:
     Raises:
         UserError: one that is no number, not finite, or out of range.
     """
-    fields = dataclasses.fields(sft)
-    optional = {"max_length", "pad_to_multiple_of", *(f.name for f in fields if f.default is None)}
-    for name in NUMBERS:
+    for name, kind in NUMBERS.items():
         value: Any = getattr(sft, name, LEFT_OUT)
-        if value is not LEFT_OUT and not (value is None and name in optional):
-            check_number(name, value)
+        if value is not LEFT_OUT:
+            kind.check(name, value)
 
 
 def check_settings(sft: Any, config: LiftConfig, by_name: bool = True) -> None:

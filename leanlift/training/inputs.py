@@ -15,7 +15,7 @@ from leanlift.data.tokenizer import (
     vocabulary_rows,
 )
 from leanlift.io.places import check_merged_place, no_room
-from leanlift.numbers import FALSE, TRUE
+from leanlift.settings import FALSE, TRUE
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing.directory import (
     checkpoint_to_resume,

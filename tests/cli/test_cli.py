@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import leanlift
 from leanlift.cli import build_parser, main
-from leanlift.cli.train import build_train_parser, parse_train
+from leanlift.cli.settings import build_parser as settings_parser
+from leanlift.cli.settings import parse_train
 from leanlift.training import RunArguments
 
 OWN_OPTIONS = {
@@ -192,7 +193,7 @@ def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str])
     assert "--ddp_backend" not in texts["--help"]
     assert "--ddp_backend" in texts["--help_all"]
     assert len(texts["--help"].splitlines()) < 130
-    assert all(action.help for action in build_train_parser(show_all=True)._actions)
+    assert all(action.help for action in settings_parser("train")._actions)
 
 
 def test_version_and_help_start_without_heavy_imports() -> None:
@@ -213,15 +214,15 @@ def test_config_mistakes(config: Path, tmp_path: Path, capsys: pytest.CaptureFix
         return complaint(capsys, "train", "--config", str(path))
 
     assert "unknown key 'learning_rat': did you mean learning_rate?" in changed("learning_rat: 1\n")
-    assert "density in (0, 1]" in changed("density: 2\n")
+    assert "density as a number in (0, 1]" in changed("density: 2\n")
     assert "seed cannot be 'many'" in changed("seed: many\n")
     assert "not valid YAML" in changed("a: [\n")
     assert "does not exist" in complaint(capsys, "train", "--config", str(tmp_path / "none.yaml"))
     assert "nf4 or fp4" in changed("bnb_4bit_quant_type: int3\n")
-    assert "density_pattern as a mapping" in changed("density_pattern: dense\n")
+    assert "expected a mapping such as" in changed("density_pattern: dense\n")
     assert "refresh_interval=0 with it" in changed("selector: gradient\n")
     assert "merge_onto" in changed("merge_onto: sideways\n")
-    assert "auto, rich, plain, json, got 'loud'" in changed("log_format: loud\n")
+    assert "auto, rich, plain, json; got 'loud'" in changed("log_format: loud\n")
     assert "already exists" in changed(f"merged_dir: {tmp_path}\n")
     assert "these settings do not work" in changed("padding_free: true\n")
     assert "--no_such_flag" in complaint(

@@ -93,7 +93,7 @@ def test_what_could_not_be_merged_is_found(
 
 WRONG: dict[str, tuple[list[str], str]] = {
     "a key": (["--learning_rat", "1"], "did you mean --learning_rate?"),
-    "a number": (["--density", "3"], "expected a density in (0, 1]"),
+    "a number": (["--density", "3"], "expected density as a number in (0, 1]"),
     "a column": (["--dataset_name", "other.jsonl"], "has the columns ['question']"),
     "a full place": (["--output_dir", "full"], "is not empty"),
     "a merge that is there": (["--merged_dir", "full"], "already exists"),

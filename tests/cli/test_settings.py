@@ -16,8 +16,8 @@ from transformers.integrations import integration_utils
 
 from leanlift import LiftConfig, UserError
 from leanlift.cli import in_a_sentence, main
-from leanlift.cli.settings import asks_for_cpu, parse_train
-from leanlift.numbers import NUMBERS, WHOLE
+from leanlift.cli.settings import parse_train, read_command
+from leanlift.settings import NUMBERS
 from leanlift.training import LiftSFTConfig, RunArguments
 from leanlift.training.checks import check_settings
 
@@ -55,7 +55,6 @@ BASIC_LOOP = {"output_dir": "out", "use_cpu": True}
 def test_every_number_of_the_table_is_a_field_that_may_have_its_default() -> None:
     fields = {field.name for field in dataclasses.fields(LiftSFTConfig)}
     assert set(NUMBERS) <= fields
-    assert all(any(name.endswith(end) for name in NUMBERS) for end in WHOLE)
     LiftSFTConfig(**BASIC_LOOP)
 
 
@@ -120,13 +119,13 @@ def test_values_of_the_file_are_what_flags_would_give(tmp_path: Path) -> None:
             "--config",
             written(
                 tmp_path / "run.yaml", learning_rate="2e-4", target_modules="q_proj",
-                max_length=None, density=1, report_to=["none"], load_in_4bit=False,
+                max_length=None, block=1, report_to=["none"], load_in_4bit=False,
                 lr_scheduler_kwargs={"num_cycles": 2}, rank_budget="8",
             ),
         ]
     )  # fmt: skip
-    assert (sft.learning_rate, args.target_modules, sft.max_length) == (2e-4, ["q_proj"], None)
-    assert (args.density, args.rank_budget, args.load_in_4bit) == (1.0, 8, False)
+    assert (sft.learning_rate, args.target_modules, sft.max_length) == (2e-4, ("q_proj",), None)
+    assert (args.block, args.rank_budget, args.load_in_4bit) == (1, 8, False)
     assert sft.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
@@ -138,13 +137,39 @@ def test_a_file_of_arguments_beside_the_program_is_not_read(
     assert parse_train(["--config", written(tmp_path / "a.yaml")])[1].seed == 42
 
 
-def test_use_cpu_says_what_it_says(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.yaml", use_cpu=False)
-    assert not asks_for_cpu(["--config", path])
-    assert asks_for_cpu(["--config", path, "--use_cpu", "true"])
-    assert asks_for_cpu(["--use_cpu"])
-    sft = parse_train(["--config", path, "--use_cpu", "true", "--bf16", "true"])[1]
-    assert (sft.use_cpu, sft.bf16) == (True, True)
+ON_A_GPU: dict[str, tuple[list[str], dict[str, Any], bool]] = {
+    "nothing": ([], {}, False),
+    "false": (["--use_cpu", "false"], {}, False),
+    "=no": (["--use_cpu=no"], {}, False),
+    "dashed": (["--use-cpu", "0"], {}, False),
+    "file": ([], {"use_cpu": False}, False),
+    "text": ([], {"use_cpu": "false"}, False),
+    "flag over file": (["--use_cpu", "false"], {"use_cpu": True}, False),
+    "alone": (["--use_cpu"], {}, True),
+    "true over file": (["--use_cpu=true"], {"use_cpu": False}, True),
+    "last": (["--use_cpu", "false", "--use_cpu", "true"], {}, True),
+}
+
+
+@pytest.mark.parametrize("case", ON_A_GPU)
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_use_cpu_says_what_it_says_beside_a_gpu(
+    command: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And bf16 stays as it is unless the run is on the CPU."""
+    flags, settings, wanted = ON_A_GPU[case]
+    monkeypatch.setattr("trl.SFTConfig.__post_init__", lambda self: None)  # looks for the device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    argv = ["--config", written(tmp_path / "a.yaml", **settings), *flags]
+    asked = read_command(command, argv)
+    assert (asked.sft.use_cpu, asked.sft.bf16) == (wanted, False if wanted else None)
+    assert bool(asked.given.get("use_cpu")) == wanted
+    assert read_command(command, [*argv, "--bf16", "true"]).sft.bf16 is True
+
+
+def test_use_cpu_in_python_is_no_text() -> None:
+    with pytest.raises(UserError, match="expected use_cpu as true or false; got 'false'"):
+        LiftSFTConfig(output_dir="x", use_cpu="false")  # type: ignore[arg-type]
     assert LiftSFTConfig(output_dir="x", use_cpu=True).bf16 is False
 
 

@@ -21,7 +21,8 @@ from tiny import make_checkpoint
 
 from leanlift.cli import main
 from leanlift.cli.help import GROUPS, train_help
-from leanlift.cli.options import flags, options
+from leanlift.cli.options import MANY, options
+from leanlift.settings import ANYTHING, TEXT, WORD
 
 SECONDS = 2.0
 CODE = """
@@ -213,32 +214,28 @@ def test_help_has_what_a_run_takes_and_says_what_it_takes_by_itself() -> None:
 
 
 def test_options_read_from_sources_are_those_of_the_classes() -> None:
-    """Names, kinds of values and what is required, as the parser has them."""
+    """Names, kinds of values and what is required: what is refused early would be refused late."""
     import dataclasses
 
-    from leanlift.cli.settings import build_train_parser
+    from leanlift.cli.settings import table_of_classes
     from leanlift.training import LiftSFTConfig, RunArguments
 
-    table = options()
-    assert table is not None
+    early, late = options(), table_of_classes()
+    assert early is not None
     fields = {
         field.name
         for kind in (LiftSFTConfig, RunArguments)
         for field in dataclasses.fields(kind)
         if field.init
     }
-    assert set(table) == fields
-    parser = build_train_parser(show_all=True)
-    assert {name for action in parser._actions for name in action.option_strings} == set(flags())
-    for action in reversed(parser._actions):
-        option = table.get(action.dest)
-        if option is None or action.option_strings[0].startswith("--no"):
-            continue
-        assert action.required == option.required, action.dest
-        assert action.nargs != "+" or option.takes_many, action.dest
-        kind = getattr(action.type, "__name__", "").replace("string_to_bool", "bool")
-        if option.kinds in (("bool",), ("int",), ("float",)):
-            assert kind == option.kinds[0], action.dest
+    assert set(early) == set(late) == fields
+    for name, option in early.items():
+        other = late[name]
+        assert option.required == other.required, name
+        assert option.kind.switch == other.kind.switch, name
+        assert not other.kind.many or option.kind.many or option.kind is ANYTHING, name
+        known = option.kind not in (ANYTHING, TEXT, WORD, MANY)
+        assert not known or option.kind.what == other.kind.what, name
 
 
 Given = Callable[[], list[str]]
@@ -250,7 +247,7 @@ Given = Callable[[], list[str]]
         [],
         ["--seed=3", "--no_load_in_4bit", "--packing"],
         ["--target_modules", "q_proj", "v_proj", "--save_steps", "0.5"],
-        ["--max_steps", "-1", "--use_cpu", "yes", "--retired-limit", "-1"],
+        ["--max_steps", "-1", "--use_cpu", "yes", "--retired-limit", "none"],
         ["--dataset_split", "train[:2]", "--report_to", "none", "--eval_dataset_name", "rows.json"],
         ["--lr_scheduler_kwargs", '{"a": 1}', "--density_pattern", '{"down_proj": 0.1}'],
         ["--warmup_steps", "1e-1", "--learning_rate", "2e-4", "--bf16", "false"],

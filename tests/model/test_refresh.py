@@ -281,14 +281,14 @@ def test_a_full_store_is_said_once(
 
 def test_settings_out_of_range_are_refused() -> None:
     for changes, message in (
-        ({"refresh_margin": -0.1}, "refresh_margin of 0 or more, got -0.1"),
-        ({"refresh_margin": float("nan")}, "refresh_margin of 0 or more"),
-        ({"retired_limit": -1.0}, "retired_limit of 0 or more, or none"),
-        ({"retired_limit": float("inf")}, "retired_limit of 0 or more, or none"),
+        ({"refresh_margin": -0.1}, "refresh_margin as a number, 0 or more; got -0.1"),
+        ({"refresh_margin": float("nan")}, "refresh_margin as a number, 0 or more"),
+        ({"retired_limit": -1.0}, "retired_limit as a number, 0 or more .*or none"),
+        ({"retired_limit": float("inf")}, "retired_limit as a number, 0 or more .*or none"),
     ):
         with pytest.raises(UserError, match=message):
             LiftConfig(**changes)  # type: ignore[arg-type]
     args = {"model_name_or_path": "x", "dataset_name": "y"}
     assert RunArguments(**args).lift_config().retired_limit == 0.5
-    assert RunArguments(**args, retired_limit=-1).lift_config().retired_limit is None
+    assert RunArguments(**args, retired_limit=None).lift_config().retired_limit is None
     assert RunArguments(**args, refresh_margin=0.2).lift_config().refresh_margin == 0.2

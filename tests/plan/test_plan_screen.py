@@ -15,7 +15,7 @@ from snapshots import assert_screen
 
 from leanlift import UserError
 from leanlift.cli import main
-from leanlift.cli.settings import given_settings, parse_train
+from leanlift.cli.settings import parse_train, read_command
 from leanlift.defaults import command_defaults
 from leanlift.measure import picture
 from leanlift.measure.picture import check_picture, draw
@@ -122,7 +122,7 @@ def test_what_is_said_decides_what_is_not(given: dict[str, Any], expected: dict[
 
 def test_the_first_recipe_is_for_anyone_and_fits_12_gb(models: Path) -> None:
     path = EXAMPLES / "qwen2.5_7b.yaml"
-    given = given_settings(["--config", str(path)])
+    given = read_command("plan", ["--config", str(path)]).given
     assert given["model_name_or_path"] == "Qwen/Qwen2.5-7B"  # open to all
     plan = of(models / "Qwen2.5-7B", "--config", str(path))
     assert plan.fits(12)

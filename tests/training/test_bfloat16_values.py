@@ -91,7 +91,7 @@ def test_bf16_values_need_an_optimizer_that_rounds_stochastically(
 ) -> None:
     with pytest.raises(UserError, match="adamw_torch rounds small updates of bfloat16 values away"):
         sparse_trainer(base, tmp_path, BF16, optim="adamw_torch").train()
-    with pytest.raises(UserError, match="values_dtype among"):
+    with pytest.raises(UserError, match="values_dtype as float32 or bfloat16"):
         LiftConfig(values_dtype="float16")
 
 

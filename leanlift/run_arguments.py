@@ -1,0 +1,155 @@
+"""What a run is told beside the training loop: base, rows, what is trained, where to merge.
+
+Declared once, as in `leanlift.config`, whose settings it has as they are; names as the ecosystem
+has them. Nothing heavy is imported, so that the command line can look at all of it at once. The
+loop itself is `leanlift.training.LiftSFTConfig`.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+
+from leanlift.config import LiftConfig
+from leanlift.settings import AT_LEAST_1, SWITCH, TEXT, about, kind_of, one_of, optional
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class BaseAndRows:
+    """What is trained on what; the beginning of `RunArguments`."""
+
+    model_name_or_path: str = field(
+        metadata=about(
+            TEXT,
+            "the base: a directory or a hub name. A checkpoint in 16 bits, or quantized by "
+            "bitsandbytes.",
+        )
+    )
+    dataset_name: str = field(
+        metadata=about(
+            TEXT,
+            "a .json, .jsonl or .parquet file, or a hub name. Training rows, with the columns "
+            "messages | prompt, completion | instruction, input, output | text.",
+        )
+    )
+    dataset_split: str = field(
+        default="train", metadata=about(TEXT, "split of a hub dataset, or train[:100] of a file.")
+    )
+    eval_dataset_name: str | None = field(
+        default=None, metadata=about(optional(TEXT), "rows to evaluate on, like dataset_name.")
+    )
+    eval_dataset_split: str = field(
+        default="test", metadata=about(TEXT, "split of a hub dataset to evaluate on.")
+    )
+    model_revision: str | None = field(
+        default=None,
+        metadata=about(
+            optional(TEXT), "branch, tag or commit of a base on the hub. The adapter keeps it."
+        ),
+    )
+    load_in_4bit: bool = field(
+        default=True, metadata=about(SWITCH, "hold the base in 4 bits (the default).")
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata=about(SWITCH, "hold the base in INT8 instead.")
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata=about(one_of("nf4", "fp4"), "nf4 or fp4.")
+    )
+    bnb_4bit_use_double_quant: bool = field(
+        default=True,
+        metadata=about(SWITCH, "quantize scales too. Those of the 4-bit weights."),
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata=about(
+            optional(one_of(*DTYPES)),
+            "dtype of the rest; default bfloat16, on a CPU float32. Of everything that is not "
+            "quantized: bfloat16, float16 or float32.",
+        ),
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata=about(optional(TEXT), "sdpa or flash_attention_2, as in from_pretrained."),
+    )
+
+
+@dataclass(frozen=True)
+class RunArguments(LiftConfig, BaseAndRows):
+    """The base, the data and the mask of a run.
+
+    Its fields are those of `BaseAndRows`, of `LiftConfig`, and the following.
+
+    Raises:
+        UserError: a value that a setting cannot have.
+    """
+
+    calibration_rows: int = field(
+        default=32,
+        metadata=about(
+            AT_LEAST_1,
+            "rows that selector=gradient looks at. Training rows to accumulate gradients over.",
+        ),
+    )
+    embedding_on_cpu: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH,
+            "keep the embedding in the CPU's memory. Not where it is tied to the head.",
+        ),
+    )
+    ops: str = field(
+        default="auto",
+        metadata=about(
+            one_of("auto", "torch", "triton"),
+            "triton, torch, or auto. What computes in the layers: Triton's kernels, torch, or "
+            "Triton on CUDA where it can be imported.",
+        ),
+    )
+    snapshot: bool = field(
+        default=False,
+        metadata=about(SWITCH, "keep torch's memory timeline, on CUDA. As memory_snapshot.pickle."),
+    )
+    merged_dir: str | None = field(
+        default=None,
+        metadata=about(
+            optional(TEXT), "also write the merged fp16 checkpoint there. After training."
+        ),
+    )
+    merge_onto: str = field(
+        default="original",
+        metadata=about(
+            one_of("original", "quantized"),
+            "original, or quantized: exactly what was trained. Original: the 16-bit checkpoint.",
+        ),
+    )
+    log_format: str = field(
+        default="auto",
+        metadata=about(
+            one_of("auto", "rich", "plain", "json"),
+            "auto, rich, plain or json. What a run shows: rich (a live panel), plain (lines), "
+            "json (an object per line), or auto: rich on a terminal, else plain.",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        """Take targets and densities as a command line has them, too, and expand `~` in paths: a
+        shell does not after `=` or in a file."""
+        for each in fields(self):
+            given = getattr(self, each.name)
+            if each.name in ("target_modules", "density_pattern"):
+                with suppress(ValueError, TypeError):  # what cannot be taken is refused below
+                    object.__setattr__(self, each.name, kind_of(each).take(given))
+            elif each.name in PATHS and isinstance(given, str) and given.startswith("~"):
+                object.__setattr__(self, each.name, os.path.expanduser(given))
+        super().__post_init__()
+
+    def lift_config(self) -> LiftConfig:
+        """The settings of the mask alone."""
+        return LiftConfig(**{each.name: getattr(self, each.name) for each in fields(LiftConfig)})
+
+
+PATHS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "merged_dir")
