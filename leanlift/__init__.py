@@ -19,10 +19,12 @@ from leanlift._version import __version__
 if TYPE_CHECKING:
     from leanlift.adapters import combine_adapters
     from leanlift.config import LiftConfig
-    from leanlift.errors import UserError
-    from leanlift.export import export_peft, merge_adapter
+    from leanlift.errors import Interrupted, MaskError, OutOfMemoryError, UserError
+    from leanlift.export import MergeReport, PeftReport, export_peft, merge_adapter
     from leanlift.io.hub import push_to_hub
+    from leanlift.layers.lm_head import Objective
     from leanlift.model import (
+        RefreshReport,
         get_lift_model,
         load_adapter,
         refresh_mask,
@@ -30,13 +32,34 @@ if TYPE_CHECKING:
         scale_adapter,
         unload_adapter,
     )
+    from leanlift.optim import SparseAdamW
+    from leanlift.plan import Known, MemoryPlan, StepSettings
+    from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
+    from leanlift.tiles import RowTiles
     from leanlift.training import LiftSFTConfig, LiftTrainer, plan_memory
+    from leanlift.weights.quantized import WeightFormat
 
 __all__ = [
+    "Interrupted",
+    "Known",
     "LiftConfig",
     "LiftSFTConfig",
     "LiftTrainer",
+    "MaskError",
+    "MemoryPlan",
+    "MergeReport",
+    "Objective",
+    "OutOfMemoryError",
+    "PeftReport",
+    "RefreshReport",
+    "RowScores",
+    "RowTiles",
+    "Scorer",
+    "ScorerBytes",
+    "SparseAdamW",
+    "StepSettings",
     "UserError",
+    "WeightFormat",
     "__version__",
     "combine_adapters",
     "export_peft",
@@ -51,23 +74,48 @@ __all__ = [
     "unload_adapter",
 ]
 
-_HOMES = {
-    "LiftConfig": "leanlift.config",
-    "LiftSFTConfig": "leanlift.training",
-    "LiftTrainer": "leanlift.training",
-    "UserError": "leanlift.errors",
-    "combine_adapters": "leanlift.adapters",
-    "export_peft": "leanlift.export",
-    "get_lift_model": "leanlift.model",
-    "load_adapter": "leanlift.model",
-    "merge_adapter": "leanlift.export",
-    "plan_memory": "leanlift.training",
-    "push_to_hub": "leanlift.io.hub",
-    "refresh_mask": "leanlift.model",
-    "save_adapter": "leanlift.model",
-    "scale_adapter": "leanlift.model",
-    "unload_adapter": "leanlift.model",
+_NAMES = {
+    "leanlift.adapters": ("combine_adapters",),
+    "leanlift.config": ("LiftConfig",),
+    "leanlift.errors": (
+        "Interrupted",
+        "MaskError",
+        "OutOfMemoryError",
+        "UserError",
+    ),
+    "leanlift.export": (
+        "MergeReport",
+        "PeftReport",
+        "export_peft",
+        "merge_adapter",
+    ),
+    "leanlift.io.hub": ("push_to_hub",),
+    "leanlift.layers.lm_head": ("Objective",),
+    "leanlift.model": (
+        "RefreshReport",
+        "get_lift_model",
+        "load_adapter",
+        "refresh_mask",
+        "save_adapter",
+        "scale_adapter",
+        "unload_adapter",
+    ),
+    "leanlift.optim": ("SparseAdamW",),
+    "leanlift.plan": (
+        "Known",
+        "MemoryPlan",
+        "StepSettings",
+    ),
+    "leanlift.selection.scorers": ("RowScores", "Scorer", "ScorerBytes"),
+    "leanlift.tiles": ("RowTiles",),
+    "leanlift.training": (
+        "LiftSFTConfig",
+        "LiftTrainer",
+        "plan_memory",
+    ),
+    "leanlift.weights.quantized": ("WeightFormat",),
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

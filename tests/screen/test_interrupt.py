@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def test_where_there_is_no_step_to_finish_a_run_quits_at_once(
 ) -> None:
     out = tmp_path / "run"
     args, sft = settings(base, rows, out)
-    args.merged_dir, sft.max_steps = str(tmp_path / "merged"), 1
+    args, sft.max_steps = replace(args, merged_dir=str(tmp_path / "merged")), 1
     with handlers_are_put_back(), pytest.raises(Interrupted, match=kept) as stop:
         run(args, sft, screen=Impatient(phase, signal.SIGINT))
     assert stop.value.exit_code == 130
@@ -228,7 +229,7 @@ def test_the_last_step_is_the_end_of_a_run(base: Path, rows: Path, tmp_path: Pat
     run(args, sft, screen=Impatient(STEPS, signal.SIGINT))
     assert adapter(tmp_path / "run")
     args, sft = settings(base, rows, tmp_path / "again", eval_strategy="epoch")
-    args.merged_dir, sft.max_steps = str(tmp_path / "merged"), 1
+    args, sft.max_steps = replace(args, merged_dir=str(tmp_path / "merged")), 1
     with pytest.raises(Interrupted, match="the adapter is saved in"):
         run(args, sft, screen=Impatient(1, signal.SIGTERM))
     assert adapter(tmp_path / "again")

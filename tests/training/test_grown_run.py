@@ -55,11 +55,16 @@ def test_a_run_with_a_templates_tokens(
 ) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
-    args = RunArguments(str(base), str(data), approx_rank=4, refresh_interval=3)
 
     def train(output: Path, resume: str | None = None, merged: Path | None = None) -> Any:
-        args.merged_dir = None if merged is None else str(merged)
-        args.merge_onto = "quantized"
+        args = RunArguments(
+            str(base),
+            str(data),
+            approx_rank=4,
+            refresh_interval=3,
+            merged_dir=None if merged is None else str(merged),
+            merge_onto="quantized",
+        )
         sft = settings(output, chat_template_path=str(template), resume_from_checkpoint=resume)
         return run(args, sft).model.eval()
 
