@@ -28,6 +28,12 @@ MERGED_ONLY = ("base", "base_revision", "dtype", "onto", "max_shard_size", "veri
 
 def add_export(commands: Any) -> None:
     """The parsers of the three commands."""
+    _add_export(commands)
+    _add_combine(commands)
+    _add_push(commands)
+
+
+def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
         help="merge an adapter into a plain checkpoint, or write it for PEFT",
@@ -59,6 +65,8 @@ def add_export(commands: Any) -> None:
     )
     export.set_defaults(run=export_command)
 
+
+def _add_combine(commands: Any) -> None:
     combine = commands.add_parser(
         "combine",
         help="add or average adapters of one base",
@@ -80,6 +88,8 @@ def add_export(commands: Any) -> None:
     )
     combine.set_defaults(run=combine_command)
 
+
+def _add_push(commands: Any) -> None:
     push = commands.add_parser(
         "push",
         help="upload an adapter or a merged checkpoint to the Hugging Face hub",

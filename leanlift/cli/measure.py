@@ -61,7 +61,13 @@ def _add_eval(commands: Any) -> None:
         "Greedy answers are compared with the 'answer' column where there is one, else with the "
         "completion; --judge says how.",
     )
-    model = parser.add_argument_group("what is measured")
+    _add_measured(parser.add_argument_group("what is measured"))
+    _add_rows(parser)
+    _add_output(parser.add_argument_group("output"))
+    parser.set_defaults(run=_eval)
+
+
+def _add_measured(model: Any) -> None:
     model.add_argument(
         "--model_name_or_path",
         type=expanduser,
@@ -87,6 +93,9 @@ def _add_eval(commands: Any) -> None:
     model.add_argument(
         "--dtype", help="of everything not quantized; default: the adapter's, else as in train"
     )
+
+
+def _add_rows(parser: Any) -> None:
     rows = parser.add_argument_group("on which rows")
     rows.add_argument(
         "--data", type=expanduser, required=True, help=".json, .jsonl or .parquet, or a hub name"
@@ -108,7 +117,9 @@ def _add_eval(commands: Any) -> None:
         "option2, the whole text, or whether the text contains what is expected; auto (the "
         f"default): by what is expected. One of: {', '.join(JUDGES)}",
     )
-    output = parser.add_argument_group("output")
+
+
+def _add_output(output: Any) -> None:
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument(
         "--output", type=expanduser, metavar="FILE", help="also write the JSON to a file"
@@ -120,7 +131,6 @@ def _add_eval(commands: Any) -> None:
         help="write prompt, expected and given answers as JSON lines; as predictions.jsonl in a "
         "run's directory they are shown by leanlift report --html",
     )
-    parser.set_defaults(run=_eval)
 
 
 def _eval(options: argparse.Namespace) -> int:

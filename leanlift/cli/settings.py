@@ -11,7 +11,7 @@ import argparse
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from typing import Any, get_args, get_type_hints
 
 from transformers import HfArgumentParser
@@ -114,6 +114,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+@cache
 def table_of_classes() -> dict[str, Option]:
     """Every setting by name, as the classes have it: their annotations as transformers reads them.
     `leanlift.cli.options.options` has the same of their sources."""
