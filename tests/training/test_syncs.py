@@ -21,7 +21,7 @@ PACKAGE = Path(leanlift.__file__).parent
 ASK = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "unique_dim")
 ON_THE_CPU_ANYWAY = {
     ("optim/adamw.py", "_update"): "the step count; torch's way asks `apply` too",
-    ("optim/adamw.py", "_zeros_of"): "asked on a CPU only",
+    ("optim/arithmetic.py", "_zeros_of"): "asked on a CPU only",
     ("training/batches.py", "see"): "whether a mask pads is asked of a CPU alone",
     ("training/loss.py", "trained_positions"): "where batches are made",
 }
