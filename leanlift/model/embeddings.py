@@ -123,7 +123,8 @@ def check_embeddings(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         raise UserError(
             f"embedding and head of this {type(model).__name__} are a {type(embedding).__name__} "
-            f"and a {type(head).__name__}; quantize_embeddings expects a plain Embedding and a Linear."
+            f"and a {type(head).__name__}; quantize_embeddings expects a plain Embedding and a "
+            "Linear."
         )
     embed_scale(embedding)
     return embedding, head
