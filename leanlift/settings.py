@@ -160,7 +160,9 @@ def _targets(given: Any) -> Any:
 
 
 def _densities(given: Any) -> Any:
-    """From the text of a flag, or the mapping of a file."""
+    """From the text of a flag, or the mapping of a file; nothing is no densities."""
+    if given is None or given in NONE:
+        return {}
     read = json.loads(given) if isinstance(given, str) else given
     if not isinstance(read, Mapping):
         raise TypeError

@@ -129,7 +129,7 @@ def test_what_it_cannot_be_is_refused_everywhere(name: str, tmp_path: Path) -> N
                     look([*BASIC, f"--{name}={value}"])
 
 
-def test_no_bound_is_none() -> None:
+def test_nothing_is_none(tmp_path: Path) -> None:
     for name in ("retired_limit", "rank_budget", "max_length", "save_total_limit", "eval_steps"):
         for text in ("none", "None", "null"):
             args, sft = parse_train([*BASIC, f"--{name}", text])
@@ -137,6 +137,8 @@ def test_no_bound_is_none() -> None:
     with pytest.raises(UserError, match=r"0 or more .*or none; got -1"):
         parse_train([*BASIC, "--retired_limit", "-1"])
     assert parse_train([*BASIC, "--merged_dir", "none"])[0].merged_dir is None
+    for argv in (["--density_pattern", "none"], in_file(tmp_path, density_pattern=None)):
+        assert parse_train([*BASIC, *argv])[0].density_pattern == {}
 
 
 # --- former names -----------------------------------------------------------------------------
