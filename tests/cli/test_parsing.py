@@ -130,7 +130,8 @@ def test_what_it_cannot_be_is_refused_everywhere(name: str, tmp_path: Path) -> N
 
 
 def test_nothing_is_none(tmp_path: Path) -> None:
-    for name in ("retired_limit", "rank_budget", "max_length", "save_total_limit", "eval_steps"):
+    whole = ("rank_budget", "max_length", "save_total_limit")
+    for name in (*whole, "retired_limit", "eval_steps", "hub_private_repo"):
         for text in ("none", "None", "null"):
             args, sft = parse_train([*BASIC, f"--{name}", text])
             assert getattr(args if name in SETTINGS else sft, name) is None
@@ -307,10 +308,15 @@ def test_a_plan_takes_its_own_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_checkpoint(tmp_path / "base")
-    argv = ["plan", "--cpu", "--model_name_or_path=base", "--json", "--approx_rank", "4"]
-    assert leanlift.cli.main([*argv, "--max_length", "64", "--save=run.yaml"]) == 0
+    argv = ["plan", "--model_name_or_path=base", "--json", "--approx_rank", "4"]
+    argv += ["--max_length", "64"]
+    assert leanlift.cli.main([*argv, "--cpu", "--save=run.yaml"]) == 0
     assert json.loads(capsys.readouterr().out)["context"] == 0
     assert yaml.safe_load(Path("run.yaml").read_text())["max_length"] == 64
+    for use_cpu in ("true", "false"):
+        assert leanlift.cli.main([*argv, "--use_cpu", use_cpu]) == 0
+        on_a_card = json.loads(capsys.readouterr().out)["context"] > 0
+        assert on_a_card == (use_cpu == "false")
 
 
 def test_no_argument_is_looked_for_by_hand() -> None:
