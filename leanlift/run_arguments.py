@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 
 from leanlift.config import LiftConfig
-from leanlift.settings import AT_LEAST_1, SWITCH, TEXT, about, kind_of, one_of, optional
+from leanlift.settings import AT_LEAST_1, NOT_TAKEN, SWITCH, TEXT, about, kind_of, one_of, optional
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -141,7 +141,7 @@ class RunArguments(LiftConfig, BaseAndRows):
         for each in fields(self):
             given = getattr(self, each.name)
             if each.name in ("target_modules", "density_pattern"):
-                with suppress(ValueError, TypeError):  # what cannot be taken is refused below
+                with suppress(*NOT_TAKEN):  # what cannot be taken is refused below
                     object.__setattr__(self, each.name, kind_of(each).take(given))
             elif each.name in PATHS and isinstance(given, str) and given.startswith("~"):
                 object.__setattr__(self, each.name, os.path.expanduser(given))

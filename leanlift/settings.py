@@ -26,6 +26,10 @@ NONE = ("none", "null")
 """What nothing may be, as a text."""
 
 
+NOT_TAKEN = (ValueError, TypeError, OverflowError, RecursionError)
+"""What `Kind.take` raises."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """What a setting may be.
@@ -33,7 +37,7 @@ class Kind:
     Attributes:
         what: in words, as they come after "expected NAME as".
         holds: whether a value is one.
-        take: makes a value of a text, or of what YAML has read; ValueError or TypeError where it
+        take: makes a value of a text, or of what YAML has read; one of `NOT_TAKEN` where it
             cannot. What it gives may still be out of range.
         switch: whether it is true or false, so that a flag needs no value.
         many: whether a flag takes every value up to the next flag.
@@ -141,8 +145,6 @@ def optional(kind: Kind) -> Kind:
 
 
 SHARE = Kind("a number in (0, 1]", lambda v: is_number(v) and 0 < v <= 1, _as_number)
-
-
 AT_LEAST_1 = whole("at least 1", lambda value: value >= 1)
 
 ALL_LINEAR = "all-linear"

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from leanlift.cli.options import Option
 from leanlift.cli.yaml_file import read_settings
 from leanlift.errors import UserError
-from leanlift.settings import FORMER_NAMES, Kind, todays_names
+from leanlift.settings import FORMER_NAMES, NOT_TAKEN, Kind, todays_names
 
 HELP = ("help", "help_all")
 OWN = ("config", "fit", "dry_run", "save", "plot", "json", "cpu", *HELP)
@@ -130,7 +130,7 @@ def _reader(kind: Kind) -> Callable[[str], Any]:
 def _taken(name: str, kind: Kind, given: Any) -> Any:
     try:
         return kind.take(given)
-    except (ValueError, TypeError, OverflowError):
+    except NOT_TAKEN:
         raise UserError(f"{name} cannot be {given!r:.80}: expected {kind.what}.") from None
 
 
