@@ -339,3 +339,24 @@ def test_no_argument_is_looked_for_by_hand() -> None:
 
 def test_the_numbers_of_the_loop_say_no_percent() -> None:
     assert all("%" not in kind.what for kind in NUMBERS.values())
+
+
+def test_without_a_table_the_classes_say_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with another version of TRL, whose sources are not as they are known."""
+    monkeypatch.setattr("leanlift.cli.help.options", lambda: None)
+    monkeypatch.setattr("leanlift.cli.early.options", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        leanlift.cli.main(["train", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in (*SETTINGS, "learning_rate", "fit"))
+    for argv, message in (
+        (["--learning_rat", "1"], "did you mean --learning_rate?"),
+        (["--max_steps", "ten"], "cannot be 'ten': expected a whole number"),
+        (["--learning_rate", "-1"], "expected learning_rate as a number, 0 or more"),
+        (["--lr_scheduler_type", "cosinee"], "expected lr_scheduler_type as one of linear"),
+    ):
+        assert message in complaint(capsys, "train", *BASIC, *argv)
+    assert "needs rows" in complaint(capsys, "train", *BASIC[:2])
