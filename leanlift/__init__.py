@@ -30,12 +30,15 @@ if TYPE_CHECKING:
         scale_adapter,
         unload_adapter,
     )
-    from leanlift.training import LiftSFTConfig, LiftTrainer, plan_memory
+    from leanlift.plan import MemoryPlan, PlanSettings, plan_memory
+    from leanlift.training import LiftSFTConfig, LiftTrainer
 
 __all__ = [
     "LiftConfig",
     "LiftSFTConfig",
     "LiftTrainer",
+    "MemoryPlan",
+    "PlanSettings",
     "UserError",
     "__version__",
     "combine_adapters",
@@ -55,13 +58,15 @@ _HOMES = {
     "LiftConfig": "leanlift.config",
     "LiftSFTConfig": "leanlift.training",
     "LiftTrainer": "leanlift.training",
+    "MemoryPlan": "leanlift.plan",
+    "PlanSettings": "leanlift.plan",
     "UserError": "leanlift.errors",
     "combine_adapters": "leanlift.adapters",
     "export_peft": "leanlift.export",
     "get_lift_model": "leanlift.model",
     "load_adapter": "leanlift.model",
     "merge_adapter": "leanlift.export",
-    "plan_memory": "leanlift.training",
+    "plan_memory": "leanlift.plan",
     "push_to_hub": "leanlift.io.hub",
     "refresh_mask": "leanlift.model",
     "save_adapter": "leanlift.model",

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from leanlift.errors import UserError
 from leanlift.ops import adamw_kernel
-from leanlift.optim.moments import BLOCK, own_moments
+from leanlift.optim.moments import BLOCK, CHUNK, own_moments
 
 ROUNDINGS = ("stochastic", "nearest")
 _BF16_MAX = torch.finfo(torch.bfloat16).max
@@ -165,7 +165,7 @@ class SparseAdamW(Optimizer):
         moments: str = "float32",
         rounding: str = "stochastic",
         seed: int = 0,
-        chunk: int = 2**18,
+        chunk: int = CHUNK,
         ops: str = "auto",
     ) -> None:
         self._ops = ops

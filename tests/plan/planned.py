@@ -18,7 +18,6 @@ from leanlift.training import (
     LiftSFTConfig,
     RunArguments,
 )
-from leanlift.weights.quantized import WeightFormat
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -39,13 +38,14 @@ MODELS: dict[str, Any] = {
     "gemma2": Gemma2Config(**SIZES, **GROUPED, head_dim=32),
     "phi3, fused": Phi3Config(**SIZES, **GROUPED),
 }
-FORMATS: dict[str, WeightFormat | None] = {
-    "nf4": WeightFormat("nf4", "float32", 64),
-    "nf4+double": WeightFormat("nf4", "float32", 64, True),
-    "fp4": WeightFormat("fp4", "float32", 64),
-    "int8": WeightFormat("int8", "float32"),
-    "dense": None,
+FORMATS: dict[str, dict[str, Any]] = {
+    "nf4": {"bnb_4bit_use_double_quant": False},
+    "nf4+double": {},
+    "fp4": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "int8": {"load_in_8bit": True},
+    "dense": {"load_in_4bit": False},
 }
+"""The settings under which a base is held so."""
 
 
 # --- Fitting a card, and running out of it -------------------------------------------------

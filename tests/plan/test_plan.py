@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,24 @@ from transformers import (
     LlamaConfig,
 )
 
-from leanlift import LiftConfig, LiftTrainer, get_lift_model
+from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
 from leanlift.cli import main
 from leanlift.measure import LiveBytes, MemoryMeter, static_categories
 from leanlift.model import embedding_to_cpu
 from leanlift.optim import state_nbytes
-from leanlift.plan import StepSettings, plan_step
+from leanlift.plan import Batch, Planned
+from leanlift.plan.loss import loss_of_all_tokens
+from leanlift.plan.planner import plan_step
 from leanlift.training import (
     LiftSFTConfig,
     MemoryCallback,
     RunArguments,
-    plan_memory,
     plan_of,
 )
 from leanlift.training.fit import (
     fit,
 )
-from leanlift.training.loss import loss_of_all_tokens
-from leanlift.weights.quantized import Weight4bit, Weight8bit, WeightFormat, requantize
+from leanlift.weights.quantized import Weight4bit, Weight8bit, requantize
 
 
 def load(path: Path, kind: str) -> Any:
@@ -60,8 +61,7 @@ def test_every_static_category_is_the_bytes_of_the_tensors(
     planned = plan_memory(
         checkpoints[name],
         config,
-        StepSettings(length=16, dtype="float32", cuda=False),
-        FORMATS[kind],
+        PlanSettings(max_length=16, cuda=False, **FORMATS[kind]),
     ).categories
     real = static_categories(model)
     for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
@@ -113,19 +113,19 @@ def test_the_planned_peak_is_the_measured_one_within_5_percent(
         "save_strategy": "no", "optim": "sparse_adamw", "disable_tqdm": True, **changes,
     }  # fmt: skip
     sft = LiftSFTConfig(**options)
-    fmt = WeightFormat("nf4", dtype, 64, True)
-    settings = StepSettings(
-        batch=sft.per_device_train_batch_size,
-        length=sft.max_length,
+    settings = PlanSettings(
+        per_device_train_batch_size=sft.per_device_train_batch_size,
+        max_length=sft.max_length,
         dtype=dtype,
-        checkpointing=sft.gradient_checkpointing,
-        accumulate=sft.gradient_accumulation_steps,
+        gradient_checkpointing=sft.gradient_checkpointing,
+        gradient_accumulation_steps=sft.gradient_accumulation_steps,
         optim=sft.optim,
-        in_backward=sft.optim_in_backward,
+        optim_in_backward=sft.optim_in_backward,
         embedding_on_cpu=on_cpu,
         cuda=False,
+        largest=Batch(sft.per_device_train_batch_size, sft.max_length),
     )
-    plan = plan_memory(path, config, settings, fmt)
+    plan = plan_memory(path, config, settings)
 
     base = AutoModelForCausalLM.from_pretrained(
         path,
@@ -192,11 +192,61 @@ def test_evaluation_in_large_batches_is_what_is_made_smaller_first(
     assert "evaluate" not in plan_of(*arguments(checkpoints["llama"]), cuda=False).phases
 
 
+SHARED = {f.name for f in fields(PlanSettings)} - {
+    "dtype", "cuda", "largest", "largest_eval",  # None: as the machine and the rest have it
+}  # fmt: skip
+
+
 def test_defaults_of_a_plan_are_those_of_a_run(checkpoints: dict[str, Path]) -> None:
-    path = checkpoints["llama"]
-    run = plan_of(RunArguments(str(path), "rows.json"), LiftSFTConfig(output_dir="x", use_cpu=True))
-    settings = StepSettings(padded=True, eval_length=1024, eval_padded=True)
+    path = str(checkpoints["llama"])
+    args, sft = RunArguments(path, "rows.json"), LiftSFTConfig(output_dir="x")
+    plain = PlanSettings()
+    for name in SHARED:
+        holder = sft if hasattr(sft, name) else args
+        default = getattr(holder, name)
+        assert getattr(plain, name) == getattr(default, "value", default), name
+    run = plan_of(args, sft)
+    assert plan_memory(path).to_dict() == run.to_dict()
+    assert plan_memory(path, LiftConfig()).to_dict() == run.to_dict()
+    assert run.holds_for["base"] == "nf4"
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_is_evaluated_by_default_is_what_a_run_evaluates(
+    checkpoints: dict[str, Path], cuda: bool
+) -> None:
+    path = str(checkpoints["llama"])
+    sft = LiftSFTConfig(output_dir="x", eval_strategy="steps", eval_steps=1)
+    run = plan_of(RunArguments(path, "rows.json"), sft, cuda)
+    settings = PlanSettings(eval_strategy="steps", cuda=cuda)
     assert plan_memory(path, settings=settings).to_dict() == run.to_dict()
+    assert run.phases["evaluate"] > 0
+
+
+def test_a_default_run_needs_what_the_default_plan_says(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU: rows of other lengths, the longest as long as they may be."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = plan_memory(checkpoints["llama"])
+    model = get_lift_model(load(checkpoints["llama"], "nf4+double"), LiftConfig(), progress=False)
+    meter = MemoryMeter(torch.device("cpu"))
+    memory = MemoryCallback(meter)
+    rows = [{"text": "0123456789 is " * times} for times in (40, 100)] * 4
+    trainer = LiftTrainer(
+        model=model,
+        args=LiftSFTConfig(output_dir=str(tmp_path), max_steps=1),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+        callbacks=[memory],
+    )
+    trainer.train()
+    assert memory.peak is not None
+    measured = meter.report.categories
+    for category, nbytes in plan.categories.items():
+        if category != "activations and workspace":
+            assert nbytes == measured[category], category
+    assert abs(plan.phases["train"] / memory.peak - 1) <= 0.05, (plan.categories, measured)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4+double", "int8"])
@@ -259,13 +309,11 @@ def test_a_run_reports_plan_against_measured(
 
 
 @pytest.mark.thorough
-@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["nf4+double", "int8"])
 def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
     """4096 x 11008 and its kin, without a checkpoint: our layers over quantized random weights."""
     sizes = {**SIZES, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1}
-    fmt = FORMATS[kind]
-    assert fmt is not None
+    fmt = PlanSettings(cuda=False, **FORMATS[kind]).requested_format
     config = LiftConfig(density=0.05, selector="magnitude", quantize_embeddings=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
@@ -283,8 +331,9 @@ def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
     def build() -> Any:
         return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
 
-    settings = StepSettings(length=16, dtype="float32", cuda=False)
-    planned = plan_step(build, "wide", config, fmt, settings, loss_of_all_tokens).categories
+    settings = PlanSettings(max_length=16, cuda=False)
+    planned = Planned(build, config, fmt, settings)
+    planned_bytes = plan_step(planned, "wide", loss_of_all_tokens).categories
     real = static_categories(model)
     for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
-        assert planned[category] == real[category], category
+        assert planned_bytes[category] == real[category], category
