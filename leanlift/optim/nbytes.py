@@ -70,7 +70,12 @@ def _torch_state(counts: Sequence[int], itemsize: int) -> int:
 
 
 def _torch_update(counts: Sequence[int], itemsize: int, cuda: bool) -> int:
-    return itemsize * sum(counts) if cuda else 2 * itemsize * max(counts)
+    """On a CPU vectors take turns: two temporaries each, while one of the vector before is there
+    still."""
+    if cuda:
+        return itemsize * sum(counts)
+    turns = zip(counts, [0, *counts], strict=False)
+    return itemsize * max(2 * own + before for own, before in turns)
 
 
 def _sparse_state(counts: Sequence[int], itemsize: int) -> int:

@@ -31,8 +31,9 @@ def loss_of_all_tokens(
         given["attention_mask"] = torch.ones_like(ids)
     head, one = output_head(model), torch.tensor(1.0)
     if head is None:
-        logits, wanted = next_tokens(model(**given).logits, labels, places)
-        return whole_cost(logits.float(), wanted, objective)
-    hidden, wanted = next_tokens(model.base_model(**given).last_hidden_state, labels, places)
-    head = first_tiles(head, *hidden.shape)
-    return head_loss(hidden, wanted, head, one, objective=objective).loss
+        chosen, wanted = next_tokens(model(**given).logits, labels, places)
+        return whole_cost(chosen.float(), wanted, objective)
+    hidden = model.base_model(**given).last_hidden_state  # alive beside its part, as in training
+    states, wanted = next_tokens(hidden, labels, places)
+    head = first_tiles(head, *states.shape)
+    return head_loss(states, wanted, head, one, objective=objective).loss

@@ -24,7 +24,7 @@ from transformers import (
 from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
 from leanlift.cli import main
 from leanlift.measure import LiveBytes, MemoryMeter, static_categories
-from leanlift.model import embedding_to_cpu
+from leanlift.model import embedding_to_cpu, lift_state
 from leanlift.optim import state_nbytes
 from leanlift.plan import Batch, Planned
 from leanlift.plan.loss import loss_of_all_tokens
@@ -66,6 +66,37 @@ def test_every_static_category_is_the_bytes_of_the_tensors(
     real = static_categories(model)
     for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
         assert planned[category] == real[category], category
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "nf4+double"])
+@pytest.mark.parametrize("modules", ["attention", "mlp", ("q_proj", "down_proj")], ids=str)
+def test_what_is_not_trained_is_held_all_the_same(
+    checkpoints: dict[str, Path], kind: str, modules: Any
+) -> None:
+    config = LiftConfig(approx_rank=8, target_modules=modules)
+    model = get_lift_model(load(checkpoints["llama"], kind), config, progress=False)
+    settings = PlanSettings(max_length=16, cuda=False, **FORMATS[kind])
+    planned = plan_memory(checkpoints["llama"], config, settings).categories
+    real = static_categories(model)
+    for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
+        assert planned[category] == real[category], category
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_one_function_says_whether_the_scratch_is_needed(
+    checkpoints: dict[str, Path], answer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both the layers of a model and a plan follow it, whatever it says."""
+    monkeypatch.setattr("leanlift.layers.frozen.needs_scratch", lambda *facts: answer)
+    config = LiftConfig(approx_rank=8)
+    model = get_lift_model(load(checkpoints["llama"], "nf4"), config, progress=False)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    model(input_ids=ids, labels=ids).loss.backward()
+    used = lift_state(model).scratch.nbytes
+    for cuda in (False, True):
+        settings = PlanSettings(max_length=16, dtype="float32", cuda=cuda, **FORMATS["nf4"])
+        assert plan_memory(checkpoints["llama"], config, settings).categories["scratch"] == used
+    assert used == (4 * 128 * 320 if answer else 0)
 
 
 CASES: dict[str, dict[str, Any]] = {
