@@ -6,7 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+from tiny import quantization
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
@@ -48,9 +51,6 @@ FORMATS: dict[str, dict[str, Any]] = {
 """The settings under which a base is held so."""
 
 
-# --- Fitting a card, and running out of it -------------------------------------------------
-
-
 def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
     loop = {f.name for f in dataclasses.fields(LiftSFTConfig)}
     sft = {key: value for key, value in changes.items() if key in loop}
@@ -62,3 +62,9 @@ def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
                "per_device_train_batch_size": 4, **sft},
         ),
     )  # fmt: skip
+
+
+def load_base(path: Path, kind: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=quantization(kind), dtype=torch.float32
+    )

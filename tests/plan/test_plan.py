@@ -6,14 +6,13 @@ import itertools
 import json
 import re
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from planned import FORMATS, MODELS, SIZES, arguments
+from planned import FORMATS, MODELS, SIZES, arguments, load_base
 from sweeps import swept
 from tiny import make_tokenizer, quantization
 from transformers import (
@@ -24,7 +23,7 @@ from transformers import (
 from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
 from leanlift.cli import main
 from leanlift.measure import LiveBytes, MemoryMeter, static_categories
-from leanlift.model import embedding_to_cpu, lift_state
+from leanlift.model import embedding_to_cpu
 from leanlift.optim import state_nbytes
 from leanlift.plan import Batch, Planned
 from leanlift.plan.loss import loss_of_all_tokens
@@ -32,20 +31,12 @@ from leanlift.plan.planner import plan_step
 from leanlift.training import (
     LiftSFTConfig,
     MemoryCallback,
-    RunArguments,
     plan_of,
 )
 from leanlift.training.fit import (
     fit,
 )
 from leanlift.weights.quantized import Weight4bit, Weight8bit, requantize
-
-
-def load(path: Path, kind: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=quantization(kind), dtype=torch.float32
-    )
-
 
 COMBINATIONS = list(itertools.product(MODELS, FORMATS, (False, True)))
 SIMPLE = [("llama", kind, False) for kind in FORMATS]
@@ -57,7 +48,7 @@ def test_every_static_category_is_the_bytes_of_the_tensors(
     checkpoints: dict[str, Path], name: str, kind: str, ends: bool
 ) -> None:
     config = LiftConfig(density=0.05, approx_rank=8, quantize_embeddings=ends)
-    model = get_lift_model(load(checkpoints[name], kind), config, progress=False)
+    model = get_lift_model(load_base(checkpoints[name], kind), config, progress=False)
     planned = plan_memory(
         checkpoints[name],
         config,
@@ -74,29 +65,12 @@ def test_what_is_not_trained_is_held_all_the_same(
     checkpoints: dict[str, Path], kind: str, modules: Any
 ) -> None:
     config = LiftConfig(approx_rank=8, target_modules=modules)
-    model = get_lift_model(load(checkpoints["llama"], kind), config, progress=False)
+    model = get_lift_model(load_base(checkpoints["llama"], kind), config, progress=False)
     settings = PlanSettings(max_length=16, cuda=False, **FORMATS[kind])
     planned = plan_memory(checkpoints["llama"], config, settings).categories
     real = static_categories(model)
     for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
         assert planned[category] == real[category], category
-
-
-@pytest.mark.parametrize("answer", [True, False])
-def test_one_function_says_whether_the_scratch_is_needed(
-    checkpoints: dict[str, Path], answer: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both the layers of a model and a plan follow it, whatever it says."""
-    monkeypatch.setattr("leanlift.layers.frozen.needs_scratch", lambda *facts: answer)
-    config = LiftConfig(approx_rank=8)
-    model = get_lift_model(load(checkpoints["llama"], "nf4"), config, progress=False)
-    ids = torch.zeros(1, 8, dtype=torch.long)
-    model(input_ids=ids, labels=ids).loss.backward()
-    used = lift_state(model).scratch.nbytes
-    for cuda in (False, True):
-        settings = PlanSettings(max_length=16, dtype="float32", cuda=cuda, **FORMATS["nf4"])
-        assert plan_memory(checkpoints["llama"], config, settings).categories["scratch"] == used
-    assert used == (4 * 128 * 320 if answer else 0)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -195,7 +169,9 @@ def test_an_evaluation_needs_what_was_planned(
         disable_tqdm=True, output_dir=str(tmp_path),
     )  # fmt: skip
     plan = plan_of(args, sft, cuda=False)
-    model = get_lift_model(load(checkpoints["llama"], "dense"), args.lift_config(), progress=False)
+    model = get_lift_model(
+        load_base(checkpoints["llama"], "dense"), args.lift_config(), progress=False
+    )
     trainer = LiftTrainer(
         model=model, args=sft, train_dataset=rows, eval_dataset=rows,
         processing_class=make_tokenizer(),
@@ -223,71 +199,14 @@ def test_evaluation_in_large_batches_is_what_is_made_smaller_first(
     assert "evaluate" not in plan_of(*arguments(checkpoints["llama"]), cuda=False).phases
 
 
-SHARED = {f.name for f in fields(PlanSettings)} - {
-    "dtype", "cuda", "largest", "largest_eval",  # None: as the machine and the rest have it
-}  # fmt: skip
-
-
-def test_defaults_of_a_plan_are_those_of_a_run(checkpoints: dict[str, Path]) -> None:
-    path = str(checkpoints["llama"])
-    args, sft = RunArguments(path, "rows.json"), LiftSFTConfig(output_dir="x")
-    plain = PlanSettings()
-    for name in SHARED:
-        holder = sft if hasattr(sft, name) else args
-        default = getattr(holder, name)
-        assert getattr(plain, name) == getattr(default, "value", default), name
-    run = plan_of(args, sft)
-    assert plan_memory(path).to_dict() == run.to_dict()
-    assert plan_memory(path, LiftConfig()).to_dict() == run.to_dict()
-    assert run.holds_for["base"] == "nf4"
-
-
-@pytest.mark.parametrize("cuda", [False, True])
-def test_what_is_evaluated_by_default_is_what_a_run_evaluates(
-    checkpoints: dict[str, Path], cuda: bool
-) -> None:
-    path = str(checkpoints["llama"])
-    sft = LiftSFTConfig(output_dir="x", eval_strategy="steps", eval_steps=1)
-    run = plan_of(RunArguments(path, "rows.json"), sft, cuda)
-    settings = PlanSettings(eval_strategy="steps", cuda=cuda)
-    assert plan_memory(path, settings=settings).to_dict() == run.to_dict()
-    assert run.phases["evaluate"] > 0
-
-
-def test_a_default_run_needs_what_the_default_plan_says(
-    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU: rows of other lengths, the longest as long as they may be."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    plan = plan_memory(checkpoints["llama"])
-    model = get_lift_model(load(checkpoints["llama"], "nf4+double"), LiftConfig(), progress=False)
-    meter = MemoryMeter(torch.device("cpu"))
-    memory = MemoryCallback(meter)
-    rows = [{"text": "0123456789 is " * times} for times in (40, 100)] * 4
-    trainer = LiftTrainer(
-        model=model,
-        args=LiftSFTConfig(output_dir=str(tmp_path), max_steps=1),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_tokenizer(),
-        callbacks=[memory],
-    )
-    trainer.train()
-    assert memory.peak is not None
-    measured = meter.report.categories
-    for category, nbytes in plan.categories.items():
-        if category != "activations and workspace":
-            assert nbytes == measured[category], category
-    assert abs(plan.phases["train"] / memory.peak - 1) <= 0.05, (plan.categories, measured)
-
-
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4+double", "int8"])
 def test_a_base_that_is_quantized_on_disk_is_planned_as_it_is(
     checkpoints: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    load(checkpoints["llama"], kind).save_pretrained(tmp_path)
+    load_base(checkpoints["llama"], kind).save_pretrained(tmp_path)
     args, sft = arguments(tmp_path, approx_rank=8, load_in_4bit=False)
     planned = plan_of(args, sft, cuda=False).categories["base weights"]
-    model = get_lift_model(load(checkpoints["llama"], kind), LiftConfig(approx_rank=8), False)
+    model = get_lift_model(load_base(checkpoints["llama"], kind), LiftConfig(approx_rank=8), False)
     assert planned == static_categories(model)["base weights"]
 
 
