@@ -141,25 +141,24 @@ def by_torch(trainee: Trainee) -> Rows:
 
 def _planned(scale: Scale, setting: str, peak: int | None) -> list[tuple[str, dict[str, Any]]]:
     try:
-        from leanlift.training import plan_memory
+        from leanlift.plan import PlanSettings, plan_memory
     except ImportError as error:
         return [("plan", {"value": f"skipped: {error}"})]
     from benchmarks.peers import llama
     from leanlift import LiftConfig
-    from leanlift.plan import StepSettings
 
     config = LiftConfig(
         density=0.05, values_dtype="bfloat16", quantize_embeddings=setting != "comfortable"
     )
     cuda = scale.device.type == "cuda"
-    settings = StepSettings(
-        batch=1,
-        length=scale.tokens,
-        dtype="bfloat16" if cuda else "float32",
+    least = setting == "least" and cuda
+    settings = PlanSettings(
+        per_device_train_batch_size=1,
+        max_length=scale.tokens,
         optim="sparse_adamw_8bit",
-        in_backward=setting != "comfortable",
-        offload=setting == "least" and cuda,
-        embedding_on_cpu=setting == "least" and cuda,
+        optim_in_backward=setting != "comfortable",
+        activation_offloading=least,
+        embedding_on_cpu=least,
         cuda=cuda,
     )
     with tempfile.TemporaryDirectory() as directory:

@@ -29,8 +29,7 @@ from transformers import (
 )
 
 from benchmarks.common import write_rows
-from leanlift import LiftConfig, UserError, plan_memory
-from leanlift.plan import StepSettings
+from leanlift import LiftConfig, PlanSettings, UserError, plan_memory
 
 GIB = 2**30
 
@@ -64,13 +63,18 @@ MODELS: dict[str, Any] = {
     ),
     "Phi-3-mini": Phi3Config(**shape(32064, 3072, 8192, 32, 32, 32)),
 }
-STEP: dict[str, Any] = {"batch": 1, "length": 2048, "optim": "sparse_adamw_8bit"}
+STEP: dict[str, Any] = {
+    "per_device_train_batch_size": 1,
+    "max_length": 2048,
+    "optim": "sparse_adamw_8bit",
+    "cuda": True,
+}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "comfortable": ({}, {}),
-    "lean": ({"quantize_embeddings": True}, {"in_backward": True}),
+    "lean": ({"quantize_embeddings": True}, {"optim_in_backward": True}),
     "least": (
         {"quantize_embeddings": True},
-        {"in_backward": True, "offload": True, "embedding_on_cpu": True},
+        {"optim_in_backward": True, "activation_offloading": True, "embedding_on_cpu": True},
     ),
 }
 
@@ -85,18 +89,10 @@ def row(name: str, setting: str, directory: Path) -> dict[str, Any]:
     config = LiftConfig(density=0.05, values_dtype="bfloat16", **lift)
     started = time.perf_counter()
     try:
-        plan = plan_memory(path, config, StepSettings(**STEP, **step))
+        plan = plan_memory(path, config, PlanSettings(**STEP, **step))
     except UserError:  # a tied embedding cannot be on the CPU
-        plan = plan_memory(
-            path,
-            config,
-            StepSettings(
-                batch=1,
-                length=2048,
-                optim="sparse_adamw_8bit",
-                **{**step, "embedding_on_cpu": False},
-            ),
-        )
+        settings = PlanSettings(**STEP, **{**step, "embedding_on_cpu": False})
+        plan = plan_memory(path, config, settings)
     return {
         "model": name,
         "setting": setting,

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
         unload_adapter,
     )
     from leanlift.optim import SparseAdamW
-    from leanlift.plan import Known, MemoryPlan, StepSettings
+    from leanlift.plan import Known, MemoryPlan, PlanSettings, plan_memory
     from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
     from leanlift.tiles import RowTiles
-    from leanlift.training import LiftSFTConfig, LiftTrainer, plan_memory
+    from leanlift.training import LiftSFTConfig, LiftTrainer
     from leanlift.weights.quantized import WeightFormat
 
 __all__ = [
@@ -51,13 +51,13 @@ __all__ = [
     "Objective",
     "OutOfMemoryError",
     "PeftReport",
+    "PlanSettings",
     "RefreshReport",
     "RowScores",
     "RowTiles",
     "Scorer",
     "ScorerBytes",
     "SparseAdamW",
-    "StepSettings",
     "UserError",
     "WeightFormat",
     "__version__",
@@ -104,14 +104,14 @@ _NAMES = {
     "leanlift.plan": (
         "Known",
         "MemoryPlan",
-        "StepSettings",
+        "PlanSettings",
+        "plan_memory",
     ),
     "leanlift.selection.scorers": ("RowScores", "Scorer", "ScorerBytes"),
     "leanlift.tiles": ("RowTiles",),
     "leanlift.training": (
         "LiftSFTConfig",
         "LiftTrainer",
-        "plan_memory",
     ),
     "leanlift.weights.quantized": ("WeightFormat",),
 }

@@ -12,6 +12,11 @@ MICRO_BATCH, BATCH = 1, 8
 """Rows at a time, and of a step: what a 7B model on one card has room for, and what TRL takes."""
 
 
+def default_dtype(cuda: bool) -> str:
+    """The dtype of what is not quantized, where none is asked for."""
+    return "bfloat16" if cuda else "float32"
+
+
 def command_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """What `leanlift train`, `plan` and `init` take where nothing is said: what is leanest at no
     measured cost. Moments in 8 bits; offsets in 16, which the optimizer rounds stochastically, on

@@ -38,8 +38,7 @@ from leanlift import (
     save_adapter,
 )
 from leanlift.model import lift_layers
-from leanlift.plan import StepSettings
-from leanlift.weights.quantized import WeightFormat
+from leanlift.plan import Batch, PlanSettings
 
 GOLDEN = Path(__file__).parent / "golden"
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "leanlift.json")
@@ -103,10 +102,10 @@ PLANNED = {
     "qwen2, tied": Qwen2Config(**SIZES, num_hidden_layers=3, tie_word_embeddings=True),
     "gemma2": Gemma2Config(**SIZES, num_hidden_layers=2, head_dim=32, tie_word_embeddings=False),
 }
-FORMATS: dict[str, WeightFormat | None] = {
-    "nf4": WeightFormat("nf4", "bfloat16", 64, True),
-    "int8": WeightFormat("int8", "float32"),
-    "bf16": None,
+FORMATS: dict[str, dict[str, Any]] = {
+    "nf4": {},
+    "int8": {"load_in_8bit": True},
+    "bf16": {"load_in_4bit": False},
 }
 PLANS = {f"{model}, {fmt}": (model, fmt) for model in PLANNED for fmt in FORMATS}
 
@@ -178,8 +177,11 @@ def planned(name: str, directory: Path) -> dict[str, Any]:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(PLANNED[model].to_dict()))
     config = LiftConfig(approx_rank=8, refresh_interval=4, quantize_embeddings=True)
-    settings = StepSettings(batch=2, length=48, eval_batch=1)
-    plan = plan_memory(directory, config, settings, FORMATS[fmt])
+    settings = PlanSettings(
+        eval_strategy="steps", largest=Batch(2, 48), largest_eval=Batch(1, 48), cuda=True,
+        **FORMATS[fmt],
+    )  # fmt: skip
+    plan = plan_memory(directory, config, settings)
     facts: dict[str, Any] = json.loads(json.dumps(plan.to_dict()))
     return {**facts, "model": name}
 

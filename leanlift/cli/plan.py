@@ -1,6 +1,9 @@
 """`leanlift plan --model_name_or_path M [--any_key value] [--fit 8GB [--save run.yaml]] [--json]`.
 
-Takes every key that `leanlift train` takes; those without a bearing on memory change nothing.
+Takes every key that `leanlift train` takes, with the same defaults, which are leaner than those of
+the Python classes (8-bit moments, bf16 offsets, one row at a time, eight to a step: see
+`command_defaults`); keys without a bearing on memory change nothing. A run on a GPU is planned,
+whatever this machine has, unless `--cpu` is given.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from leanlift.format import short_name, size
 from leanlift.measure.picture import check_picture, draw
 from leanlift.plan import MemoryPlan, format_plan
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of
+from leanlift.training.changes import Taken
 from leanlift.training.checks import check_settings
-from leanlift.training.fit import Fit, Taken, fit, parse_card, useful_changes
+from leanlift.training.fit import Fit, fit, parse_card, useful_changes
 from leanlift.training.propose import reasons_of
 from leanlift.training.recipe import Section, write_recipe
 
@@ -130,9 +134,9 @@ def _save(
         why["dataset_name"] = "your rows: .json, .jsonl or .parquet"
     defaults = {k: v for k, v in command_defaults(given).items() if k not in changed}
     held = f"Planned to need {size(plan.needed)}"
+    rows, tokens = (plan.holds_for[key] for key in ("per_device_train_batch_size", "max_length"))
     head = [
-        f"{held} of a card: {short_name(plan.model)}, {plan.holds_for['rows']} × "
-        f"{plan.holds_for['tokens']:,} tokens at a time.",
+        f"{held} of a card: {short_name(plan.model)}, {rows} × {tokens:,} tokens at a time.",
         f"    leanlift train --config {place} --dry_run",
     ]
     write_recipe(

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from leanlift import LiftConfig, plan_memory
+from leanlift import LiftConfig, PlanSettings, plan_memory
 from leanlift.format import bar, gib, share, size
-from leanlift.plan import StepSettings
 from leanlift.report.text import memory_table
 
 SEVEN_B = Path(__file__).parent / "seven_b"
@@ -70,8 +69,10 @@ def needs_of_7b() -> Needs:
     """Plan a 7B run: one row of 2048 tokens a step, 5 % of every matrix over NF4, bf16 offsets,
     moments in 8 bits, activations recomputed. A few seconds."""
     config = LiftConfig(density=0.05, values_dtype="bfloat16")
-    step = StepSettings(batch=1, length=LENGTH, optim="sparse_adamw_8bit")
-    plan = plan_memory(SEVEN_B, config, step)
+    settings = PlanSettings(
+        per_device_train_batch_size=1, max_length=LENGTH, optim="sparse_adamw_8bit", cuda=True
+    )
+    plan = plan_memory(SEVEN_B, config, settings)
     return Needs(plan.peak, plan.needed)
 
 

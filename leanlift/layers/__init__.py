@@ -18,16 +18,16 @@ kept, and on a CPU only they are formed: no dense weight gradient of more than o
 Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
 """
 
-from leanlift.layers.frozen import TILE_BYTES, FrozenLinear
+from leanlift.layers.frozen import FrozenLinear, patched_rows, scratch_nbytes
 from leanlift.layers.lift import EffectiveTiles, LiftLinear
-from leanlift.layers.workspace import Scratch, Workspace, patched_where_made
+from leanlift.layers.workspace import Scratch, Workspace
 
 __all__ = [
-    "TILE_BYTES",
     "EffectiveTiles",
     "FrozenLinear",
     "LiftLinear",
     "Scratch",
     "Workspace",
-    "patched_where_made",
+    "patched_rows",
+    "scratch_nbytes",
 ]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leanlift.layers.autograd import KeepInput, Multiply
-from leanlift.layers.workspace import Scratch, Workspace, patched_where_made
+from leanlift.layers.workspace import Scratch, Workspace, needs_scratch
+from leanlift.ops import TileOps
 from leanlift.sparse import Offsets, add_offsets_
 from leanlift.tiles import RowTiles, makes_new_rows, row_ranges, tile_rows
 
 TILE_BYTES = 16 * 2**20
 """Of fp32 rows that are read, patched or formed at once: the decoded positions of a tile, and the
 like, are a few times its entries."""
+
+
+def patched_rows(n: int) -> int:
+    """Rows of n entries to which offsets are added at once."""
+    return tile_rows(n, 4, TILE_BYTES)
 
 
 class FrozenLinear(nn.Module):
@@ -69,28 +75,36 @@ class FrozenLinear(nn.Module):
         return KeepInput.apply(x, anchor, self, self.observer)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """The effective weight [m, n], in the shared scratch: valid until its next use.
-
-        On a CPU, a weight whose rows are new tensors is patched where it was dequantized: into a
-        scratch it could only be copied.
-        """
+        """The effective weight [m, n], valid until the next one is made: in the shared scratch, or
+        where it was dequantized (see `needs_scratch`)."""
         source, m, n = self.weight_tiles, self.out_features, self.in_features
-        device, shared = source.device, self.workspace
-        ops = shared.ops or shared.choose(device)
-        if ops.whole:
-            weight = shared.scratch.take(m, n, dtype, device)
-            ops.effective_rows(source, self.offsets(0, m), 0, m, weight)
-            return weight
-        if not shared.always and patched_where_made(self._fresh, source.dtype, dtype, device.type):
+        if not self.needs_scratch(dtype):
             weight = source.rows(0, m)
-            for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
+            for start, stop in row_ranges(m, patched_rows(n)):
                 for store in self.offsets(start, stop):
                     add_offsets_(weight[start:stop], store)
             return weight
-        weight = shared.scratch.take(m, n, dtype, device)
-        for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
+        ops = self._ops()
+        weight = self.scratch.take(m, n, dtype, source.device)
+        if ops.whole:
+            ops.effective_rows(source, self.offsets(0, m), 0, m, weight)
+            return weight
+        for start, stop in row_ranges(m, patched_rows(n)):
             ops.effective_rows(source, self.offsets(start, stop), start, stop, weight[start:stop])
         return weight
+
+    def needs_scratch(self, dtype: torch.dtype) -> bool:
+        """Whether the effective weight in `dtype` is made in the shared scratch. Operations that
+        write a whole matrix at once always write it there."""
+        source = self.weight_tiles
+        if self._ops().whole:
+            return True
+        device_type = self.workspace.stands_for or source.device.type
+        return needs_scratch(self._fresh, source.dtype, dtype, device_type)
+
+    def _ops(self) -> TileOps:
+        """What computes in this layer."""
+        return self.workspace.ops or self.workspace.choose(self.weight_tiles.device)
 
     @property
     def scratch(self) -> Scratch:
@@ -121,3 +135,10 @@ class FrozenLinear(nn.Module):
         super()._apply(fn, recurse)
         self.workspace.moved()
         return self
+
+
+def scratch_nbytes(layers: Iterable[FrozenLinear], dtype: torch.dtype) -> int:
+    """Bytes of the scratch that these layers share, after each has computed in `dtype`."""
+    sizes = (layer.in_features * layer.out_features for layer in layers
+             if layer.needs_scratch(dtype))  # fmt: skip
+    return dtype.itemsize * max(sizes, default=0)

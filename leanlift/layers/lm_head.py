@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -107,6 +108,34 @@ def head_loss(
     return HeadLoss(loss, entropy, correct)
 
 
+def tile_columns(tokens: int, width: int, itemsize: int = 4, tile_bytes: int = TILE_BYTES) -> int:
+    """Entries of the vocabulary that the loss goes over at once, for T tokens of width d."""
+    return max(64, tile_bytes // (itemsize * max(tokens, width, 1)))
+
+
+def kept_columns(tokens: int, itemsize: int = 4, tile_bytes: int = TILE_BYTES) -> int:
+    """Entries of the largest vocabulary whose logits are all kept from the first time to the
+    second."""
+    return tile_bytes // (itemsize * max(1, tokens))
+
+
+def next_tokens(outputs: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Of outputs [B, S, d] those at `places` int64 [T] of flattened [B, S], and the labels [T] of
+    the tokens behind them."""
+    flat = outputs.reshape(-1, outputs.shape[-1])
+    return flat.index_select(0, places), labels.reshape(-1).index_select(0, places + 1)
+
+
+def whole_cost(logits: Tensor, wanted: Tensor, objective: Objective = LIKELIHOOD) -> Tensor:
+    """Summed cost of tokens from whole logits [T, V]."""
+    costs = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=objective.smoothing)
+    if objective.by_confidence:
+        with torch.no_grad():
+            chances = -F.cross_entropy(logits, wanted, reduction="none")
+        costs = costs * chances.exp()
+    return costs.sum()
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,8 +149,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens, width, vocabulary = *hidden.shape, head.weight.shape[0]
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        step = max(64, tile_bytes // (wide.itemsize * max(tokens, width, 1)))
-        keeps = vocabulary * tokens * wide.itemsize <= tile_bytes
+        step = tile_columns(tokens, width, wide.itemsize, tile_bytes)
+        keeps = vocabulary <= kept_columns(tokens, wide.itemsize, tile_bytes)
         kept: list[Tensor] = []
         most = torch.full((tokens,), -torch.inf, dtype=wide, device=hidden.device)
         total, weighted, own, mean = (torch.zeros_like(most) for _ in range(4))

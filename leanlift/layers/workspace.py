@@ -10,12 +10,10 @@ from torch import Tensor
 from leanlift.ops import TileOps, tile_ops
 
 
-def patched_where_made(
-    fresh: bool, stored: torch.dtype, dtype: torch.dtype, device_type: str
-) -> bool:
-    """Whether an effective weight in `dtype` is made where its base is dequantized, without the
-    scratch: on a CPU, where rows of that dtype are new tensors, into a scratch they could only be
-    copied.
+def needs_scratch(fresh: bool, stored: torch.dtype, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether an effective weight in `dtype` is made in the scratch. On a CPU, where rows of that
+    dtype are new tensors, it is made where its base is dequantized: into the scratch those could
+    only be copied. The one place where this is decided; `FrozenLinear.needs_scratch` asks it.
 
     Args:
         fresh: whether rows are new tensors; see `tiles.makes_new_rows`.
@@ -23,7 +21,7 @@ def patched_where_made(
         dtype: of the computation.
         device_type: "cpu", "cuda".
     """
-    return fresh and stored == dtype and device_type == "cpu"
+    return not (fresh and stored == dtype and device_type == "cpu")
 
 
 class Scratch:
@@ -65,7 +63,8 @@ class Workspace:
 
     Args:
         implementation: "auto", "torch" or "triton" (see `ops.tile_ops`); or the operations.
-        always: whether the scratch is used even where a matrix would be new anyway; for planning.
+        stands_for: the kind of device that the layers are taken to be on, "cpu" or "cuda"; None:
+            the one that they are on. For a plan, whose tensors are on none.
 
     Attributes:
         implementation: the name.
@@ -73,12 +72,14 @@ class Workspace:
         scratch: where weights are made.
     """
 
-    def __init__(self, implementation: str | TileOps = "auto", always: bool = False) -> None:
+    def __init__(
+        self, implementation: str | TileOps = "auto", stands_for: str | None = None
+    ) -> None:
         self._given = None if isinstance(implementation, str) else implementation
         self.implementation = (
             implementation if isinstance(implementation, str) else implementation.name
         )
-        self.always = always
+        self.stands_for = stands_for
         self.ops: TileOps | None = self._given
         self.scratch = Scratch()
 
@@ -100,7 +101,8 @@ class Workspace:
         return self.ops
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
-        return memo.setdefault(id(self), Workspace(self._given or self.implementation, self.always))
+        given = self._given or self.implementation
+        return memo.setdefault(id(self), Workspace(given, self.stands_for))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the module behind the operations."""

@@ -35,7 +35,7 @@ from leanlift.model.strangers import guard
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets
 from leanlift.ops import resolve
-from leanlift.selection import selection
+from leanlift.selection import selection, selection_nbytes
 from leanlift.source import check_homes
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.quantized import FrozenWeight
@@ -165,6 +165,29 @@ def _choices(
             note = "" if choices[target].converged else ", not converged"
             bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{note}")
     return choices
+
+
+def selecting_nbytes(
+    config: LiftConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    counts: Mapping[str, int],
+    itemsize: int,
+) -> int:
+    """Peak of selecting beyond what stays, from shapes alone: matrices are selected from one by
+    one. What a gradient mask's calibration takes has no rule, and is left out.
+
+    Args:
+        config: what is trained.
+        shapes, counts: of every target, and of its entries to select.
+        itemsize: of the dtype in which rows come.
+    """
+    if config.selector == "gradient":
+        return 0
+    scorer, tile_bytes = config.scorer(), config.selection_tile_bytes
+    return max(
+        selection_nbytes(scorer, shape, counts[name], tile_bytes, itemsize)
+        for name, shape in shapes.items()
+    )
 
 
 @contextmanager

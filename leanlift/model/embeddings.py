@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,13 +66,8 @@ def embedding_to_cpu(model: Any) -> None:
     Raises:
         UserError: it is tied to the head, which the GPU needs.
     """
+    check_not_tied(model)
     embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    if head is not None and _storage(embedding.weight) == _storage(head.weight):
-        raise UserError(
-            "the embedding is tied to the output head, which the GPU needs: leave out "
-            "embedding_on_cpu for this model."
-        )
     name = next(name for name, module in model.named_modules() if module is embedding)
     held: nn.Module = embedding.storage if isinstance(embedding, FrozenEmbedding) else embedding
     dtype = embedding.dtype if isinstance(embedding, FrozenEmbedding) else embedding.weight.dtype
@@ -80,6 +76,55 @@ def embedding_to_cpu(model: Any) -> None:
     if is_quantized(held):
         weight_tensors(held)  # reading them once brings the scales along, and frees the old ones
     model.set_submodule(name, FrozenEmbedding(held, embedding_rows, dtype, True, scale))
+
+
+def check_not_tied(model: Any) -> None:
+    """Refuse to keep an embedding on the CPU that is tied to the head.
+
+    Raises:
+        UserError: it is.
+    """
+    if embeddings_tied(model):
+        raise UserError(
+            "the embedding is tied to the output head, which the GPU needs: leave out "
+            "embedding_on_cpu for this model."
+        )
+
+
+def embeddings_tied(model: Any) -> bool:
+    """Whether the embedding and the output head are one tensor."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return head is not None and _storage(embedding.weight) == _storage(head.weight)
+
+
+@dataclass(frozen=True)
+class EmbeddingBytes:
+    """Bytes of a model's embedding and output head.
+
+    Attributes:
+        loaded: in 16 or 32 bits.
+        held: where the model is, as they are held in training.
+    """
+
+    loaded: int
+    held: int
+
+
+def embeddings_nbytes(model: Any, in_int8: bool, elsewhere: bool) -> EmbeddingBytes:
+    """Of a 16/32-bit model, before anything is done to its embedding and head.
+
+    Args:
+        model: with its own embedding and head, real or fake.
+        in_int8: whether both will be held in INT8; tied ones once.
+        elsewhere: whether the embedding will be on the CPU and the model is not.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own_head = [] if head is None or embeddings_tied(model) else [head.weight]
+    bias = 0 if head is None or head.bias is None else head.bias.nbytes
+    kept = own_head if elsewhere else [embedding.weight, *own_head]
+    held = sum(INT8.held_nbytes(tuple(w.shape)) if in_int8 else w.nbytes for w in kept)
+    loaded = sum(weight.nbytes for weight in (embedding.weight, *own_head))
+    return EmbeddingBytes(loaded + bias, held + bias)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ place it takes, and a bound at which newcomers that would need more room are hel
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,16 @@ from tqdm.auto import tqdm
 
 from leanlift.config import LiftConfig
 from leanlift.layers import LiftLinear
+from leanlift.model.attach import selecting_nbytes
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.optim import remap_entries
 from leanlift.selection import Favoring, scores_of, selection
 from leanlift.sparse import BoundedMask, bounded_mask
+
+EXCHANGE_PER_ENTRY = 64
+"""Bytes per entry while a mask is exchanged: sorted int64 positions of both masks and the store,
+where each entry was, and both moments before and after. Where up to a seventh of the entries are
+replaced, twice what refreshes do; a mask that is replaced whole takes up to 132."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +113,17 @@ def _choose(layer: LiftLinear, name: str, config: LiftConfig) -> tuple[BoundedMa
         unit_scores,
     )
     return mask, chosen.converged
+
+
+def refresh_nbytes(
+    config: LiftConfig, shapes: Mapping[str, tuple[int, int]], counts: Mapping[str, int]
+) -> int:
+    """Peak of a refresh beyond what stays, from shapes alone: one matrix is selected from, in fp32,
+    or exchanges its mask. The stored rows that a tile is made of, one tile more, are not counted.
+
+    Args:
+        config: what is trained.
+        shapes, counts: of every target, and of its trained entries.
+    """
+    exchange = EXCHANGE_PER_ENTRY * max(counts.values())
+    return max(selecting_nbytes(config, shapes, counts, 4), exchange)

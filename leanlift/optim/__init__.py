@@ -3,6 +3,7 @@
 from leanlift.optim.adamw import SparseAdamW
 from leanlift.optim.arithmetic import adamw_update
 from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
+from leanlift.optim.nbytes import optimizer_nbytes, update_nbytes
 from leanlift.optim.remap import check_remappable, remap_entries, state_nbytes
 from leanlift.optim.saved import SavedState, check_saved, restore_state, saved_state, unwrap
 from leanlift.optim.validate import LARGEST_GRADIENT
@@ -16,9 +17,11 @@ __all__ = [
     "adamw_update",
     "check_remappable",
     "check_saved",
+    "optimizer_nbytes",
     "remap_entries",
     "restore_state",
     "saved_state",
     "state_nbytes",
     "unwrap",
+    "update_nbytes",
 ]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from leanlift.errors import UserError
 from leanlift.ops import adamw_kernel
 from leanlift.optim.arithmetic import adamw_update, round_stochastically, seed_of, uniform_noise
-from leanlift.optim.moments import BLOCK, own_moments
+from leanlift.optim.moments import BLOCK, CHUNK, own_moments
 
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -72,7 +72,7 @@ class SparseAdamW(Optimizer):
         moments: str = "float32",
         rounding: str = "stochastic",
         seed: int = 0,
-        chunk: int = 2**18,
+        chunk: int = CHUNK,
         ops: str = "auto",
     ) -> None:
         self._ops = ops

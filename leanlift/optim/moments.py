@@ -23,6 +23,9 @@ from leanlift.ops import MomentParts
 from leanlift.weights import bnb
 
 BLOCK = bnb.MOMENT_BLOCK
+CHUNK = 2**18
+"""Entries that `SparseAdamW` updates at once, unless told otherwise."""
+
 TABLES_NBYTES = 2 * 4 * 256
 """The lookup tables of 8-bit moments, one pair per device."""
 

@@ -85,7 +85,7 @@ def fake_tensors() -> Iterator[None]:
 def attach_fake(
     model: Any,
     config: LiftConfig,
-    fmt: WeightFormat | None,
+    fmt: WeightFormat,
     embedding_on_cpu: bool = False,
     workspace: Workspace | None = None,
 ) -> dict[str, EvenIndex]:
@@ -94,9 +94,9 @@ def attach_fake(
     Args:
         model: built under `fake_tensors`.
         config: what is trained.
-        fmt: how Linears other than the output head are quantized; None: they are not.
+        fmt: how Linears other than the output head are held.
         embedding_on_cpu: whether the embedding is kept there.
-        workspace: of the layers; None: one whose scratch is always used.
+        workspace: of the layers; None: one that stands for a GPU.
 
     Returns:
         The positions of every target, spread evenly.
@@ -105,7 +105,7 @@ def attach_fake(
     config.check_patterns(targets)
     weights = planned_weights(model, fmt, targets)
     indices = {n: even_index(weights[n].shape, config.count(weights[n].shape, n)) for n in targets}
-    workspace = first_pieces(always=True) if workspace is None else workspace
+    workspace = workspace or first_pieces("cuda")
     make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
     operate(model, make_layer, _without_numbers if config.quantize_embeddings else None)
     if embedding_on_cpu:
@@ -113,9 +113,7 @@ def attach_fake(
     return indices
 
 
-def planned_weights(
-    model: Any, fmt: WeightFormat | None, targets: list[str]
-) -> dict[str, FrozenWeight]:
+def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[str, FrozenWeight]:
     """Weights without numbers, of the Linears of a fake 16/32-bit model that loading quantizes, or
     of its targets where it does not."""
     head, trained = model.get_output_embeddings(), set(targets)
@@ -123,7 +121,7 @@ def planned_weights(
     for name, module in model.named_modules():
         if type(module) is not nn.Linear or module is head:
             continue
-        if fmt is not None:
+        if fmt.kind != "dense":
             m, n = module.weight.shape
             weights[name] = empty_weight((m, n), fmt, module.bias)
         elif name in trained:
@@ -232,12 +230,13 @@ def _laps(
 
 
 def _take_scratch(model: Any) -> None:
-    """Let a scratch that is always used be there already, as from the step before."""
+    """Let the scratch be there already where it is needed, as from the step before."""
+    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
     linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
-    if linears[0].workspace.always:
-        widest = max((m.weight_tiles.shape for m in linears), key=math.prod)
-        dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-        linears[0].scratch.take(*widest, dtype, torch.device("cpu"))
+    needing = [layer for layer in linears if layer.needs_scratch(dtype)]
+    if needing:
+        widest = max((layer.weight_tiles.shape for layer in needing), key=math.prod)
+        needing[0].scratch.take(*widest, dtype, torch.device("cpu"))
 
 
 def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:

@@ -14,38 +14,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from leanlift.layers import TILE_BYTES, Workspace
-from leanlift.layers.lm_head import TILE_BYTES as HEAD_TILE_BYTES
-from leanlift.layers.lm_head import Head
+from leanlift.layers import Workspace, patched_rows
+from leanlift.layers.lm_head import Head, kept_columns, tile_columns
 from leanlift.ops.parts import Take
 from leanlift.ops.reference import TorchOps
 from leanlift.ops.sampled import TOKENS
 from leanlift.sparse import Offsets, SegmentedIndex
-from leanlift.tiles import RowTiles, tile_rows
+from leanlift.tiles import RowTiles
 
 PIECES = 2
 
 
 class FirstPieces(TorchOps):
-    """The reference, over the first two pieces of whatever is done in pieces.
-
-    Args:
-        whole: whether effective weights are asked for in one call, whose pieces are made here, as
-            the layer makes them.
-    """
-
-    def __init__(self, whole: bool) -> None:
-        self.whole = whole
+    """The reference, over the first two pieces of whatever is done in pieces."""
 
     def effective_rows(
         self, weight: RowTiles, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
     ) -> None:
-        rows, n = out.shape
-        step = tile_rows(n, 4, TILE_BYTES) if self.whole else rows
-        for first in range(0, min(rows, PIECES * step), step):
-            last = min(first + step, rows)
-            parts = [store.rows(first, last) for store in offsets]
-            super().effective_rows(weight, parts, start + first, start + last, out[first:last])
+        if start < PIECES * patched_rows(out.shape[1]):
+            super().effective_rows(weight, offsets, start, stop, out)
 
     def sampled_product(
         self, left: Tensor, right: Tensor, index: SegmentedIndex, out: Tensor, take: Take
@@ -63,8 +50,7 @@ def first_tiles(head: Head, tokens: int, width: int) -> Head:
         tokens: that the loss is over.
         width: of a hidden state.
     """
-    step = max(64, HEAD_TILE_BYTES // (4 * max(tokens, width, 1)))
-    rows = max(PIECES * step, HEAD_TILE_BYTES // (4 * max(1, tokens)) + 1)
+    rows = max(PIECES * tile_columns(tokens, width), kept_columns(tokens) + 1)
     if rows >= head.weight.shape[0]:
         return head
     bias = None if head.bias is None else head.bias[:rows]
@@ -94,6 +80,6 @@ class _FirstRows:
         return self.source.rows(start, stop)
 
 
-def first_pieces(always: bool) -> Workspace:
-    """A workspace whose layers go over first pieces; `always`: in the scratch."""
-    return Workspace(FirstPieces(whole=always), always)
+def first_pieces(device_type: str) -> Workspace:
+    """A workspace whose layers go over first pieces, as on a device of this kind."""
+    return Workspace(FirstPieces(), device_type)

@@ -10,7 +10,7 @@ import textwrap
 from typing import Any
 
 from leanlift.format import bar, count, gib, share, short_name, size, table
-from leanlift.plan.memory import MOMENTS
+from leanlift.plan.result import MOMENTS
 
 CARDS_SHOWN = (6, 8, 12, 16, 24)
 WIDTH = 80
@@ -41,17 +41,17 @@ def header(plan: dict[str, Any]) -> list[str]:
     """What is planned: model, rows and tokens, how the base is held, optimizer, dtypes."""
     held = plan["holds_for"]
     base = f"base in {BASES.get(held['base'], held['dtype'])}"
-    if held["double_quantization"]:
+    if held["bnb_4bit_use_double_quant"]:
         base += " with double quantization"
     if held["quantize_embeddings"]:
         base += ", embedding and head in INT8"
     if held["embedding_on_cpu"]:
         base += ", embedding on the CPU"
-    values = f"offsets in {held['values_dtype']}, optimizer {held['optimizer']}"
-    if held["in_backward"]:
+    values = f"offsets in {held['values_dtype']}, optimizer {held['optim']}"
+    if held["optim_in_backward"]:
         values += " in the backward pass"
-    kept = "recomputed" if held["checkpointing"] else "kept"
-    kept = f"activations {kept}" + (" and moved to the CPU" if held["offloading"] else "")
+    kept = f"activations {'recomputed' if held['gradient_checkpointing'] else 'kept'}"
+    kept += " and moved to the CPU" if held["activation_offloading"] else ""
     refreshed = held["refresh_interval"]
     again = f"selected anew every {refreshed} steps" if refreshed else "selected once"
     return _wrapped(
@@ -62,7 +62,8 @@ def header(plan: dict[str, Any]) -> list[str]:
 
 
 def _batch(held: dict[str, Any]) -> str:
-    rows, tokens, times = held["rows"], held["tokens"], held["accumulation"]
+    rows, tokens = held["per_device_train_batch_size"], held["max_length"]
+    times = held["gradient_accumulation_steps"]
     text = f"{rows} row{'s' * (rows != 1)} × {tokens:,} tokens"
     if held["trained_tokens"] is not None:
         text += f" ({count(held['trained_tokens'])} of them trained)"

@@ -8,6 +8,7 @@ from leanlift.source.homes import (
     matrix_cells,
     stored_cells,
 )
+from leanlift.source.stock import loading_nbytes, stored_quantization
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "StoredMatrix",
     "check_homes",
     "check_matrix_homes",
+    "loading_nbytes",
     "locate",
     "matrix_cells",
     "open_checkpoint",
     "plain_view",
     "stored_cells",
+    "stored_quantization",
 ]

@@ -14,13 +14,8 @@ import torch
 
 from leanlift.errors import UserError, first_line
 from leanlift.source.checkpoint import SourceTensor
-from leanlift.weights.quantized import (
-    STORED_PARTS,
-    STORED_STATE,
-    FrozenWeight,
-    stored_shape,
-    stored_weight,
-)
+from leanlift.weights.quantized import FrozenWeight
+from leanlift.weights.stored import STORED_PARTS, STORED_STATE, stored_shape, stored_weight
 
 SCALES, LAYOUT = ".SCB", ".weight_format"
 WEIGHT = ".weight"

@@ -3,7 +3,7 @@
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing.directory import last_whole_checkpoint
 from leanlift.training.memory import MemoryCallback
-from leanlift.training.plan import plan_memory, plan_of
+from leanlift.training.plan import plan_of
 from leanlift.training.run import RunResult, run
 from leanlift.training.trainer import LiftTrainer
 
@@ -14,7 +14,6 @@ __all__ = [
     "RunArguments",
     "RunResult",
     "last_whole_checkpoint",
-    "plan_memory",
     "plan_of",
     "run",
 ]

@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from leanlift.defaults import default_dtype
 from leanlift.errors import UserError, first_line
 from leanlift.io.hub import cached_commit, check_name
 from leanlift.io.places import base_directory
 from leanlift.measure import is_out_of_memory
-from leanlift.source import open_checkpoint
+from leanlift.source import open_checkpoint, stored_quantization
 from leanlift.training.arguments import RunArguments
-from leanlift.weights.quantized import dtype_of, frozen_weight, is_quantized
+from leanlift.weights.quantized import (
+    dtype_name,
+    dtype_of,
+    frozen_weight,
+    is_quantized,
+    requested_format,
+)
 
 
 def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool = False) -> Any:
@@ -34,7 +41,7 @@ def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool
     """
     name = args.model_name_or_path
     check_base_place(args)
-    dtype = dtype_of(args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = dtype_of(args.dtype or default_dtype(device.type == "cuda"))
     try:
         config = AutoConfig.from_pretrained(
             name, revision=args.model_revision, trust_remote_code=trust_remote_code
@@ -108,36 +115,6 @@ def check_base_place(args: RunArguments) -> None:
         return
     with open_checkpoint(path):  # headers only: finds missing and cut-off shards
         pass
-
-
-def stored_quantization(config: Any, name: str) -> dict[str, Any] | None:
-    """How the weights of a checkpoint are quantized on disk; None where they are not.
-
-    Args:
-        config: its configuration, as transformers read it.
-        name: of the base, for messages.
-
-    Raises:
-        UserError: in a form that leanlift cannot train over.
-    """
-    text = config.get_text_config()
-    for holder in (config, text):
-        for key in ("quantization_config", "compression_config"):
-            found = getattr(holder, key, None)
-            if not found:
-                continue
-            data = found if isinstance(found, dict) else found.to_dict()
-            four, eight = data.get("load_in_4bit"), data.get("load_in_8bit")
-            method = data.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
-            method = str(getattr(method, "value", method))
-            if method != "bitsandbytes" or not (four or eight):
-                raise UserError(
-                    f"the base {name} is quantized on disk ({method:.40}), and leanlift trains "
-                    "over 16-bit checkpoints and those that bitsandbytes has quantized (NF4, FP4, "
-                    "INT8): name the 16-bit checkpoint that it was made from."
-                )
-            return data
-    return None
 
 
 def _check_request(args: RunArguments, own: dict[str, Any]) -> None:
@@ -216,13 +193,11 @@ def quantization(args: RunArguments, dtype: torch.dtype) -> BitsAndBytesConfig |
         return BitsAndBytesConfig(load_in_8bit=True)
     if not args.load_in_4bit:
         return None
-    if args.bnb_4bit_quant_type not in ("nf4", "fp4"):
-        raise UserError(
-            f"expected bnb_4bit_quant_type nf4 or fp4, got {args.bnb_4bit_quant_type!r}."
-        )
+    kind, double = args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant
+    fmt = requested_format(True, False, kind, double, dtype_name(dtype))
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
+        bnb_4bit_quant_type=fmt.kind,
+        bnb_4bit_use_double_quant=fmt.double,
         bnb_4bit_compute_dtype=dtype,
     )

@@ -10,7 +10,7 @@ difference is the planner's and not chance's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,33 +20,11 @@ from torch import Tensor
 from leanlift.data.dataset import TokenRows
 from leanlift.data.lengths import skips_preparation
 from leanlift.data.tokens import IGNORED
-from leanlift.format import count
+from leanlift.plan import Batch, largest_batch
 from leanlift.training.loss import TRAINED
-
-UNLIMITED = 2048
-"""Tokens that a row is taken to have where nothing limits it and nobody has looked."""
 
 FLAT = ("bfd", "bfd_split")
 """Packing strategies whose batches TRL lays out without padding."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows of a micro-batch and tokens of each.
-
-    Attributes:
-        trained: how many of its tokens are trained; None: not known, perhaps all.
-        padded: whether rows are shorter than the longest, which takes a mask.
-    """
-
-    rows: int
-    tokens: int
-    trained: int | None = None
-    padded: bool = False
-
-    def __str__(self) -> str:
-        text = f"{self.rows} row{'s' * (self.rows != 1)} of {count(self.tokens)} tokens"
-        return text if self.trained is None else f"{text}, {count(self.trained)} trained"
 
 
 @dataclass(frozen=True)
@@ -90,11 +68,10 @@ def worst_batch(rows: Any, size: int, sft: Any, packing: bool) -> Batch | None:
 def largest_allowed(size: int, sft: Any, packing: bool) -> Batch:
     """The largest batch of rows that nobody has looked at, by the settings alone. Packs that are
     filled from whole rows go one after the other into a single row, with a mask between them."""
-    length = sft.max_length or UNLIMITED
-    flat = getattr(sft, "padding_free", False) or (packing and sft.packing_strategy in FLAT)
-    if flat:
-        return Batch(1, size * length, None, padded=True)
-    return Batch(size, length, None, padded=size > 1 and not packing)
+    found = largest_batch(size, sft.max_length)
+    if getattr(sft, "padding_free", False) or (packing and sft.packing_strategy in FLAT):
+        return Batch(1, size * found.tokens, None, padded=True)
+    return replace(found, padded=False) if packing else found
 
 
 def lengths_of(data: Dataset) -> tuple[np.ndarray, np.ndarray]:

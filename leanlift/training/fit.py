@@ -9,83 +9,29 @@ alone say so in a moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
 from leanlift.format import parse_card, short_name, size
-from leanlift.plan import MOMENTS, Known, MemoryPlan
+from leanlift.plan import MOMENTS, Batch, Known, MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.batches import Batch, Batches
-from leanlift.training.plan import FakeBase, least_of, plan_of
+from leanlift.training.batches import Batches
+from leanlift.training.changes import (
+    Change,
+    Settings,
+    Taken,
+    at_most,
+    half_of,
+    ordered_changes,
+    shorter_rows,
+)
+from leanlift.training.plan import least_of, plan_of
 
-__all__ = ["Change", "Fit", "Taken", "changes", "fit", "parse_card", "useful_changes"]
+__all__ = ["Fit", "fit", "parse_card", "useful_changes"]
 
-Settings = tuple[RunArguments, LiftSFTConfig]
-LEAST_DENSITY = 0.01
 LEAST_GAIN = 0.01
 """The share of what is needed that a change must save."""
-
-CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
-"""Names of one setting: the later one is transformers' since 5.24, and wins where both are set."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """One change of settings.
-
-    Attributes:
-        keys: the settings and their new values, as they stand in a file.
-        cost: in words.
-    """
-
-    keys: dict[str, Any]
-    cost: str
-
-    def __call__(self, settings: Settings) -> Settings:
-        args, sft = settings
-        run = {key: value for key, value in self.keys.items() if hasattr(args, key)}
-        loop = {key: value for key, value in self.keys.items() if key not in run}
-        if "gradient_checkpointing" in loop:
-            on = loop["gradient_checkpointing"]
-            loop |= {name: on for name in CHECKPOINTING if hasattr(sft, name)}
-        return replace(args, **run) if run else args, replace(sft, **loop) if loop else sft
-
-    def possible(self, settings: Settings) -> bool:
-        """Whether a run could be made with it: an update in the backward pass takes one micro-batch
-        per step, and it and 16-bit offsets an optimizer of ours."""
-        sft = settings[1]
-        ours = str(getattr(sft.optim, "value", sft.optim)) in SPARSE_OPTIMIZERS
-        if "optim_in_backward" in self.keys:
-            backward = self.keys["optim_in_backward"]
-            return not backward or (ours and sft.gradient_accumulation_steps == 1)
-        return ours or "values_dtype" not in self.keys
-
-    @property
-    def named(self) -> str:
-        """The settings as flags are written."""
-        return " and ".join(f"{key}={_text(value)}" for key, value in self.keys.items())
-
-    def __str__(self) -> str:
-        return f"{self.named}, {self.cost}"
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A change that was made: what was needed before, and after."""
-
-    change: Change
-    before: int
-    after: int
-
-    @property
-    def saved(self) -> int:
-        return self.before - self.after
-
-    def __str__(self) -> str:
-        return f"{self.change}: {size(self.after)} ({size(self.saved)} less)"
 
 
 @dataclass(frozen=True)
@@ -192,75 +138,16 @@ def useful_changes(
         say: is told what is being tried.
     """
     search = _Search(0.0, cuda, None, say)
-    choices = [_half(group, args) for group in ordered_changes(args, sft, cuda)]
-    choices += [_shorter(sft)] if (sft.max_length or 0) > 512 else []
+    choices = [half_of(group, args) for group in ordered_changes(args, sft, cuda)]
+    choices += shorter_rows(sft)
     choices = [change for change in choices if change.possible((args, sft))]
-    promising = sorted(choices, key=lambda change: -_at_most(change, plan))[: most + 1]
+    promising = sorted(choices, key=lambda change: -at_most(change, plan))[: most + 1]
     found = []
     for change in promising:
         changed = search.plan(change((args, sft)), change.named)
         found.append(Taken(change, plan.needed, changed.needed))
     worth = [taken for taken in found if taken.saved >= LEAST_GAIN * plan.needed]
     return sorted(worth, key=lambda taken: ("quality" in taken.change.cost, -taken.saved))[:most]
-
-
-def changes(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Iterator[Any]:
-    """What to try against a peak, cheapest first, each on its own: (what and at what cost, how)."""
-    for choices in ordered_changes(args, sft, cuda):
-        if "per_device_eval_batch_size" not in choices[0].keys:
-            for change in choices:
-                if change.possible((args, sft)):
-                    yield str(change), change
-
-
-def ordered_changes(
-    args: RunArguments, sft: LiftSFTConfig, cuda: bool = True
-) -> Iterator[tuple[Change, ...]]:
-    """Changes against a peak, cheapest first; of one tuple only one is made, and each needs less
-    than the one before. They are made one after the other, where they are possible by then. On a
-    CPU (`cuda` False) nothing can be moved to one."""
-    optim = str(getattr(sft.optim, "value", sft.optim))
-    if not sft.fp16 and ("8bit" not in optim or optim not in SPARSE_OPTIMIZERS):
-        optim = "sparse_adamw_8bit"
-        yield (Change({"optim": optim}, "moments in 8 bits instead of 32: no loss measured"),)
-    if args.values_dtype == "float32" and optim in SPARSE_OPTIMIZERS and not sft.fp16:
-        yield (
-            Change(
-                {"values_dtype": "bfloat16"},
-                "offsets in 16 bits, rounded stochastically: no loss measured",
-            ),
-        )
-    if str(getattr(sft.eval_strategy, "value", sft.eval_strategy)) != "no":
-        sizes = _halves(sft.per_device_eval_batch_size)
-        if sizes:
-            cost = "the same evaluation in smaller batches"
-            yield tuple(Change({"per_device_eval_batch_size": n}, cost) for n in sizes)
-    if not sft.gradient_checkpointing:
-        yield (Change({"gradient_checkpointing": True}, "costs a second forward pass"),)
-    smaller = tuple(_smaller_batches(sft))
-    if smaller:
-        yield smaller
-    if not args.quantize_embeddings:
-        yield (
-            Change(
-                {"quantize_embeddings": True},
-                "embedding and head in INT8 while training: a little rounding",
-            ),
-        )
-    if cuda and not args.embedding_on_cpu and not _tied(args, sft):
-        yield (Change({"embedding_on_cpu": True}, "rows are looked up on the CPU: a little time"),)
-    if cuda and not sft.activation_offloading:
-        yield (Change({"activation_offloading": True}, "costs transfers to the CPU"),)
-    if not sft.optim_in_backward and not sft.fp16:
-        yield (
-            Change(
-                {"optim_in_backward": True, "max_grad_norm": 0.0},
-                "gives up gradient clipping",
-            ),
-        )
-    if args.rank_budget is None and args.density > LEAST_DENSITY:
-        cost = "fewer trained entries: this costs quality"
-        yield tuple(Change({"density": d}, cost) for d in _densities(args.density))
 
 
 # --- the search -------------------------------------------------------------------------------
@@ -343,82 +230,3 @@ def _of_rows(batch: Batch | None, rows: int, longest: int | None) -> Batch | Non
         return batch
     trained = None if batch.trained is None else min(batch.trained, rows * tokens)
     return Batch(rows, tokens, trained, batch.padded and rows > 1)
-
-
-def _at_most(change: Change, plan: MemoryPlan) -> float:
-    """What a change may save, from the bytes that it is about: which ones are worth a plan."""
-    held, entries = plan.categories, ("index", "values", "gradients", "optimizer state")
-    activations = held["activations and workspace"]
-    return {
-        "density": sum(held[name] for name in entries) / 2,
-        "quantize_embeddings": held["embeddings and head"] / 2,
-        "embedding_on_cpu": held["embeddings and head"] / 2,
-        "optim": 0.75 * held["optimizer state"],
-        "values_dtype": (held["values"] + held["gradients"]) / 2,
-        "optim_in_backward": held["gradients"],
-        "gradient_checkpointing": activations,
-        "activation_offloading": activations / 2,
-        "per_device_train_batch_size": activations,
-        "max_length": activations / 2,
-        "per_device_eval_batch_size": plan.peak - plan.phases["train"],
-    }[next(iter(change.keys))]
-
-
-# --- values -----------------------------------------------------------------------------------
-
-
-def _halves(number: int) -> list[int]:
-    found = []
-    while number > 1:
-        number = number // 2 if number % 2 == 0 else 1
-        found.append(number)
-    return found
-
-
-def _smaller_batches(sft: LiftSFTConfig) -> Iterator[Change]:
-    """The same batch in more pieces. An update in the backward pass cannot be in pieces."""
-    rows, times = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
-    for fewer in _halves(rows):
-        keys: dict[str, Any] = {
-            "per_device_train_batch_size": fewer,
-            "gradient_accumulation_steps": times * rows // fewer,
-        }
-        if sft.optim_in_backward:
-            keys["optim_in_backward"] = False
-        yield Change(keys, "the same batch in more pieces: a little time")
-
-
-def _densities(density: float) -> list[float]:
-    """Smaller densities down to the least, in ten steps."""
-    steps = 10
-    found = [density - (density - LEAST_DENSITY) * i / steps for i in range(1, steps)]
-    rounded = [float(f"{value:.2g}") for value in found]
-    return [*(d for d in dict.fromkeys(rounded) if LEAST_DENSITY < d < density), LEAST_DENSITY]
-
-
-def _half(choices: tuple[Change, ...], args: RunArguments) -> Change:
-    """The most that choices offer; of densities half of what there is."""
-    last = choices[-1]
-    if "density" not in last.keys:
-        return last
-    return replace(last, keys={"density": max(LEAST_DENSITY, args.density / 2)})
-
-
-def _shorter(sft: LiftSFTConfig) -> Change:
-    length = (sft.max_length or 2048) // 2
-    return Change({"max_length": length}, "rows that are longer are cut")
-
-
-def _text(value: Any) -> str:
-    return (
-        str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
-
-
-def _tied(args: RunArguments, sft: LiftSFTConfig) -> bool:
-    remote = bool(sft.trust_remote_code)
-    return FakeBase.of(args.model_name_or_path, None, remote, args.model_revision).tied

@@ -18,10 +18,11 @@ from leanlift.data.ready import RowsForTraining
 from leanlift.data.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.errors import UserError, first_line
 from leanlift.format import bar, count
+from leanlift.plan import Batch
 from leanlift.rows.examples import ExampleReader
 from leanlift.rows.source import load_rows
 from leanlift.training.arguments import LiftSFTConfig
-from leanlift.training.batches import Batch, lengths_of
+from leanlift.training.batches import lengths_of
 
 LOOKED_AT = 2000
 """Rows that are tokenized, spread evenly over all of them."""

@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leanlift.errors import UserError
-from leanlift.layers.lm_head import LIKELIHOOD, Head, Objective, head_loss
+from leanlift.layers.lm_head import Head, Objective, head_loss, next_tokens, whole_cost
 from leanlift.model import output_head
-from leanlift.plan import first_tiles
 
 logger = logging.getLogger("leanlift")
 
@@ -126,7 +125,7 @@ class WholeLoss:
             del chances
         self.last = LossParts(entropy / trained, correct / trained)
         divisor = trained if items is None else items
-        return _cost(logits.float(), wanted, self.objective) / divisor
+        return whole_cost(logits.float(), wanted, self.objective) / divisor
 
 
 def forwarded(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -140,19 +139,8 @@ def _trained(outputs: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     labels, places = inputs["labels"], inputs.get(TRAINED)
     if places is None:
         places = trained_positions(labels)
-    places = places.to(outputs.device)  # where they are already, unless a loop left them behind
-    flat = outputs.reshape(-1, outputs.shape[-1])
-    return flat.index_select(0, places), labels.reshape(-1).index_select(0, places + 1)
-
-
-def _cost(logits: Tensor, wanted: Tensor, objective: Objective) -> Tensor:
-    """Summed cost of tokens from whole logits [T, V]."""
-    costs = F.cross_entropy(logits, wanted, reduction="none", label_smoothing=objective.smoothing)
-    if objective.by_confidence:
-        with torch.no_grad():
-            chances = -F.cross_entropy(logits, wanted, reduction="none")
-        costs = costs * chances.exp()
-    return costs.sum()
+    # they are there already, unless a loop left them behind
+    return next_tokens(outputs, labels, places.to(outputs.device))
 
 
 def training_loss(
@@ -267,28 +255,3 @@ def _agree(model: Any, head: Head, ids: Tensor, labels: Tensor, gain: float) -> 
     loss = F.cross_entropy(states, wanted)
     same = (own.logits.reshape(ours.shape) - ours).abs().max() <= bound
     return largest if bool(same) and abs(float(own.loss) - float(loss)) <= bound else None
-
-
-def loss_of_all_tokens(
-    model: Any,
-    ids: Tensor,
-    labels: Tensor,
-    objective: Objective = LIKELIHOOD,
-    trained: int | None = None,
-    padded: bool = False,
-) -> Tensor:
-    """The loss with so many tokens trained, by default every one, for planning: nothing depends on
-    which they are, nor on what labels are. A mask makes a difference only where rows are padded."""
-    places = torch.zeros(labels[:, 1:].numel() if trained is None else trained, dtype=torch.int64)
-    inputs = {"labels": labels, TRAINED: places}
-    given = {"input_ids": ids, "use_cache": False}
-    if padded:
-        given["attention_mask"] = torch.ones_like(ids)
-    head, one = output_head(model), torch.tensor(1.0)
-    if head is None:
-        logits, wanted = _trained(model(**given).logits, inputs)
-        return _cost(logits.float(), wanted, objective)
-    hidden = model.base_model(**given).last_hidden_state
-    flat, wanted = _trained(hidden, inputs)
-    head = first_tiles(head, *flat.shape)
-    return head_loss(flat, wanted, head, one, objective=objective).loss

@@ -10,8 +10,9 @@ from leanlift.errors import UserError, first_line
 from leanlift.measure import human
 from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.changes import changes
 from leanlift.training.checkpointing.directory import last_checkpoint
-from leanlift.training.fit import changes, fit
+from leanlift.training.fit import fit
 
 logger = logging.getLogger("leanlift")
 

@@ -16,7 +16,8 @@ from leanlift.format import count, share, short_name, size
 from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batches
-from leanlift.training.fit import Taken, fit
+from leanlift.training.changes import Taken
+from leanlift.training.fit import fit
 from leanlift.training.look import Look
 from leanlift.training.plan import plan_of
 from leanlift.training.recipe import Section

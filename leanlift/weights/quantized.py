@@ -59,9 +59,20 @@ class WeightFormat:
         """Whether rows are new tensors of their own: of the 4-bit formats they are."""
         return self.kind in ("nf4", "fp4")
 
+    @property
+    def tables_nbytes(self) -> int:
+        """Bytes of the lookup tables that bitsandbytes keeps beside each 4-bit matrix: 16 fp32
+        codes, and with double quantization 256 for the scales."""
+        if self.kind not in ("nf4", "fp4"):
+            return 0
+        return 4 * (16 + 256 * self.double)
+
+    def held_nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of all tensors in which a weight of this shape is held."""
+        return self.nbytes(shape) + self.tables_nbytes
+
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a weight of this shape and its scales, without the lookup tables of 4-bit
-        formats: 64 bytes per matrix, 1088 with double quantization."""
+        """Bytes of a weight of this shape and its scales, without `tables_nbytes`."""
         numel = shape[0] * shape[1]
         if self.kind == "dense":
             return numel * self.torch_dtype.itemsize
@@ -70,6 +81,29 @@ class WeightFormat:
         blocks = -(-numel // self.blocksize)
         scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if self.double else 4 * blocks
         return -(-numel // 2) + scales
+
+
+def requested_format(
+    load_in_4bit: bool, load_in_8bit: bool, quant_type: str, double: bool, dtype: str
+) -> WeightFormat:
+    """How bitsandbytes holds a Linear that is loaded under these settings of its configuration.
+
+    Args:
+        load_in_4bit, load_in_8bit: what is asked for; 8 bits where both are.
+        quant_type: of 4 bits, "nf4" or "fp4".
+        double: whether 4-bit weights have their scales quantized.
+        dtype: name of the dtype that a weight has before it is quantized.
+
+    Raises:
+        UserError: another type of 4-bit weights.
+    """
+    if load_in_8bit:
+        return WeightFormat("int8", "float32")
+    if not load_in_4bit:
+        return WeightFormat("dense", dtype)
+    if quant_type not in ("nf4", "fp4"):
+        raise UserError(f"expected bnb_4bit_quant_type nf4 or fp4, got {quant_type!r}.")
+    return WeightFormat(quant_type, dtype, 64, double)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -289,35 +323,6 @@ def requantize(weight: RowTiles | Tensor, fmt: WeightFormat, device: torch.devic
             tiles.rows, tiles.shape, fmt.kind, fmt.blocksize, fmt.double, fmt.torch_dtype, device
         )
     )
-
-
-STORED_STATE = bnb.STATE_4BIT
-STORED_PARTS = bnb.PARTS_4BIT
-"""How a bitsandbytes checkpoint calls the parts of a 4-bit weight, after its name and a dot."""
-
-
-def stored_shape(state: Tensor) -> tuple[int, int]:
-    """The shape of a 4-bit weight of a checkpoint, from the part that describes it.
-
-    Raises:
-        ValueError: it describes no matrix.
-    """
-    shape = bnb.describe_4bit(state).get("shape")
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(s) is int for s in shape)):
-        raise ValueError(f"expected two sizes, got {shape!r:.80}")
-    return shape[0], shape[1]
-
-
-def stored_weight(weight: Tensor, parts: dict[str, Tensor]) -> FrozenWeight:
-    """A weight as a bitsandbytes checkpoint holds it.
-
-    Args:
-        weight: packed 4-bit codes, or INT8 ones [m, n].
-        parts: of a 4-bit weight by their `STORED_PARTS` names; of an INT8 one, "SCB" [m].
-    """
-    if "SCB" in parts:
-        return Weight8bit(bnb.stored_8bit(weight, parts["SCB"]))
-    return Weight4bit(bnb.stored_4bit(weight, parts))
 
 
 def embedding_rows(module: nn.Module, ids: Tensor) -> Tensor:

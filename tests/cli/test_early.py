@@ -31,7 +31,8 @@ from leanlift.cli.settings import parse_train
 from leanlift.errors import first_line
 from leanlift.evaluation.evaluate import evaluate
 from leanlift.io.tensors import new_directory
-from leanlift.training import LiftSFTConfig, plan_memory
+from leanlift.plan import plan_memory
+from leanlift.training import LiftSFTConfig
 from leanlift.training.checks import check_settings
 from leanlift.training.memory import timeline
 

@@ -58,7 +58,18 @@ def facts_of(directory: Path, file: str = CONFIG) -> dict[str, Any]:
     return {**data, "lift": LiftConfig.from_dict(data["lift"]).to_dict()}
 
 
-FORMER_KEYS = {"quantize_ends": "quantize_embeddings"}
+FORMER_KEYS = {
+    "quantize_ends": "quantize_embeddings",
+    "rows": "per_device_train_batch_size",
+    "tokens": "max_length",
+    "accumulation": "gradient_accumulation_steps",
+    "double_quantization": "bnb_4bit_use_double_quant",
+    "optimizer": "optim",
+    "checkpointing": "gradient_checkpointing",
+    "offloading": "activation_offloading",
+    "in_backward": "optim_in_backward",
+    "evaluation_rows": "per_device_eval_batch_size",
+}
 """Of a plan's settings, which have other names today."""
 
 

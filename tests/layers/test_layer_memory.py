@@ -62,18 +62,18 @@ def test_an_entry_is_rounded_once() -> None:
     assert torch.equal(lift.effective_weight(torch.bfloat16), dense.bfloat16())
 
 
-@pytest.mark.parametrize("always", [True, False], ids=["scratch", "none"])
-def test_the_scratch_is_the_only_dense_tensor_left_after_a_step(always: bool) -> None:
+@pytest.mark.parametrize("needed", [True, False], ids=["scratch", "none"])
+def test_the_scratch_is_the_only_dense_tensor_left_after_a_step(needed: bool) -> None:
     def dense() -> set[int]:
         gc.collect()
         tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
         return {tensor.data_ptr() for tensor in tensors if tensor.numel() >= 160 * 192}
 
     lift = make_lift(make_linear4bit(160, 192))
-    lift.workspace.always = always
+    lift.workspace.stands_for = "cuda" if needed else None
     x, before = torch.randn(4, 192, requires_grad=True), dense()
     lift(x).sum().backward()
-    if not always:
+    if not needed:
         assert dense() == before
         assert lift.scratch.nbytes == 0
         return
@@ -95,7 +95,7 @@ def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
     retire(lift, retired, torch.ones(retired.numel()))
     before = [t.clone() for t in weight_tensors(lift.base)]
     own = lift.effective_weight(dtype)
-    lift.workspace.always = True
+    lift.workspace.stands_for = "cuda"
     assert torch.equal(own, lift.effective_weight(dtype))
     assert all(map(torch.equal, weight_tensors(lift.base), before))
 
@@ -104,7 +104,7 @@ def test_no_operation_of_a_step_makes_more_than_a_tile(monkeypatch: pytest.Monke
     monkeypatch.setattr("leanlift.layers.frozen.tile_rows", lambda *_: 64)
     monkeypatch.setattr("leanlift.layers.lift.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192))
-    lift.workspace.always = True
+    lift.workspace.stands_for = "cuda"
     scratch = lift.scratch.take(320, 192, torch.float32, torch.device("cpu"))
     x = torch.randn(4, 192, requires_grad=True)
     with LargestTensor([scratch, *weight_tensors(lift.base)]) as operations:

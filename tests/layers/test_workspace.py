@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_block, make_lift, make_linear4bit
+from helpers import make_base, make_block, make_lift, make_linear4bit
 
-from leanlift.layers import Workspace
+from leanlift.layers import Workspace, scratch_nbytes
 from leanlift.ops import tile_ops
 from leanlift.ops.reference import TorchOps
 from leanlift.sparse import LayerOffsets, Offsets
@@ -63,3 +63,21 @@ def test_offsets_of_another_count_or_in_two_stores_are_not_taken() -> None:
         lift.put(LayerOffsets(active, twice))
     assert lift.learned.active.index is before.active.index
     assert torch.equal(lift.values, before.active.values)
+
+
+@pytest.mark.parametrize("stands_for", [None, "cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
+def test_the_scratch_is_as_large_as_is_said_before(
+    kind: str, dtype: torch.dtype, stands_for: str | None
+) -> None:
+    """Rows of NF4 alone are new, here in fp32."""
+    workspace = Workspace(stands_for=stands_for)
+    layers = [make_lift(make_base(kind, m, 64), workspace=workspace) for m in (64, 192, 128)]
+    said = scratch_nbytes(layers, dtype)
+    for layer in layers:
+        assert layer.effective_weight(dtype).dtype == dtype
+    assert workspace.scratch.nbytes == said
+    made_in_place = kind == "nf4" and dtype == torch.float32 and stands_for != "cuda"
+    assert said == (0 if made_in_place else dtype.itemsize * 192 * 64)
+    assert scratch_nbytes([], dtype) == 0

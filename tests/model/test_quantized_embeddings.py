@@ -19,7 +19,10 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
+from leanlift.measure import tensor_bytes
 from leanlift.model import embedding_to_cpu
+from leanlift.model.embeddings import embeddings_nbytes
+from leanlift.weights.quantized import weight_tensors
 
 ENDS = LiftConfig(density=0.1, approx_rank=8, quantize_embeddings=True)
 
@@ -65,3 +68,22 @@ def test_an_embedding_on_the_cpu_changes_nothing_but_its_place(tmp_path: Path) -
     tied = make_checkpoint(tmp_path / "tied", tied=True)
     with pytest.raises(UserError, match="tied to the output head"):
         embedding_to_cpu(get_lift_model(load(tied), LIFT, progress=False))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "on the cpu"])
+@pytest.mark.parametrize("in_int8", [False, True], ids=["stock", "int8"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_bytes_from_the_shapes_are_those_of_the_tensors(
+    tmp_path: Path, tied: bool, in_int8: bool, elsewhere: bool
+) -> None:
+    path = make_checkpoint(tmp_path, tied=tied)
+    model, config = load(path), LiftConfig(approx_rank=4, quantize_embeddings=in_int8)
+    rule = embeddings_nbytes(model, in_int8, elsewhere)
+    parts = model.get_input_embeddings(), model.get_output_embeddings()
+    assert rule.loaded == tensor_bytes([part.weight for part in parts])
+    get_lift_model(model, config, progress=False)
+    if not (tied and elsewhere):  # which is refused
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        both = [getattr(embedding, "storage", embedding), getattr(head, "base", head)]
+        held = [tensor for part in both[elsewhere:] for tensor in weight_tensors(part)]
+        assert rule.held == tensor_bytes(held)

@@ -15,7 +15,10 @@ from tiny import load
 from torch import Tensor
 
 from leanlift import LiftConfig, UserError, get_lift_model, refresh_mask
+from leanlift.measure import LiveBytes
 from leanlift.model import lift_layers
+from leanlift.model.refresh import EXCHANGE_PER_ENTRY, _choose, refresh_nbytes
+from leanlift.optim import SparseAdamW, remap_entries
 from leanlift.selection import Favoring, Magnitude, Principal, scores_of, select, selection
 from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex, bounded_mask, retired_nbytes
 from leanlift.training import RunArguments
@@ -292,3 +295,30 @@ def test_settings_out_of_range_are_refused() -> None:
     assert RunArguments(**args).lift_config().retired_limit == 0.5
     assert RunArguments(**args, retired_limit=None).lift_config().retired_limit is None
     assert RunArguments(**args, refresh_margin=0.2).lift_config().refresh_margin == 0.2
+
+
+@pytest.mark.parametrize("limit", [None, 0.02, 0.5])
+@pytest.mark.parametrize("density", [0.05, 0.3])
+def test_a_refresh_takes_no_more_than_its_rule(density: float, limit: float | None) -> None:
+    """Of a matrix that is read in several tiles, a tenth of whose entries want to be replaced."""
+    shape = 1536, 512
+    lift = make_lift(make_base("nf4", *shape), density=density)
+    config = LiftConfig(density=density, approx_rank=8, selection_tile_mib=1, retired_limit=limit)
+    lift.values.data.zero_()
+    lift.change_mask(selection(lift.effective, config.scorer(), lift.index.count).flat)
+    lift.values.data.normal_(0, 0.003)
+    optimizer = SparseAdamW([lift.values])
+    lift.values.grad = torch.ones_like(lift.values)
+    optimizer.step()
+    rule = refresh_nbytes(config, {"w": shape}, {"w": lift.index.count})
+    exchange = EXCHANGE_PER_ENTRY * lift.index.count
+    for _ in range(2):
+        with LiveBytes() as live:
+            mask, _ = _choose(lift, "w", config)
+        assert 0.3 * rule <= live.peak <= rule
+        with LiveBytes() as live:
+            change = lift.change_mask(mask.flat)
+            remap_entries(optimizer, lift.values, change.source)
+        assert change.churn < 0.15
+        assert 0.5 * exchange <= live.peak - live.current <= exchange
+    assert lift.retired_nbytes

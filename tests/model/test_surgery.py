@@ -63,11 +63,11 @@ FAMILIES: dict[str, Any] = {
     "gemma2": Gemma2Config(**SIZES, head_dim=32),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=32),
 }
-FORMATS: dict[str, WeightFormat | None] = {
+FORMATS = {
     "nf4+double": WeightFormat("nf4", "float32", 64, True),
     "fp4": WeightFormat("fp4", "float32", 64),
     "int8": WeightFormat("int8", "float32"),
-    "dense": None,
+    "dense": WeightFormat("dense", "float32"),
 }
 WAYS: dict[str, dict[str, Any]] = {
     "all": {"density": 0.05},

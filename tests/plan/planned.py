@@ -6,7 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+from tiny import quantization
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
@@ -18,7 +21,6 @@ from leanlift.training import (
     LiftSFTConfig,
     RunArguments,
 )
-from leanlift.weights.quantized import WeightFormat
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -39,16 +41,14 @@ MODELS: dict[str, Any] = {
     "gemma2": Gemma2Config(**SIZES, **GROUPED, head_dim=32),
     "phi3, fused": Phi3Config(**SIZES, **GROUPED),
 }
-FORMATS: dict[str, WeightFormat | None] = {
-    "nf4": WeightFormat("nf4", "float32", 64),
-    "nf4+double": WeightFormat("nf4", "float32", 64, True),
-    "fp4": WeightFormat("fp4", "float32", 64),
-    "int8": WeightFormat("int8", "float32"),
-    "dense": None,
+FORMATS: dict[str, dict[str, Any]] = {
+    "nf4": {"bnb_4bit_use_double_quant": False},
+    "nf4+double": {},
+    "fp4": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "int8": {"load_in_8bit": True},
+    "dense": {"load_in_4bit": False},
 }
-
-
-# --- Fitting a card, and running out of it -------------------------------------------------
+"""The settings under which a base is held so."""
 
 
 def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
@@ -62,3 +62,9 @@ def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
                "per_device_train_batch_size": 4, **sft},
         ),
     )  # fmt: skip
+
+
+def load_base(path: Path, kind: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=quantization(kind), dtype=torch.float32
+    )

@@ -20,14 +20,8 @@ from leanlift.training import (
     RunArguments,
     plan_of,
 )
-from leanlift.training.fit import (
-    _densities,
-    changes,
-    fit,
-    ordered_changes,
-    parse_card,
-    useful_changes,
-)
+from leanlift.training.changes import changes, densities, ordered_changes
+from leanlift.training.fit import fit, parse_card, useful_changes
 from leanlift.training.plan import least_of
 
 
@@ -49,7 +43,7 @@ def test_fit_takes_changes_in_order_until_it_fits(checkpoints: dict[str, Path]) 
 def test_what_cannot_fit_is_refused_without_a_step(
     checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.plan.memory.step_peak", None)  # whoever runs a step fails
+    monkeypatch.setattr("leanlift.plan.planner.step_peak", None)  # whoever runs a step fails
     args, sft = arguments(checkpoints["llama"], approx_rank=8)
     with pytest.raises(
         UserError, match=r"does not fit 0.0001 GiB: the least setting needs .* while .* more than"
@@ -117,7 +111,7 @@ def test_the_density_that_is_chosen_is_the_largest_that_fits(
     )  # fmt: skip
     needed = {
         density: plan_of(dataclasses.replace(args, density=density), sft, cuda=False).needed
-        for density in _densities(0.5)[first - 1 : last + 2]
+        for density in densities(0.5)[first - 1 : last + 2]
     }
     assert list(needed.values()) == sorted(needed.values(), reverse=True)
     for target in list(needed.values())[1:-1:5]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from planned import FORMATS, MODELS, SIZES, arguments
+from planned import FORMATS, MODELS, SIZES, arguments, load_base
 from sweeps import swept
 from tiny import make_tokenizer, quantization
 from transformers import (
@@ -20,31 +20,23 @@ from transformers import (
     LlamaConfig,
 )
 
-from leanlift import LiftConfig, LiftTrainer, get_lift_model
+from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
 from leanlift.cli import main
 from leanlift.measure import LiveBytes, MemoryMeter, static_categories
 from leanlift.model import embedding_to_cpu
 from leanlift.optim import state_nbytes
-from leanlift.plan import StepSettings, plan_step
+from leanlift.plan import Batch, Planned
+from leanlift.plan.loss import loss_of_all_tokens
+from leanlift.plan.planner import plan_step
 from leanlift.training import (
     LiftSFTConfig,
     MemoryCallback,
-    RunArguments,
-    plan_memory,
     plan_of,
 )
 from leanlift.training.fit import (
     fit,
 )
-from leanlift.training.loss import loss_of_all_tokens
-from leanlift.weights.quantized import Weight4bit, Weight8bit, WeightFormat, requantize
-
-
-def load(path: Path, kind: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=quantization(kind), dtype=torch.float32
-    )
-
+from leanlift.weights.quantized import Weight4bit, Weight8bit, requantize
 
 COMBINATIONS = list(itertools.product(MODELS, FORMATS, (False, True)))
 SIMPLE = [("llama", kind, False) for kind in FORMATS]
@@ -56,13 +48,26 @@ def test_every_static_category_is_the_bytes_of_the_tensors(
     checkpoints: dict[str, Path], name: str, kind: str, ends: bool
 ) -> None:
     config = LiftConfig(density=0.05, approx_rank=8, quantize_embeddings=ends)
-    model = get_lift_model(load(checkpoints[name], kind), config, progress=False)
+    model = get_lift_model(load_base(checkpoints[name], kind), config, progress=False)
     planned = plan_memory(
         checkpoints[name],
         config,
-        StepSettings(length=16, dtype="float32", cuda=False),
-        FORMATS[kind],
+        PlanSettings(max_length=16, cuda=False, **FORMATS[kind]),
     ).categories
+    real = static_categories(model)
+    for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
+        assert planned[category] == real[category], category
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "nf4+double"])
+@pytest.mark.parametrize("modules", ["attention", "mlp", ("q_proj", "down_proj")], ids=str)
+def test_what_is_not_trained_is_held_all_the_same(
+    checkpoints: dict[str, Path], kind: str, modules: Any
+) -> None:
+    config = LiftConfig(approx_rank=8, target_modules=modules)
+    model = get_lift_model(load_base(checkpoints["llama"], kind), config, progress=False)
+    settings = PlanSettings(max_length=16, cuda=False, **FORMATS[kind])
+    planned = plan_memory(checkpoints["llama"], config, settings).categories
     real = static_categories(model)
     for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
         assert planned[category] == real[category], category
@@ -113,19 +118,19 @@ def test_the_planned_peak_is_the_measured_one_within_5_percent(
         "save_strategy": "no", "optim": "sparse_adamw", "disable_tqdm": True, **changes,
     }  # fmt: skip
     sft = LiftSFTConfig(**options)
-    fmt = WeightFormat("nf4", dtype, 64, True)
-    settings = StepSettings(
-        batch=sft.per_device_train_batch_size,
-        length=sft.max_length,
+    settings = PlanSettings(
+        per_device_train_batch_size=sft.per_device_train_batch_size,
+        max_length=sft.max_length,
         dtype=dtype,
-        checkpointing=sft.gradient_checkpointing,
-        accumulate=sft.gradient_accumulation_steps,
+        gradient_checkpointing=sft.gradient_checkpointing,
+        gradient_accumulation_steps=sft.gradient_accumulation_steps,
         optim=sft.optim,
-        in_backward=sft.optim_in_backward,
+        optim_in_backward=sft.optim_in_backward,
         embedding_on_cpu=on_cpu,
         cuda=False,
+        largest=Batch(sft.per_device_train_batch_size, sft.max_length),
     )
-    plan = plan_memory(path, config, settings, fmt)
+    plan = plan_memory(path, config, settings)
 
     base = AutoModelForCausalLM.from_pretrained(
         path,
@@ -164,7 +169,9 @@ def test_an_evaluation_needs_what_was_planned(
         disable_tqdm=True, output_dir=str(tmp_path),
     )  # fmt: skip
     plan = plan_of(args, sft, cuda=False)
-    model = get_lift_model(load(checkpoints["llama"], "dense"), args.lift_config(), progress=False)
+    model = get_lift_model(
+        load_base(checkpoints["llama"], "dense"), args.lift_config(), progress=False
+    )
     trainer = LiftTrainer(
         model=model, args=sft, train_dataset=rows, eval_dataset=rows,
         processing_class=make_tokenizer(),
@@ -192,21 +199,14 @@ def test_evaluation_in_large_batches_is_what_is_made_smaller_first(
     assert "evaluate" not in plan_of(*arguments(checkpoints["llama"]), cuda=False).phases
 
 
-def test_defaults_of_a_plan_are_those_of_a_run(checkpoints: dict[str, Path]) -> None:
-    path = checkpoints["llama"]
-    run = plan_of(RunArguments(str(path), "rows.json"), LiftSFTConfig(output_dir="x", use_cpu=True))
-    settings = StepSettings(padded=True, eval_length=1024, eval_padded=True)
-    assert plan_memory(path, settings=settings).to_dict() == run.to_dict()
-
-
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4+double", "int8"])
 def test_a_base_that_is_quantized_on_disk_is_planned_as_it_is(
     checkpoints: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    load(checkpoints["llama"], kind).save_pretrained(tmp_path)
+    load_base(checkpoints["llama"], kind).save_pretrained(tmp_path)
     args, sft = arguments(tmp_path, approx_rank=8, load_in_4bit=False)
     planned = plan_of(args, sft, cuda=False).categories["base weights"]
-    model = get_lift_model(load(checkpoints["llama"], kind), LiftConfig(approx_rank=8), False)
+    model = get_lift_model(load_base(checkpoints["llama"], kind), LiftConfig(approx_rank=8), False)
     assert planned == static_categories(model)["base weights"]
 
 
@@ -259,13 +259,11 @@ def test_a_run_reports_plan_against_measured(
 
 
 @pytest.mark.thorough
-@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["nf4+double", "int8"])
 def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
     """4096 x 11008 and its kin, without a checkpoint: our layers over quantized random weights."""
     sizes = {**SIZES, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1}
-    fmt = FORMATS[kind]
-    assert fmt is not None
+    fmt = PlanSettings(cuda=False, **FORMATS[kind]).requested_format
     config = LiftConfig(density=0.05, selector="magnitude", quantize_embeddings=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
@@ -283,8 +281,9 @@ def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
     def build() -> Any:
         return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
 
-    settings = StepSettings(length=16, dtype="float32", cuda=False)
-    planned = plan_step(build, "wide", config, fmt, settings, loss_of_all_tokens).categories
+    settings = PlanSettings(max_length=16, cuda=False)
+    planned = Planned(build, config, fmt, settings)
+    planned_bytes = plan_step(planned, "wide", loss_of_all_tokens).categories
     real = static_categories(model)
     for category in ("base weights", "embeddings and head", "norms and other", "index", "values"):
-        assert planned[category] == real[category], category
+        assert planned_bytes[category] == real[category], category

@@ -24,6 +24,7 @@ from leanlift.layers import LiftLinear, Workspace
 from leanlift.layers.lm_head import Head, Objective, head_loss
 from leanlift.measure import LiveBytes
 from leanlift.plan import blocks
+from leanlift.plan.base import without_packing_search
 from leanlift.plan.fake import (
     StepBytes,
     _fused_attention,
@@ -33,10 +34,9 @@ from leanlift.plan.fake import (
     forward_peak,
     step_peak,
 )
+from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.plan.pieces import first_pieces, first_tiles
 from leanlift.tiles import DenseTiles
-from leanlift.training.loss import loss_of_all_tokens
-from leanlift.training.plan import without_packing_search
 from leanlift.weights.quantized import WeightDense, WeightFormat, empty_weight
 
 SIZES: dict[str, Any] = {
@@ -174,12 +174,12 @@ def test_laps_that_differ_are_not_repeated() -> None:
     assert not blocks.repeats(laps[:-2], way)
 
 
-@pytest.mark.parametrize("always", [True, False], ids=["in the scratch", "where it is made"])
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 @pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
 @pytest.mark.parametrize("tokens", [300, 64])
 @pytest.mark.parametrize("shape", [(3000, 4096), (640, 512), (4100, 2048)], ids=str)
 def test_first_pieces_have_the_peak_of_all(
-    shape: tuple[int, int], tokens: int, kind: str, always: bool
+    shape: tuple[int, int], tokens: int, kind: str, device_type: str
 ) -> None:
     """A step of one layer, its matrices and tokens gone over in many pieces or in two."""
     fmt = None if kind == "dense" else WeightFormat(kind, "float32", 64)
@@ -195,7 +195,8 @@ def test_first_pieces_have_the_peak_of_all(
                 layer(x).sum().backward()
             return live.peak
 
-    assert peak(first_pieces(always=always)) == peak(Workspace(always=always)) > 0
+    whole = peak(Workspace(stands_for=device_type))
+    assert peak(first_pieces(device_type)) == whole > 0
 
 
 @pytest.mark.thorough

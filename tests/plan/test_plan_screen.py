@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of(model: Path, *more: str) -> Any:
     args, sft = parse_train(["--model_name_or_path", str(model), "--dataset_name", "r", *more])
-    return plan_of(args, sft)
+    return plan_of(args, sft, cuda=True)
 
 
 def test_the_screen_of_a_plan(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +60,7 @@ def test_fit_says_what_it_changed_and_its_file_is_taken_as_it_is(
     keys = yaml.safe_load(place.read_text())
     assert keys.items() >= {"max_length": 2048, "seed": 3, "quantize_embeddings": True}.items()
     args, sft = parse_train(["--config", str(place)])
-    assert plan_of(args, sft).fits(8)
+    assert plan_of(args, sft, cuda=True).fits(8)
     assert main(["plan", *argv, "--save", str(place)]) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -90,8 +90,10 @@ def test_defaults_are_the_lean_ones(models: Path) -> None:
         plan = of(models / name)
         assert plan.peak / GIB == pytest.approx(expected, abs=0.1)
         held = plan.holds_for
-        assert (held["optimizer"], held["values_dtype"]) == ("sparse_adamw_8bit", "bfloat16")
-        assert (held["rows"], held["accumulation"], held["checkpointing"]) == (1, 8, True)
+        assert (held["optim"], held["values_dtype"]) == ("sparse_adamw_8bit", "bfloat16")
+        assert held["per_device_train_batch_size"] == 1
+        assert held["gradient_accumulation_steps"] == 8
+        assert held["gradient_checkpointing"]
     assert time.process_time() - begun < 12, "each took 2 s where this was written"
 
 
@@ -151,11 +153,13 @@ def screen_of(**changes: Any) -> tuple[dict[str, Any], list[str]]:
         "peak_moment": "backward pass", "step_moment": "backward pass", "context": GIB // 2,
         "needed": train + GIB // 2, "notes": [],
         "holds_for": {
-            "rows": 1, "tokens": 512, "trained_tokens": None, "padded": False, "accumulation": 1,
-            "base": "nf4", "double_quantization": True, "dtype": "bfloat16",
-            "values_dtype": "bfloat16", "optimizer": "sparse_adamw_8bit", "checkpointing": True,
-            "offloading": False, "in_backward": False, "quantize_embeddings": False,
-            "embedding_on_cpu": False, "refresh_interval": 0, "evaluation_rows": 0, "cuda": True,
+            "per_device_train_batch_size": 1, "max_length": 512, "trained_tokens": None,
+            "padded": False, "gradient_accumulation_steps": 1, "base": "nf4",
+            "bnb_4bit_use_double_quant": True, "dtype": "bfloat16", "values_dtype": "bfloat16",
+            "optim": "sparse_adamw_8bit", "gradient_checkpointing": True,
+            "activation_offloading": False, "optim_in_backward": False,
+            "quantize_embeddings": False, "embedding_on_cpu": False, "refresh_interval": 0,
+            "per_device_eval_batch_size": 0, "cuda": True,
         },
         **changes,
     }  # fmt: skip

@@ -17,8 +17,9 @@ from tiny import make_checkpoint
 from leanlift.data.dataset import TokenRows
 from leanlift.data.lengths import LengthReport
 from leanlift.io.measured import categories_compared, difference
+from leanlift.plan import Batch
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
-from leanlift.training.batches import Batch, Batches, LargestBatch, lengths_of, worst_batch
+from leanlift.training.batches import Batches, LargestBatch, lengths_of, worst_batch
 from leanlift.training.loss import TRAINED
 
 ROWS = [

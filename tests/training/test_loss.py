@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.model import lift_layers
-from leanlift.plan import StepSettings
-from leanlift.training import LiftSFTConfig, plan_memory
+from leanlift.plan import PlanSettings, plan_memory
+from leanlift.training import LiftSFTConfig
 from leanlift.training.loss import TiledLoss, WholeLoss, objective_of, training_loss
 
 LIFT = LiftConfig(density=0.1, selector="magnitude")
@@ -242,13 +242,16 @@ def test_the_plan_has_the_loss_that_is_trained(family: str, name: str, tmp_path:
     kind, changes, loss = FAMILIES[family]
     config = AutoConfig.for_model(kind, **{**SIZES, **changes, "vocab_size": 30_000})
     config.save_pretrained(tmp_path)
-    settings = StepSettings(batch=1, length=64, dtype="float32", cuda=False, optim="sparse_adamw")
-    plain = plan_memory(tmp_path, LIFT, settings, None).step["loss"]
+    settings = PlanSettings(
+        per_device_train_batch_size=1, max_length=64, load_in_4bit=False, cuda=False,
+        optim="sparse_adamw",
+    )  # fmt: skip
+    plain = plan_memory(tmp_path, LIFT, settings).step["loss"]
     whole = 64 * 30_000 * 4
     assert (plain > 2 * whole) == (loss is WholeLoss)
     args = LiftSFTConfig(
         output_dir="x", use_cpu=True, bf16=False,
         **{name: 0.2 if name == "label_smoothing_factor" else "dft"},
     )  # fmt: skip
-    other = plan_memory(tmp_path, LIFT, settings, None, objective=objective_of(args)).step["loss"]
+    other = plan_memory(tmp_path, LIFT, settings, objective=objective_of(args)).step["loss"]
     assert plain <= other <= 1.5 * plain

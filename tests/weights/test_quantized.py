@@ -200,7 +200,10 @@ def test_4bit_bytes_from_the_shape_are_those_of_the_tensors(
         tables += state.state2.code.nbytes
     assert weight.format == WeightFormat(fmt[0], "float32", fmt[2], fmt[1])
     assert weight.format.nbytes(shape) == held
-    assert sum(tensor.nbytes for tensor in weight_tensors(module)) == held + tables
+    assert weight.format.tables_nbytes == tables
+    held += tables
+    assert sum(tensor.nbytes for tensor in weight_tensors(module)) == held
+    assert weight.format.held_nbytes(shape) == held
 
 
 @each_shape
@@ -210,7 +213,8 @@ def test_other_bytes_from_the_shape_are_those_of_the_tensors(
 ) -> None:
     module = _other_module(kind, shape)
     storages = {tensor.data_ptr(): tensor.nbytes for tensor in weight_tensors(module)}
-    assert frozen_weight(module).format.nbytes(shape) == sum(storages.values())
+    found = frozen_weight(module).format
+    assert found.nbytes(shape) == found.held_nbytes(shape) == sum(storages.values())
 
 
 @each_format

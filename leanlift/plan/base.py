@@ -1,0 +1,148 @@
+"""Planning from a model's name: its configuration is read, and nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+
+from leanlift.config import LiftConfig
+from leanlift.errors import UserError, first_line
+from leanlift.layers.lm_head import LIKELIHOOD, Objective
+from leanlift.plan.loss import loss_of_all_tokens
+from leanlift.plan.planner import Known, plan_step
+from leanlift.plan.result import MemoryPlan
+from leanlift.plan.settings import PlanSettings
+from leanlift.plan.shapes import Planned
+from leanlift.source import stored_quantization
+from leanlift.weights.quantized import WeightFormat, requested_format
+
+
+def plan_memory(
+    model: str | Path,
+    config: LiftConfig | None = None,
+    settings: PlanSettings | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    objective: Objective = LIKELIHOOD,
+    revision: str | None = None,
+    known: Known | None = None,
+) -> MemoryPlan:
+    """What fine-tuning a model will need, without its weights.
+
+    Args:
+        model: hub name, checkpoint directory, or a bare config.json.
+        config: what is trained; `LiftConfig()` if not given.
+        settings: of the run; those of a run that is told nothing, on this machine, if not given.
+        attn_implementation, trust_remote_code, revision: as in `from_pretrained`.
+        objective: what a token costs.
+        known: of earlier plans for this model and objective: what has been run is not run again.
+
+    Raises:
+        UserError: no such model, one without targets, or settings that cannot be planned.
+    """
+    base = FakeBase.of(model, attn_implementation, trust_remote_code, revision)
+    planned = base.planned(config or LiftConfig(), settings or PlanSettings())
+    loss = partial(loss_of_all_tokens, objective=objective)
+    with without_packing_search():
+        return plan_step(planned, base.name, loss, known)
+
+
+@dataclass(frozen=True)
+class FakeBase:
+    """A base of which the configuration alone is known.
+
+    Attributes:
+        name: hub name or path.
+        shape: its configuration.
+        stored: how its checkpoint is quantized; None: not at all.
+        attn_implementation, trust_remote_code: as in `from_pretrained`.
+    """
+
+    name: str
+    shape: Any
+    stored: dict[str, Any] | None
+    attn_implementation: str | None
+    trust_remote_code: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Path,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+    ) -> FakeBase:
+        """As `plan_memory` takes and refuses it."""
+        try:
+            shape: Any = AutoConfig.from_pretrained(
+                model, revision=revision, trust_remote_code=trust_remote_code
+            )
+            stored = stored_quantization(shape, str(model))
+        except UserError:
+            raise
+        except Exception as error:  # a config.json may hold anything; each class has own checks
+            raise _unplannable(str(model), error) from error
+        if stored is not None:
+            del shape.quantization_config
+        return cls(str(model), shape, stored, attn_implementation, trust_remote_code)
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and output head are one tensor."""
+        return bool(getattr(self.shape.get_text_config(), "tie_word_embeddings", False))
+
+    def planned(self, config: LiftConfig, settings: PlanSettings) -> Planned:
+        """What is planned of it."""
+        build = partial(self.build, settings)
+        return Planned(build, config, self.format(settings), settings)
+
+    def format(self, settings: PlanSettings) -> WeightFormat:
+        """How the Linears are held: as they are stored, or as the settings ask for."""
+        stored = self.stored
+        if stored is None:
+            return settings.requested_format
+        return requested_format(
+            bool(stored.get("load_in_4bit")),
+            bool(stored.get("load_in_8bit")),
+            str(stored.get("bnb_4bit_quant_type") or "fp4"),
+            bool(stored.get("bnb_4bit_use_double_quant")),
+            settings.dtype_name,
+        )
+
+    def build(self, settings: PlanSettings) -> Any:
+        """The 16/32-bit model, under fake tensors."""
+        dtype = settings.model_dtype
+        try:
+            return AutoModelForCausalLM.from_config(
+                self.shape,
+                dtype=dtype,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+            )
+        except Exception as error:
+            raise _unplannable(self.name, error) from error
+
+
+def _unplannable(name: str, error: Exception) -> UserError:
+    return UserError(f"the model {name} cannot be planned for: {first_line(error)}")
+
+
+@contextmanager
+def without_packing_search() -> Iterator[None]:
+    """Without an attention mask transformers looks into the positions for packed sequences, and
+    makes a whole mask where it cannot look, as under fake tensors; a real run makes none."""
+    if not hasattr(masking_utils, "find_packed_sequence_indices"):
+        yield
+        return
+    stock = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = stock

@@ -1,0 +1,177 @@
+"""Planning a run: what stays, the step that is run, and the phases around it, put together.
+
+What stays is added up from the rules of the rooms that own it (`sums`); what a training step needs
+on top is read from the step itself, run under fake tensors (`fake`). Everything is in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from leanlift.config import LiftConfig
+from leanlift.measure.meter import CATEGORIES
+from leanlift.plan.fake import StepBytes, fake_tensors, forward_peak, step_peak
+from leanlift.plan.result import CONTEXT, MemoryPlan
+from leanlift.plan.settings import PlanSettings
+from leanlift.plan.shapes import Planned, Shapes, attached, shapes_of
+from leanlift.plan.sums import (
+    before_training,
+    beside_training,
+    gradient_nbytes,
+    held_nbytes,
+    one_selection_nbytes,
+    updating_nbytes,
+)
+
+Known = dict[tuple[str, ...], Any]
+"""What fake steps of one model and loss have shown, by all that decides it."""
+
+
+def plan_step(
+    planned: Planned, name: str, loss: Callable[..., Tensor], known: Known | None = None
+) -> MemoryPlan:
+    """Plan a run without loading a weight.
+
+    Args:
+        planned: the model and all settings.
+        name: of the model, for the report.
+        loss: what the step computes: `fake.Loss` that also takes how many tokens are
+            `trained`, and whether rows are `padded`.
+        known: of earlier plans for this model and loss, which are run once; added to.
+
+    Raises:
+        UserError: an optimizer whose state has no rule, or a model without targets.
+    """
+    known = {} if known is None else known
+    shapes, moving = _training(planned, loss, known)
+    evaluating = _evaluating(planned, loss, known)
+    held = held_nbytes(planned, shapes)
+    static, updating = sum(held.values()), updating_nbytes(planned, shapes, held)
+    train = static + max(moving.peak, updating)
+    categories = {**held, "gradients": gradient_nbytes(planned, held)}
+    categories["activations and workspace"] = train - sum(categories.values())
+    return MemoryPlan(
+        model=name,
+        categories={category: categories[category] for category in CATEGORIES},
+        phases={
+            **before_training(planned, shapes, held),
+            "train": train,
+            **beside_training(planned, shapes, static, evaluating),
+        },
+        step={
+            "forward pass": moving.forward,
+            "kept for the backward pass": moving.kept,
+            "loss": moving.loss,
+            "backward pass": moving.backward,
+            "optimizer's step": updating,
+            "one selection": one_selection_nbytes(planned, shapes),
+        },
+        entries=sum(shapes.entries),
+        weights=shapes.weights,
+        holds_for=_holds_for(planned),
+        context=_context(planned.settings),
+    )
+
+
+def least_nbytes(planned: Planned) -> tuple[int, str]:
+    """What a run needs at the very least, the CUDA context included and activations left out, and
+    at which moment. Known from shapes alone; no plan of these settings says less."""
+    shapes = shapes_of(planned)
+    held = held_nbytes(planned, shapes)
+    phases = before_training(planned, shapes, held)
+    phases["optimizer's step"] = sum(held.values()) + updating_nbytes(planned, shapes, held)
+    moment = max(phases, key=phases.__getitem__)
+    return phases[moment] + _context(planned.settings), moment
+
+
+def _context(settings: PlanSettings) -> int:
+    return CONTEXT if settings.on_cuda else 0
+
+
+def _training(
+    planned: Planned, loss: Callable[..., Tensor], known: Known
+) -> tuple[Shapes, StepBytes]:
+    """A model's shapes and the bytes of its step, which is run where it is not known."""
+    settings, batch = planned.settings, planned.settings.batch
+    key = ("train", *_what_decides(planned))
+    if key not in known:
+        with fake_tensors():
+            shapes, model = attached(planned)
+            if settings.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            moving = step_peak(
+                model.train(),
+                partial(loss, trained=batch.trained, padded=batch.padded),
+                batch.rows,
+                batch.tokens,
+                settings.optim_in_backward,
+                settings.gradient_accumulation_steps > 1,
+                settings.activation_offloading,
+            )
+        known[key] = shapes, moving
+    found: tuple[Shapes, StepBytes] = known[key]
+    return found
+
+
+def _evaluating(planned: Planned, loss: Callable[..., Tensor], known: Known) -> int:
+    """Bytes of an evaluation beyond what stays; 0 where there is none."""
+    batch = planned.settings.eval_batch
+    if batch is None:
+        return 0
+    of_it = replace(planned, settings=replace(planned.settings, largest=batch))
+    key = ("evaluate", *_what_decides(of_it))
+    if key not in known:
+        with fake_tensors():
+            _, model = attached(planned)
+            counted = partial(loss, trained=batch.trained, padded=batch.padded)
+            known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
+    return int(known[key])
+
+
+def _what_decides(planned: Planned) -> tuple[str, ...]:
+    """All that a step's bytes depend on: not on the optimizer, nor on how entries are chosen."""
+    config, settings, plain = planned.config, planned.settings, LiftConfig()
+    free = ("approx_rank", "refresh_interval", "refresh_margin", "retired_limit", "selector")
+    alike = replace(config, **{name: getattr(plain, name) for name in free}, block=1)
+    step = PlanSettings(
+        largest=settings.batch,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_accumulation_steps=min(2, settings.gradient_accumulation_steps),
+        activation_offloading=settings.activation_offloading,
+        optim_in_backward=settings.optim_in_backward,
+        embedding_on_cpu=settings.embedding_on_cpu,
+        dtype=settings.dtype_name,
+        cuda=settings.on_cuda,
+    )
+    return repr(alike), repr(planned.fmt), repr(step), str(config.block)
+
+
+def _holds_for(planned: Planned) -> dict[str, Any]:
+    """The settings that a plan holds for, JSON-ready."""
+    config, fmt, settings = planned.config, planned.fmt, planned.settings
+    batch, evaluated = settings.batch, settings.eval_batch
+    return {
+        "per_device_train_batch_size": batch.rows,
+        "max_length": batch.tokens,
+        "trained_tokens": batch.trained,
+        "padded": batch.padded,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "base": "as stored" if fmt.kind == "dense" else fmt.kind,
+        "bnb_4bit_use_double_quant": fmt.double,
+        "dtype": settings.dtype_name,
+        "values_dtype": config.values_dtype,
+        "optim": settings.optim,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "activation_offloading": settings.activation_offloading,
+        "optim_in_backward": settings.optim_in_backward,
+        "quantize_embeddings": config.quantize_embeddings,
+        "embedding_on_cpu": settings.embedding_on_cpu,
+        "refresh_interval": config.refresh_interval,
+        "per_device_eval_batch_size": 0 if evaluated is None else evaluated.rows,
+        "cuda": settings.on_cuda,
+    }

@@ -1,0 +1,110 @@
+"""The settings that decide what a run needs, under the names and with the defaults of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from leanlift.defaults import default_dtype
+from leanlift.plan.batch import Batch, largest_batch
+from leanlift.weights.quantized import WeightFormat, dtype_of, requested_format
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What decides the memory of a run, besides model and LiftConfig.
+
+    Names, values and defaults are those of `LiftSFTConfig` and of `leanlift train`'s keys, so that
+    a plan with defaults is the plan of a run with defaults, on this machine. (The commands
+    `leanlift train` and `leanlift plan` have leaner defaults of their own: 8-bit moments, bf16
+    offsets, one row at a time.)
+
+    Attributes:
+        per_device_train_batch_size, max_length: rows of a micro-batch, and tokens of a row;
+            None: no limit, for which 2048 are planned.
+        gradient_accumulation_steps: micro-batches per step.
+        gradient_checkpointing: whether activations are recomputed.
+        activation_offloading: whether saved activations are moved to the CPU.
+        optim: a name that Trainer knows, or one of ours.
+        optim_in_backward: whether each gradient is freed as soon as it exists.
+        eval_strategy: "no": nothing is evaluated.
+        per_device_eval_batch_size: rows of a batch that is evaluated.
+        load_in_4bit, load_in_8bit, bnb_4bit_quant_type, bnb_4bit_use_double_quant: how a 16-bit
+            checkpoint is held. One that is quantized on disk is held as it is.
+        dtype: name of the dtype of what is not quantized; None: bfloat16 on a GPU, else float32.
+        embedding_on_cpu: whether the embedding is not on the card.
+        cuda: whether the run is on a GPU; None: if this machine has one.
+        largest, largest_eval: the largest batch of training and of evaluation, where it is known;
+            None: as large as the settings above allow.
+    """
+
+    per_device_train_batch_size: int = 8
+    max_length: int | None = 1024
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = True
+    activation_offloading: bool = False
+    optim: str = "adamw_torch"
+    optim_in_backward: bool = False
+    eval_strategy: str = "no"
+    per_device_eval_batch_size: int = 8
+    load_in_4bit: bool = True
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: str = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    dtype: str | None = None
+    embedding_on_cpu: bool = False
+    cuda: bool | None = None
+    largest: Batch | None = None
+    largest_eval: Batch | None = None
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the run is on a GPU."""
+        return torch.cuda.is_available() if self.cuda is None else self.cuda
+
+    @property
+    def device_type(self) -> str:
+        """Of the model: "cuda" or "cpu"."""
+        return "cuda" if self.on_cuda else "cpu"
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype of what is not quantized.
+
+        Raises:
+            UserError: it is none that checkpoints have.
+        """
+        return dtype_of(self.dtype_name)
+
+    @property
+    def dtype_name(self) -> str:
+        """Its name."""
+        return self.dtype or default_dtype(self.on_cuda)
+
+    @property
+    def requested_format(self) -> WeightFormat:
+        """How the Linears of a 16-bit checkpoint are held.
+
+        Raises:
+            UserError: a quantized form that bitsandbytes has not.
+        """
+        return requested_format(
+            self.load_in_4bit,
+            self.load_in_8bit,
+            self.bnb_4bit_quant_type,
+            self.bnb_4bit_use_double_quant,
+            self.dtype_name,
+        )
+
+    @property
+    def batch(self) -> Batch:
+        """The largest micro-batch of a training step."""
+        return self.largest or largest_batch(self.per_device_train_batch_size, self.max_length)
+
+    @property
+    def eval_batch(self) -> Batch | None:
+        """The largest batch of an evaluation; None: there is none."""
+        if self.eval_strategy == "no":
+            return None
+        return self.largest_eval or largest_batch(self.per_device_eval_batch_size, self.max_length)

@@ -1,0 +1,120 @@
+"""What is planned, and the shapes that a fake model of it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from leanlift.config import LiftConfig
+from leanlift.layers import FrozenLinear, scratch_nbytes
+from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings_nbytes
+from leanlift.plan.fake import attach_fake, fake_tensors
+from leanlift.plan.pieces import first_pieces
+from leanlift.plan.settings import PlanSettings
+from leanlift.weights.quantized import WeightFormat, dtype_of
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is planned, before a model is made of it.
+
+    Attributes:
+        build: makes the 16/32-bit model; called under fake tensors.
+        config: what is trained.
+        fmt: how the Linears are held.
+        settings: of the run.
+    """
+
+    build: Callable[[], Any]
+    config: LiftConfig
+    fmt: WeightFormat
+    settings: PlanSettings
+
+    @property
+    def value_nbytes(self) -> int:
+        """Of one trained offset."""
+        return dtype_of(self.config.values_dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a fake model shows without a step.
+
+    Attributes:
+        ends: bytes of the embedding and the output head.
+        other: bytes of all else that is no weight of our layers.
+        scratch: bytes of the buffer that these share.
+        weights: of the model, in number.
+        targets, counts: shapes of the targets, and how many entries of each are trained.
+        linears: shapes of all our layers.
+    """
+
+    ends: EmbeddingBytes
+    other: int
+    scratch: int
+    weights: int
+    targets: dict[str, tuple[int, int]]
+    counts: dict[str, int]
+    linears: list[tuple[int, int]]
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest Linear."""
+        return max(m * n for m, n in self.linears)
+
+    @property
+    def entries(self) -> list[int]:
+        """Trained entries of each target."""
+        return list(self.counts.values())
+
+
+def attached(planned: Planned) -> tuple[Shapes, Any]:
+    """The fake model, ready for a step, and its shapes; call it under `fake_tensors`.
+
+    Raises:
+        UserError: a model without targets, or an embedding that cannot be on the CPU.
+    """
+    config, settings, model = planned.config, planned.settings, planned.build()
+    if settings.embedding_on_cpu:
+        check_not_tied(model)
+    weights = sum(p.numel() for p in model.parameters())
+    elsewhere = settings.embedding_on_cpu and settings.on_cuda  # else it is where the model is
+    ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere)
+    tensors = _tensors_outside_ends(model)
+    own = {name: id(m.weight) for name, m in model.named_modules() if type(m) is nn.Linear}
+    workspace = first_pieces(settings.device_type)
+    indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    for name in layers:
+        tensors.pop(own[name], None)
+    shapes = Shapes(
+        ends=ends,
+        other=sum(tensors.values()),
+        scratch=scratch_nbytes(layers.values(), settings.model_dtype),
+        weights=weights,
+        targets={name: index.shape for name, index in indices.items()},
+        counts={name: index.count for name, index in indices.items()},
+        linears=[layer.weight_tiles.shape for layer in layers.values()],
+    )
+    return shapes, model
+
+
+def _tensors_outside_ends(model: Any) -> dict[int, int]:
+    """Bytes of a stock model's tensors but those of its embedding and head, by identity."""
+    ends = (model.get_input_embeddings().weight, *_parameters(model.get_output_embeddings()))
+    counted = {id(tensor) for tensor in ends}
+    tensors = (*model.parameters(), *model.buffers())
+    return {id(tensor): tensor.nbytes for tensor in tensors if id(tensor) not in counted}
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
+
+
+def shapes_of(planned: Planned) -> Shapes:
+    """The targets and other shapes of a model, without a step."""
+    with fake_tensors():
+        return attached(planned)[0]

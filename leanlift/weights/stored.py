@@ -1,0 +1,36 @@
+"""Weights as a bitsandbytes checkpoint holds them: the parts of each, and what they make."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from leanlift.weights import bnb
+from leanlift.weights.quantized import FrozenWeight, Weight4bit, Weight8bit
+
+STORED_STATE = bnb.STATE_4BIT
+STORED_PARTS = bnb.PARTS_4BIT
+"""How a bitsandbytes checkpoint calls the parts of a 4-bit weight, after its name and a dot."""
+
+
+def stored_shape(state: Tensor) -> tuple[int, int]:
+    """The shape of a 4-bit weight of a checkpoint, from the part that describes it.
+
+    Raises:
+        ValueError: it describes no matrix.
+    """
+    shape = bnb.describe_4bit(state).get("shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(s) is int for s in shape)):
+        raise ValueError(f"expected two sizes, got {shape!r:.80}")
+    return shape[0], shape[1]
+
+
+def stored_weight(weight: Tensor, parts: dict[str, Tensor]) -> FrozenWeight:
+    """A weight as a bitsandbytes checkpoint holds it.
+
+    Args:
+        weight: packed 4-bit codes, or INT8 ones [m, n].
+        parts: of a 4-bit weight by their `STORED_PARTS` names; of an INT8 one, "SCB" [m].
+    """
+    if "SCB" in parts:
+        return Weight8bit(bnb.stored_8bit(weight, parts["SCB"]))
+    return Weight4bit(bnb.stored_4bit(weight, parts))
