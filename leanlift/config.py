@@ -183,6 +183,7 @@ class LiftConfig:
 
     @property
     def selection_tile_bytes(self) -> int:
+        """`selection_tile_mib` in bytes."""
         return self.selection_tile_mib * 2**20
 
     def count(self, shape: tuple[int, int], name: str = "a target") -> int:

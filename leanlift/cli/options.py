@@ -59,6 +59,7 @@ class Option:
 
     @property
     def is_bool(self) -> bool:
+        """Whether it is a switch and nothing else."""
         return self.kinds == ("bool",)
 
     @property

@@ -83,6 +83,7 @@ class MemoryPlan:
 
     @property
     def peak_phase(self) -> str:
+        """The phase on the card that takes most."""
         return max((name for name in self.phases if name != "export"), key=self.phases.__getitem__)
 
     @property
@@ -113,6 +114,7 @@ class MemoryPlan:
         return self.needed <= gib * 2**30
 
     def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary (`docs/plan.md`)."""
         return {
             **asdict(self),
             "peak": self.peak,

@@ -83,6 +83,7 @@ class Shapes:
 
 
 def value_nbytes(config: LiftConfig) -> int:
+    """Bytes of one trained value."""
     return 2 if config.values_dtype == "bfloat16" else 4
 
 
@@ -193,6 +194,7 @@ def unquantized_nbytes(
 
 
 def linear_shapes(model: Any) -> list[tuple[int, int]]:
+    """Shapes (m, n) of the Linears that leanlift computes, trained or not."""
     return [m.weight_tiles.shape for m in model.modules() if isinstance(m, FrozenLinear)]
 
 

@@ -82,6 +82,7 @@ class Taken:
 
     @property
     def saved(self) -> int:
+        """Bytes that the change saves."""
         return self.before - self.after
 
     def __str__(self) -> str:

@@ -244,6 +244,7 @@ class LiftTrainer(ResumableTrainer):
     # --- steps -----------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer, and refuse one that the mask or the values do not go with."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self._lift.config.refresh_interval:
             check_remappable(optimizer)
