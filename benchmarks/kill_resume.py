@@ -36,7 +36,7 @@ from leanlift.training import (
     RunArguments,
     callbacks,
     last_whole_checkpoint,
-    resumable,
+    overrides,
     run,
 )
 
@@ -67,8 +67,8 @@ def train(output: Path, data: Path, steps: int, schedule: str, pipe: int) -> Non
     patched.save_state = marked(LiftTrainer.save_state, PHASES["end"])
     module: Any = callbacks
     module.refresh_mask = marked(callbacks.refresh_mask, PHASES["refresh"])
-    module = resumable
-    module.rotate = marked(resumable.rotate, PHASES["rotation"])
+    module = overrides
+    module.rotate = marked(overrides.rotate, PHASES["rotation"])
     args = RunArguments(
         model_name_or_path=str(BASE),
         dataset_name=str(data),

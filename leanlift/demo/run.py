@@ -57,9 +57,7 @@ def demo(output_dir: str | Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # matrices this small only lose by sharing the work
 
-    data = out / "train.jsonl"
     rows = make_rows(TARGET_SKILL, TRAIN_ROWS, split="train")
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     held_out = {
         skill: make_rows(skill, HELD_OUT_ROWS, split="heldout", seed=1)
         for skill in (TARGET_SKILL, *SOURCE_SKILLS)
@@ -73,6 +71,39 @@ def demo(output_dir: str | Path) -> None:
     def measure(model: Any, tokenizer: Any) -> None:
         before.update(_answers(model, tokenizer, held_out, "Before training"))
 
+    args, sft = _settings(out, rows)
+    result = run(
+        args,
+        sft,
+        before_training=measure,
+        plan=partial(plan_of, args, sft, False),
+        screen=cast(Any, _WithoutSummary(screen_of("auto"))),
+    )
+    after = _answers(result.model, result.tokenizer, held_out, "After training")
+
+    with quiet_loading():
+        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float16)
+    stock = _answers(
+        merged.float(), AutoTokenizer.from_pretrained(out / "merged"), held_out, "Merged, stock"
+    )
+    _write_predictions(out / "run" / PREDICTIONS_NAME, held_out, before, after)
+    page = write_page(read_run(out / "run"))
+    same = sum(stock[s][i] == after[s][i] for s in held_out for i in range(HELD_OUT_ROWS))
+    total = HELD_OUT_ROWS * len(held_out)
+    for text in (
+        skills_text(_skills(held_out, before, after, stock), HELD_OUT_ROWS),
+        memory_text(result.memory.to_dict()),
+        files_text(out / "run", out / "merged", page, same, total),
+    ):
+        print(f"\n{text}", flush=True)
+    print(f"\n{seven_b_text(needs_of_7b(), card())}")
+    print(f"\n{NEXT}")
+
+
+def _settings(out: Path, rows: list[Row]) -> tuple[RunArguments, LiftSFTConfig]:
+    """Of the demo's run, whose rows are written first."""
+    data = out / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     args = RunArguments(
         model_name_or_path=str(BASE),
         dataset_name=str(data),
@@ -94,40 +125,19 @@ def demo(output_dir: str | Path) -> None:
         save_strategy="no",
         gradient_checkpointing=False,
     )
-    result = run(
-        args,
-        sft,
-        before_training=measure,
-        plan=partial(plan_of, args, sft, False),
-        screen=cast(Any, _WithoutSummary(screen_of("auto"))),
-    )
-    after = _answers(result.model, result.tokenizer, held_out, "After training")
+    return args, sft
 
-    with quiet_loading():
-        merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float16)
-    stock = _answers(
-        merged.float(), AutoTokenizer.from_pretrained(out / "merged"), held_out, "Merged, stock"
-    )
-    _write_predictions(out / "run" / PREDICTIONS_NAME, held_out, before, after)
-    page = write_page(read_run(out / "run"))
-    same = sum(stock[s][i] == after[s][i] for s in held_out for i in range(HELD_OUT_ROWS))
-    total = HELD_OUT_ROWS * len(held_out)
-    skills = [
+
+def _skills(held_out: dict[str, list[Row]], *answers: dict[str, list[str]]) -> list[Skill]:
+    """How much of each skill is right before training, after it, and merged."""
+    return [
         Skill(
             skill,
             skill != TARGET_SKILL,
-            *(_right(held_out[skill], answers[skill]) for answers in (before, after, stock)),
+            *(_right(held_out[skill], given[skill]) for given in answers),
         )
         for skill in held_out
     ]
-    for text in (
-        skills_text(skills, HELD_OUT_ROWS),
-        memory_text(result.memory.to_dict()),
-        files_text(out / "run", out / "merged", page, same, total),
-    ):
-        print(f"\n{text}", flush=True)
-    print(f"\n{seven_b_text(needs_of_7b(), card())}")
-    print(f"\n{NEXT}")
 
 
 class _WithoutSummary:

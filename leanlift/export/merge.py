@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,32 +106,27 @@ def merge_adapter(
             check_base(opened, tensors, plan, source_dir)
             kept = kept_in_fp32(tensors)
             tensors = with_new_rows(opened, tensors)
-            specs = [
-                TensorSpec(name, t.shape, t.dtype if name in kept else target)
-                for name, t in tensors.items()
-            ]
+            specs = _specs(tensors, kept, target)
             check_space(out, sum(spec.nbytes for spec in specs))
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
-                    for name, tensor in tqdm(
-                        tensors.items(), desc="Merging", unit="tensor", disable=not progress
-                    ):
-                        out_dtype = tensor.dtype if name in kept else target
-                        merge = _Merge(opened, plan.get(name), onto, out_dtype, name in kept)
-                        writer.write(name, merge.pieces(tensor))
+                    for spec in tqdm(specs, desc="Merging", unit="tensor", disable=not progress):
+                        stays, module = spec.name in kept, plan.get(spec.name)
+                        pieces = _Merge(opened, module, onto, spec.dtype, stays).pieces
+                        writer.write(spec.name, pieces(tensors[spec.name]))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
-                chat = (partial / "chat_template.jinja").is_file()
-                card = merged_card(opened, str(named), dtype, onto, out.name, chat)
-                (partial / CARD_NAME).write_text(card, encoding="utf-8")
-    return MergeReport(
-        output=str(out),
-        base=str(source_dir),
-        onto=onto,
-        dtype=dtype,
-        merged=sum(1 for module in plan.values() if module in opened.base.shapes),
-        tensors=len(specs),
-        nbytes=sum(spec.nbytes for spec in specs),
-    )
+                _write_card(partial, opened, str(named), dtype, onto, out.name)
+        merged = sum(1 for module in plan.values() if module in opened.base.shapes)
+    nbytes = sum(spec.nbytes for spec in specs)
+    return MergeReport(str(out), str(source_dir), onto, dtype, merged, len(specs), nbytes)
+
+
+def _specs(tensors: Mapping[str, Stored], kept: set[str], target: torch.dtype) -> list[TensorSpec]:
+    """What is written: everything in `target`, but for what keeps its dtype."""
+    return [
+        TensorSpec(name, t.shape, t.dtype if name in kept else target)
+        for name, t in tensors.items()
+    ]
 
 
 def kept_in_fp32(tensors: dict[str, Stored]) -> set[str]:
@@ -204,6 +199,15 @@ def _write_small_files(
     if adapter.grown is not None:
         put_vocabulary(adapter.grown.rows, config)
     write_config(config, output, dtype)
+
+
+def _write_card(
+    output: Path, adapter: Adapter, base: str, dtype: str, onto: str, title: str
+) -> None:
+    """The model card, which says whether there is a chat template."""
+    chat = (output / "chat_template.jinja").is_file()
+    card = merged_card(adapter, base, dtype, onto, title, chat)
+    (output / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 class _Merge:

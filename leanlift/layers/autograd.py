@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from leanlift.layers.frozen import FrozenLinear
+
+class Layer(Protocol):
+    """What the functions need of a layer: a weight that is rebuilt for each use."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[m], or None."""
+
+    @property
+    def version(self) -> tuple[float, ...]:
+        """Changes whenever the effective weight does."""
+
+    def effective_weight(self, dtype: torch.dtype) -> Tensor:
+        """[m, n], valid until its next use."""
 
 
 class KeepInput(torch.autograd.Function):
@@ -22,7 +37,7 @@ class KeepInput(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         parameter: Tensor,
-        layer: FrozenLinear,
+        layer: Layer,
         consume: Callable[[Tensor, Tensor], Tensor | None],
     ) -> Tensor:
         ctx.layer, ctx.version, ctx.consume = layer, layer.version, consume
@@ -33,7 +48,7 @@ class KeepInput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
-        layer: FrozenLinear = ctx.layer
+        layer: Layer = ctx.layer
         check_unchanged(layer, ctx.version)
         grad_y = grad_y.reshape(-1, layer.out_features).to(x.dtype)
         return None, ctx.consume(x.reshape(-1, layer.in_features), grad_y), None, None
@@ -43,7 +58,7 @@ class Multiply(torch.autograd.Function):
     """y = x W_eff^T + bias. Keeps nothing: W_eff is rebuilt for the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: Layer) -> Tensor:
         ctx.layer, ctx.version, ctx.dtype = layer, layer.version, x.dtype
         bias = layer.bias
         weight = layer.effective_weight(x.dtype)
@@ -59,7 +74,7 @@ class Multiply(torch.autograd.Function):
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
 
 
-def check_unchanged(layer: FrozenLinear, version: tuple[float, ...]) -> None:
+def check_unchanged(layer: Layer, version: tuple[float, ...]) -> None:
     """Nothing of the weight is saved for backward, so nobody else would notice a change."""
     if layer.version != version:
         raise RuntimeError(

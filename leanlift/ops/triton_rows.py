@@ -6,10 +6,8 @@ nothing is read back and a sum is rounded once. Patching costs 5 % of the row in
 to lines that are in the cache still. Positions come straight from the compact index: the segment
 of an entry is the number of segments that end at or before it.
 
-torch's way writes the matrix, reads it, gathers and scatters through int64 positions: an order of
-magnitude more bytes.
-
-Products and sums are not contracted, so fp32 results equal the reference's bit for bit.
+torch's way writes the matrix, reads it, gathers and scatters through int64 positions: ten times
+the bytes. Products and sums are not contracted: fp32 results equal the reference's bit for bit.
 
 Shapes: r rows, n columns, S segments a row, k entries.
 """
@@ -133,6 +131,43 @@ def _patch(
         tl.store(out + place, (base + value).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _four_bit_row(
+    target, row, n, codes, absmax, table, outer, table256, offset,
+    BLOCK: tl.constexpr, OUTER: tl.constexpr, WEIGHT: tl.constexpr, KIND: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """target [n] = a row of a 4-bit weight, BLOCKS blocks at a time."""
+    begin = row.to(tl.int64) * n
+    if ALIGNED:
+        first = row.to(tl.int64) * (n // BLOCK)
+        above = 0  # columns of the first block that belong to the row above
+    else:
+        first = begin // BLOCK
+        above = (begin % BLOCK).to(tl.int32)
+    pair = tl.arange(0, BLOCK // 2)
+    within = tl.arange(0, BLOCK)
+    for done in range(0, tl.cdiv(n + above, BLOCK), BLOCKS):
+        block = done + tl.arange(0, BLOCKS)
+        left = block * BLOCK - above
+        inside = left < n
+        scale_ = _scale_of(first + block, inside, absmax, outer, table256, offset, OUTER, KIND)
+        low = left[:, None] + 2 * pair[None, :]  # the column of each byte's first code
+        column = left[:, None] + within[None, :]
+        if ALIGNED:  # one mask for a block: whole blocks are read and written at once
+            read = tl.broadcast_to(inside[:, None], low.shape)
+            written = tl.broadcast_to(inside[:, None], column.shape)
+        else:
+            read = (low < n) & (low + 1 >= 0)
+            written = (column >= 0) & (column < n)
+        byte = tl.load(
+            codes + (first + block)[:, None] * (BLOCK // 2) + pair[None, :], mask=read, other=0
+        ).to(tl.int32)
+        value = tl.interleave(tl.load(table + (byte >> 4)), tl.load(table + (byte & 15)))
+        value = (value * scale_[:, None]).to(WEIGHT).to(tl.float32)
+        tl.store(target + column, value.to(target.dtype.element_ty), mask=written)
+
+
 @triton.jit(do_not_specialize=["start", "before", "before2"])
 def effective_rows_kernel(
     out, start, n, codes, absmax, table, outer, table256, offset,
@@ -151,34 +186,10 @@ def effective_rows_kernel(
     row = start + local
     target = out + local.to(tl.int64) * n
     if KIND >= FOUR:
-        begin = row.to(tl.int64) * n
-        if ALIGNED:
-            first = row.to(tl.int64) * (n // BLOCK)
-            above = 0  # columns of the first block that belong to the row above
-        else:
-            first = begin // BLOCK
-            above = (begin % BLOCK).to(tl.int32)
-        pair = tl.arange(0, BLOCK // 2)
-        within = tl.arange(0, BLOCK)
-        for done in range(0, tl.cdiv(n + above, BLOCK), BLOCKS):
-            block = done + tl.arange(0, BLOCKS)
-            left = block * BLOCK - above
-            inside = left < n
-            scale_ = _scale_of(first + block, inside, absmax, outer, table256, offset, OUTER, KIND)
-            low = left[:, None] + 2 * pair[None, :]  # the column of each byte's first code
-            column = left[:, None] + within[None, :]
-            if ALIGNED:  # one mask for a block: whole blocks are read and written at once
-                read = tl.broadcast_to(inside[:, None], low.shape)
-                written = tl.broadcast_to(inside[:, None], column.shape)
-            else:
-                read = (low < n) & (low + 1 >= 0)
-                written = (column >= 0) & (column < n)
-            byte = tl.load(
-                codes + (first + block)[:, None] * (BLOCK // 2) + pair[None, :], mask=read, other=0
-            ).to(tl.int32)
-            value = tl.interleave(tl.load(table + (byte >> 4)), tl.load(table + (byte & 15)))
-            value = (value * scale_[:, None]).to(WEIGHT).to(tl.float32)
-            tl.store(target + column, value.to(out.dtype.element_ty), mask=written)
+        _four_bit_row(
+            target, row, n, codes, absmax, table, outer, table256, offset,
+            BLOCK, OUTER, WEIGHT, KIND, ALIGNED, BLOCKS,
+        )  # fmt: skip
     else:
         for done in range(0, n, WIDE):
             column = done + tl.arange(0, WIDE)

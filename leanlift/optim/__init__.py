@@ -1,6 +1,7 @@
 """AdamW for value vectors, and optimizer state that follows its entries."""
 
-from leanlift.optim.adamw import SparseAdamW, adamw_update
+from leanlift.optim.adamw import SparseAdamW
+from leanlift.optim.arithmetic import adamw_update
 from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
 from leanlift.optim.remap import check_remappable, remap_entries, state_nbytes
 from leanlift.optim.saved import SavedState, check_saved, restore_state, saved_state, unwrap

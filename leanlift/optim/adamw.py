@@ -1,24 +1,12 @@
 """AdamW for long value vectors, a chunk at a time.
 
-The arithmetic is one pure function on fp32 chunks, `adamw_update`. Everything else is how a chunk
-is read and written: moments in fp32 or in 8 bits (see `moments`), values in fp32 or in bf16.
-Temporaries are a few chunks, whatever the length of the vector.
-
-**bf16 values** have 8 bits of precision: an update below 1/512 of a value is lost by rounding to
-nearest. Stochastic rounding keeps it on average. The noise depends on the seed, the step, the
-parameter's place in the groups and the chunk alone, so a resumed run continues bit for bit, on the
-same kind of device, without any generator state.
-
-**Newcomers.** An entry that enters under an old step count has no history, while bias correction
-is over: plain Adam would move it by up to (1 - β1) / sqrt(1 - β2) times the learning rate at once
-(3.2 for β = (0.9, 0.999)), and by up to 6.6 times soon after. Where the first moment is exactly
-zero, the update is therefore clamped to the learning rate. At step 1 Adam does that by itself.
+The arithmetic is one pure function on fp32 chunks, `adamw_update`. This file is how a chunk is read
+and written: moments in fp32 or in 8 bits (see `moments`), values in fp32 or in bf16. Temporaries
+are a few chunks, whatever the length of the vector.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,91 +17,10 @@ from torch.optim import Optimizer
 
 from leanlift.errors import UserError
 from leanlift.ops import adamw_kernel
+from leanlift.optim.arithmetic import adamw_update, round_stochastically, seed_of, uniform_noise
 from leanlift.optim.moments import BLOCK, own_moments
 
 ROUNDINGS = ("stochastic", "nearest")
-_BF16_MAX = torch.finfo(torch.bfloat16).max
-
-
-# --- The arithmetic ------------------------------------------------------------------------
-
-
-def adamw_update(
-    value: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One step of torch.optim.AdamW, in place on `value`, `first` and `second`.
-
-    The one exception: where `first` is exactly zero before the step, the update (without weight
-    decay) is clamped to `lr` in absolute value, up to rounding. At step 1 Adam needs no clamp.
-
-    Args:
-        value, grad, first, second: fp32, all of one shape; `grad` is only read.
-        step: how many steps there are with this one, from 1.
-        lr, betas, eps, weight_decay: as in torch.optim.AdamW; the decay is decoupled, and pulls an
-            offset towards zero, that is, the weight towards its base.
-    """
-    beta1, beta2 = betas
-    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    fresh = _zeros_of(first) if step > 1 else None
-    first.lerp_(grad, 1 - beta1)
-    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # m̂ / (sqrt(v̂) + eps) is `update` times correction2 / correction1.
-    update = second.sqrt().add_(eps * correction2)
-    torch.div(first, update, out=update)
-    if fresh is not None:
-        bound = correction1 / correction2
-        update = torch.where(fresh, update.clamp(-bound, bound), update)
-    if weight_decay:
-        value.mul_(1 - lr * weight_decay)
-    value.add_(update, alpha=-lr * correction2 / correction1)
-
-
-def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
-    """fp32 `value` as bf16, rounded to one of its two neighbours so that the mean is `value`.
-
-    The noise is added below the bits that bf16 keeps, which are then cut off. A value that bf16
-    holds exactly stays; one beyond its largest number becomes that number; infinities and NaN stay
-    what they are.
-
-    Args:
-        value: fp32 [k].
-        noise: int32 [k], uniform on 0..65535; overwritten.
-    """
-    noise.mul_(value.abs() < _BF16_MAX)
-    bits = noise.add_(value.view(torch.int32)).bitwise_and_(-65536)
-    return bits.view(torch.float32).to(torch.bfloat16)
-
-
-def uniform_noise(count: int, device: torch.device, *key: int) -> Tensor:
-    """int32 [count], uniform on 0..65535, the same for the same key and kind of device."""
-    generator = torch.Generator(device).manual_seed(_seed_of(*key) >> 1)
-    words = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
-    words.random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[:count].to(torch.int32).add_(32768)
-
-
-def _seed_of(*key: int) -> int:
-    """64 bits that depend on the key alone."""
-    digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def _zeros_of(first: Tensor) -> Tensor | None:
-    """Where `first` is zero, bool; None where a CPU can tell cheaply that it is zero nowhere."""
-    if first.device.type == "cpu" and int(first.count_nonzero()) == first.numel():
-        return None
-    return first == 0
-
-
-# --- The optimizer -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -309,7 +216,7 @@ class SparseAdamW(Optimizer):
         kernel = adamw_kernel(self._ops, parameter.device)
         if kernel is not None:
             stochastic = group["rounding"] == "stochastic"
-            seed = _seed_of(group["seed"], step, place) >> 33 if stochastic else None
+            seed = seed_of(group["seed"], step, place) >> 33 if stochastic else None
             kernel(values, grads.contiguous(), moments.parts(state), *options, seed, apply)
             return
         if apply is not None and not bool(apply):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from leanlift.selection.blocks import block_rows
-from leanlift.selection.lowrank import gram_factors, gram_nbytes, krylov_factors, krylov_nbytes
+from leanlift.selection.gram import gram_factors, gram_nbytes
+from leanlift.selection.krylov import krylov_factors, krylov_nbytes
 from leanlift.tiles import RowTiles, as_tiles
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -15,53 +16,61 @@ from transformers import (
 )
 
 from leanlift.errors import UserError
-from leanlift.model import lift_layers, refresh_mask
+from leanlift.layers import LiftLinear
+from leanlift.model import RefreshReport, lift_layers, refresh_mask
 from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, unwrap
 from leanlift.training.checkpointing.directory import last_checkpoint
-from leanlift.training.step_guard import GradientHooks
-
-if TYPE_CHECKING:
-    from leanlift.training.trainer import LiftTrainer
+from leanlift.training.step_guard import GradientHooks, StepGuard
 
 logger = logging.getLogger("leanlift")
 
 
 class Guard(TrainerCallback):
-    """Hooks the gradients while training runs, and drops those of a step that is not applied."""
+    """Hooks the gradients while training runs, and drops those of a step that is not applied.
 
-    def __init__(self, trainer: LiftTrainer) -> None:
-        self.trainer = trainer
+    Args:
+        guard: decides which steps are applied.
+        in_backward: whether matrices are updated in the backward pass.
+
+    Attributes:
+        scaled: whether a loss scaler (fp16) looks for infinities itself, and expects some.
+    """
+
+    def __init__(self, guard: StepGuard, in_backward: bool) -> None:
+        self.guard = guard
+        self.in_backward = in_backward
+        self.scaled = False
         self.hooks: GradientHooks | None = None
         self._applied = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = self.trainer
         self._check_begun_again()
         self.remove_hooks()
-        trainer.guard.forget_step()
-        if trainer.accelerator.scaler is not None:
-            return  # fp16: the loss scaler looks for infinities itself, and expects some
-        optimizer = unwrap(trainer.optimizer) if trainer._in_backward else None
+        self.guard.forget_step()
+        if self.scaled:
+            return
+        optimizer = unwrap(kwargs["optimizer"]) if self.in_backward else None
         assert optimizer is None or isinstance(optimizer, SparseAdamW)
-        self.hooks = GradientHooks(trainer.model, trainer.guard, optimizer)
+        self.hooks = GradientHooks(kwargs["model"], self.guard, optimizer)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        applied = False
+        layers = lift_layers(kwargs["model"])
         if self.hooks is None:
-            self._see_unscaled()
+            self._see_unscaled(layers)
+        applied, advice = False, partial(last_checkpoint, args.output_dir)
         try:
-            applied = self.trainer.guard.end_step(state.global_step + 1, self._last_checkpoint)
+            applied = self.guard.end_step(state.global_step + 1, advice)
         finally:
             if applied:
                 self._applied += 1
             elif self.hooks is not None:
                 self.hooks.drop_step()
             else:
-                for layer in lift_layers(self.trainer.model).values():
+                for layer in layers.values():
                     layer.values.grad = None
 
     def end_training(self) -> None:
@@ -75,14 +84,12 @@ class Guard(TrainerCallback):
             self.hooks.remove()
             self.hooks = None
 
-    def _see_unscaled(self) -> None:
+    def _see_unscaled(self, layers: Mapping[str, LiftLinear]) -> None:
         """Under fp16: gradients that are finite and too large, which the loss scaler lets pass."""
-        for name, layer in lift_layers(self.trainer.model).items():
+        for name, layer in layers.items():
             if layer.values.grad is not None:
                 size = torch.linalg.vector_norm(layer.values.grad, float("inf")).float()
-                self.trainer.guard.see_largest(
-                    name, torch.where(size.isfinite(), size, LARGEST_GRADIENT)
-                )
+                self.guard.see_largest(name, torch.where(size.isfinite(), size, LARGEST_GRADIENT))
 
     def _check_begun_again(self) -> None:
         """`auto_find_batch_size` begins anew after running out of memory: step 0, fresh moments,
@@ -93,9 +100,6 @@ class Guard(TrainerCallback):
                 "auto_find_batch_size would begin again with the offsets that they have trained: "
                 "set per_device_train_batch_size, or let --fit choose."
             )
-
-    def _last_checkpoint(self) -> str:
-        return last_checkpoint(self.trainer.args.output_dir)
 
 
 class LastEvaluation(TrainerCallback):
@@ -113,63 +117,75 @@ class Refresh(TrainerCallback):
     """Refreshes the mask every `interval` optimizer steps, but not after the last one; where a run
     is made longer, that is made up for.
 
+    Args:
+        interval: optimizer steps between two refreshes; 0: never.
+        retired_limit: of the model's configuration, to be named where the store is full.
+        log: takes what a refresh has to say beside the loss.
+
     Attributes:
+        reports: one per refresh of this process.
+        catch_up: whether a run is gone on with that had taken all its steps.
         progress: whether a bar is shown over the layers.
     """
 
-    def __init__(self, trainer: LiftTrainer, interval: int) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        interval: int,
+        retired_limit: float | None,
+        log: Callable[[dict[str, float]], Any],
+    ) -> None:
         self.interval = interval
+        self.retired_limit = retired_limit
+        self.log = log
+        self.reports: list[RefreshReport] = []
+        self.catch_up = False
         self.progress = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.after_the_end:
-            self.on_step_end(args, state, control)
+        if self.catch_up:
+            self.on_step_end(args, state, control, **kwargs)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        step = state.global_step
+        step, model = state.global_step, kwargs["model"]
         if not self.interval or step % self.interval or step >= state.max_steps:
             return
-        self._check_offsets(step)
-        report = refresh_mask(self.trainer.model, self.trainer.optimizer, self.progress)
-        if report.held_back and not any(past.held_back for past in self.trainer.refreshes):
+        _check_offsets(model, step, args.output_dir)
+        report = refresh_mask(model, kwargs["optimizer"], self.progress)
+        if report.held_back and not any(past.held_back for past in self.reports):
             logger.warning(
                 "The store of retired entries (trained once, let go, offset kept) is full "
                 "(retired_limit=%s): the refresh at step %d could not take %d new entries, and "
                 "later ones will not either. Raise retired_limit for more room, or refresh_margin "
                 "for fewer changes.",
-                self.trainer._lift.config.retired_limit,
+                self.retired_limit,
                 step,
                 report.held_back,
             )
-        self.trainer.refreshes.append(report)
-        self._log(
-            control,
+        self.reports.append(report)
+        # Beside the loss of this step, not in its place: Trainer takes any log for the one that
+        # was due.
+        due = control.should_log
+        self.log(
             {
                 "refresh_churn": report.churn,
                 "refresh_retired": report.retired,
                 "refresh_retired_bytes": report.retired_nbytes,
                 "refresh_held_back": report.held_back,
                 "refresh_seconds": report.seconds,
-            },
+            }
         )
-
-    def _check_offsets(self, step: int) -> None:
-        """Selection would blame the base for an infinite weight."""
-        for name, layer in lift_layers(self.trainer.model).items():
-            if not bool(torch.isfinite(layer.values.detach()).all()):
-                raise UserError(
-                    f"training stopped at step {step}: offsets of {name} are NaN or infinite; "
-                    f"{last_checkpoint(self.trainer.args.output_dir)}. Lower learning_rate."
-                )
-
-    def _log(self, control: TrainerControl, logs: dict[str, Any]) -> None:
-        """Log beside the loss of this step, not in its place: Trainer takes any log for the one
-        that was due, and TRL gives it what it has collected for the loss."""
-        due = control.should_log
-        Trainer.log(self.trainer, logs)
         control.should_log = due
+
+
+def _check_offsets(model: Any, step: int, output_dir: str) -> None:
+    """Selection would blame the base for an infinite weight."""
+    for name, layer in lift_layers(model).items():
+        if not bool(torch.isfinite(layer.values.detach()).all()):
+            raise UserError(
+                f"training stopped at step {step}: offsets of {name} are NaN or infinite; "
+                f"{last_checkpoint(output_dir)}. Lower learning_rate."
+            )

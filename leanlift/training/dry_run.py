@@ -20,9 +20,9 @@ from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batches
 from leanlift.training.inputs import ReadyRows
 from leanlift.training.interrupt import Interrupt
+from leanlift.training.job import Job, look_at_input
 from leanlift.training.plan import targets_of
 from leanlift.training.room import check_room, disk_nbytes, free_nbytes, kept, steps_of
-from leanlift.training.run import Job, look_at_input
 from leanlift.training.screens import Screen
 from leanlift.training.screens.libraries import shown
 

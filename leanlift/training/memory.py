@@ -1,11 +1,17 @@
-"""A Trainer callback that measures the training phase."""
+"""A Trainer callback that measures the training phase, and torch's own memory history."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from leanlift.io.tensors import replacing
 from leanlift.measure import LiveBytes, MemoryMeter, static_categories, tensor_bytes
 from leanlift.model import lift_layers
 from leanlift.optim import state_nbytes
@@ -79,3 +85,22 @@ class MemoryCallback(TrainerCallback):
     def peak(self) -> int | None:
         """Peak bytes of tensors seen in training."""
         return self._peak
+
+
+@contextmanager
+def timeline(wanted: bool, output: Path) -> Iterator[None]:
+    """Record torch's memory history and write it beside the report, also after an error; open it
+    at https://pytorch.org/memory_viz. Only on CUDA."""
+    if not (wanted and torch.cuda.is_available()):
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+    try:
+        # a recomputation stops early by an exception, which does not survive the history's stacks
+        with set_checkpoint_early_stop(False):
+            yield
+    finally:
+        output.mkdir(parents=True, exist_ok=True)
+        with replacing(output / "memory_snapshot.pickle") as temporary:
+            torch.cuda.memory._dump_snapshot(str(temporary))
+        torch.cuda.memory._record_memory_history(enabled=None)

@@ -9,20 +9,18 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from leanlift.adapters import RUN_NAME
 from leanlift.data.dataset import calibration_batches
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line
-from leanlift.export import ONTO, MergeReport, merge_adapter
-from leanlift.io.tensors import replacing, write_json
+from leanlift.export import MergeReport, merge_adapter
+from leanlift.io.tensors import write_json
 from leanlift.measure import (
     MemoryMeter,
     MemoryReport,
@@ -35,24 +33,21 @@ from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.base import check_base_place, load_model, quantization
-from leanlift.training.batches import Batches, worst_batches
+from leanlift.training.base import load_model
+from leanlift.training.batches import Batches
 from leanlift.training.callbacks import LastEvaluation
 from leanlift.training.checkpointing.directory import keeping_what_was_good, last_whole_checkpoint
 from leanlift.training.checkpointing.lock import OutputLock
-from leanlift.training.checkpointing.settings import check_same_settings, run_settings, settings_of
-from leanlift.training.checks import check_settings
-from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_run, ready_rows
+from leanlift.training.inputs import ReadyRows
 from leanlift.training.interrupt import Interrupt, StopAfterStep
-from leanlift.training.memory import FOLLOWED_STEPS, MemoryCallback
-from leanlift.training.out_of_memory import card_nbytes, out_of_memory
+from leanlift.training.job import Job, look_at_input
+from leanlift.training.memory import FOLLOWED_STEPS, MemoryCallback, timeline
+from leanlift.training.out_of_memory import out_of_memory
 from leanlift.training.plan import plan_of_what_was_measured
-from leanlift.training.room import check_room, check_writable
 from leanlift.training.screens import QuietScreen, Screen, Summary, check_format
 from leanlift.training.screens.libraries import shown, silence
 from leanlift.training.screens.words import stopped_lines
 from leanlift.training.told import (
-    first_row_of,
     header_of,
     memory_now,
     next_commands,
@@ -63,7 +58,6 @@ from leanlift.training.told import (
 )
 from leanlift.training.trainer import LiftTrainer
 from leanlift.training.watch import Watch
-from leanlift.weights.quantized import dtype_of
 
 logger = logging.getLogger("leanlift")
 
@@ -76,44 +70,6 @@ class RunResult:
     tokenizer: Any
     memory: MemoryReport
     merged: MergeReport | None
-
-
-@dataclass
-class Job:
-    """A run on its way.
-
-    Attributes:
-        args, sft: what it was told.
-        screen: where it shows itself.
-        interrupt: who stops it.
-        command: what goes on with it after it was stopped; None: not known.
-        before_training: called with the attached model and its tokenizer.
-        phase: how far it has come.
-        plan: once it is made.
-        worst: the largest batches that its rows allow.
-        begun: when, on time's monotonic clock.
-    """
-
-    args: RunArguments
-    sft: LiftSFTConfig
-    screen: Screen
-    interrupt: Interrupt
-    command: str | None = None
-    before_training: Callable[[Any, Any], None] | None = None
-    phase: str = "load"
-    plan: MemoryPlan | None = None
-    worst: Batches = field(default_factory=Batches)
-    begun: float = field(default_factory=time.monotonic)
-
-    @property
-    def output(self) -> Path:
-        """The directory that the run writes to."""
-        return Path(self.sft.output_dir or "leanlift-output")
-
-    @property
-    def cuda(self) -> bool:
-        """Whether the run computes on a GPU."""
-        return torch.cuda.is_available() and not self.sft.use_cpu
 
 
 def run(
@@ -146,7 +102,7 @@ def run(
     interrupt = Interrupt(screen.stopping)
     job = Job(args, sft, screen, interrupt, command, before_training)
     try:
-        with interrupt.heard(), shown(screen), _timeline(args.snapshot, job.output):
+        with interrupt.heard(), shown(screen), timeline(args.snapshot, job.output):
             return _run(job, plan)
     except Exception as error:
         if interrupt.ended is not None:  # a library's own code may turn it into an error of its own
@@ -157,70 +113,11 @@ def run(
         raise OutOfMemoryError(said) from error
 
 
-@contextmanager
-def _timeline(wanted: bool, output: Path) -> Iterator[None]:
-    """Record torch's memory history and write it beside the report, also after an error; open it
-    at https://pytorch.org/memory_viz. Only on CUDA."""
-    if not (wanted and torch.cuda.is_available()):
-        yield
-        return
-    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
-    try:
-        # a recomputation stops early by an exception, which does not survive the history's stacks
-        with set_checkpoint_early_stop(False):
-            yield
-    finally:
-        output.mkdir(parents=True, exist_ok=True)
-        with replacing(output / "memory_snapshot.pickle") as temporary:
-            torch.cuda.memory._dump_snapshot(str(temporary))
-        torch.cuda.memory._record_memory_history(enabled=None)
-
-
 def _run(job: Job, plan: Callable[[Batches], MemoryPlan | None] | None) -> RunResult:
     """Look at everything about the input, then train."""
     ready, told, resume = look_at_input(job, plan)
     with OutputLock(job.output):
         return _train(job, ready, told, resume)
-
-
-def look_at_input(
-    job: Job, plan: Callable[[Batches], MemoryPlan | None] | None
-) -> tuple[ReadyRows, dict[str, Any], str | None]:
-    """Everything about a run that can be wrong before its base is loaded.
-
-    Returns:
-        What to train and to evaluate on, what the run was told, and the checkpoint to go on from.
-
-    Raises:
-        UserError: as `run`.
-    """
-    args, sft = job.args, job.sft
-    found = checkpoint_of_run(sft, job.output)
-    config = args.lift_config()
-    check_settings(sft, config)
-    check_merged_dir(args, job.output)
-    check_writable(job.output)
-    evaluates = str(getattr(sft.eval_strategy, "value", sft.eval_strategy)) != "no"
-    if evaluates and not args.eval_dataset_name:
-        raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
-    if args.merge_onto not in ONTO:
-        raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
-    quantization(args, dtype_of(args.dtype or "float32"))
-    check_base_place(args)
-    with job.screen.phase("Reading the rows"):
-        ready = ready_rows(args, sft)  # before a load that takes minutes
-    told = run_settings(args, ready.data)
-    if found is not None:
-        check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))
-    first = first_row_of(ready.rows, ready.tokenizer)
-    if first is not None:
-        job.screen.first_row(first)
-    job.worst = worst_batches(ready.rows, ready.eval_rows, sft)
-    if plan is not None:
-        with job.screen.phase("Planning the memory"):
-            job.plan = plan(job.worst)
-    check_room(args, sft, job.plan, ready.data, job.output, card_nbytes(job.cuda))
-    return ready, told, None if found is None else str(found.path)
 
 
 def _train(job: Job, ready: ReadyRows, told: dict[str, Any], resume: str | None) -> RunResult:

@@ -1,50 +1,60 @@
 """LiftTrainer: TRL's SFTTrainer over a leanlift model.
 
 TRL tokenizes, packs and computes the chunked loss; HF Trainer runs the loop, logs, evaluates and
-schedules. This file adds what only leanlift can know: when the mask is refreshed, which optimizer
-can follow a refresh, and which steps are not applied. Checkpoints are `resumable`'s.
+schedules. This file adds what only leanlift can know: its rows, its loss, when the mask is
+refreshed, which steps are not applied, what a run is gone on with. What it replaces of the two
+trainers' own private methods, checkpoints among them, is in `overrides`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer
 from trl import SFTConfig
 
 from leanlift.data.dataset import TokenRows
 from leanlift.data.lengths import LengthReport
 from leanlift.data.positions import check_positions
-from leanlift.data.ready import Rows, RowsForTraining, drop_untrained_packs
+from leanlift.data.ready import Rows, RowsForTraining
 from leanlift.data.tokenizer import load_tokenizer, tell_model
-from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
+from leanlift.io.tensors import replacing
 from leanlift.layers.lm_head import FrozenHead
 from leanlift.measure import resident_peak
-from leanlift.model import (
-    RefreshReport,
-    claim,
-    embedding_size,
-    lift_state,
-)
-from leanlift.optim import (
-    SparseAdamW,
-    check_remappable,
-    unwrap,
-)
-from leanlift.rows.examples import columns_of
+from leanlift.model import RefreshReport, claim, embedding_size, lift_state
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
 from leanlift.training.callbacks import Guard, Refresh
-from leanlift.training.checkpointing.lock import make_output
+from leanlift.training.checkpointing.directory import checkpoint_to_resume, clean
+from leanlift.training.checkpointing.lock import OutputLock, make_output
+from leanlift.training.checkpointing.names import TRAINER_STATE
+from leanlift.training.checkpointing.settings import (
+    Settings,
+    check_same_settings,
+    data_facts,
+    settings_of,
+)
+from leanlift.training.checkpointing.whole import Checkpoint
 from leanlift.training.checks import check_numbers, check_settings
 from leanlift.training.eval_loss import TokenMeans, trained_tokens
+from leanlift.training.given import (
+    as_sft_config,
+    check_optimizer,
+    make_checkpointing_safe,
+    one_process,
+    rows_done,
+    tokenizer_of,
+    with_optimizer,
+)
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, training_loss
-from leanlift.training.resumable import ResumableTrainer
-from leanlift.training.step_guard import StepGuard, clip_to_norm_, total_norm
+from leanlift.training.overrides import TrainerOverrides
+from leanlift.training.step_guard import StepGuard
 
 logger = logging.getLogger("leanlift")
 
@@ -53,7 +63,7 @@ LOGGED_MEANS = ("entropy", "mean_token_accuracy")
 """What is logged beside the loss as a mean over tokens."""
 
 
-class LiftTrainer(ResumableTrainer):
+class LiftTrainer(TrainerOverrides):
     """`SFTTrainer(model, args, train_dataset, …)` for a model from `get_lift_model`.
 
     Takes the arguments of `trl.SFTTrainer` except `peft_config`. Datasets, streams and lists of
@@ -84,9 +94,6 @@ class LiftTrainer(ResumableTrainer):
             another run, another process writes into output_dir, or nothing can be written there.
     """
 
-    _tag_names = ["leanlift", "sft"]  # noqa: RUF012
-    _name = "leanlift"
-
     def __init__(
         self,
         model: torch.nn.Module,
@@ -101,47 +108,26 @@ class LiftTrainer(ResumableTrainer):
         claim(model)
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
-        args = _sft(args)
+        args = as_sft_config(args)
         check_numbers(args)
-        given = kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs")
-        check_settings(args, self._lift.config, by_name=given is None)
-        if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
-            raise UserError(
-                "activation_offloading moves activations from a GPU to the CPU, and this run is on "
-                "the CPU: leave it out."
-            )
-        if args.n_gpu > 1:  # Trainer would replicate the model, and our layers share their scratch
-            logger.warning("Training on one GPU, %s, of %d.", args.device, args.n_gpu)
-            args._n_gpu = 1
-        # One process has nothing to dispatch; and accelerate would cut all tensors of a batch to
-        # its rows, the positions of trained tokens among them.
-        args.accelerator_config.dispatch_batches = False
+        optimizer = kwargs.get("optimizers", (None, None))[0]
+        by_name = not (optimizer or kwargs.get("optimizer_cls_and_kwargs"))
+        check_settings(args, self._lift.config, by_name=by_name)
+        one_process(args)
+        kwargs = with_optimizer(args, kwargs, self._lift.workspace.implementation)
+        make_checkpointing_safe(model, args)
+        make_output(args.output_dir)
+        self.run_settings = dict(run_settings or {})
+        self._data_facts: dict[str, Any] | None = None
+        self.in_backward = bool(getattr(args, "optim_in_backward", False))
         self.length_reports: dict[str, LengthReport] = {}
-        self.refreshes: list[RefreshReport] = []
         self.largest = LargestBatch()
         self.guard = StepGuard(
             getattr(args, "max_nonfinite_steps", LiftSFTConfig.max_nonfinite_steps)
         )
-        self._in_backward = bool(getattr(args, "optim_in_backward", False))
-        self.run_settings = dict(run_settings or {})
-        if args.optim in SPARSE_OPTIMIZERS and kwargs.get("optimizers", (None, None))[0] is None:
-            kwargs["optimizer_cls_and_kwargs"] = (
-                SparseAdamW,
-                {**_sparse_options(args), "ops": self._lift.workspace.implementation},
-            )
-        _make_checkpointing_safe(model, args)
-        make_output(args.output_dir)
-        if processing_class is None:
-            processing_class = load_tokenizer(
-                self._lift.base.name, revision=self._lift.base.revision
-            )
-        tokenizer = _tokenizer_of(processing_class)
-        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        function = kwargs.pop("formatting_func", None)
-        self._rows = RowsForTraining(tokenizer, args, embedding_size(model), ends, function)
-        tell_model(model, tokenizer, args)
         self._built = False
-        with _rows_retired(args):
+        processing_class = self._tokenize_with(processing_class, model, args, kwargs)
+        with rows_done(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -153,6 +139,24 @@ class LiftTrainer(ResumableTrainer):
         self._built = True
         for name in self.length_reports:
             self._check_positions(name)
+        self._compute_own_loss()
+        self._add_callbacks()
+
+    def _tokenize_with(
+        self, processing_class: Any, model: Any, args: SFTConfig, given: dict[str, Any]
+    ) -> Any:
+        """Set up how rows become tokens; what TRL shall have for a processing class."""
+        if processing_class is None:
+            base = self._lift.base
+            processing_class = load_tokenizer(base.name, revision=base.revision)
+        tokenizer = tokenizer_of(processing_class)
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        function = given.pop("formatting_func", None)
+        self._rows = RowsForTraining(tokenizer, args, embedding_size(model), ends, function)
+        tell_model(model, tokenizer, args)
+        return processing_class
+
+    def _compute_own_loss(self) -> None:
         self._eval_means = TokenMeans()
         self._loss = training_loss(
             self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
@@ -160,12 +164,18 @@ class LiftTrainer(ResumableTrainer):
         if self._loss is not None:
             self.data_collator: Any = MarkTrained(self.data_collator)
         self._last_finite = torch.zeros((), device=self.args.device)
-        self._smooths_log, self.args.logging_nan_inf_filter = (
-            self.args.logging_nan_inf_filter,
-            False,
+        self._smooths_log = self.args.logging_nan_inf_filter
+        self.args.logging_nan_inf_filter = False
+
+    def _add_callbacks(self) -> None:
+        config = self._lift.config
+        self._guarding = Guard(self.guard, self.in_backward)
+        self._refreshing = Refresh(
+            config.refresh_interval, config.retired_limit, partial(Trainer.log, self)
         )
-        self.add_callback(Guard(self))
-        self.add_callback(Refresh(self, self._lift.config.refresh_interval))
+        self.refreshes: list[RefreshReport] = self._refreshing.reports
+        self.add_callback(self._guarding)
+        self.add_callback(self._refreshing)
 
     # --- data ------------------------------------------------------------------------------
 
@@ -184,24 +194,44 @@ class LiftTrainer(ResumableTrainer):
         longest, what = self.length_reports[name].kept, f"the longest row of the {name} dataset"
         check_positions(self.model, longest, what, "set max_length")
 
-    def _prepare_dataset(
-        self,
-        dataset: Any,
-        processing_class: Any,
-        args: SFTConfig,
-        packing: bool,
-        formatting_func: Any,
-        dataset_name: str,
-    ) -> Any:
-        """Packing and shuffling are TRL's; rows given to `evaluate` are tokenized first."""
-        if self._built:
-            ready = self._rows(dataset, dataset_name, packing)
-            dataset = self._unwrapped(ready, dataset_name)
-        packing = packing and "seq_lengths" not in columns_of(dataset)  # packed already
-        made = super()._prepare_dataset(
-            dataset, processing_class, args, packing, None, dataset_name
-        )
-        return drop_untrained_packs(made, dataset_name) if packing else made
+    def ready_rows(self, rows: Any, name: str, packing: bool) -> Any:
+        return self._unwrapped(self._rows(rows, name, packing), name) if self._built else rows
+
+    # --- going on --------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As `Trainer.train`; `True` resumes from the last checkpoint that is whole."""
+        output = Path(self.args.output_dir)
+        with OutputLock(output):
+            clean(output)
+            self.settings = self._settings_now()
+            self._refreshing.catch_up = False
+            self._guarding.scaled = self.accelerator.scaler is not None
+            checkpoint = None
+            if resume_from_checkpoint:
+                checkpoint = self._go_on_from(checkpoint_to_resume(output, resume_from_checkpoint))
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                self._guarding.end_training()
+
+    def _settings_now(self) -> Settings:
+        if self._data_facts is None:  # read once: data do not change under a trainer
+            self._data_facts = data_facts(self.train_dataset)
+        return settings_of(self.args, self._lift.config, self.run_settings, self._data_facts)
+
+    def _go_on_from(self, found: Checkpoint) -> str:
+        """Say what has changed since; refuse what may not have."""
+        for change in check_same_settings(found.settings, self.settings, str(found.path)):
+            logger.warning("%s", change)
+        logger.warning("Resuming from %s.", found.path)
+        self._refreshing.catch_up = found.last
+        return str(found.path)
+
+    def save_state(self) -> None:
+        """As Trainer's, whole or not at all."""
+        with replacing(Path(self.args.output_dir) / TRAINER_STATE) as temporary:
+            self.state.save_to_json(str(temporary))
 
     # --- evaluation ------------------------------------------------------------------------
 
@@ -211,7 +241,7 @@ class LiftTrainer(ResumableTrainer):
         """As TRL's, and keeps what the mean over tokens needs."""
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if found[0] is not None:
-            count, logged = trained_tokens(inputs), self._metrics["eval"]
+            count, logged = trained_tokens(inputs), self.logged("eval")
             self._eval_means.add("loss", found[0], count)
             for name in LOGGED_MEANS:
                 if logged[name]:
@@ -238,7 +268,7 @@ class LiftTrainer(ResumableTrainer):
             output.metrics[key] = means["loss"]
         for name in LOGGED_MEANS:
             if name in means:
-                self._metrics["eval"][name] = [means[name]]
+                self.logged("eval")[name] = [means[name]]
         return output
 
     # --- steps -----------------------------------------------------------------------------
@@ -246,16 +276,7 @@ class LiftTrainer(ResumableTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer, and refuse one that the mask or the values do not go with."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-        if self._lift.config.refresh_interval:
-            check_remappable(optimizer)
-        if self._lift.config.values_dtype != "float32" and not isinstance(
-            unwrap(optimizer), SparseAdamW
-        ):
-            raise UserError(
-                f"{type(unwrap(optimizer)).__name__} rounds small updates of "
-                f"{self._lift.config.values_dtype} values away: use optim=sparse_adamw or "
-                "sparse_adamw_8bit, or values_dtype=float32."
-            )
+        check_optimizer(optimizer, self._lift)
         return optimizer
 
     def compute_loss(
@@ -302,27 +323,12 @@ class LiftTrainer(ResumableTrainer):
         assert self._loss is not None
         parts = self._loss.last
         assert parts is not None
-        self._metrics[mode]["entropy"].append(parts.mean_entropy)
-        self._metrics[mode]["mean_token_accuracy"].append(parts.accuracy)
-        if mode == "train":
-            mask = inputs.get("attention_mask")
-            self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-
-    def _clip_grad_norm(self, model: Any) -> Any:
-        """As Trainer's, with a norm that does not overflow."""
-        self.accelerator.unscale_gradients()
-        return clip_to_norm_(_gradients(model), self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """None where gradients are gone by now: it would be logged as 0. Trainer's own clips to
-        infinity, which makes NaN of a gradient whose norm overflows."""
-        if self._in_backward:
-            return None
-        if grad_norm is None:
-            self.accelerator.unscale_gradients()
-            grad_norm = total_norm(_gradients(model))
-        return grad_norm
+        logged = self.logged(mode)
+        logged["entropy"].append(parts.mean_entropy)
+        logged["mean_token_accuracy"].append(parts.accuracy)
+        logged["num_tokens"] = [
+            self.count_tokens(inputs) if mode == "train" else self.tokens_so_far
+        ]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the memory in GiB: allocated now and at most so far on CUDA, resident
@@ -332,75 +338,8 @@ class LiftTrainer(ResumableTrainer):
             logs["memory_peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 4)
         else:
             logs["memory_resident_gib"] = round(resident_peak() / 2**30, 4)
-        for metrics in self._metrics.values():  # read from the device here, not at each step
-            for name, values in metrics.items():
-                metrics[name] = [float(value) for value in values]
+        self.read_metrics()
         super().log(logs, *args, **kwargs)
-
-    def _end_training(self) -> None:
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, Guard):
-                callback.end_training()
-
-    def _send_telemetry(self) -> None:
-        """None."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None per checkpoint: a card describes a finished model."""
-
-
-def _gradients(model: Any) -> list[torch.Tensor]:
-    return [values.grad for values in model.parameters() if values.grad is not None]
-
-
-def _sparse_options(args: SFTConfig) -> dict[str, Any]:
-    """The options of `SparseAdamW` that the training arguments describe."""
-    return {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "moments": SPARSE_OPTIMIZERS[args.optim],
-        "seed": args.seed,
-    }
-
-
-def _make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
-    """Non-reentrant by default; the reentrant kind needs an input that requires grad."""
-    options = args.gradient_checkpointing_kwargs
-    if not args.gradient_checkpointing or not options:
-        return  # transformers' own default is non-reentrant
-    options.setdefault("use_reentrant", False)
-    if options["use_reentrant"]:
-        model.enable_input_require_grads()
-
-
-@contextmanager
-def _rows_retired(args: SFTConfig) -> Iterator[None]:
-    """Hide from TRL's constructor what has been done by now: it would do it again, to tokenized
-    rows and to an embedding that cannot grow."""
-    done = {"chat_template_path": None, "eos_token": None, "assistant_only_loss": False}
-    kept = {key: getattr(args, key) for key in done}
-    for key, value in done.items():
-        setattr(args, key, value)
-    try:
-        yield
-    finally:
-        for key, value in kept.items():
-            setattr(args, key, value)
-
-
-def _sft(args: Any) -> SFTConfig:
-    """Arguments as TRL's own: of `TrainingArguments` those that it has, as TRL takes them."""
-    if args is None:
-        return LiftSFTConfig()
-    if isinstance(args, SFTConfig):
-        return args
-    return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
-
-
-def _tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = processing_class.chat_template
-    return tokenizer

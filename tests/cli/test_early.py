@@ -33,7 +33,7 @@ from leanlift.evaluation.evaluate import evaluate
 from leanlift.io.tensors import new_directory
 from leanlift.training import LiftSFTConfig, plan_memory
 from leanlift.training.checks import check_settings
-from leanlift.training.run import _timeline
+from leanlift.training.memory import timeline
 
 ROWS = [{"prompt": "1 + 1 = ", "completion": "2"}] * 4
 
@@ -312,7 +312,7 @@ def test_a_memory_timeline_goes_without_the_early_stop_of_recomputation(
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda *a, **k: None)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: Path(path).touch())
     default = checkpoint._enable_checkpoint_early_stop
-    with _timeline(True, tmp_path):
+    with timeline(True, tmp_path):
         assert checkpoint._enable_checkpoint_early_stop is False
     assert checkpoint._enable_checkpoint_early_stop is default
     assert (tmp_path / "memory_snapshot.pickle").exists()
@@ -327,10 +327,10 @@ def test_a_run_that_card_or_disk_cannot_hold_is_refused_before_its_base_is_loade
     command += ["--output_dir", str(tmp_path / "out"), "--approx_rank", "8", "--max_steps", "1"]
     module = import_module("leanlift.training.run")
     monkeypatch.setattr(module, "load_model", lambda *a: pytest.fail("was loaded"))
-    monkeypatch.setattr(module, "card_nbytes", lambda cuda: 2**10)
+    monkeypatch.setattr("leanlift.training.job.card_nbytes", lambda cuda: 2**10)
     assert main(command) == 2
     assert "planned to need" in capsys.readouterr().err
-    monkeypatch.setattr(module, "card_nbytes", lambda cuda: None)
+    monkeypatch.setattr("leanlift.training.job.card_nbytes", lambda cuda: None)
     nothing = SimpleNamespace(free=0)
     monkeypatch.setattr("leanlift.export.directory.shutil.disk_usage", lambda place: nothing)
     assert main(command) == 2

@@ -16,7 +16,7 @@ from leanlift.optim import (
     adamw_nbytes,
     state_nbytes,
 )
-from leanlift.optim.adamw import round_stochastically, uniform_noise
+from leanlift.optim.arithmetic import round_stochastically, uniform_noise
 
 
 def test_eight_bit_moments_stay_near_fp32_and_no_further_than_bitsandbytes() -> None:

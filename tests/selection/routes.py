@@ -8,7 +8,9 @@ from helpers import (
 )
 from torch import Tensor
 
-from leanlift.selection.lowrank import LowRank, gram_factors, krylov_factors
+from leanlift.selection.gram import gram_factors
+from leanlift.selection.krylov import krylov_factors
+from leanlift.selection.lowrank import LowRank
 from leanlift.tiles import RowTiles
 
 SHAPES = [(192, 192), (320, 128), (128, 320), (257, 131)]

@@ -27,7 +27,7 @@ from leanlift.selection import (
     select,
     selection,
 )
-from leanlift.selection.lowrank import krylov_factors
+from leanlift.selection.krylov import krylov_factors
 from leanlift.tiles import DenseTiles
 from leanlift.weights.quantized import frozen_weight
 

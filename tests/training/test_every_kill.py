@@ -229,10 +229,10 @@ def test_running_out_of_memory_in_a_save_keeps_what_was_good(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from leanlift.errors import OutOfMemoryError
-    from leanlift.training import resumable
+    from leanlift.training.checkpointing import parts
 
     calls = []
-    real = resumable.write_tensors
+    real = parts.write_tensors
 
     def write(*args: Any) -> None:
         calls.append(1)
@@ -240,7 +240,7 @@ def test_running_out_of_memory_in_a_save_keeps_what_was_good(
             raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
         real(*args)
 
-    monkeypatch.setattr(resumable, "write_tensors", write)
+    monkeypatch.setattr(parts, "write_tensors", write)
     args, loop = arguments(base, tmp_path / "run")
     with pytest.raises(OutOfMemoryError, match=r"the checkpoint of step 2 .*is .*checkpoint-1"):
         run(args, loop)

@@ -21,11 +21,12 @@ PACKAGE = Path(leanlift.__file__).parent
 ASK = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "unique_dim")
 ON_THE_CPU_ANYWAY = {
     ("optim/adamw.py", "_update"): "the step count; torch's way asks `apply` too",
-    ("optim/adamw.py", "_zeros_of"): "asked on a CPU only",
+    ("optim/arithmetic.py", "_zeros_of"): "asked on a CPU only",
     ("training/batches.py", "see"): "whether a mask pads is asked of a CPU alone",
     ("training/loss.py", "trained_positions"): "where batches are made",
 }
 ONCE_A_STEP = ("training/step_guard.py", "end_step")
+WHEN_LOGGED = ("training/overrides.py", "read_metrics")
 
 
 class Asking(TorchDispatchMode):
@@ -72,7 +73,7 @@ def test_a_training_step_asks_the_device_once(
     asked = [place for place in mode.asked if place not in ON_THE_CPU_ANYWAY]
     steps = [place for place in asked if place == ONCE_A_STEP]
     assert len(steps) == 4
-    assert {place for place in asked if place != ONCE_A_STEP} <= {("training/trainer.py", "log")}
+    assert {place for place in asked if place != ONCE_A_STEP} <= {WHEN_LOGGED}
 
 
 def test_who_asks_is_seen(base: Path, tmp_path: Path) -> None:

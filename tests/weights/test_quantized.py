@@ -235,7 +235,7 @@ def test_quantizing_tile_by_tile_is_quantizing_the_whole(
     whole = requantize(weight, form, cpu)
     int8 = requantize(weight, WeightFormat("int8", "float32"), cpu)
     monkeypatch.setattr(
-        "leanlift.weights.bnb.QUANTIZED_AT_ONCE", 7 * 48
+        "leanlift.weights.bnb.linear.QUANTIZED_AT_ONCE", 7 * 48
     )  # three tiles of 4-bit rows
     assert torch.equal(_whole(requantize(weight, form, cpu)), _whole(whole))
     tiled = requantize(weight, WeightFormat("int8", "float32"), cpu)

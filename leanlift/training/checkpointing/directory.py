@@ -30,22 +30,41 @@ from leanlift.io.tensors import (
     write_json,
 )
 from leanlift.measure import is_out_of_memory
-from leanlift.training.checkpointing.whole import (
+from leanlift.training.checkpointing.names import (
     FORMAT_VERSION,
+    REMOVED,
     SEAL,
-    Checkpoint,
-    check_checkpoint,
-    digest_of_content,
+    STAGING,
     step_of,
 )
+from leanlift.training.checkpointing.whole import Checkpoint, check_checkpoint, digest_of_content
 
 logger = logging.getLogger("leanlift")
 
-STAGING = ".saving"
-REMOVED = ".removed-"
-
 
 # --- writing -------------------------------------------------------------------------------
+
+
+@contextmanager
+def assembled(run: Path, step: int, settings: dict[str, Any]) -> Iterator[Path]:
+    """A directory in which the checkpoint of a step is assembled; put in place if all goes well.
+
+    Args:
+        run: the run's output directory.
+        step: optimizer steps taken.
+        settings: of the run.
+
+    Raises:
+        UserError, OutOfMemoryError: see `keeping_what_was_good`; nothing of it is left.
+    """
+    staging = run / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        with keeping_what_was_good(f"the checkpoint of step {step}", run):
+            yield staging
+            put_in_place(staging / f"{PREFIX_CHECKPOINT_DIR}-{step}", settings)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def put_in_place(staged: Path, settings: dict[str, Any]) -> Path:

@@ -15,33 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from leanlift.adapters import CONFIG_NAME, open_adapter
 from leanlift.errors import UserError
-from leanlift.io.tensors import digest_of, open_tensor_file, read_json
-from leanlift.optim import SavedState, check_saved
+from leanlift.io.tensors import digest_of, read_json
+from leanlift.optim import check_saved
 from leanlift.training.checkpointing.loop_state import (
     check_numbers,
     check_random_state,
     check_scale,
     check_schedule,
-    pickled_random_state,
     unpickle,
 )
+from leanlift.training.checkpointing.names import (
+    FORMAT_VERSION,
+    OPTIMIZER_FACTS,
+    PICKLED,
+    RANDOM,
+    SCALE,
+    SCHEDULE,
+    SEAL,
+    TRAINER_STATE,
+    step_of,
+)
+from leanlift.training.checkpointing.parts import read_optimizer, read_random_state
 
 logger = logging.getLogger("leanlift")
-
-TRAINER_STATE = "trainer_state.json"
-OPTIMIZER_TENSORS = "optimizer.safetensors"
-OPTIMIZER_FACTS = "optimizer.json"
-SCHEDULE = "scheduler.json"
-RANDOM = "rng_state.json"
-SCALE = "scaler.json"
-SEAL = "checkpoint.json"
-PICKLED = {OPTIMIZER_FACTS: "optimizer.pt", SCHEDULE: "scheduler.pt", RANDOM: "rng_state.pth"}
-"""Trainer's own names, for what is not plain and for older checkpoints."""
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -187,37 +186,8 @@ def _check_loop(path: Path, step: int) -> None:
         check_scale(read_json(path / SCALE), str(path / SCALE))
 
 
-def read_optimizer(path: Path) -> SavedState:
-    """The optimizer's state of a checkpoint, not yet looked at.
-
-    Raises:
-        UserError: missing or unreadable.
-    """
-    with open_tensor_file(path / OPTIMIZER_TENSORS) as opened:
-        tensors = {name: opened.get(name) for name in sorted(opened.names)}
-    return SavedState(tensors, read_json(path / OPTIMIZER_FACTS))
-
-
-def read_random_state(path: Path) -> dict[str, Any]:
-    """The random numbers' state of a checkpoint, in either form.
-
-    Raises:
-        UserError: missing or unreadable.
-    """
-    if (path / RANDOM).is_file():
-        state: dict[str, Any] = read_json(path / RANDOM)
-        return state
-    return pickled_random_state(path / PICKLED[RANDOM])
-
-
 def _has(path: Path, name: str) -> bool:
     return (path / name).is_file() or (path / PICKLED[name]).is_file()
-
-
-def step_of(path: Path) -> int:
-    """The number in a checkpoint's name; -1 where it has another one."""
-    stem, _, number = path.resolve().name.rpartition("-")
-    return int(number) if stem == PREFIX_CHECKPOINT_DIR and number.isdecimal() else -1
 
 
 def digest_of_content(content: Any) -> str:

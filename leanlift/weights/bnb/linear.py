@@ -1,8 +1,6 @@
-"""The one door to bitsandbytes.
+"""bitsandbytes' quantized Linears: which module is which, and how to read or make one by rows.
 
-Everything leanlift knows about bitsandbytes' tensors lives here: which module is which, how to
-dequantize a range of rows, how its 8-bit optimizers lay out their state. Two traps of its CPU
-path decide the way in which this file reads a weight (both seen with 0.50.2):
+Two traps of its CPU path decide the way in which this file reads a weight (both seen with 0.50.2):
 
 * `Linear4bit.forward` in eval mode repacks the weight for an AVX-512 kernel, after which
   dequantization is silently wrong. leanlift never calls that forward, and refuses a weight that
@@ -17,7 +15,6 @@ range is widened to block boundaries, dequantized alone, and trimmed.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -279,146 +276,3 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
         return held
     state8 = state_8bit(module)
     return [cast(Any, module).weight.data, *(state8 or ())]
-
-
-# --- 8-bit optimizer state -----------------------------------------------------------------
-
-MOMENT_BLOCK = 256  # entries that share one absmax, in bitsandbytes' optimizers and in ours
-
-
-@functools.cache
-def moment_table(device: torch.device, signed: bool) -> Tensor:
-    """The dynamic map of first (signed) or second moments, ascending fp32 [256], one per device."""
-    return F.create_dynamic_map(signed=signed).to(device)
-
-
-def dequantize_moment(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
-    """fp32 [k] from uint8 codes [k], whose blocks of 256 have the fp32 scales `absmax`."""
-    quantized = F.QuantState(absmax=absmax, code=table, blocksize=MOMENT_BLOCK, dtype=torch.float32)
-    return F.dequantize_blockwise(codes, quantized)
-
-
-def quantize_moment(
-    moment: Tensor, table: Tensor, codes: Tensor, absmax: Tensor, signed: bool
-) -> None:
-    """Write fp32 `moment` [k] into `codes` and `absmax`; `signed` says which map `table` is.
-
-    Two repairs of what bitsandbytes does near zero: its CPU quantizer maps a zero to a code some
-    places off, and a small second moment may be rounded to zero, which an update would divide by.
-    Here a zero is an exact zero, and with an unsigned table nothing else is.
-    """
-    rounded, quantized = F.quantize_blockwise(
-        moment.to(torch.float32).contiguous(), code=table, blocksize=MOMENT_BLOCK
-    )
-    if not signed:
-        rounded.clamp_min_(1)
-    # The signed map has 127 negative values. A comparison with the table would stall a GPU.
-    codes.copy_(rounded.masked_fill_(moment == 0, 127 if signed else 0))
-    absmax.copy_(quantized.absmax)
-
-
-def is_adam_8bit(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this is bitsandbytes' Adam or AdamW: 8-bit or 32-bit state, paged or not."""
-    names = ("Adam", "Adam8bit", "Adam32bit", "AdamW", "AdamW8bit", "AdamW32bit")
-    kinds = tuple(getattr(bnb.optim, prefix + name) for prefix in ("", "Paged") for name in names)
-    return isinstance(optimizer, kinds)
-
-
-def read_moment(state: dict[str, Any], which: int) -> Tensor:
-    """Moment `which` (1 or 2) of one parameter's bitsandbytes state, as fp32.
-
-    A paged moment lies in managed memory, which torch takes for a CPU tensor: it is copied to the
-    device on which its parameter lives.
-    """
-    stored = state[f"state{which}"]
-    if getattr(stored, "is_paged", False):
-        device = torch.device("cuda", stored.page_deviceid)
-        torch.cuda.synchronize(device)
-        stored = stored.to(device)
-    if stored.dtype != torch.uint8:
-        return stored.float()
-    return dequantize_moment(stored, state[f"absmax{which}"], state[f"qmap{which}"])
-
-
-def write_moment(state: dict[str, Any], which: int, moment: Tensor) -> None:
-    """Write fp32 `moment` back into the storage that `read_moment` read it from."""
-    stored = state[f"state{which}"]
-    if stored.dtype != torch.uint8:
-        stored.copy_(moment)
-        return
-    table, absmax = state[f"qmap{which}"], state[f"absmax{which}"]
-    quantize_moment(moment, table, stored, absmax, signed=which == 1)
-
-
-# --- Storage without contents --------------------------------------------------------------
-
-
-class EmptyLinear(nn.Module):
-    """Holds uninitialized storage laid out as bitsandbytes would a quantized weight.
-
-    For planning under fake tensors, where bitsandbytes' own parameters cannot be made: they are
-    tensor subclasses, and so are fake tensors.
-    """
-
-    def __init__(self, weight: Any, bias: Tensor | None) -> None:
-        super().__init__()
-        self.__dict__["weight"] = weight
-        self.__dict__["bias"] = bias
-
-
-class _Storage:
-    """What a quantized weight has besides being a tensor."""
-
-    data: Tensor
-    dtype: torch.dtype
-    quant_state: Any = None
-    CB: Tensor | None = None
-    SCB: Tensor | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-
-def empty_4bit(
-    shape: tuple[int, int],
-    kind: str,
-    blocksize: int,
-    double: bool,
-    dtype: torch.dtype,
-    bias: Tensor | None,
-) -> nn.Module:
-    """A 4-bit weight of this shape, as `Weight4bit` reads it."""
-    numel = shape[0] * shape[1]
-    blocks = -(-numel // blocksize)
-    held = _Storage()
-    held.data = torch.empty(-(-numel // 2), 1, dtype=torch.uint8)
-    held.dtype = torch.uint8
-    nested = None
-    if double:
-        nested = F.QuantState(
-            absmax=torch.empty(-(-blocks // MOMENT_BLOCK)),
-            code=torch.empty(256),
-            blocksize=MOMENT_BLOCK,
-            dtype=torch.float32,
-        )
-    held.quant_state = F.QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8 if double else torch.float32),
-        shape=torch.Size(shape),
-        dtype=dtype,
-        blocksize=blocksize,
-        quant_type=kind,
-        code=torch.empty(16),
-        offset=torch.empty(()) if double else None,
-        state2=nested,
-    )
-    return EmptyLinear(held, bias)
-
-
-def empty_8bit(shape: tuple[int, int], bias: Tensor | None) -> nn.Module:
-    """An INT8 weight of this shape, as `Weight8bit` reads it."""
-    held = _Storage()
-    held.data = held.CB = torch.empty(shape, dtype=torch.int8)
-    held.dtype = torch.int8
-    held.SCB = torch.empty(shape[0])
-    return EmptyLinear(held, bias)

@@ -1,0 +1,116 @@
+"""What `LiftTrainer` makes of the arguments, optimizer and tokenizer that it is given."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from trl import SFTConfig
+
+from leanlift.defaults import SPARSE_OPTIMIZERS
+from leanlift.errors import UserError
+from leanlift.model import LiftState
+from leanlift.optim import SparseAdamW, check_remappable, unwrap
+from leanlift.training.arguments import LiftSFTConfig
+from leanlift.training.overrides import use_one_gpu
+
+logger = logging.getLogger("leanlift")
+
+
+def one_process(args: SFTConfig) -> None:
+    """One process on one GPU, with nothing to dispatch; accelerate would cut all tensors of a batch
+    to its rows, the positions of trained tokens among them.
+
+    Raises:
+        UserError: activations are to be moved to the CPU by a run on the CPU.
+    """
+    if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
+        raise UserError(
+            "activation_offloading moves activations from a GPU to the CPU, and this run is on "
+            "the CPU: leave it out."
+        )
+    if args.n_gpu > 1:
+        logger.warning("Training on one GPU, %s, of %d.", args.device, args.n_gpu)
+        use_one_gpu(args)
+    args.accelerator_config.dispatch_batches = False
+
+
+def with_optimizer(args: SFTConfig, given: dict[str, Any], ops: str) -> dict[str, Any]:
+    """The trainer's further arguments, with the optimizer that `optim` names, if it is ours."""
+    if args.optim not in SPARSE_OPTIMIZERS or given.get("optimizers", (None, None))[0] is not None:
+        return given
+    return {
+        **given,
+        "optimizer_cls_and_kwargs": (SparseAdamW, {**sparse_options(args), "ops": ops}),
+    }
+
+
+def check_optimizer(optimizer: Any, lift: LiftState) -> None:
+    """Refuse an optimizer that cannot train what is attached.
+
+    Raises:
+        UserError: its state could not follow a refresh, or it rounds updates of bf16 values away.
+    """
+    if lift.config.refresh_interval:
+        check_remappable(optimizer)
+    kind = unwrap(optimizer)
+    if lift.config.values_dtype != "float32" and not isinstance(kind, SparseAdamW):
+        raise UserError(
+            f"{type(kind).__name__} rounds small updates of {lift.config.values_dtype} values "
+            "away: use optim=sparse_adamw or sparse_adamw_8bit, or values_dtype=float32."
+        )
+
+
+def sparse_options(args: SFTConfig) -> dict[str, Any]:
+    """The options of `SparseAdamW` that the training arguments describe."""
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "moments": SPARSE_OPTIMIZERS[args.optim],
+        "seed": args.seed,
+    }
+
+
+def make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
+    """Non-reentrant by default; the reentrant kind needs an input that requires grad."""
+    options = args.gradient_checkpointing_kwargs
+    if not args.gradient_checkpointing or not options:
+        return  # transformers' own default is non-reentrant
+    options.setdefault("use_reentrant", False)
+    if options["use_reentrant"]:
+        model.enable_input_require_grads()
+
+
+@contextmanager
+def rows_done(args: SFTConfig) -> Iterator[None]:
+    """Hide from TRL's constructor what has been done by now: it would do it again, to tokenized
+    rows and to an embedding that cannot grow."""
+    done = {"chat_template_path": None, "eos_token": None, "assistant_only_loss": False}
+    kept = {key: getattr(args, key) for key in done}
+    for key, value in done.items():
+        setattr(args, key, value)
+    try:
+        yield
+    finally:
+        for key, value in kept.items():
+            setattr(args, key, value)
+
+
+def as_sft_config(args: Any) -> SFTConfig:
+    """Arguments as TRL's own: of `TrainingArguments` those that it has, as TRL takes them."""
+    if args is None:
+        return LiftSFTConfig()
+    if isinstance(args, SFTConfig):
+        return args
+    return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer

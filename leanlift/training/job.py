@@ -1,0 +1,105 @@
+"""A run on its way, and everything about it that can be wrong before its base is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leanlift.errors import UserError
+from leanlift.export import ONTO
+from leanlift.plan import MemoryPlan
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.base import check_base_place, quantization
+from leanlift.training.batches import Batches, worst_batches
+from leanlift.training.checkpointing.settings import check_same_settings, run_settings, settings_of
+from leanlift.training.checks import check_settings
+from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_run, ready_rows
+from leanlift.training.interrupt import Interrupt
+from leanlift.training.out_of_memory import card_nbytes
+from leanlift.training.room import check_room, check_writable
+from leanlift.training.screens import Screen
+from leanlift.training.told import first_row_of
+from leanlift.weights.quantized import dtype_of
+
+
+@dataclass
+class Job:
+    """A run on its way.
+
+    Attributes:
+        args, sft: what it was told.
+        screen: where it shows itself.
+        interrupt: who stops it.
+        command: what goes on with it after it was stopped; None: not known.
+        before_training: called with the attached model and its tokenizer.
+        phase: how far it has come.
+        plan: once it is made.
+        worst: the largest batches that its rows allow.
+        begun: when, on time's monotonic clock.
+    """
+
+    args: RunArguments
+    sft: LiftSFTConfig
+    screen: Screen
+    interrupt: Interrupt
+    command: str | None = None
+    before_training: Callable[[Any, Any], None] | None = None
+    phase: str = "load"
+    plan: MemoryPlan | None = None
+    worst: Batches = field(default_factory=Batches)
+    begun: float = field(default_factory=time.monotonic)
+
+    @property
+    def output(self) -> Path:
+        """The directory that the run writes to."""
+        return Path(self.sft.output_dir or "leanlift-output")
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the run computes on a GPU."""
+        return torch.cuda.is_available() and not self.sft.use_cpu
+
+
+def look_at_input(
+    job: Job, plan: Callable[[Batches], MemoryPlan | None] | None
+) -> tuple[ReadyRows, dict[str, Any], str | None]:
+    """Everything about a run that can be wrong before its base is loaded.
+
+    Returns:
+        What to train and to evaluate on, what the run was told, and the checkpoint to go on from.
+
+    Raises:
+        UserError: as `run`.
+    """
+    args, sft = job.args, job.sft
+    found = checkpoint_of_run(sft, job.output)
+    config = args.lift_config()
+    check_settings(sft, config)
+    check_merged_dir(args, job.output)
+    check_writable(job.output)
+    evaluates = str(getattr(sft.eval_strategy, "value", sft.eval_strategy)) != "no"
+    if evaluates and not args.eval_dataset_name:
+        raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
+    if args.merge_onto not in ONTO:
+        raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
+    quantization(args, dtype_of(args.dtype or "float32"))
+    check_base_place(args)
+    with job.screen.phase("Reading the rows"):
+        ready = ready_rows(args, sft)  # before a load that takes minutes
+    told = run_settings(args, ready.data)
+    if found is not None:
+        check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))
+    first = first_row_of(ready.rows, ready.tokenizer)
+    if first is not None:
+        job.screen.first_row(first)
+    job.worst = worst_batches(ready.rows, ready.eval_rows, sft)
+    if plan is not None:
+        with job.screen.phase("Planning the memory"):
+            job.plan = plan(job.worst)
+    check_room(args, sft, job.plan, ready.data, job.output, card_nbytes(job.cuda))
+    return ready, told, None if found is None else str(found.path)
