@@ -48,6 +48,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No picture of a run's memory, a fifth of a short run's time, but for tests that ask for
+    `drawn`."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("leanlift.measure.report.draw", lambda *given: None)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Runs draw their memory, as they do for anybody."""
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in 32 bits, alone in its parent directory; not to be changed."""
