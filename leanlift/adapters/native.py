@@ -38,7 +38,7 @@ RETIRED = ".settled"
 
 
 @dataclass(frozen=True)
-class Facts:
+class AdapterMetadata:
     """What an adapter says about itself beside its tensors."""
 
     config: LiftConfig
@@ -61,7 +61,7 @@ class Facts:
         }
 
     def adapter(self, directory: Path, form: str, read: Callable[[str], LayerOffsets]) -> Adapter:
-        """An adapter of which these are the facts; see `Adapter` for the arguments."""
+        """An adapter of which these are the metadata; see `Adapter` for the arguments."""
         return Adapter(
             directory,
             form,
@@ -74,7 +74,7 @@ class Facts:
         )
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], path: Path) -> Facts:
+    def from_dict(cls, data: dict[str, Any], path: Path) -> AdapterMetadata:
         """Back from `to_dict`, read from the file `path`, which anyone may have written.
 
         Raises:
@@ -124,9 +124,9 @@ def write_adapter(
         tensors |= _tensors(name, offsets.active)
         if offsets.retired is not None:
             tensors |= _tensors(name + RETIRED, offsets.retired)
-    facts = Facts(config, base, refreshes, special, grown).to_dict()
+    metadata = AdapterMetadata(config, base, refreshes, special, grown).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
-    write_json(directory / CONFIG_NAME, {"peft_type": WRITTEN_TYPE, **facts})
+    write_json(directory / CONFIG_NAME, {"peft_type": WRITTEN_TYPE, **metadata})
 
 
 def check_adapter_place(directory: str | Path) -> None:
@@ -157,8 +157,8 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
     Raises:
         UserError: a damaged config, or tensors that it does not name.
     """
-    facts = Facts.from_dict(data, directory / CONFIG_NAME)
-    prefixes = {p for name in facts.base.shapes for p in (name, name + RETIRED)}
+    metadata = AdapterMetadata.from_dict(data, directory / CONFIG_NAME)
+    prefixes = {p for name in metadata.base.shapes for p in (name, name + RETIRED)}
     for key in tensors.names:
         if not any(key.endswith(f".{p}") and key[: -len(p) - 1] in prefixes for p in PARTS):
             raise UserError(
@@ -166,10 +166,10 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
                 "two files do not belong together."
             )
 
-    dtype = dtype_of(facts.config.values_dtype)
+    dtype = dtype_of(metadata.config.values_dtype)
 
     def read(name: str) -> LayerOffsets:
-        shape = facts.base.shapes[name]
+        shape = metadata.base.shapes[name]
         active = _read_store(tensors, name, shape, dtype)
         if not any(f"{name}{RETIRED}.{part}" in tensors.names for part in PARTS):
             return LayerOffsets(active, None)
@@ -177,7 +177,7 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
         offsets.check_disjoint(f"{name} in {tensors.path}")
         return offsets
 
-    return facts.adapter(directory, "leanlift", read)
+    return metadata.adapter(directory, "leanlift", read)
 
 
 LARGEST_INDEX = 128

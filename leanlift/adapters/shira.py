@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanlift.adapters.native import Facts, check_backed, check_values
+from leanlift.adapters.native import AdapterMetadata, check_backed, check_values
 from leanlift.adapters.offsets import Adapter
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
@@ -138,8 +138,10 @@ def write_shira(
             "inference_mode": True,
         },
     )
-    facts = Facts(adapter.config, adapter.base, adapter.refreshes, adapter.special).to_dict()
-    write_json(directory / FACTS_NAME, {**facts, "entries": plan.entries})
+    metadata = AdapterMetadata(
+        adapter.config, adapter.base, adapter.refreshes, adapter.special
+    ).to_dict()
+    write_json(directory / FACTS_NAME, {**metadata, "entries": plan.entries})
 
 
 def _counts(offsets: LayerOffsets) -> list[int]:
@@ -188,14 +190,14 @@ def read_shira(
         )
     names = _module_names(tensors)
     if (directory / FACTS_NAME).is_file():
-        facts, split = _own_facts(directory / FACTS_NAME, names)
+        metadata, split = _own_metadata(directory / FACTS_NAME, names)
     else:
-        facts, split = _facts_of_peft(directory, data, names, live_base), None
+        metadata, split = _metadata_of_peft(directory, data, names, live_base), None
 
-    dtype = dtype_of(facts.config.values_dtype)
+    dtype = dtype_of(metadata.config.values_dtype)
 
     def read(name: str) -> LayerOffsets:
-        shape = facts.base.shapes[name]
+        shape = metadata.base.shapes[name]
         flat, weight = _read_entries(tensors, name, shape, dtype)
         if split is None:
             return LayerOffsets(_added_up(flat, weight, shape, f"{name} in {tensors.path}"), None)
@@ -203,7 +205,13 @@ def read_shira(
         return _split_up(flat, weight, shape, active, retired, f"{name} in {tensors.path}")
 
     return Adapter(
-        directory, "shira", facts.config, facts.base, facts.refreshes, facts.special, read
+        directory,
+        "shira",
+        metadata.config,
+        metadata.base,
+        metadata.refreshes,
+        metadata.special,
+        read,
     )
 
 
@@ -211,7 +219,7 @@ Split = dict[str, list[int]]
 """How many entries of each module are active, and how many retired."""
 
 
-def _own_facts(path: Path, names: list[str]) -> tuple[Facts, Split]:
+def _own_metadata(path: Path, names: list[str]) -> tuple[AdapterMetadata, Split]:
     """What leanlift has written beside PEFT's files.
 
     Raises:
@@ -220,21 +228,21 @@ def _own_facts(path: Path, names: list[str]) -> tuple[Facts, Split]:
     known = read_json(path, MOST_OF_A_STRANGER)
     if not isinstance(known, dict):
         raise UserError(f"{path} is damaged: expected a JSON object.")
-    facts, split = Facts.from_dict(known, path), known.get("entries")
-    if not _is_split(split, set(facts.base.shapes)) or set(names) != set(facts.base.shapes):
+    metadata, split = AdapterMetadata.from_dict(known, path), known.get("entries")
+    if not _is_split(split, set(metadata.base.shapes)) or set(names) != set(metadata.base.shapes):
         raise UserError(f"{path} and {WEIGHTS_NAME} beside it do not speak of the same modules.")
-    if facts.grown is not None:
+    if metadata.grown is not None:
         raise UserError(f"{path} is damaged: PEFT's form has no place for embedding_rows.")
     assert isinstance(split, dict)
-    return facts, split
+    return metadata, split
 
 
-def _facts_of_peft(
+def _metadata_of_peft(
     directory: Path,
     data: dict[str, Any],
     names: list[str],
     live_base: Callable[[list[str]], BaseFingerprint] | None,
-) -> Facts:
+) -> AdapterMetadata:
     """What is known of an adapter that PEFT itself has trained, from a live model.
 
     Raises:
@@ -256,7 +264,7 @@ def _facts_of_peft(
             f"{directory} changes {lacking[0]!r:.120}, but the loaded model has no such Linear "
             "in its blocks: load the adapter's own base."
         )
-    return Facts(config, base, 0)
+    return AdapterMetadata(config, base, 0)
 
 
 def _module_names(tensors: TensorFile) -> list[str]:

@@ -22,7 +22,7 @@ from leanlift.weights.quantized import dtype_of
 
 
 def with_new_rows(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, Stored]:
-    """The tensors of a base with as many rows in its ends as the adapter's model had.
+    """The tensors of a base with as many rows in embedding and head as the adapter's model had.
 
     Raises:
         UserError: a number of rows or a head that the base cannot have.

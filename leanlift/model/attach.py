@@ -27,7 +27,7 @@ from leanlift.model.base import (
     stock_base,
     with_base_samples,
 )
-from leanlift.model.embeddings import check_ends, int8
+from leanlift.model.embeddings import check_embeddings, int8
 from leanlift.model.gradient import gradient_masks
 from leanlift.model.resize_embeddings import rows_to_grow_to, with_more_rows
 from leanlift.model.state import LiftState, lift_layers, lift_state, print_trainable_parameters
@@ -130,7 +130,7 @@ def attach(
     if checkpoint is not None:
         check_homes(facts, checkpoint)
     if config.quantize_embeddings:
-        check_ends(model)
+        check_embeddings(model)
     embedding_rows = rows_to_grow_to(model, embedding_rows)
     choices = _choices(base, choose, what, progress)
     indices = {name: choice.index for name, choice in choices.items()}

@@ -98,7 +98,7 @@ def _formats(
     targets: Mapping[str, WeightFormat], layers: list[str], state: LiftState
 ) -> dict[str, WeightFormat]:
     """The formats of these targets and of all that is quantized, in the order in which they are
-    found on a stock model: targets, the other Linears, the two ends."""
+    found on a stock model: targets, the other Linears, embedding and head."""
     quantized = {name: fmt for name, fmt in state.base.formats.items() if fmt.kind != "dense"}
     order = dict.fromkeys((*targets, *layers, *quantized))
     return {name: targets.get(name) or quantized[name] for name in order

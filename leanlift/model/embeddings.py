@@ -46,7 +46,7 @@ def quantize_embeddings(model: Any, hold: Hold = int8) -> dict[str, WeightFormat
     Raises:
         UserError: the model has no stock embedding and head. It is unchanged then.
     """
-    embedding, head = check_ends(model)
+    embedding, head = check_embeddings(model)
     dtype, scale = embedding.weight.dtype, embed_scale(embedding)
     names = {module: name for name, module in model.named_modules()}
     tied = head.weight is embedding.weight
@@ -113,7 +113,7 @@ def _changes_logits(name: str, value: Any) -> bool:
     return kind and ("logit" in name or "head" in name or "output" in name) and value != 1
 
 
-def check_ends(model: Any) -> tuple[nn.Embedding, nn.Linear]:
+def check_embeddings(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     """The embedding and the output head, if they are of the kind that can be quantized.
 
     Raises:
@@ -122,8 +122,9 @@ def check_ends(model: Any) -> tuple[nn.Embedding, nn.Linear]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or type(head) is not nn.Linear:
         raise UserError(
-            f"the ends of this {type(model).__name__} are a {type(embedding).__name__} and a "
-            f"{type(head).__name__}; quantize_embeddings expects a plain Embedding and a Linear."
+            f"embedding and head of this {type(model).__name__} are a {type(embedding).__name__} "
+            f"and a {type(head).__name__}; quantize_embeddings expects a plain Embedding and a "
+            "Linear."
         )
     embed_scale(embedding)
     return embedding, head

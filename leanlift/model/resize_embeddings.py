@@ -37,7 +37,7 @@ def rows_to_grow_to(model: Any, rows: int | None) -> int | None:
     """`rows` where the embedding has fewer and can have as many; None where it has enough.
 
     Raises:
-        UserError: no number of rows, too many, or ends that cannot grow.
+        UserError: no number of rows, too many, or an embedding or head that cannot grow.
     """
     if rows is None:
         return None
@@ -47,7 +47,7 @@ def rows_to_grow_to(model: Any, rows: int | None) -> int | None:
     if rows <= have:
         return None
     check_growth(rows, have, "embedding_rows")
-    _check_ends(model, have)
+    _check_embeddings(model, have)
     return rows
 
 
@@ -76,7 +76,7 @@ def with_more_rows(model: Any, rows: int | None) -> Iterator[None]:
         _resize(model, have)
 
 
-def _check_ends(model: Any, have: int) -> None:
+def _check_embeddings(model: Any, have: int) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     kinds = isinstance(embedding, nn.Embedding) and type(head) is nn.Linear
     if not kinds or head.out_features != have:

@@ -104,7 +104,7 @@ def operate(
         embedding_rows: rows that the embedding gets; None: it has enough.
 
     Returns:
-        The formats of the ends by module name, where they are quantized.
+        The formats of embedding and head by module name, where they are quantized.
     """
     model.requires_grad_(False)
     replace_modules(model, make_layer)
