@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: demo test test-all check lint types contracts clean
+.PHONY: demo test test-all check lint types contracts clean print-torch
 
 demo: $(VENV)/installed
 	@$(BIN)/leanlift demo --output_dir leanlift-demo
@@ -46,6 +46,9 @@ $(VENV)/installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet $(TORCH)
 	@$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@
+
+print-torch:
+	@echo "$(TORCH)"
 
 clean:
 	rm -rf $(VENV) leanlift-demo dist build

@@ -32,15 +32,19 @@ class RowTiles(Protocol):
     """
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Of the rows that are read."""
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where they are."""
 
-    def rows(self, start: int, stop: int) -> Tensor: ...
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows `start:stop`, [stop - start, n]."""
 
 
 @dataclass(frozen=True)

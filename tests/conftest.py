@@ -13,8 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import functools
 import gc
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,11 @@ import pytest
 
 def pytest_collection_finish() -> None:
     """What was imported lives as long as the process: no collection need look at it again, of
-    which libraries ask for one in every run (a third of a short run's time)."""
+    which libraries ask for one in every run (a third of a short run's time). And what is installed
+    stays so, which accelerate looks up on the disk some twenty times a run."""
+    installed = sys.modules.get("accelerate.utils.imports")
+    if hasattr(installed, "_is_package_available"):
+        installed._is_package_available = functools.cache(installed._is_package_available)
     gc.collect()
     gc.freeze()
 
@@ -40,6 +46,19 @@ def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No picture of a run's memory, a fifth of a short run's time, but for tests that ask for
+    `drawn`."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("leanlift.measure.report.draw", lambda *given: None)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Runs draw their memory, as they do for anybody."""
 
 
 @pytest.fixture(scope="module")

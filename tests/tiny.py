@@ -13,6 +13,7 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -66,6 +67,13 @@ def make_checkpoint(
         assert name
     model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(path)
+    return path
+
+
+def make_checkpoint_of(config: PretrainedConfig, path: Path) -> Path:
+    """Random weights of any family in 32 bits, with the same tokenizer."""
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
     return path
 
 

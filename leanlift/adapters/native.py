@@ -48,6 +48,7 @@ class AdapterMetadata:
     grown: Grown | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds."""
         return {
             "format_version": FORMAT_VERSION if self.grown is None else GROWN_VERSION,
             "leanlift_version": __version__,

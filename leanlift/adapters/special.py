@@ -38,6 +38,7 @@ class SpecialTokens:
         return max((*self.eos, *self.stops, self.bos or 0, self.pad or 0), default=-1)
 
     def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
         return {"eos": list(self.eos), "bos": self.bos, "pad": self.pad, "stops": list(self.stops)}
 
     @classmethod

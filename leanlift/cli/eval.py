@@ -54,6 +54,7 @@ class Row:
     measured: Measured
 
     def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary, for `--json`."""
         return {
             "name": self.name,
             "model": self.model,

@@ -202,9 +202,11 @@ class Worker:
         self.how, self.name, self.cut = how, name, cut
 
     def of_json(self, row: Row) -> Row:
+        """Tokens of an example that is kept as JSON text, with its row's number."""
         return self.of_example(json.loads(row["json"]), row["row"])
 
     def of_tokens(self, row: Row, number: int) -> Row:
+        """Tokens of a row that has tokens already, packs included."""
         made = self.of_example(row, number)
         packs = row.get("seq_lengths")
         if packs is not None:
@@ -218,6 +220,7 @@ class Worker:
         return made
 
     def of_example(self, example: Row, number: int) -> Row:
+        """Tokens of an example, cut, and what is counted of them."""
         tokens = self.how(example, f"row {number} of the {self.name} dataset")
         labels = self.cut(tokens.labels)
         return {

@@ -77,6 +77,7 @@ class Evaluation:
     judge: str = "text"
 
     def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
         return asdict(self)
 
 

@@ -31,6 +31,9 @@ FOUR_BIT_KINDS = ("nf4", "fp4")
 
 KINDS = (*FOUR_BIT_KINDS, "int8", "dense")
 
+SMALL = 2**16
+"""Entries of a matrix that is read whole, which takes less time than its rows one by one."""
+
 SLACK = 0.02
 """Of a cell's width, on either side: where sums are rounded differently by device."""
 
@@ -130,10 +133,12 @@ def cells_of(weight: RowTiles, flat: Tensor, dtype: torch.dtype) -> Cells:
 
 
 def entries_of(weight: RowTiles, flat: Tensor) -> Tensor:
-    """Entries of a matrix [s]: at once where it can, else by rows, each row once."""
+    """Entries of a matrix [s]: at once where it can or is small, else by rows, each row once."""
     if hasattr(weight, "entries"):
         return weight.entries(flat)
-    n = weight.shape[1]
+    m, n = weight.shape
+    if m * n <= SMALL:
+        return weight.rows(0, m).reshape(-1)[flat.to(weight.device)].cpu()
     found = torch.empty(flat.numel(), dtype=weight.dtype)
     rows = flat // n
     for row in rows.unique().tolist():

@@ -43,6 +43,7 @@ class BaseFingerprint:
         return all(name in self.samples for name in self.shapes)
 
     def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
         return asdict(self)
 
     @classmethod

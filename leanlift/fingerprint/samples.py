@@ -45,6 +45,7 @@ class Sample:
     cells: Cells
 
     def encode(self) -> str:
+        """The sample as text: its kind of cells, then positions and bounds in base 64."""
         largest = torch.finfo(torch.float32).max
         low, high = (x.clamp(-largest, largest).float() for x in (self.cells.low, self.cells.high))
         parts = (self.flat.cpu(), low, high)

@@ -129,6 +129,7 @@ def sync_tree(directory: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Write JSON, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 

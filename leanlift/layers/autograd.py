@@ -18,7 +18,8 @@ class Layer(Protocol):
     out_features: int
 
     @property
-    def bias(self) -> Tensor | None: ...
+    def bias(self) -> Tensor | None:
+        """[m], or None."""
 
     @property
     def version(self) -> tuple[float, ...]:

@@ -60,6 +60,7 @@ class FrozenLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
+        """The bias [m] of the Linear that it took the place of."""
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return bias
 

@@ -253,10 +253,12 @@ class FrozenHead(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """n: the width of the hidden states."""
         return self.weight_tiles.shape[1]
 
     @property
     def out_features(self) -> int:
+        """m: the rows of the vocabulary."""
         return self.weight_tiles.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +32,53 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.current = 0
         self.peak = 0
-        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {
-            storage._cdata for leaf in _tensors((args, kwargs)) for storage in _storages(leaf)
-        }
         out = func(*args, **(kwargs or {}))
+        if _is_alias(func):
+            return out
+        given = None
         for leaf in _tensors(out):
-            if leaf.device.type == "meta":
+            if leaf.is_meta:
                 continue  # a skeleton without memory; fake tensors name the device they stand for
             for storage in _storages(leaf):
-                if storage._cdata not in before:
+                if storage._cdata in self._known:
+                    continue
+                if given is None:
+                    given = {s._cdata for part in _tensors((args, kwargs)) for s in _storages(part)}
+                if storage._cdata not in given:
                     self._follow(storage)
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known or _is_mapped_file(storage):
+        if _is_mapped_file(storage):
             return
         nbytes = storage.nbytes()
-        self._known[storage] = nbytes
+        self._known[storage._cdata] = weakref.ref(
+            storage, partial(self._release, storage._cdata, nbytes)
+        )
         self.current += nbytes
         self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._release, nbytes).atexit = False
 
-    def _release(self, nbytes: int) -> None:
+    def _release(self, known: int, nbytes: int, _: Any) -> None:
+        del self._known[known]
         self.current -= nbytes
+
+
+@cache
+def _is_alias(func: Any) -> bool:
+    """Whether all that an operation returns is memory that it was given, as its schema says: views,
+    and what works in place. Of one that is made of others the schema does not say; and a constant
+    that is lifted becomes a fake tensor of its own under fake tensors."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    results = func._schema.returns
+    return (
+        bool(results)
+        and all(result.alias_info is not None for result in results)
+        and not func.has_kernel_for_dispatch_key(composite)
+        and func is not torch.ops.aten.lift_fresh.default
+    )
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -77,6 +77,7 @@ def check_rows(model: nn.Module, adapter: Adapter) -> None:
 
 
 def check_same_rows(adapter: Adapter, state: LiftState) -> None:
+    """Refuse an adapter that was trained over an embedding of another number of rows."""
     wanted = None if adapter.grown is None else adapter.grown.rows
     if wanted != state.embedding_rows:
         one, two = (

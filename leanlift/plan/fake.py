@@ -52,6 +52,7 @@ class StepBytes:
 
     @property
     def peak(self) -> int:
+        """The most bytes at once, in whichever part of the step."""
         return max(self.forward, self.loss, self.backward)
 
 

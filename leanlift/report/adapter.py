@@ -84,10 +84,12 @@ class AdapterFacts:
 
     @property
     def entries(self) -> int:
+        """Trained entries, of all matrices."""
         return sum(matrix.entries for matrix in self.matrices)
 
     @property
     def retired(self) -> int:
+        """Retired entries, of all matrices."""
         return sum(matrix.retired for matrix in self.matrices)
 
     @property

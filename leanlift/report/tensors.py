@@ -34,6 +34,7 @@ class Spec:
 
     @property
     def count(self) -> int:
+        """Entries of the tensor."""
         return math.prod(self.shape)
 
     @property

@@ -149,6 +149,7 @@ class ExampleReader:
         return (*self.notes.lines(rows), *([unused] if self.unused else []))
 
     def refuse(self, number: int, problem: str) -> NoReturn:
+        """Raise a UserError that names the row and says what is wrong with it."""
         raise UserError(f"row {number} of the {self.name} dataset has {problem}.")
 
     # --- shapes ------------------------------------------------------------------------------

@@ -38,9 +38,12 @@ class Wanting(Protocol):
     """What a judge needs of a sample."""
 
     @property
-    def expected(self) -> str | None: ...
+    def expected(self) -> str | None:
+        """The text that should have been written."""
+
     @property
-    def answer(self) -> str | None: ...
+    def answer(self) -> str | None:
+        """What the row's answer column says, where it has one."""
 
 
 def check_judge(judge: str) -> None:

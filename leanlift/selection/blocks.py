@@ -17,6 +17,7 @@ BLOCK_ROWS = 256
 
 
 def block_rows(m: int) -> int:
+    """Rows of the blocks over which sums are formed, of a matrix with m rows."""
     return min(m, BLOCK_ROWS)
 
 

@@ -27,10 +27,12 @@ class RowScores(Protocol):
     """
 
     @property
-    def converged(self) -> bool: ...
+    def converged(self) -> bool:
+        """Whether the scores are the one right answer."""
 
     @property
-    def resolution(self) -> float: ...
+    def resolution(self) -> float:
+        """The share of the largest score down to which scores are more than noise."""
 
     def scores(self, start: int, stop: int) -> Tensor:
         """Scores of rows `start:stop`, [stop - start, n], in a tensor of the caller's own."""
@@ -53,9 +55,11 @@ class Scorer(Protocol):
     """
 
     @property
-    def block(self) -> int: ...
+    def block(self) -> int:
+        """The side of the square blocks that are taken whole; 1 for single entries."""
 
-    def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores: ...
+    def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores:
+        """Look at the matrix, in tiles of `tile_bytes`, for a mask of `count` entries."""
 
     def nbytes(self, shape: tuple[int, int]) -> ScorerBytes: ...
 

@@ -41,6 +41,7 @@ class SourceTensor:
         return self._slice[start:stop]
 
     def whole(self) -> Tensor:
+        """The whole tensor, mapped from its file."""
         return self._slice[...]
 
     def entries(self, flat: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class MaskChange:
 
     @property
     def retired_count(self) -> int:
+        """Entries that are retired after the change."""
         return 0 if self.learned.retired is None else self.learned.retired.count
 
 

@@ -79,6 +79,7 @@ class Guard(TrainerCallback):
         self._applied = 0
 
     def remove_hooks(self) -> None:
+        """Take the hooks off the values, where there are any."""
         if self.hooks is not None:
             self.hooks.remove()
             self.hooks = None

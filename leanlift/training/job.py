@@ -56,10 +56,12 @@ class Job:
 
     @property
     def output(self) -> Path:
+        """The directory that the run writes to."""
         return Path(self.sft.output_dir or "leanlift-output")
 
     @property
     def cuda(self) -> bool:
+        """Whether the run computes on a GPU."""
         return torch.cuda.is_available() and not self.sft.use_cpu
 
 

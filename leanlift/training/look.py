@@ -73,6 +73,7 @@ class Look:
 
     @property
     def longest(self) -> int:
+        """Tokens of the longest example."""
         return int(self.lengths.max())
 
     def cut(self, max_length: int) -> int:

@@ -91,12 +91,14 @@ def kept(sft: LiftSFTConfig, steps: int | None) -> int:
 
 
 def check_writable(output: Path) -> None:
+    """Refuse an output directory that cannot be written, before anything is loaded."""
     place = existing(output)
     if not os.access(place, os.W_OK):
         raise UserError(f"output_dir {output} cannot be written: {place} is not yours to write to.")
 
 
 def existing(output: Path) -> Path:
+    """The nearest directory at or above `output` that is there already."""
     return next(path for path in (output, *output.absolute().parents) if path.is_dir())
 
 

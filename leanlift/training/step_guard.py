@@ -74,10 +74,12 @@ class StepGuard:
         self._largest: dict[str, Tensor] = {}
 
     def see_loss(self, loss: Tensor) -> None:
+        """Note whether a micro-batch's loss is finite, on the device."""
         self._losses.append(loss.detach())
         self._note(torch.isfinite(loss.detach()))
 
     def see_gradient(self, layer: str, gradient: Tensor) -> None:
+        """Note the largest magnitude of a layer's gradient."""
         self.see_largest(layer, torch.linalg.vector_norm(gradient, float("inf")))
 
     def see_largest(self, layer: str, largest: Tensor) -> None:
@@ -168,6 +170,7 @@ class GradientHooks:
         ]
 
     def remove(self) -> None:
+        """Take the hooks off again."""
         for handle in self._handles:
             handle.remove()
 

@@ -274,6 +274,7 @@ class LiftTrainer(TrainerOverrides):
     # --- steps -----------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer, and refuse one that the mask or the values do not go with."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         check_optimizer(optimizer, self._lift)
         return optimizer

@@ -52,6 +52,7 @@ class Grown:
     head: str
 
     def to_dict(self) -> dict[str, Any]:
+        """What adapter_config.json holds of it."""
         return {"embedding_rows": self.rows, "output_head": self.head}
 
     @classmethod

@@ -52,6 +52,7 @@ class WeightFormat:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype that its rows have."""
         return dtype_of(self.dtype)
 
     @property
@@ -119,6 +120,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without its package: "float16" of torch.float16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -126,10 +128,12 @@ class FrozenWeight(RowTiles, Protocol):
     """RowTiles over a module's frozen weight, with the format it is stored in."""
 
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> nn.Module:
+        """The module that holds the weight."""
 
     @property
-    def format(self) -> WeightFormat: ...
+    def format(self) -> WeightFormat:
+        """How the weight is stored."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from processes import ROOT
@@ -85,6 +86,32 @@ def test_files_of_tests_are_short_apart_and_never_thorough_alone() -> None:
         for complaint in complaints(name, path.read_text(encoding="utf-8"), THOROUGH_ALONE)
     ] == []
     assert set(THOROUGH_ALONE) <= set(files)
+
+
+NO_ROOMS = {"house", "benchmarks"}
+"""Directories of tests that are of no room: the repository itself, and what measures it."""
+
+
+def strays(tests: Path, package: Path) -> list[str]:
+    """Directories with tests that are named like no room of the package."""
+    folders = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
+    return sorted(
+        folder
+        for folder in folders - NO_ROOMS
+        if not ((package / folder).is_dir() or (package / f"{folder}.py").is_file())
+        or folder == "."
+    )
+
+
+def test_tests_mirror_the_rooms(tmp_path: Path) -> None:
+    assert strays(TESTS, ROOT / "leanlift") == []
+    for name in ("room/inner", "house", "stranger"):
+        (tmp_path / "tests" / name).mkdir(parents=True)
+        (tmp_path / "tests" / name / "test_it.py").touch()
+    (tmp_path / "tests" / "test_it.py").touch()
+    (tmp_path / "package" / "room").mkdir(parents=True)
+    (tmp_path / "package" / "room" / "inner.py").touch()
+    assert strays(tmp_path / "tests", tmp_path / "package") == [".", "stranger"]
 
 
 MARK = "@pytest.mark.thorough\n"

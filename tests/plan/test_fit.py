@@ -145,7 +145,7 @@ def test_useful_changes_are_planned_one_by_one(checkpoints: dict[str, Path]) -> 
 
 
 @pytest.mark.parametrize("name", swept(["llama", "gemma2", "qwen2, tied"], "llama"))
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("lean", swept([False, True], True))
 def test_no_plan_says_less_than_the_least(
     checkpoints: dict[str, Path], name: str, lean: bool
 ) -> None:

@@ -237,6 +237,7 @@ def test_the_command_prints_table_json_and_picture(
     assert "optim=sgd cannot be planned" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_run_reports_plan_against_measured(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -194,16 +194,20 @@ class Screen(Protocol):
     ) -> None:
         """How far something has come: a part of the present phase, or between two steps."""
 
-    def first_row(self, row: FirstRow) -> None: ...
+    def first_row(self, row: FirstRow) -> None:
+        """The first row, with what is trained of it."""
 
-    def header(self, header: Header) -> None: ...
+    def header(self, header: Header) -> None:
+        """What is known when everything is loaded."""
 
     def step(self, step: Step) -> None:
         """After every step; those with a loss are logged ones."""
 
-    def refresh(self, refresh: Refresh) -> None: ...
+    def refresh(self, refresh: Refresh) -> None:
+        """The mask has been refreshed."""
 
-    def evaluation(self, evaluation: Evaluation) -> None: ...
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """The rows to evaluate on have been evaluated."""
 
     def stopping(self, text: str) -> None:
         """The user wants the run to stop. Called inside of a signal handler: it may not print
@@ -215,7 +219,8 @@ class Screen(Protocol):
     def stopped(self, step: int, steps: int, checkpoint: str | None, command: str | None) -> None:
         """The run has stopped early, as it was told to; the exception that ends it says so too."""
 
-    def summary(self, summary: Summary) -> None: ...
+    def summary(self, summary: Summary) -> None:
+        """The run has ended well."""
 
     def close(self) -> None:
         """The run has ended, also by an error; whatever was changed of the terminal is put back."""

@@ -33,10 +33,12 @@ QUANTIZED_AT_ONCE = 2**22
 
 
 def is_linear4bit(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds this module's weight in 4 bits."""
     return isinstance(module, Linear4bit)
 
 
 def is_linear8bit(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds this module's weight in 8 bits."""
     return isinstance(module, Linear8bitLt)
 
 
