@@ -14,6 +14,7 @@ import torch
 
 from leanlift.errors import UserError, first_line
 from leanlift.source.checkpoint import SourceTensor
+from leanlift.source.joined import JoinedRows
 from leanlift.weights.quantized import (
     STORED_PARTS,
     STORED_STATE,
@@ -42,7 +43,7 @@ class StoredMatrix:
     dtype: torch.dtype = torch.float32
 
 
-Stored = SourceTensor | StoredMatrix
+Stored = SourceTensor | StoredMatrix | JoinedRows
 
 
 def plain_view(tensors: dict[str, SourceTensor]) -> dict[str, Stored]:
