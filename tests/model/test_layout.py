@@ -12,11 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint
-from transformers import conversion_mapping
+from transformers import conversion_mapping, core_model_loading
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
-    Split,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -33,12 +32,13 @@ Tensors = dict[str, torch.Tensor]
 
 def conversions() -> list[Any]:
     """Of a library that stores a Llama in its own way."""
-    qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    kv, both = ["self_attn.k_proj", "self_attn.v_proj"], ["mlp.gate_proj", "mlp.up_proj"]
+    split = getattr(core_model_loading, "Split", Chunk)  # which older releases do not have
     return [
         WeightRenaming("backbone.blocks", "model.layers"),
         WeightRenaming("backbone.wte", "model.embed_tokens"),
-        WeightConverter("attn.qkv", qkv, [Split(dim=0)]),
-        WeightConverter("ffn.both", ["mlp.gate_proj", "mlp.up_proj"], [Chunk(dim=0)]),
+        WeightConverter("attn.kv", kv, [Chunk(dim=0)]),
+        WeightConverter("ffn.both", both, [split(dim=0)]),
         WeightConverter(["ffn.down_a", "ffn.down_b"], "mlp.down_proj", [Concatenate(dim=0)]),
     ]
 
@@ -49,18 +49,16 @@ def stored_otherwise(tensors: Tensors) -> Tensors:
     for name, tensor in tensors.items():
         layer, _, rest = name.removeprefix("model.layers.").partition(".")
         before = f"backbone.blocks.{layer}"
-        if rest == "self_attn.q_proj.weight":
-            parts = [
-                tensors[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")
-            ]
-            out[f"{before}.attn.qkv.weight"] = torch.cat(parts)
+        if rest == "self_attn.k_proj.weight":
+            parts = [tensor, tensors[name.replace("k_proj", "v_proj")]]
+            out[f"{before}.attn.kv.weight"] = torch.cat(parts)
         elif rest == "mlp.gate_proj.weight":
             parts = [tensor, tensors[name.replace("gate_proj", "up_proj")]]
             out[f"{before}.ffn.both.weight"] = torch.cat(parts)
         elif rest == "mlp.down_proj.weight":
             for part, rows in (("a", tensor[:24]), ("b", tensor[24:])):
                 out[f"{before}.ffn.down_{part}.weight"] = rows.clone()
-        elif rest in ("self_attn.k_proj.weight", "self_attn.v_proj.weight", "mlp.up_proj.weight"):
+        elif rest in ("self_attn.v_proj.weight", "mlp.up_proj.weight"):
             continue
         else:
             name = name.replace("model.layers", "backbone.blocks")
@@ -137,19 +135,18 @@ def test_what_is_stored_otherwise_is_trained_saved_and_merged(
 
 
 def test_the_adapter_says_where_its_matrices_are(foreign: Path, tmp_path: Path) -> None:
-    model = trained(foreign, "dense", target_modules=("k_proj", "down_proj"))
+    model = trained(foreign, "dense", target_modules=("v_proj", "down_proj"))
     save(model, tmp_path / "adapter")
     data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert data["format_version"] == 4
     with open_adapter(tmp_path / "adapter") as adapter:
         layout = adapter.base.layout
-    k = "model.layers.1.self_attn.k_proj.weight"
-    q, kv = 64, 32
-    assert layout.homes[k] == (Segment("backbone.blocks.1.attn.qkv.weight", q, kv),)
+    v, rows = "model.layers.1.self_attn.v_proj.weight", 32
+    assert layout.homes[v] == (Segment("backbone.blocks.1.attn.kv.weight", rows, rows),)
     down = layout.homes["model.layers.0.mlp.down_proj.weight"]
     assert [(part.first, part.rows) for part in down] == [(0, 24), (0, 40)]
     assert layout.names["model.embed_tokens.weight"] == "backbone.wte.weight"
-    assert not any("q_proj" in name or "up_proj" in name for name in layout.homes)
+    assert not any("k_proj" in name or "up_proj" in name for name in layout.homes)
 
 
 def test_what_no_operation_on_rows_makes_is_refused_before_it_is_selected(
