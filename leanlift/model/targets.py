@@ -76,10 +76,9 @@ def read_by_parent(names: Mapping[str, nn.Module], name: str) -> bool:
     """Whether the module that holds a Linear takes its weight and computes with it itself, as the
     scans of Mamba do: our layer in its place would not be asked."""
     parent, _, leaf = name.rpartition(".")
-    text = _source_of(type(names[parent])) if parent in names else ""
-    return (
-        re.search(rf"\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape)\b)", text) is not None
-    )
+    kind: Any = type(names[parent]) if parent in names else object
+    taken = rf"\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape)\b)"
+    return re.search(taken, _source_of(kind)) is not None
 
 
 @functools.cache
