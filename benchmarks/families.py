@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import write_rows
 
@@ -44,9 +44,9 @@ SMALL: dict[str, Any] = {
     "max_seq_len": 128, "max_sequence_length": 128, "seq_length": 128, "n_ctx": 128,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 64, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1,
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "qk_head_dim": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "sliding_window": 16, "rotary_dim": 8, "state_size": 16, "ssm_state_size": 16,
     "mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8,
     "mamba_head_dim": 16, "mamba_n_groups": 1, "n_groups": 1, "mamba_chunk_size": 8,
@@ -79,6 +79,8 @@ def tiny_config(family: str) -> Any:
         for key, value in known.items():
             with suppress(Exception):  # a field that follows from others
                 setattr(part, key, value)
+        if hasattr(part, "qk_rope_head_dim") and hasattr(part, "head_dim"):
+            part.head_dim = part.qk_rope_head_dim  # what the rotation of these goes by
         layers = getattr(part, "num_hidden_layers", 4)
         for key in ("layer_types", "layers_block_type", "block_types", "mlp_layer_types"):
             found = getattr(part, key, None)
@@ -104,6 +106,7 @@ def make(family: str, place: Path) -> Any:
     model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
+    model.config.use_cache = False
     model.eval()(**batch())  # what stock transformers cannot run is not ours to train
     model.save_pretrained(place)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(place)
@@ -143,12 +146,11 @@ def check_step(model: Any, place: Path) -> tuple[float, float]:
     of the largest entry of a matrix's gradient, of a gradient."""
     from leanlift.model import lift_layers
 
-    twin = dense_twin(model, place).train()
-    with _without_dropout(twin), _without_dropout(model):
-        expected = twin(**batch()).loss
-        expected.backward()
-        loss = model.train()(**batch()).loss
-        loss.backward()
+    twin = dense_twin(model, place)
+    expected = twin.eval()(**batch()).loss  # without dropout
+    expected.backward()
+    loss = model.eval()(**batch()).loss
+    loss.backward()
     worst, modules = 0.0, dict(twin.named_modules())
     for name, layer in lift_layers(model).items():
         dense = modules[name].weight.grad
@@ -159,24 +161,6 @@ def check_step(model: Any, place: Path) -> tuple[float, float]:
         worst = max(worst, float((wanted - found).abs().max()) / max(size, 1e-6))
         layer.values.grad = None
     return float((loss - expected).abs()), worst
-
-
-def _without_dropout(model: Any) -> Any:
-    from contextlib import contextmanager
-
-    @contextmanager
-    def off() -> Any:
-        drops = [m for m in model.modules() if isinstance(m, nn.Dropout)]
-        kept = [m.p for m in drops]
-        for drop in drops:
-            drop.p = 0.0
-        try:
-            yield
-        finally:
-            for drop, p in zip(drops, kept, strict=True):
-                drop.p = p
-
-    return off()
 
 
 def train(model: Any, output: Path) -> Any:
@@ -190,8 +174,7 @@ def train(model: Any, output: Path) -> Any:
         logging_steps=1, disable_tqdm=True, max_length=LENGTH,
     )  # fmt: skip
     trainer = LiftTrainer(model=model, args=args, train_dataset=rows)
-    with _without_dropout(model):
-        trainer.train()
+    trainer.train()
     return trainer
 
 
