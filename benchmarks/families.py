@@ -44,7 +44,8 @@ SMALL: dict[str, Any] = {
     "max_seq_len": 128, "max_sequence_length": 128, "seq_length": 128, "n_ctx": 128,
     "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
     "moe_shared_expert_intermediate_size": 64, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1,
+    "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_topk": 2,
+    "moe_k": 2, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "sliding_window": 16, "rotary_dim": 8, "state_size": 16, "ssm_state_size": 16,
@@ -107,6 +108,8 @@ def make(family: str, place: Path) -> Any:
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     model.config.use_cache = False
+    for key, value in (("eos", 1), ("bos", None), ("pad", 0)):
+        setattr(model.generation_config, f"{key}_token_id", value)
     model.eval()(**batch())  # what stock transformers cannot run is not ours to train
     model.save_pretrained(place)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(place)
