@@ -33,13 +33,14 @@ if TYPE_CHECKING:
         unload_adapter,
     )
     from leanlift.optim import SparseAdamW
-    from leanlift.plan import Known, MemoryPlan, PlanSettings, plan_memory
+    from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, plan_memory
     from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
     from leanlift.tiles import RowTiles
     from leanlift.training import LiftSFTConfig, LiftTrainer
     from leanlift.weights.quantized import WeightFormat
 
 __all__ = [
+    "Batch",
     "Interrupted",
     "Known",
     "LiftConfig",
@@ -102,6 +103,7 @@ _NAMES = {
     ),
     "leanlift.optim": ("SparseAdamW",),
     "leanlift.plan": (
+        "Batch",
         "Known",
         "MemoryPlan",
         "PlanSettings",

@@ -21,7 +21,7 @@ from leanlift.adapters.native import write_adapter
 from leanlift.adapters.offsets import Adapter
 from leanlift.adapters.read import open_adapter
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, check_common_samples
+from leanlift.fingerprint import BaseFingerprint, Layout, check_common_samples
 from leanlift.io.tensors import new_directory
 from leanlift.sparse import LayerOffsets, Offsets
 
@@ -96,7 +96,12 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
                 f"{other.directory} and {adapters[0].directory} were trained with other numbers of "
                 "rows in the embedding: only adapters with as many can be combined."
             )
-    return replace(first, shapes=shapes, formats=formats, samples=samples)
+    layouts = [adapter.base.layout for adapter in adapters]
+    layout = Layout(
+        {name: disk for one in layouts for name, disk in one.names.items()},
+        {name: home for one in layouts for name, home in one.homes.items()},
+    )
+    return replace(first, shapes=shapes, formats=formats, samples=samples, layout=layout)
 
 
 def _sum_up(

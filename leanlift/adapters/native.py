@@ -28,10 +28,11 @@ from leanlift.weights.grown import Grown
 from leanlift.weights.quantized import dtype_of
 
 FORMAT_VERSION = 2
-GROWN_VERSION = 3
-READABLE = (1, 2, 3)
+GROWN_VERSION, LAYOUT_VERSION = 3, 4
+READABLE = (1, 2, 3, 4)
 """1 has no samples of the base, no revision and no special tokens. 3 has an embedding with more
-rows than the base's, which a reader of 2 would not give it."""
+rows than the base's, which a reader of 2 would not give it; 4 has a base whose tensors are not
+under the model's names, where a reader of 3 would not find them."""
 PARTS = ("values", "index.columns", "index.counts")
 RETIRED = ".settled"
 """After a target's name: where its retired entries are, by the word of the first format."""
@@ -47,10 +48,17 @@ class AdapterMetadata:
     special: SpecialTokens = field(default_factory=SpecialTokens)
     grown: Grown | None = None
 
+    @property
+    def version(self) -> int:
+        """The oldest format that says all of it."""
+        if self.base.layout:
+            return LAYOUT_VERSION
+        return FORMAT_VERSION if self.grown is None else GROWN_VERSION
+
     def to_dict(self) -> dict[str, Any]:
         """What adapter_config.json holds."""
         return {
-            "format_version": FORMAT_VERSION if self.grown is None else GROWN_VERSION,
+            "format_version": self.version,
             "leanlift_version": __version__,
             "base_model_name_or_path": self.base.name,
             "refreshes": self.refreshes,

@@ -62,6 +62,7 @@ class Option:
 
     @property
     def required(self) -> bool:
+        """Whether it has no default."""
         return self.default is None
 
 

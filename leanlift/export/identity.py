@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor
@@ -11,60 +13,116 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import digest_of, other_end, other_matrix, say_what_is_not_known
 from leanlift.fingerprint.cells import Cells, dense_cells, entries_of
 from leanlift.fingerprint.samples import ENDS, Comparison, Sample, spread
-from leanlift.source import SourceTensor, Stored, StoredMatrix, locate, matrix_cells
+from leanlift.source import (
+    SourceTensor,
+    Stored,
+    StoredMatrix,
+    find,
+    home_of,
+    matrix_cells,
+)
 from leanlift.weights.quantized import dtype_name, dtype_of
 
 
-def places(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, str]:
-    """Which checkpoint tensor belongs to which Linear of the adapter's base: name -> module.
+@dataclass(frozen=True)
+class Part:
+    """Rows of a tensor on disk that belong to a Linear of the adapter's base.
+
+    Attributes:
+        module: the Linear.
+        first, rows: which rows of the tensor on disk.
+        at: the first of them, counted in the Linear's own matrix.
+    """
+
+    module: str
+    first: int
+    rows: int
+    at: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the Linears of an adapter's base are in a checkpoint.
+
+    Attributes:
+        matrices: by module, as the checkpoint holds it.
+        parts: by tensor on disk, in the order of its rows.
+    """
+
+    matrices: dict[str, Stored]
+    parts: dict[str, list[Part]]
+
+
+def places(adapter: Adapter, tensors: dict[str, Stored]) -> Places:
+    """Where the Linears of the adapter's base are.
 
     Raises:
-        UserError: a trained matrix that the checkpoint lacks or has in another shape.
+        UserError: a trained matrix that the checkpoint lacks or has in another shape, or two
+            matrices in the same rows.
     """
-    plan: dict[str, str] = {}
+    matrices: dict[str, Stored] = {}
+    parts: dict[str, list[Part]] = {}
     for module in adapter.base.formats:
-        name = locate(f"{module}.weight", tensors)
-        if name is None and module in adapter.base.shapes:
+        tensor = find(f"{module}.weight", tensors, adapter.base.layout)
+        if tensor is None and module in adapter.base.shapes:
             raise UserError(
                 f"the base has no tensor {module}.weight, on which {adapter.directory} was "
                 "trained: it is another model, or its file layout differs from the loaded model's."
             )
-        if name is None:
+        if tensor is None:
             continue
-        shape = adapter.base.shapes.get(module)
-        if shape is not None and tensors[name].shape != shape:
-            raise UserError(
-                f"{name} of the base is {tensors[name].shape}; the adapter was trained on {shape}: "
-                "it is another model."
-            )
-        tensor = tensors[name]
-        if isinstance(tensor, SourceTensor) and not tensor.dtype.is_floating_point:
-            raise UserError(
-                f"{name} of the base holds {dtype_name(tensor.dtype)} numbers and nothing to read "
-                "them by: name the 16-bit checkpoint with --base."
-            )
-        known = adapter.base.formats[module]
-        if isinstance(tensor, StoredMatrix) and tensor.open().format != known:
-            raise UserError(
-                f"{name} of the base is quantized to {tensor.open().format}; the adapter was "
-                f"trained over {known}: name the 16-bit checkpoint with --base."
-            )
-        plan[name] = module
-    return plan
+        _check_matrix(adapter, module, tensor)
+        matrices[module], at = tensor, 0
+        for segment in home_of(f"{module}.weight", tensors, adapter.base.layout) or ():
+            own = parts.setdefault(segment.name, [])
+            own.append(Part(module, segment.first, segment.rows, at))
+            at += segment.rows
+    for name, own in parts.items():
+        own.sort(key=lambda part: part.first)
+        for one, two in pairwise(own):
+            if one.first + one.rows > two.first:
+                raise UserError(
+                    f"{adapter.directory} has {one.module} and {two.module} in the same rows of "
+                    f"{name}: the adapter is damaged."
+                )
+    return Places(matrices, parts)
+
+
+def _check_matrix(adapter: Adapter, module: str, tensor: Stored) -> None:
+    """Whether a tensor can be what the adapter's base had there.
+
+    Raises:
+        UserError: it cannot.
+    """
+    name, shape = tensor.name, adapter.base.shapes.get(module)
+    if shape is not None and tensor.shape != shape:
+        raise UserError(
+            f"{name} of the base is {tensor.shape}; the adapter was trained on {shape}: "
+            "it is another model."
+        )
+    if not isinstance(tensor, StoredMatrix) and not tensor.dtype.is_floating_point:
+        raise UserError(
+            f"{name} of the base holds {dtype_name(tensor.dtype)} numbers and nothing to read "
+            "them by: name the 16-bit checkpoint with --base."
+        )
+    known = adapter.base.formats[module]
+    if isinstance(tensor, StoredMatrix) and tensor.open().format != known:
+        raise UserError(
+            f"{name} of the base is quantized to {tensor.open().format}; the adapter was "
+            f"trained over {known}: name the 16-bit checkpoint with --base."
+        )
 
 
 def embedding_of(adapter: Adapter, tensors: dict[str, Stored]) -> Stored | None:
     """The tensor of the base's embedding; None where it is not known."""
     for name in adapter.base.sampled:
-        found = locate(name, tensors)
-        if found is not None and len(tensors[found].shape) == 2:
-            return tensors[found]
+        found = find(name, tensors, adapter.base.layout)
+        if found is not None and len(found.shape) == 2:
+            return found
     return None
 
 
-def check_base(
-    adapter: Adapter, tensors: dict[str, Stored], plan: dict[str, str], directory: Path
-) -> None:
+def check_base(adapter: Adapter, tensors: dict[str, Stored], plan: Places, directory: Path) -> None:
     """Refuse a checkpoint that is not the adapter's base.
 
     Args:
@@ -78,11 +136,11 @@ def check_base(
     """
     base, comparison = adapter.base, Comparison()
     say_what_is_not_known(base)
-    located = {name: locate(name, tensors) for name in base.sampled}
+    located = {name: find(name, tensors, base.layout) for name in base.sampled}
     missing = [name for name, found in located.items() if found is None]
     if missing:
         raise _other_base(adapter, directory, f"has no tensor {missing[0]}")
-    ends = {name: tensors[found] for name, found in located.items() if found is not None}
+    ends = {name: found for name, found in located.items() if found is not None}
     quantized = [name for name, tensor in ends.items() if isinstance(tensor, StoredMatrix)]
     if quantized:
         raise _other_base(adapter, directory, f"holds {quantized[0]} quantized")
@@ -96,11 +154,10 @@ def check_base(
     samples = {name: _end_sample(tensor) for name, tensor in ends.items()}
     other = other_end(base, base.sampled, digest, samples, comparison)
     if other is None:
-        homes = {module: tensors[name] for name, module in plan.items()}
         dtype = dtype_of(base.dtype)
 
         def cells(module: str, flat: Tensor) -> Cells:
-            return matrix_cells(homes[module], flat, dtype)
+            return matrix_cells(plan.matrices[module], flat, dtype)
 
         other = other_matrix(base, cells, comparison)
     if other or comparison.is_other:

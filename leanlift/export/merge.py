@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,13 +30,12 @@ from leanlift.adapters import Adapter, open_adapter
 from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
 from leanlift.export.directory import carry_over, check_space, write_config
-from leanlift.export.identity import check_base, embedding_of, places
+from leanlift.export.identity import Part, Places, check_base, embedding_of, places
 from leanlift.export.rows import put_vocabulary, with_new_rows
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
 from leanlift.io.tensors import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.source import SourceTensor, Stored, StoredMatrix, open_checkpoint, plain_view
-from leanlift.sparse import LayerOffsets
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
 from leanlift.weights.quantized import WeightFormat, dtype_name, dtype_of, requantize
 
@@ -102,21 +101,20 @@ def merge_adapter(
             _check_form(config, onto, source_dir)
             if check is not None and "quantization_config" not in config:
                 check(source_dir)
-            plan = places(opened, tensors)
-            check_base(opened, tensors, plan, source_dir)
+            check_base(opened, tensors, places(opened, tensors), source_dir)
             kept = kept_in_fp32(tensors)
             tensors = with_new_rows(opened, tensors)
+            plan = places(opened, tensors)
             specs = _specs(tensors, kept, target)
             check_space(out, sum(spec.nbytes for spec in specs))
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
                     for spec in tqdm(specs, desc="Merging", unit="tensor", disable=not progress):
-                        stays, module = spec.name in kept, plan.get(spec.name)
-                        pieces = _Merge(opened, module, onto, spec.dtype, stays).pieces
-                        writer.write(spec.name, pieces(tensors[spec.name]))
+                        merge = _Merge(opened, plan, onto, spec.dtype, spec.name in kept)
+                        writer.write(spec.name, merge.pieces(tensors[spec.name]))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 _write_card(partial, opened, str(named), dtype, onto, out.name)
-        merged = sum(1 for module in plan.values() if module in opened.base.shapes)
+        merged = sum(1 for module in plan.matrices if module in opened.base.shapes)
     nbytes = sum(spec.nbytes for spec in specs)
     return MergeReport(str(out), str(source_dir), onto, dtype, merged, len(specs), nbytes)
 
@@ -214,45 +212,51 @@ class _Merge:
     """How one tensor of the base becomes one tensor of the output."""
 
     def __init__(
-        self, adapter: Adapter, module: str | None, onto: str, dtype: torch.dtype, kept: bool
+        self, adapter: Adapter, plan: Places, onto: str, dtype: torch.dtype, kept: bool
     ) -> None:
         self.adapter = adapter
-        self.module = module
+        self.plan = plan
         self.quantized = onto == "quantized" and not kept
         self.dtype = dtype
 
     def pieces(self, tensor: Stored) -> Iterator[Tensor]:
         """Consecutive row pieces of the merged tensor, in the output's dtype."""
-        if isinstance(tensor, StoredMatrix):
-            yield from self._row_pieces(tensor, tensor.open(), self._offsets())
-            return
-        if not tensor.dtype.is_floating_point or len(tensor.shape) < 2:
+        if not isinstance(tensor, StoredMatrix) and (
+            not tensor.dtype.is_floating_point or len(tensor.shape) < 2
+        ):
             yield _cast(self._as_loaded(tensor.whole(), tensor.name), self.dtype, tensor.name)
             return
-        rows: RowTiles = tensor  # type: ignore[assignment]
-        if self.quantized and self.module is not None:
-            fmt = self.adapter.base.formats[self.module]
-            rows = _requantized(tensor, fmt, self.adapter.base.dtype)
-        yield from self._row_pieces(tensor, rows, self._offsets())
+        done = 0
+        for part in self.plan.parts.get(tensor.name, ()):
+            yield from self._plain_pieces(tensor, done, part.first)
+            yield from self._part_pieces(tensor, part)
+            done = part.first + part.rows
+        yield from self._plain_pieces(tensor, done, tensor.shape[0])
 
-    def _offsets(self) -> LayerOffsets | None:
-        if self.module is None or self.module not in self.adapter.base.shapes:
-            return None
-        return self.adapter.layer(self.module)
+    def _plain_pieces(self, tensor: Stored, first: int, last: int) -> Iterator[Tensor]:
+        """Rows that belong to no Linear of the adapter's base."""
+        if first == last:
+            return
+        rows: Any = tensor.open() if isinstance(tensor, StoredMatrix) else tensor
+        for start, stop in _ranges(tensor, last - first):
+            piece = self._as_loaded(rows.rows(first + start, first + stop), tensor.name)
+            yield _cast(piece, self.dtype, tensor.name)
 
-    def _row_pieces(
-        self, tensor: Stored, rows: RowTiles, offsets: LayerOffsets | None
-    ) -> Iterator[Tensor]:
-        width = tensor.shape[1]
-        for extra in tensor.shape[2:]:
-            width *= extra
-        for start, stop in row_ranges(tensor.shape[0], tile_rows(width, 4)):
-            piece = rows.rows(start, stop)
-            if self.module is None:
-                piece = self._as_loaded(piece, tensor.name)
+    def _part_pieces(self, tensor: Stored, part: Part) -> Iterator[Tensor]:
+        """Rows of a Linear: of its own matrix where that is quantized as a whole."""
+        name = part.module
+        offsets = self.adapter.layer(name) if name in self.adapter.base.shapes else None
+        rows, first = cast(RowTiles, tensor), part.first
+        if isinstance(tensor, StoredMatrix):
+            rows = tensor.open()
+        elif self.quantized:
+            fmt, matrix = self.adapter.base.formats[name], self.plan.matrices[name]
+            rows, first = _requantized(matrix, fmt, self.adapter.base.dtype), part.at
+        for start, stop in _ranges(tensor, part.rows):
+            piece = rows.rows(first + start, first + stop)
             if offsets is not None:
                 piece = piece.to(torch.float32, copy=True)
-                offsets.add_to_(piece, start, stop)
+                offsets.add_to_(piece, part.at + start, part.at + stop)
             yield _cast(piece, self.dtype, tensor.name)
 
     def _as_loaded(self, piece: Tensor, name: str) -> Tensor:
@@ -260,6 +264,12 @@ class _Merge:
         if self.quantized and piece.is_floating_point():
             return _cast(piece, dtype_of(self.adapter.base.dtype), name)
         return piece
+
+
+def _ranges(tensor: Stored, rows: int) -> Iterator[tuple[int, int]]:
+    """Row ranges that cover so many rows of a tensor, each a tile of it."""
+    width = math.prod(tensor.shape[1:])
+    return row_ranges(rows, tile_rows(width, 4))
 
 
 def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -295,7 +305,7 @@ def _check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
         )
 
 
-def _requantized(tensor: SourceTensor, fmt: WeightFormat, loaded: str) -> RowTiles:
+def _requantized(tensor: Stored, fmt: WeightFormat, loaded: str) -> RowTiles:
     """D(Q) of a matrix of the checkpoint, quantized as it was at loading."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     matrix: RowTiles = tensor  # type: ignore[assignment]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from leanlift.adapters import Adapter
 from leanlift.errors import UserError
-from leanlift.export.identity import embedding_of
-from leanlift.source import SourceTensor, Stored, locate
+from leanlift.export.identity import embedding_of, places
+from leanlift.source import SourceTensor, Stored, find
 from leanlift.tiles import CastTiles, DenseTiles, RowTiles
 from leanlift.weights.grown import new_rows
 from leanlift.weights.quantized import dtype_of
@@ -34,13 +34,14 @@ def with_new_rows(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, Sto
         raise UserError(f"{adapter.directory} does not say which embedding has grown.")
     have, loaded = embedding.shape[0], dtype_of(adapter.base.dtype)
     grown.check(have, str(adapter.directory))
-    head, bias = (locate(f"{grown.head}.{part}", tensors) for part in ("weight", "bias"))
+    layout = adapter.base.layout
+    head, bias = (find(f"{grown.head}.{part}", tensors, layout) for part in ("weight", "bias"))
     changed = {embedding.name: embedding.shape}
     if head is not None:  # a tied one may be stored as well
-        changed[head] = embedding.shape
+        changed[head.name] = embedding.shape
     if bias is not None:
-        changed[bias] = (have,)
-    trained = {locate(f"{module}.weight", tensors) for module in adapter.base.shapes}
+        changed[bias.name] = (have,)
+    trained = places(adapter, tensors).parts
     for name, other in tensors.items():
         if other.shape == embedding.shape and name not in changed and name not in trained:
             raise UserError(

@@ -21,18 +21,23 @@ from leanlift.fingerprint.compare import (
     other_matrix,
     say_what_is_not_known,
 )
+from leanlift.fingerprint.layout import Home, Layout, Segment, overlaps
 from leanlift.fingerprint.record import BaseFingerprint
 from leanlift.fingerprint.take import Read, digest_of, fingerprint, sampled_rows, with_samples
 
 __all__ = [
     "BaseFingerprint",
+    "Home",
+    "Layout",
     "Read",
+    "Segment",
     "check_common_samples",
     "check_same_base",
     "digest_of",
     "fingerprint",
     "other_end",
     "other_matrix",
+    "overlaps",
     "sampled_rows",
     "say_what_is_not_known",
     "with_samples",

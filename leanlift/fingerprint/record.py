@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from leanlift.errors import UserError
+from leanlift.fingerprint.layout import Layout
 from leanlift.fingerprint.samples import decode
 from leanlift.io.bounded import LARGEST_SIDE, is_module_name, is_shape
 from leanlift.weights.quantized import WeightFormat, dtype_name, dtype_of
@@ -26,6 +27,7 @@ class BaseFingerprint:
         digest: sha256 of their sampled contents.
         samples: of `sampled` tensors and of trained matrices, name -> `Sample.encode()`.
         revision: the commit of a base from the hub, where it is known.
+        layout: where tensors are in its checkpoint that are not under their own names.
     """
 
     name: str
@@ -36,6 +38,7 @@ class BaseFingerprint:
     digest: str
     samples: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
+    layout: Layout = field(default_factory=Layout)
 
     @property
     def knows_matrices(self) -> bool:
@@ -44,7 +47,9 @@ class BaseFingerprint:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return asdict(self)
+        data = asdict(self)
+        del data["layout"]
+        return {**data, "layout": self.layout.to_dict()} if self.layout else data
 
     @classmethod
     def from_dict(cls, data: Any) -> BaseFingerprint:
@@ -75,6 +80,10 @@ class BaseFingerprint:
         _expect(revision is None or bool(is_revision), "a commit or null", revision)
         _expect(isinstance(samples, dict), "samples of tensors", samples)
         _check_samples(samples, shapes, set(sampled))
+        try:
+            layout = Layout.from_dict(data.get("layout", {}))
+        except ValueError as error:
+            _expect(False, str(error), data["layout"])
         return cls(
             name=name,
             dtype=dtype_name(dtype_of(dtype)),
@@ -84,11 +93,12 @@ class BaseFingerprint:
             digest=digest,
             samples=samples,
             revision=revision,
+            layout=layout,
         )
 
 
-_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision"}
-_LATER = {"samples", "revision"}  # of format 2
+_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision", "layout"}
+_LATER = {"samples", "revision", "layout"}  # of format 2, of format 4
 _LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
 
 

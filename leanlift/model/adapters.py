@@ -62,9 +62,10 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     grown = None
     if state.embedding_rows is not None:
         grown = Grown(state.embedding_rows, head_name(model))
-    write_adapter(
-        Path(directory), offsets, state.config, state.base, state.refreshes, special, grown
-    )
+    known = {f"{module}.weight" for module in (*state.base.formats, head_name(model))}
+    layout = state.base.layout.of({*known, *state.base.sampled})
+    base = replace(state.base, layout=layout)
+    write_adapter(Path(directory), offsets, state.config, base, state.refreshes, special, grown)
 
 
 def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:

@@ -6,6 +6,7 @@ the base over: whatever said "I am a quantized model, do not train me" no longer
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,12 +34,14 @@ from leanlift.model.resize_embeddings import rows_to_grow_to, with_more_rows
 from leanlift.model.state import LiftState, lift_layers, lift_state, print_trainable_parameters
 from leanlift.model.strangers import guard
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
-from leanlift.model.targets import find_targets
+from leanlift.model.targets import find_targets, what_is_left
 from leanlift.ops import resolve
 from leanlift.selection import selection, selection_nbytes
 from leanlift.source import check_homes
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.quantized import FrozenWeight
+
+logger = logging.getLogger("leanlift")
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,9 @@ def get_lift_model(
     started = time.perf_counter()
     check_attachable(model)
     targets = find_targets(model, config.target_modules)
+    left = what_is_left(model, targets, config.target_modules)
+    if left is not None:
+        logger.warning("%s", left)
     config.check_patterns(targets)
     base = stock_base(model, targets)
     counts = {name: config.count(shape, name) for name, shape in base.facts.shapes.items()}

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, fingerprint, other_matrix, with_samples
+from leanlift.fingerprint import (
+    BaseFingerprint,
+    Layout,
+    fingerprint,
+    other_matrix,
+    with_samples,
+)
 from leanlift.fingerprint.cells import Cells, cells_of
 from leanlift.fingerprint.samples import Comparison
 from leanlift.io.hub import snapshot_of
@@ -21,7 +27,7 @@ from leanlift.layers import FrozenLinear
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
-from leanlift.source import stored_cells
+from leanlift.source import layout_of, open_checkpoint, plain_view, stored_cells
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.quantized import (
     FrozenWeight,
@@ -91,7 +97,22 @@ def stock_base(model: nn.Module, targets: list[str]) -> LiveBase:
     weights = {name: frozen_weight(modules[name], name) for name in (*targets, *others)}
     check_finite(model)
     name, dtype, revision = base_name(model), base_dtype(model), base_revision(model)
-    return LiveBase(weights, fingerprint(model, weights, targets, name, dtype, revision))
+    facts = fingerprint(model, weights, targets, name, dtype, revision)
+    return LiveBase(weights, replace(facts, layout=_layout(model, weights, facts)))
+
+
+def _layout(
+    model: nn.Module, weights: Mapping[str, FrozenWeight], facts: BaseFingerprint
+) -> Layout:
+    """Where the tensors of a stock model are in its checkpoint, if that is at hand."""
+    checkpoint = checkpoint_of(facts)
+    if checkpoint is None:
+        return Layout()
+    live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
+    live |= {f"{name}.weight": weight.shape for name, weight in weights.items()}
+    with open_checkpoint(checkpoint) as files:
+        disk = {key: tensor.shape for key, tensor in plain_view(files).items()}
+    return layout_of(model, disk, live)
 
 
 def _formats(
@@ -217,7 +238,8 @@ def with_base_samples(
     masks = {name: index.to_flat for name, index in indices.items()}  # 8 bytes an entry: one by one
     if checkpoint is None:
         return with_samples(base.facts, masks, base.cells)
-    with stored_cells(checkpoint, dtype_of(base.facts.dtype)) as stored:
+    dtype, layout = dtype_of(base.facts.dtype), base.facts.layout
+    with stored_cells(checkpoint, dtype, layout) as stored:
         exact = with_samples(base.facts, masks, stored)
     comparison = Comparison()
     other = other_matrix(exact, base.cells, comparison)

@@ -35,7 +35,7 @@ def check_checkpoint(adapter: Adapter, base: BaseFingerprint) -> None:
     if checkpoint is None:
         return
     check_homes(base, checkpoint)
-    with stored_cells(checkpoint, dtype_of(base.dtype)) as stored:
+    with stored_cells(checkpoint, dtype_of(base.dtype), base.layout) as stored:
         other = other_matrix(adapter.base, stored, comparison)
     if other or comparison.is_other:
         raise UserError(

@@ -6,11 +6,24 @@ no model family is named anywhere. What lies outside (embeddings, lm_head) is ne
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 from torch import nn
 
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
 from leanlift.weights.quantized import is_quantized
+
+LEAST_SHARE = 0.5
+"""Of the weights in the blocks that a preset covers: where less is in Linears, most of the model
+would stay untrained, and the preset is refused."""
+
+MOST_NAMED = 6
 
 
 def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
@@ -28,8 +41,11 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
     inside = inside_blocks(names)
     if wanted in TARGET_PRESETS:
         inside = [name for name in inside if _in_preset(name, wanted)]
-        _refuse_untrainable(names, inside)
-        found = [name for name in inside if _is_linear(names[name])]
+        _refuse_packed(names, inside)
+        found = [
+            name for name in inside if _is_linear(names[name]) and not read_by_parent(names, name)
+        ]
+        _refuse_untrainable(names, inside, found)
         if not found:
             kind = "Linear" if wanted == ALL_LINEAR else f"Linear of an {wanted} part"
             raise UserError(
@@ -45,7 +61,35 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
             f"target_modules={unmatched} matches nothing inside the blocks of this "
             f"{type(model).__name__}: its Linears there are called {linears}."
         )
-    return [name for name in inside if any(_ends_in(name, end) for end in endings)]
+    found = [name for name in inside if any(_ends_in(name, end) for end in endings)]
+    for name in found:
+        if read_by_parent(names, name):
+            parent = type(names[name.rpartition(".")[0]]).__name__
+            raise UserError(
+                f"the weight of {name} is read by {parent} itself, past any layer in its place: "
+                "offsets would be trained nowhere. Leave it out of target_modules."
+            )
+    return found
+
+
+def read_by_parent(names: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether the module that holds a Linear takes its weight and computes with it itself, as the
+    scans of Mamba do: our layer in its place would not be asked."""
+    parent, _, leaf = name.rpartition(".")
+    kind: Any = type(names[parent]) if parent in names else object
+    taken = rf"\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape)\b)"
+    return re.search(taken, _source_of(kind)) is not None
+
+
+@functools.cache
+def _source_of(kind: Any) -> str:
+    """The text of a class; empty where there is none, or where it is torch's own."""
+    if kind.__module__.partition(".")[0] == "torch":
+        return ""
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""
 
 
 def _ends_in(name: str, ending: str) -> bool:
@@ -73,6 +117,16 @@ def _in_preset(name: str, preset: str | tuple[str, ...]) -> bool:
     return any(part in parent for parent in parents for part in PRESET_PARTS[preset])
 
 
+def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
+    """Refuse weights that another library has packed, which are in no parameter."""
+    for name in inside:
+        if any(key == "qweight" for key, _ in names[name].named_buffers(recurse=False)):
+            raise UserError(
+                f"{name} is a {type(names[name]).__name__} with packed weights, which leanlift "
+                "cannot read: load the 16-bit checkpoint, quantized by bitsandbytes."
+            )
+
+
 def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or is_quantized(module)
 
@@ -89,40 +143,118 @@ def _block_lists(names: dict[str, nn.Module]) -> list[str]:
     return [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
 
 
-def _refuse_untrainable(names: dict[str, nn.Module], inside: list[str]) -> None:
-    """Blocks with other weight matrices than Linears would be trained only in part, silently."""
+def _refuse_untrainable(names: dict[str, nn.Module], inside: list[str], found: list[str]) -> None:
+    """Refuse to train blocks whose weights are for the most part in something else than Linears.
+
+    Raises:
+        UserError: says in what, and how to train the Linears all the same.
+    """
+    left = untrained(names, inside, found)
+    share = trained_share(names, found, left)
+    if share >= LEAST_SHARE or not left:
+        return
+    largest = max(left, key=lambda part: part.weights)
+    linears = sorted({name.rpartition(".")[2] for name in found})
+    how = f"train its Linears alone with target_modules={linears}" if linears else "take another"
+    raise UserError(
+        f"only {share:.0%} of the weights in these blocks are in Linears, and leanlift trains no "
+        f"others: {largest.name} {largest.what}. Name what to train ({how})."
+    )
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """A matrix inside the blocks that is not trained.
+
+    Attributes:
+        name: of its module, or of the parameter.
+        what: it is, in words that follow the name.
+        kind: what there may be many of, for a table: "conv1d (Conv1d)".
+        weights: how many.
+    """
+
+    name: str
+    what: str
+    kind: str
+    weights: int
+
+
+def untrained(names: dict[str, nn.Module], inside: list[str], found: list[str]) -> list[Untrained]:
+    """The matrices inside the blocks that are no targets, but for embeddings and routers."""
+    targets = set(found)
+    left = []
     for name in inside:
         module = names[name]
-        if type(module).__name__ == "Conv1D":
-            raise UserError(
-                f"{name} is a Conv1D, whose weight is stored transposed; leanlift does not support "
-                "it (GPT-2 and its relatives): use a model whose blocks are made of Linears."
-            )
-        found = None if _is_linear(module) else _unread_matrix(name, module)
-        if found is not None:
-            raise UserError(
-                f"{found}, which leanlift does not train: name the Linears to train with "
-                'target_modules, for example ["q_proj", "k_proj", "v_proj", "o_proj"].'
-            )
+        if name in targets or isinstance(module, nn.Embedding) or _is_router(name, module):
+            continue
+        if _is_linear(module):
+            left.append(_untrained(name, "weight", module, "has a weight that others read"))
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            what = _what(key, module, tuple(parameter.shape))
+            if what is not None:
+                left.append(_untrained(name, key, module, what))
+    return left
 
 
-def _unread_matrix(name: str, module: nn.Module) -> str | None:
-    """What weights a module of a block has that are no Linear's; None where it has none, is an
-    embedding, or a router of experts."""
-    if isinstance(module, nn.Embedding) or _is_router(name, module):
+def trained_share(
+    names: dict[str, nn.Module], found: list[str], left: Sequence[Untrained]
+) -> float:
+    """Which share of the matrices' weights is in the targets."""
+    trained = sum(_weights(names[name]) for name in found)
+    rest = sum(part.weights for part in left)
+    return trained / (trained + rest) if trained + rest else 0.0
+
+
+def _weights(module: Any) -> int:
+    sides = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return sides[0] * sides[1] if None not in sides else module.weight.numel()  # type: ignore[operator]
+
+
+def _untrained(name: str, key: str, module: nn.Module, what: str) -> Untrained:
+    leaf, kind = name.rpartition(".")[2], type(module).__name__
+    parameter = dict(module.named_parameters(recurse=False))[key]
+    weights = _weights(module) if is_quantized(module) else parameter.numel()
+    full = name if key == "weight" else f"{name}.{key}"
+    return Untrained(
+        full, what, f"{leaf if key == 'weight' else f'{leaf}.{key}'} ({kind})", weights
+    )
+
+
+def what_is_left(model: nn.Module, found: list[str], wanted: str | tuple[str, ...]) -> str | None:
+    """One line about what a preset leaves untrained inside the blocks; None: nothing."""
+    if wanted not in TARGET_PRESETS:
         return None
-    if all(hasattr(module, side) for side in ("in_features", "out_features")):
-        return f"{name} is a {type(module).__name__}, a Linear of a kind"
-    for key, parameter in module.named_parameters(recurse=False):
-        shape = tuple(parameter.shape)
-        if isinstance(module, nn.modules.conv._ConvNd) and len(shape) > 2:
-            return f"{name} is a convolution with weights {shape}"
-        if len(shape) == 3:
-            return f"{name}.{key} holds fused expert weights {shape}"
-        if len(shape) > 1:
-            return f"{name}.{key} of a {type(module).__name__} holds a matrix {shape}"
-    packed = [key for key, buffer in module.named_buffers(recurse=False) if key == "qweight"]
-    return f"{name} is a {type(module).__name__} with packed weights" if packed else None
+    names = dict(model.named_modules())
+    inside = [name for name in inside_blocks(names) if _in_preset(name, wanted)]
+    left = untrained(names, inside, found)
+    if not left:
+        return None
+    kinds: dict[str, int] = {}
+    for part in left:
+        kinds[part.kind] = kinds.get(part.kind, 0) + part.weights
+    most = sorted(kinds, key=lambda kind: -kinds[kind])
+    named = ", ".join(most[:MOST_NAMED]) + (" and others" if len(most) > MOST_NAMED else "")
+    share = trained_share(names, found, left)
+    return (
+        f"Entries are trained in matrices that hold {share:.1%} of the weights in the blocks; "
+        f"frozen, being no Linears or read past them: {named}."
+    )
+
+
+def _what(key: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
+    """What a parameter of a module that is no Linear is; None: no matrix."""
+    if key == "weight" and all(hasattr(module, side) for side in ("in_features", "out_features")):
+        return f"is a {type(module).__name__}, a Linear of a kind"
+    if len(shape) < 2:
+        return None
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return f"is a convolution with weights {shape}"
+    if type(module).__name__ == "Conv1D":
+        return "is a Conv1D, whose weight is stored transposed"
+    if len(shape) == 3:
+        return f"holds fused expert weights {shape}"
+    return f"holds a matrix {shape} of a {type(module).__name__}"
 
 
 def _is_router(name: str, module: nn.Module) -> bool:

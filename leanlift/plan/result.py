@@ -54,6 +54,7 @@ class MemoryPlan:
 
     @property
     def peak_phase(self) -> str:
+        """The phase with the highest peak, but for the export."""
         return max((name for name in self.phases if name != "export"), key=self.phases.__getitem__)
 
     @property
@@ -84,6 +85,7 @@ class MemoryPlan:
         return self.needed <= gib * 2**30
 
     def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; see docs/plan.md."""
         return {
             **asdict(self),
             "peak": self.peak,

@@ -1,26 +1,35 @@
-"""A base checkpoint on disk, read by rows, without transformers."""
+"""A base checkpoint on disk, read by rows; where the tensors of a live model are in it.
+
+transformers is known to `conversion` alone, which follows what it renames while it loads.
+"""
 
 from leanlift.source.checkpoint import INDEX, WEIGHTS, SourceTensor, open_checkpoint
+from leanlift.source.conversion import layout_of
 from leanlift.source.homes import (
     check_homes,
     check_matrix_homes,
-    locate,
+    find,
+    home_of,
     matrix_cells,
     stored_cells,
 )
+from leanlift.source.joined import JoinedRows
 from leanlift.source.stock import loading_nbytes, stored_quantization
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
 __all__ = [
     "INDEX",
     "WEIGHTS",
+    "JoinedRows",
     "SourceTensor",
     "Stored",
     "StoredMatrix",
     "check_homes",
     "check_matrix_homes",
+    "find",
+    "home_of",
+    "layout_of",
     "loading_nbytes",
-    "locate",
     "matrix_cells",
     "open_checkpoint",
     "plain_view",

@@ -7,7 +7,7 @@ names): that is found before a run, not after it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,35 +15,50 @@ import torch
 from torch import Tensor
 
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, Read
+from leanlift.fingerprint import BaseFingerprint, Home, Layout, Read, Segment
 from leanlift.fingerprint.cells import Cells, cells_of, dense_cells, entries_of
 from leanlift.source.checkpoint import open_checkpoint
+from leanlift.source.joined import JoinedRows
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
+HERE = Layout()
+"""Everything lies under its own name."""
 
-def locate(name: str, tensors: Container[str]) -> str | None:
-    """A tensor by its name in the live model; a bare backbone's checkpoint lacks the prefix."""
-    for candidate in (name, name.removeprefix("model."), f"model.{name}"):
-        if candidate in tensors:
-            return candidate
-    return None
+
+def find(name: str, tensors: Mapping[str, Stored], layout: Layout = HERE) -> Stored | None:
+    """A tensor of the model as its checkpoint holds it; None where it is not there, or not as the
+    layout says. A bare backbone's checkpoint lacks the prefix."""
+    home = layout.homes.get(name)
+    if home is not None:
+        return JoinedRows.of(name, home, tensors)
+    known = (layout.names.get(name, name), name, name.removeprefix("model."), f"model.{name}")
+    return next((tensors[key] for key in known if key in tensors), None)
+
+
+def home_of(name: str, tensors: Mapping[str, Stored], layout: Layout = HERE) -> Home | None:
+    """Which rows on disk a tensor of the model is; None where it is not there."""
+    found = find(name, tensors, layout)
+    if found is None or isinstance(found, JoinedRows):
+        return None if found is None else found.home
+    return (Segment(found.name, 0, found.shape[0]),)
 
 
 @contextmanager
-def stored_cells(directory: Path, dtype: torch.dtype) -> Iterator[Read]:
+def stored_cells(directory: Path, dtype: torch.dtype, layout: Layout) -> Iterator[Read]:
     """Cells of the matrices of a checkpoint, as precise as it holds them.
 
     Args:
         directory: of the checkpoint; every matrix that is asked for has a home there.
         dtype: in which it is loaded.
+        layout: where its tensors are.
     """
     with open_checkpoint(directory) as files:
         tensors = plain_view(files)
 
         def read(module: str, flat: Tensor) -> Cells:
-            found = locate(f"{module}.weight", tensors)
+            found = find(f"{module}.weight", tensors, layout)
             assert found is not None
-            return matrix_cells(tensors[found], flat, dtype)
+            return matrix_cells(found, flat, dtype)
 
         yield read
 
@@ -66,11 +81,11 @@ def check_homes(base: BaseFingerprint, directory: Path) -> None:
         UserError: a trained matrix, or a tensor by which the base is known again, that the
             checkpoint lacks or has in another shape; or a checkpoint that cannot be merged onto.
     """
-    check_matrix_homes(base.shapes, directory)
+    check_matrix_homes(base.shapes, directory, base.layout)
     with open_checkpoint(directory) as files:
         tensors = plain_view(files)
         for name in base.sampled:
-            if locate(name, tensors) is None:
+            if find(name, tensors, base.layout) is None:
                 raise UserError(
                     f"{directory} has no tensor {name}, by which the base would be known again: "
                     "an adapter of this model could not be merged onto it, so name a checkpoint "
@@ -78,12 +93,15 @@ def check_homes(base: BaseFingerprint, directory: Path) -> None:
                 )
 
 
-def check_matrix_homes(shapes: Mapping[str, tuple[int, int]], directory: Path) -> None:
+def check_matrix_homes(
+    shapes: Mapping[str, tuple[int, int]], directory: Path, layout: Layout = HERE
+) -> None:
     """Refuse to train a matrix that could not be merged; headers alone are read.
 
     Args:
         shapes: of the matrices that are trained, by the names of their modules.
         directory: the checkpoint.
+        layout: where its tensors are.
 
     Raises:
         UserError: it lacks one, or has it in another shape.
@@ -91,9 +109,9 @@ def check_matrix_homes(shapes: Mapping[str, tuple[int, int]], directory: Path) -
     with open_checkpoint(directory) as files:
         tensors = plain_view(files)
         for module, shape in shapes.items():
-            found = locate(f"{module}.weight", tensors)
-            if found is None or tensors[found].shape != shape:
-                stored = "nothing" if found is None else f"{found} as {tensors[found].shape}"
+            found = find(f"{module}.weight", tensors, layout)
+            if found is None or found.shape != shape:
+                stored = "nothing" if found is None else f"{found.name} as {found.shape}"
                 raise UserError(
                     f"{module}.weight {shape} could be trained but not merged: {directory} has "
                     f"{stored} in its place. Train the Linears that it has as they are, with "

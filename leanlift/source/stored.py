@@ -14,6 +14,7 @@ import torch
 
 from leanlift.errors import UserError, first_line
 from leanlift.source.checkpoint import SourceTensor
+from leanlift.source.joined import JoinedRows
 from leanlift.weights.quantized import FrozenWeight
 from leanlift.weights.stored import STORED_PARTS, STORED_STATE, stored_shape, stored_weight
 
@@ -37,7 +38,7 @@ class StoredMatrix:
     dtype: torch.dtype = torch.float32
 
 
-Stored = SourceTensor | StoredMatrix
+Stored = SourceTensor | StoredMatrix | JoinedRows
 
 
 def plain_view(tensors: dict[str, SourceTensor]) -> dict[str, Stored]:

@@ -73,6 +73,7 @@ class Taken:
 
     @property
     def saved(self) -> int:
+        """Bytes of the peak that it takes away."""
         return self.before - self.after
 
     def __str__(self) -> str:

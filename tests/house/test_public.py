@@ -55,7 +55,7 @@ def test_what_a_public_name_speaks_of_is_public(name: str) -> None:
 
 
 def test_the_walk_sees_arguments_results_fields_and_errors() -> None:
-    assert {"PlanSettings", "WeightFormat", "MemoryPlan"} <= words_of("plan_memory")
+    assert {"PlanSettings", "Objective", "MemoryPlan"} <= words_of("plan_memory")
     assert "MergeReport" in words_of("merge_adapter")
     assert "UserError" in words_of("get_lift_model")
     assert "Scorer" in words_of("LiftConfig")

@@ -14,13 +14,10 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint
-from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    MambaConfig,
-    MambaForCausalLM,
 )
 
 from leanlift import LiftConfig, UserError, get_lift_model, merge_adapter, save_adapter
@@ -216,52 +213,6 @@ def test_models_without_a_language_models_head_are_refused(base: Path, kind: Any
     with pytest.raises(UserError, match="no output head over its vocabulary"):
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
     assert not lift_layers(model)
-
-
-class OtherLinear(nn.Linear):
-    """As FP8 and QAT libraries have them."""
-
-
-class PackedLinear(nn.Module):
-    """As GPTQ's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("qweight", torch.zeros(8, 64, dtype=torch.int32))
-
-
-class Matrix(nn.Module):
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-
-STRANGE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "subclass": (lambda: OtherLinear(64, 192), "is a OtherLinear, a Linear of a kind"),
-    "packed": (PackedLinear, "is a PackedLinear with packed weights"),
-    "matrix": (lambda: Matrix(192, 64), r"of a Matrix holds a matrix \(192, 64\)"),
-    "experts": (lambda: Matrix(2, 192, 64), "holds fused expert weights"),
-    "convolution": (lambda: nn.Conv1d(64, 64, 4, groups=64), "is a convolution with weights"),
-}
-
-
-@pytest.mark.parametrize("case", STRANGE)
-def test_blocks_with_a_matrix_that_is_not_read_are_refused(base: Path, case: str) -> None:
-    build, match = STRANGE[case]
-    model = load(base, "dense")
-    model.model.layers[1].mlp.up_proj = build()
-    name = r"model\.layers\.1\.mlp\.up_proj"
-    with pytest.raises(UserError, match=f"{name}.*{match}.*target_modules"):
-        get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
-    assert not lift_layers(model)
-    named = LiftConfig(approx_rank=8, target_modules="attention")
-    assert len(lift_layers(get_lift_model(model, named, progress=False))) == 8
-
-
-def test_convolutions_of_state_space_models_are_called_that() -> None:
-    config = MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=50, state_size=4)
-    with pytest.raises(UserError, match=r"conv1d is a convolution|A_log of a MambaMixer holds"):
-        get_lift_model(MambaForCausalLM(config), LiftConfig(approx_rank=8), progress=False)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4+double", "nf4", "int8"])
