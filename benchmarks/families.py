@@ -134,12 +134,13 @@ def load(place: Path, quantized: bool = True) -> Any:
 def dense_twin(model: Any, place: Path) -> Any:
     """The stock model with the attached one's frozen weights, all of them dense."""
     from leanlift.layers import FrozenLinear
+    from leanlift.model.stacks import named_parts
 
     twin = load(place, quantized=False)
-    modules = dict(twin.named_modules())
+    modules = named_parts(twin)
     for name, layer in model.named_modules():
         if isinstance(layer, FrozenLinear):
-            weight = layer.weight_tiles.rows(0, layer.out_features).float()
+            weight = layer.weight_tiles.rows(0, layer.weight_tiles.shape[0]).float()
             modules[name].weight.data.copy_(weight.view_as(modules[name].weight))
     return twin
 
@@ -148,13 +149,14 @@ def check_step(model: Any, place: Path) -> tuple[float, float]:
     """Loss and gradients against the oracle: the largest differences, of the loss and, as a share
     of the largest entry of a matrix's gradient, of a gradient."""
     from leanlift.model import lift_layers
+    from leanlift.model.stacks import named_parts
 
     twin = dense_twin(model, place)
     expected = twin.eval()(**batch()).loss  # without dropout
     expected.backward()
     loss = model.eval()(**batch()).loss
     loss.backward()
-    worst, modules = 0.0, dict(twin.named_modules())
+    worst, modules = 0.0, named_parts(twin)
     for name, layer in lift_layers(model).items():
         dense = modules[name].weight.grad
         dense = torch.zeros_like(modules[name].weight) if dense is None else dense

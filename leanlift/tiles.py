@@ -112,6 +112,65 @@ class ScaledTiles(_Derived):
         )
 
 
+class StackedTiles(RowTiles, Protocol):
+    """Matrices of one shape, the rows of each after those of the one before: of E experts [m, n]
+    one matrix [E * m, n]."""
+
+    @property
+    def parts(self) -> int:
+        """E, how many there are."""
+
+
+@dataclass(frozen=True)
+class StackTiles(DenseTiles):
+    """A plain tensor [E, m, n] seen as StackedTiles."""
+
+    parts: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> StackTiles:
+        """The matrices of a contiguous 3-D tensor; nothing is copied."""
+        if tensor.dim() != 3:
+            raise ValueError(f"expected a 3-D tensor, got shape {tuple(tensor.shape)}")
+        return cls(tensor.flatten(0, 1), tensor.shape[0])
+
+
+def is_stack(tiles: RowTiles) -> bool:
+    """Whether these are StackedTiles."""
+    return hasattr(tiles, "parts")
+
+
+def parts_of(tiles: RowTiles) -> int:
+    """How many matrices a matrix is a stack of; one is a stack of itself."""
+    parts: int = getattr(tiles, "parts", 1)
+    return parts
+
+
+def part_shape(tiles: RowTiles) -> tuple[int, int]:
+    """(m, n) of each matrix of a stack."""
+    rows, n = tiles.shape
+    return rows // parts_of(tiles), n
+
+
+@dataclass(frozen=True)
+class RangeTiles(_Derived):
+    """Rows `start:stop` of a matrix, seen as one."""
+
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stop - self.start, self.source.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.source.rows(self.start + start, self.start + stop)
+
+
 def makes_new_rows(tiles: RowTiles) -> bool:
     """Whether rows are new tensors at every call, which the caller may write to after all: a
     matrix that has them so says `fresh = True`. Asked when a layer is made."""

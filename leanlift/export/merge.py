@@ -35,7 +35,15 @@ from leanlift.export.rows import put_vocabulary, with_new_rows
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
 from leanlift.io.tensors import ShardedWriter, TensorSpec, new_directory, read_json
-from leanlift.source import SourceTensor, Stored, StoredMatrix, open_checkpoint, plain_view
+from leanlift.source import (
+    SourceTensor,
+    StackedRows,
+    Stored,
+    StoredMatrix,
+    by_rows,
+    open_checkpoint,
+    plain_view,
+)
 from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
 from leanlift.weights.quantized import WeightFormat, dtype_name, dtype_of, requantize
 
@@ -226,14 +234,17 @@ class _Merge:
         ):
             yield _cast(self._as_loaded(tensor.whole(), tensor.name), self.dtype, tensor.name)
             return
-        done = 0
-        for part in self.plan.parts.get(tensor.name, ()):
-            yield from self._plain_pieces(tensor, done, part.first)
-            yield from self._part_pieces(tensor, part)
+        parts, done = self.plan.parts.get(tensor.name, ()), 0
+        rows = by_rows(tensor) if parts and isinstance(tensor, SourceTensor) else tensor
+        for part in parts:
+            yield from self._plain_pieces(rows, done, part.first)
+            yield from self._part_pieces(rows, part)
             done = part.first + part.rows
-        yield from self._plain_pieces(tensor, done, tensor.shape[0])
+        yield from self._plain_pieces(rows, done, rows.shape[0])
 
-    def _plain_pieces(self, tensor: Stored, first: int, last: int) -> Iterator[Tensor]:
+    def _plain_pieces(
+        self, tensor: Stored | StackedRows, first: int, last: int
+    ) -> Iterator[Tensor]:
         """Rows that belong to no Linear of the adapter's base."""
         if first == last:
             return
@@ -242,7 +253,7 @@ class _Merge:
             piece = self._as_loaded(rows.rows(first + start, first + stop), tensor.name)
             yield _cast(piece, self.dtype, tensor.name)
 
-    def _part_pieces(self, tensor: Stored, part: Part) -> Iterator[Tensor]:
+    def _part_pieces(self, tensor: Stored | StackedRows, part: Part) -> Iterator[Tensor]:
         """Rows of a Linear: of its own matrix where that is quantized as a whole."""
         name = part.module
         offsets = self.adapter.layer(name) if name in self.adapter.base.shapes else None
@@ -266,7 +277,7 @@ class _Merge:
         return piece
 
 
-def _ranges(tensor: Stored, rows: int) -> Iterator[tuple[int, int]]:
+def _ranges(tensor: Stored | StackedRows, rows: int) -> Iterator[tuple[int, int]]:
     """Row ranges that cover so many rows of a tensor, each a tile of it."""
     width = math.prod(tensor.shape[1:])
     return row_ranges(rows, tile_rows(width, 4))

@@ -18,13 +18,16 @@ kept, and on a CPU only they are formed: no dense weight gradient of more than o
 Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
 """
 
+from leanlift.layers.experts import FrozenExperts, LiftExperts
 from leanlift.layers.frozen import FrozenLinear, patched_rows, scratch_nbytes
 from leanlift.layers.lift import EffectiveTiles, LiftLinear
 from leanlift.layers.workspace import Scratch, Workspace
 
 __all__ = [
     "EffectiveTiles",
+    "FrozenExperts",
     "FrozenLinear",
+    "LiftExperts",
     "LiftLinear",
     "Scratch",
     "Workspace",

@@ -6,27 +6,30 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
 class Layer(Protocol):
-    """What the functions need of a layer: a weight that is rebuilt for each use."""
-
-    in_features: int
-    out_features: int
+    """What the functions need of a layer: products with a weight that is rebuilt for each use."""
 
     @property
-    def bias(self) -> Tensor | None:
-        """[m], or None."""
+    def in_features(self) -> int:
+        """Of x."""
+
+    @property
+    def out_features(self) -> int:
+        """Of y."""
 
     @property
     def version(self) -> tuple[float, ...]:
         """Changes whenever the effective weight does."""
 
-    def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """[m, n], valid until its next use."""
+    def product(self, x: Tensor) -> Tensor:
+        """y of x, in its dtype."""
+
+    def product_back(self, grad_y: Tensor) -> Tensor:
+        """The gradient of x of that of y, in its dtype."""
 
 
 class KeepInput(torch.autograd.Function):
@@ -60,9 +63,7 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: Layer) -> Tensor:
         ctx.layer, ctx.version, ctx.dtype = layer, layer.version, x.dtype
-        bias = layer.bias
-        weight = layer.effective_weight(x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return layer.product(x)
 
     @staticmethod
     @once_differentiable
@@ -70,7 +71,7 @@ class Multiply(torch.autograd.Function):
         grad_x = None
         check_unchanged(ctx.layer, ctx.version)
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y.to(ctx.dtype) @ ctx.layer.effective_weight(ctx.dtype)
+            grad_x = ctx.layer.product_back(grad_y.to(ctx.dtype))
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
 
 

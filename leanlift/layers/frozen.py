@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlift.layers.autograd import KeepInput, Multiply
 from leanlift.layers.workspace import Scratch, Workspace, needs_scratch
 from leanlift.ops import TileOps
 from leanlift.sparse import Offsets, add_offsets_
-from leanlift.tiles import RowTiles, makes_new_rows, row_ranges, tile_rows
+from leanlift.tiles import RowTiles, makes_new_rows, part_shape, row_ranges, tile_rows
 
 TILE_BYTES = 16 * 2**20
 """Of fp32 rows that are read, patched or formed at once: the decoded positions of a tile, and the
@@ -22,6 +24,13 @@ like, are a few times its entries."""
 def patched_rows(n: int) -> int:
     """Rows of n entries to which offsets are added at once."""
     return tile_rows(n, 4, TILE_BYTES)
+
+
+class Observer(Protocol):
+    """Sees what the dense gradient of a weight is formed from."""
+
+    def __call__(self, x: Tensor, grad_y: Tensor, first: int = 0) -> None:
+        """grad_y [T, r]^T @ x [T, n] is added to rows `first:first + r` of the gradient."""
 
 
 class FrozenLinear(nn.Module):
@@ -36,8 +45,7 @@ class FrozenLinear(nn.Module):
         workspace: shared by all layers of a model.
 
     Attributes:
-        observer: if set, called in each backward pass with x [T, n] and grad_y [T, m], from which
-            any part of the dense weight gradient can be formed; for calibration.
+        observer: if set, called in each backward pass; for calibration.
 
     The dtype of the computation is the one autocast asks for, else the dtype of x.
     """
@@ -48,7 +56,7 @@ class FrozenLinear(nn.Module):
         self.weight_tiles = weight
         self.workspace = workspace
         self._fresh = makes_new_rows(weight)
-        self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.observer: Observer | None = None
         self.out_features, self.in_features = weight.shape
 
     @property
@@ -75,24 +83,43 @@ class FrozenLinear(nn.Module):
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         return KeepInput.apply(x, anchor, self, self.observer)
 
+    def product(self, x: Tensor) -> Tensor:
+        """x W_eff^T + bias, in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.effective_weight(x.dtype), bias)
+
+    def product_back(self, grad_y: Tensor) -> Tensor:
+        """The gradient of x, in the dtype of that of y."""
+        return grad_y @ self.effective_weight(grad_y.dtype)
+
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
-        """The effective weight [m, n], valid until the next one is made: in the shared scratch, or
-        where it was dequantized (see `needs_scratch`)."""
-        source, m, n = self.weight_tiles, self.out_features, self.in_features
+        """The effective weight [m, n]; see `effective_rows`."""
+        return self.effective_rows(0, self.weight_tiles.shape[0], dtype)
+
+    def effective_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows `first:last` of the effective weight, valid until the next one is made: in the
+        shared scratch, or where they were dequantized (see `needs_scratch`)."""
+        source, n = self.weight_tiles, self.weight_tiles.shape[1]
         if not self.needs_scratch(dtype):
-            weight = source.rows(0, m)
-            for start, stop in row_ranges(m, patched_rows(n)):
-                for store in self.offsets(start, stop):
+            weight = source.rows(first, last)
+            for start, stop in row_ranges(last - first, patched_rows(n)):
+                for store in self.offsets(first + start, first + stop):
                     add_offsets_(weight[start:stop], store)
             return weight
         ops = self._ops()
-        weight = self.scratch.take(m, n, dtype, source.device)
+        weight = self.scratch.take(last - first, n, dtype, source.device)
         if ops.whole:
-            ops.effective_rows(source, self.offsets(0, m), 0, m, weight)
+            ops.effective_rows(source, self.offsets(first, last), first, last, weight)
             return weight
-        for start, stop in row_ranges(m, patched_rows(n)):
-            ops.effective_rows(source, self.offsets(start, stop), start, stop, weight[start:stop])
+        for start, stop in row_ranges(last - first, patched_rows(n)):
+            rows = first + start, first + stop
+            ops.effective_rows(source, self.offsets(*rows), *rows, weight[start:stop])
         return weight
+
+    @property
+    def made_at_once(self) -> tuple[int, int]:
+        """The shape of the effective weight, or of as much of it as is made at once."""
+        return part_shape(self.weight_tiles)
 
     def needs_scratch(self, dtype: torch.dtype) -> bool:
         """Whether the effective weight in `dtype` is made in the shared scratch. Operations that
@@ -140,6 +167,5 @@ class FrozenLinear(nn.Module):
 
 def scratch_nbytes(layers: Iterable[FrozenLinear], dtype: torch.dtype) -> int:
     """Bytes of the scratch that these layers share, after each has computed in `dtype`."""
-    sizes = (layer.in_features * layer.out_features for layer in layers
-             if layer.needs_scratch(dtype))  # fmt: skip
+    sizes = (math.prod(layer.made_at_once) for layer in layers if layer.needs_scratch(dtype))
     return dtype.itemsize * max(sizes, default=0)

@@ -99,16 +99,21 @@ class LiftLinear(FrozenLinear):
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
-        m, n = self.out_features, self.in_features
         gradient = torch.empty_like(self.values)
-        ops = self.workspace.ops or self.workspace.choose(x.device)
-        for start, stop in row_ranges(m, _gradient_rows(m, n, x)):
-            index, rows, out = self.index.part(start, stop), grad_y, gradient
-            if stop - start < m:
-                first, last = self.index.span(start, stop)
-                rows, out = grad_y[:, start:stop], gradient[first:last]
-            ops.sampled_product(rows, x, index, out, self.workspace.scratch.take)
+        self.gradient_of_rows(grad_y, x, 0, gradient)
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
+
+    def gradient_of_rows(self, left: Tensor, right: Tensor, first: int, out: Tensor) -> None:
+        """Write the entries of left^T [r, T] @ right [T, n] that are trained in rows `first:first +
+        r` of the weight to their places in `out` [k], by row tiles."""
+        (_, r), n = left.shape, right.shape[1]
+        ops = self.workspace.ops or self.workspace.choose(right.device)
+        for start, stop in row_ranges(r, _gradient_rows(r, n, right)):
+            index, place = self.index.part(first + start, first + stop), out
+            if index.count < out.numel():
+                place = out[slice(*self.index.span(first + start, first + stop))]
+            rows = left if stop - start == r else left[:, start:stop]
+            ops.sampled_product(rows, right, index, place, self.workspace.scratch.take)
 
     @torch.no_grad()
     def change_mask(self, flat: Tensor) -> MaskChange:

@@ -36,9 +36,10 @@ from leanlift.model.strangers import guard
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets, what_is_left
 from leanlift.ops import resolve
-from leanlift.selection import selection, selection_nbytes
+from leanlift.selection import selection_by_part, selection_nbytes
 from leanlift.source import check_homes
 from leanlift.sparse import SegmentedIndex
+from leanlift.tiles import part_shape
 from leanlift.weights.quantized import FrozenWeight
 
 logger = logging.getLogger("leanlift")
@@ -89,7 +90,7 @@ def get_lift_model(
         logger.warning("%s", left)
     config.check_patterns(targets)
     base = stock_base(model, targets)
-    counts = {name: config.count(shape, name) for name, shape in base.facts.shapes.items()}
+    counts = {n: config.count(part_shape(base.weights[n]), n) for n in base.facts.shapes}
     if config.selector == "gradient":
         with with_more_rows(model, embedding_rows), frozen_layers(model, base.weights) as layers:
             scored = {name: layers[name] for name in targets}
@@ -102,7 +103,9 @@ def get_lift_model(
         scorer = config.scorer()
 
         def choose(name: str, weight: FrozenWeight) -> Choice:
-            chosen = selection(weight, scorer, counts[name], name, config.selection_tile_bytes)
+            chosen = selection_by_part(
+                weight, scorer, counts[name], name, config.selection_tile_bytes
+            )
             return Choice(SegmentedIndex.from_flat(chosen.flat, weight.shape), chosen.converged)
 
     attach(model, config, base, choose, "Selecting", progress, embedding_rows=embedding_rows)
@@ -178,6 +181,7 @@ def selecting_nbytes(
     shapes: Mapping[str, tuple[int, int]],
     counts: Mapping[str, int],
     itemsize: int,
+    parts: Mapping[str, int],
 ) -> int:
     """Peak of selecting beyond what stays, from shapes alone: matrices are selected from one by
     one. What a gradient mask's calibration takes has no rule, and is left out.
@@ -186,14 +190,19 @@ def selecting_nbytes(
         config: what is trained.
         shapes, counts: of every target, and of its entries to select.
         itemsize: of the dtype in which rows come.
+        parts: how many matrices a target is a stack of, of stacks.
     """
     if config.selector == "gradient":
         return 0
     scorer, tile_bytes = config.scorer(), config.selection_tile_bytes
-    return max(
-        selection_nbytes(scorer, shape, counts[name], tile_bytes, itemsize)
-        for name, shape in shapes.items()
-    )
+
+    def of(name: str) -> int:
+        (rows, n), stacked = shapes[name], parts.get(name, 1)
+        shape, count = (rows // stacked, n), counts[name] // stacked
+        found = 8 * counts[name] if stacked > 1 else 0  # positions of the others
+        return found + selection_nbytes(scorer, shape, count, tile_bytes, itemsize)
+
+    return max(map(of, shapes))
 
 
 @contextmanager

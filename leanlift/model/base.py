@@ -24,6 +24,7 @@ from leanlift.fingerprint.cells import Cells, cells_of
 from leanlift.fingerprint.samples import Comparison
 from leanlift.io.hub import snapshot_of
 from leanlift.layers import FrozenLinear
+from leanlift.model.stacks import named_parts
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
@@ -33,10 +34,10 @@ from leanlift.weights.quantized import (
     FrozenWeight,
     WeightFormat,
     dtype_of,
-    frozen_weight,
     is_quantized,
     weight_tensors,
 )
+from leanlift.weights.stacks import ExpertStack, target_weight
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def live_base(model: nn.Module, wanted: Collection[str]) -> LiveBase:
         UserError: one that cannot be read, or, of a stock model, weights that are not numbers.
     """
     modules = dict(outer_modules(model))
-    targets = [name for name in inside_blocks(dict(model.named_modules()))
+    targets = [name for name in inside_blocks(named_parts(model))
                if name in wanted and name in modules]  # fmt: skip
     state = getattr(model, "leanlift", None)
     if not isinstance(state, LiftState):
@@ -92,9 +93,9 @@ def stock_base(model: nn.Module, targets: list[str]) -> LiveBase:
     Raises:
         UserError: a weight that cannot be read, or weights that are not numbers.
     """
-    modules, trained = dict(model.named_modules()), set(targets)
+    modules, trained = named_parts(model), set(targets)
     others = [n for n, module in modules.items() if n not in trained and is_quantized(module)]
-    weights = {name: frozen_weight(modules[name], name) for name in (*targets, *others)}
+    weights = {name: target_weight(modules[name], name) for name in (*targets, *others)}
     check_finite(model)
     name, dtype, revision = base_name(model), base_dtype(model), base_revision(model)
     facts = fingerprint(model, weights, targets, name, dtype, revision)
@@ -109,10 +110,11 @@ def _layout(
     if checkpoint is None:
         return Layout()
     live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
-    live |= {f"{name}.weight": weight.shape for name, weight in weights.items()}
+    stacks = [name for name, part in named_parts(model).items() if isinstance(part, ExpertStack)]
+    live |= {f"{n}.weight": weight.shape for n, weight in weights.items() if n not in stacks}
     with open_checkpoint(checkpoint) as files:
         disk = {key: tensor.shape for key, tensor in plain_view(files).items()}
-    return layout_of(model, disk, live)
+    return layout_of(model, disk, live, stacks)
 
 
 def _formats(
@@ -130,7 +132,7 @@ def _weight(module: nn.Module, name: str) -> FrozenWeight:
     """The frozen weight of a Linear, or under a layer of ours."""
     if isinstance(module, FrozenLinear):
         return cast(FrozenWeight, module.weight_tiles)
-    return frozen_weight(module, name)
+    return target_weight(module, name)
 
 
 def check_attachable(model: nn.Module) -> None:

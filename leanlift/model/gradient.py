@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from leanlift.errors import UserError
 from leanlift.layers import FrozenLinear
 from leanlift.selection import StreamedTopK
-from leanlift.tiles import TILE_ROW_MULTIPLE
+from leanlift.tiles import TILE_ROW_MULTIPLE, part_shape, parts_of
 
 DEFAULT_BUDGET = 2**30
 
@@ -39,7 +39,7 @@ def gradient_masks(
     Args:
         model: called as `model(**batch)`; its output has a `loss`.
         layers: the layers to score, frozen.
-        counts: entries to select, by name.
+        counts: entries to select, by name; of a stack, in each of its matrices.
         batches: the calibration set; gone through several times, so no one-shot iterator.
         budget: bytes of gradient held at once, over all layers.
         progress: whether to show a bar over the rounds.
@@ -54,15 +54,7 @@ def gradient_masks(
     rounds = max(1, -(-total // budget))
     heights = {name: _tile_height(layer.out_features, rounds) for name, layer in layers.items()}
     rounds = max(-(-layer.out_features // heights[name]) for name, layer in layers.items())
-    tops = {
-        name: StreamedTopK(
-            counts[name],
-            layer.out_features * layer.in_features,
-            heights[name] * layer.in_features,
-            layer.weight.device,
-        )
-        for name, layer in layers.items()
-    }
+    tops = {name: _Largest(layer, counts[name], heights[name]) for name, layer in layers.items()}
     device = next(iter(layers.values())).weight.device
     for number in tqdm(range(rounds), desc="Calibrating", unit="round", disable=not progress):
         tiles = {}
@@ -80,9 +72,41 @@ def gradient_masks(
                     )
                 loss.backward()
         for name, tile in tiles.items():
-            scores = tile.gradient.abs_().reshape(-1)
-            tops[name].push(scores, tile.start * layers[name].in_features)
+            tops[name].push(tile.gradient.abs_(), tile.start)
     return {name: top.flat() for name, top in tops.items()}
+
+
+class _Largest:
+    """The largest scores of a layer's weight, of a stack those of each of its matrices.
+
+    Args:
+        layer: the layer.
+        count: how many, of each matrix.
+        height: rows in one push, at most.
+    """
+
+    def __init__(self, layer: FrozenLinear, count: int, height: int) -> None:
+        self.rows, self.n = part_shape(layer.weight_tiles)
+        numel, block = self.rows * self.n, min(height, self.rows) * self.n
+        self.tops = [
+            StreamedTopK(count, numel, block, layer.weight.device)
+            for _ in range(parts_of(layer.weight_tiles))
+        ]
+
+    def push(self, scores: Tensor, first: int) -> None:
+        """Offer the scores [r, n] of rows `first:first + r`."""
+        last = first + len(scores)
+        for part, top in enumerate(self.tops):
+            at = part * self.rows
+            start, stop = max(first, at), min(last, at + self.rows)
+            if start < stop:
+                own = scores[start - first : stop - first]
+                top.push(own.reshape(-1), (start - at) * self.n)
+
+    def flat(self) -> Tensor:
+        """Sorted flat positions int64."""
+        size = self.rows * self.n
+        return torch.cat([top.flat() + part * size for part, top in enumerate(self.tops)])
 
 
 class GradientTile:
@@ -92,9 +116,13 @@ class GradientTile:
         self.start, self.stop = start, stop
         self.gradient = torch.zeros(stop - start, n, device=device)
 
-    def add(self, x: Tensor, grad_y: Tensor) -> None:
-        """Add the share of one backward pass: x [T, n], grad_y [T, m]."""
-        self.gradient += grad_y[:, self.start : self.stop].T @ x
+    def add(self, x: Tensor, grad_y: Tensor, first: int = 0) -> None:
+        """Add the share of one backward pass: x [T, n], and grad_y [T, r] of rows `first:first +
+        r`."""
+        start, stop = max(self.start, first), min(self.stop, first + grad_y.shape[1])
+        if start < stop:
+            share = grad_y[:, start - first : stop - first].T @ x
+            self.gradient[start - self.start : stop - self.start] += share
 
 
 @contextmanager

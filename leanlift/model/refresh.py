@@ -24,6 +24,7 @@ from leanlift.model.state import lift_layers, lift_state
 from leanlift.optim import remap_entries
 from leanlift.selection import Favoring, scores_of, selection
 from leanlift.sparse import BoundedMask, bounded_mask
+from leanlift.tiles import RangeTiles, part_shape, parts_of
 
 EXCHANGE_PER_ENTRY = 64
 """Bytes per entry while a mask is exchanged: sorted int64 positions of both masks and the store,
@@ -93,11 +94,26 @@ def refresh_mask(
 
 
 def _choose(layer: LiftLinear, name: str, config: LiftConfig) -> tuple[BoundedMask, bool]:
-    """The layer's next mask, and whether its selection converged."""
-    scorer, index = config.scorer(), layer.index
+    """The layer's next mask, and whether its selection converged; of a stack, each matrix's."""
+    parts, (m, n) = parts_of(layer.weight_tiles), part_shape(layer.weight_tiles)
+    if parts == 1:
+        return _choose_rows(layer, 0, m, name, config)
+    chosen = [_choose_rows(layer, e * m, (e + 1) * m, f"{name}[{e}]", config) for e in range(parts)]
+    flat = torch.cat([mask.flat + e * m * n for e, (mask, _) in enumerate(chosen)])
+    held_back = sum(mask.held_back for mask, _ in chosen)
+    return BoundedMask(flat, held_back), all(converged for _, converged in chosen)
+
+
+def _choose_rows(
+    layer: LiftLinear, start: int, stop: int, name: str, config: LiftConfig
+) -> tuple[BoundedMask, bool]:
+    """The next mask of rows `start:stop`, counted from the first of them, which trains as many
+    entries as before."""
+    scorer, learned = config.scorer(), layer.learned.rows(start, stop)
+    index, rows = learned.active.index, RangeTiles(layer.effective, start, stop)
     if config.refresh_margin:
         scorer = Favoring(scorer, index, config.refresh_margin)
-    chosen = selection(layer.effective, scorer, index.count, name, config.selection_tile_bytes)
+    chosen = selection(rows, scorer, index.count, name, config.selection_tile_bytes)
     bound = config.retired_bound(index.count)
     if bound is None:
         return BoundedMask(chosen.flat, 0), chosen.converged
@@ -105,18 +121,15 @@ def _choose(layer: LiftLinear, name: str, config: LiftConfig) -> tuple[BoundedMa
     def unit_scores(units: Tensor) -> Tensor:
         return scores_of(chosen.scores, units, index.shape, scorer.block)
 
-    mask = bounded_mask(
-        layer.learned,
-        chosen.flat,
-        bound,
-        scorer.block,
-        unit_scores,
-    )
+    mask = bounded_mask(learned, chosen.flat, bound, scorer.block, unit_scores)
     return mask, chosen.converged
 
 
 def refresh_nbytes(
-    config: LiftConfig, shapes: Mapping[str, tuple[int, int]], counts: Mapping[str, int]
+    config: LiftConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    counts: Mapping[str, int],
+    parts: Mapping[str, int],
 ) -> int:
     """Peak of a refresh beyond what stays, from shapes alone: one matrix is selected from, in fp32,
     or exchanges its mask. The stored rows that a tile is made of, one tile more, are not counted.
@@ -124,6 +137,7 @@ def refresh_nbytes(
     Args:
         config: what is trained.
         shapes, counts: of every target, and of its trained entries.
+        parts: how many matrices a target is a stack of, of stacks.
     """
     exchange = EXCHANGE_PER_ENTRY * max(counts.values())
-    return max(selecting_nbytes(config, shapes, counts, 4), exchange)
+    return max(selecting_nbytes(config, shapes, counts, 4, parts), exchange)

@@ -17,11 +17,14 @@ from torch import nn
 
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace
 from leanlift.layers.embedding import FrozenEmbedding
+from leanlift.layers.experts import FrozenExperts, LiftExperts
 from leanlift.layers.fused_glu import use_fused_glu
 from leanlift.layers.lm_head import FrozenHead
 from leanlift.model.embeddings import Hold, quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding
+from leanlift.model.stacks import named_parts, put_part
 from leanlift.sparse import SegmentedIndex
+from leanlift.tiles import is_stack
 from leanlift.weights.quantized import FrozenWeight, WeightFormat, frozen_weight, is_quantized
 
 OURS = (FrozenLinear, FrozenEmbedding, FrozenHead)
@@ -31,9 +34,10 @@ MakeLayer = Callable[[str, nn.Module], nn.Module | None]
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of a model by name, without those inside layers of ours, in model order."""
+    """The modules of a model by name, its stacks of experts among them, without those inside layers
+    of ours, in model order."""
     inside = None
-    for name, module in list(model.named_modules()):
+    for name, module in named_parts(model).items():
         if inside is not None and name.startswith(inside):
             continue
         yield name, module
@@ -44,14 +48,14 @@ def replace_modules(model: nn.Module, make_layer: MakeLayer) -> dict[str, nn.Mod
     """Put in what `make_layer` gives, in place. Where it raises, nothing has been replaced.
 
     Returns:
-        The modules that were replaced, by name: `replace_modules(model, lambda name, _:
-        replaced.get(name))` puts them back.
+        The modules that were replaced by name, for a Parameter the stack that it was seen as:
+        `replace_modules(model, lambda name, _: replaced.get(name))` puts them back.
     """
     found = [(name, module, make_layer(name, module)) for name, module in outer_modules(model)]
     replaced = {}
     for name, module, layer in found:
         if layer is not None and layer is not module:
-            model.set_submodule(name, layer.train(module.training))
+            put_part(model, name, layer.train(module.training))
             replaced[name] = module
     return replaced
 
@@ -62,8 +66,9 @@ def layers_over(
     workspace: Workspace,
     values_dtype: torch.dtype = torch.float32,
 ) -> MakeLayer:
-    """What puts our layers over `weights`: LiftLinears that train the positions `indices`, and
-    FrozenLinears where there are none. A layer that is there already and does the same stays.
+    """What puts our layers over `weights`: LiftLinears (LiftExperts over stacks) that train the
+    positions `indices`, and FrozenLinears where there are none. A layer that is there already and
+    does the same stays.
 
     Args:
         weights: frozen weights by the names of their modules.
@@ -76,15 +81,18 @@ def layers_over(
         weight, index = weights.get(name), indices.get(name)
         if weight is None:
             return None
+        frozen, trained = FrozenLinear, LiftLinear
+        if is_stack(weight):
+            frozen, trained = FrozenExperts, LiftExperts
         if index is None:
-            if type(module) is FrozenLinear:
+            if type(module) is frozen:
                 return module
-            return FrozenLinear(weight.module, weight, workspace)
+            return frozen(weight.module, weight, workspace)
         if isinstance(module, LiftLinear):
             there = module.index.count, module.values.dtype
             if there == (index.count, values_dtype):
                 return module
-        return LiftLinear(weight.module, weight, index, workspace, values_dtype)
+        return trained(weight.module, weight, index, workspace, values_dtype)
 
     return make_layer
 

@@ -1,13 +1,12 @@
-"""Which Linears of a causal language model are trained.
+"""Which Linears of a causal language model are trained, and which stacks of experts.
 
-The default is every Linear inside the blocks: found by walking the module lists of the model, so
-no model family is named anywhere. What lies outside (embeddings, lm_head) is never a target.
+The default is every one of them inside the blocks but for routers: found by walking the module
+lists of the model, so no model family is named anywhere. What lies outside (embeddings, lm_head) is
+never a target.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,18 @@ from torch import nn
 
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
+from leanlift.model.stacks import named_parts, source_of
 from leanlift.weights.quantized import is_quantized
+from leanlift.weights.stacks import ExpertStack
 
 LEAST_SHARE = 0.5
 """Of the weights in the blocks that a preset covers: where less is in Linears, most of the model
 would stay untrained, and the preset is refused."""
 
 MOST_NAMED = 6
+
+ROUTERS = ("gate", "router")
+"""What chooses experts is called so."""
 
 
 def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
@@ -37,13 +41,17 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
         UserError: nothing matches, or an ending does not, or the blocks hold weights that leanlift
             cannot train.
     """
-    names = dict(model.named_modules())
+    names = named_parts(model)
     inside = inside_blocks(names)
     if wanted in TARGET_PRESETS:
         inside = [name for name in inside if _in_preset(name, wanted)]
         _refuse_packed(names, inside)
         found = [
-            name for name in inside if _is_linear(names[name]) and not read_by_parent(names, name)
+            name
+            for name in inside
+            if _is_linear(names[name])
+            and not read_by_parent(names, name)
+            and not _routes(names, name)
         ]
         _refuse_untrainable(names, inside, found)
         if not found:
@@ -78,18 +86,7 @@ def read_by_parent(names: Mapping[str, nn.Module], name: str) -> bool:
     parent, _, leaf = name.rpartition(".")
     kind: Any = type(names[parent]) if parent in names else object
     taken = rf"\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape)\b)"
-    return re.search(taken, _source_of(kind)) is not None
-
-
-@functools.cache
-def _source_of(kind: Any) -> str:
-    """The text of a class; empty where there is none, or where it is torch's own."""
-    if kind.__module__.partition(".")[0] == "torch":
-        return ""
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):
-        return ""
+    return re.search(taken, source_of(kind)) is not None
 
 
 def _ends_in(name: str, ending: str) -> bool:
@@ -128,12 +125,12 @@ def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_quantized(module)
+    return type(module) is nn.Linear or is_quantized(module) or isinstance(module, ExpertStack)
 
 
 def block_lists(model: nn.Module) -> list[str]:
     """The outermost module lists of a model: where a transformer keeps its blocks."""
-    return _block_lists(dict(model.named_modules()))
+    return _block_lists(named_parts(model))
 
 
 def _block_lists(names: dict[str, nn.Module]) -> list[str]:
@@ -192,7 +189,7 @@ def untrained(names: dict[str, nn.Module], inside: list[str], found: list[str]) 
             continue
         for key, parameter in module.named_parameters(recurse=False):
             what = _what(key, module, tuple(parameter.shape))
-            if what is not None:
+            if what is not None and f"{name}.{key}" not in names:  # a stack is a part of its own
                 left.append(_untrained(name, key, module, what))
     return left
 
@@ -225,7 +222,7 @@ def what_is_left(model: nn.Module, found: list[str], wanted: str | tuple[str, ..
     """One line about what a preset leaves untrained inside the blocks; None: nothing."""
     if wanted not in TARGET_PRESETS:
         return None
-    names = dict(model.named_modules())
+    names = named_parts(model)
     inside = [name for name in inside_blocks(names) if _in_preset(name, wanted)]
     left = untrained(names, inside, found)
     if not left:
@@ -257,7 +254,13 @@ def _what(key: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
     return f"holds a matrix {shape} of a {type(module).__name__}"
 
 
+def _routes(names: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether a Linear chooses among the experts beside it: it is trained only if it is named."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf in ROUTERS and f"{parent}.experts" in names
+
+
 def _is_router(name: str, module: nn.Module) -> bool:
     """Whether it chooses experts: those are never trained."""
     kind = type(module).__name__.lower()
-    return name.rpartition(".")[2] in ("gate", "router") or "router" in kind
+    return name.rpartition(".")[2] in ROUTERS or "router" in kind

@@ -23,11 +23,13 @@ from leanlift.config import LiftConfig
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace
 from leanlift.measure.live import LiveBytes
 from leanlift.model.embeddings import INT8, embedding_to_cpu
+from leanlift.model.stacks import named_parts
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.plan.pieces import first_pieces
 from leanlift.sparse import SEGMENT, SegmentedIndex
+from leanlift.tiles import part_shape, parts_of
 from leanlift.weights.quantized import (
     FrozenWeight,
     Weight8bit,
@@ -35,6 +37,7 @@ from leanlift.weights.quantized import (
     empty_weight,
     frozen_weight,
 )
+from leanlift.weights.stacks import ExpertStack, target_weight
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Loss of a model on input ids [B, S] and labels [B, S]."""
@@ -105,7 +108,10 @@ def attach_fake(
     targets = find_targets(model, config.target_modules)
     config.check_patterns(targets)
     weights = planned_weights(model, fmt, targets)
-    indices = {n: even_index(weights[n].shape, config.count(weights[n].shape, n)) for n in targets}
+    indices = {}
+    for name in targets:
+        parts, weight = parts_of(weights[name]), weights[name]
+        indices[name] = even_index(weight.shape, parts * config.count(part_shape(weight), name))
     workspace = workspace or first_pieces("cuda")
     make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
     operate(model, make_layer, _without_numbers if config.quantize_embeddings else None)
@@ -116,10 +122,12 @@ def attach_fake(
 
 def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[str, FrozenWeight]:
     """Weights without numbers, of the Linears of a fake 16/32-bit model that loading quantizes, or
-    of its targets where it does not."""
+    of its targets where it does not; and of the stacks of experts among these."""
     head, trained = model.get_output_embeddings(), set(targets)
     weights: dict[str, FrozenWeight] = {}
-    for name, module in model.named_modules():
+    for name, module in named_parts(model).items():
+        if isinstance(module, ExpertStack) and name in trained:
+            weights[name] = target_weight(module, name)
         if type(module) is not nn.Linear or module is head:
             continue
         if fmt.kind != "dense":
@@ -236,7 +244,7 @@ def _take_scratch(model: Any) -> None:
     linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     needing = [layer for layer in linears if layer.needs_scratch(dtype)]
     if needing:
-        widest = max((layer.weight_tiles.shape for layer in needing), key=math.prod)
+        widest = max((layer.made_at_once for layer in needing), key=math.prod)
         needing[0].scratch.take(*widest, dtype, torch.device("cpu"))
 
 

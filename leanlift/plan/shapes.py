@@ -11,10 +11,13 @@ from torch import nn
 from leanlift.config import LiftConfig
 from leanlift.layers import FrozenLinear, scratch_nbytes
 from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings_nbytes
+from leanlift.model.stacks import named_parts
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
+from leanlift.tiles import parts_of
 from leanlift.weights.quantized import WeightFormat, dtype_of
+from leanlift.weights.stacks import ExpertStack
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Shapes:
         scratch: bytes of the buffer that these share.
         weights: of the model, in number.
         targets, counts: shapes of the targets, and how many entries of each are trained.
+        parts: how many matrices a target is a stack of, of stacks.
         linears: shapes of all our layers.
+        held: bytes of their weights.
     """
 
     ends: EmbeddingBytes
@@ -58,11 +63,13 @@ class Shapes:
     weights: int
     targets: dict[str, tuple[int, int]]
     counts: dict[str, int]
+    parts: dict[str, int]
     linears: list[tuple[int, int]]
+    held: int
 
     @property
     def largest(self) -> int:
-        """Entries of the largest Linear."""
+        """Entries of the largest Linear, or stack."""
         return max(m * n for m, n in self.linears)
 
     @property
@@ -84,7 +91,11 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     elsewhere = settings.embedding_on_cpu and settings.on_cuda  # else it is where the model is
     ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere)
     tensors = _tensors_outside_ends(model)
-    own = {name: id(m.weight) for name, m in model.named_modules() if type(m) is nn.Linear}
+    own = {
+        name: id(m.weight)
+        for name, m in named_parts(model).items()
+        if type(m) is nn.Linear or isinstance(m, ExpertStack)
+    }
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
@@ -97,9 +108,16 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         weights=weights,
         targets={name: index.shape for name, index in indices.items()},
         counts={name: index.count for name, index in indices.items()},
+        parts={n: parts_of(layers[n].weight_tiles) for n in indices},
         linears=[layer.weight_tiles.shape for layer in layers.values()],
+        held=sum(_held(layer.weight_tiles) for layer in layers.values()),
     )
     return shapes, model
+
+
+def _held(weight: Any) -> int:
+    nbytes: int = weight.format.held_nbytes(weight.shape)
+    return nbytes
 
 
 def _tensors_outside_ends(model: Any) -> dict[int, int]:

@@ -19,7 +19,7 @@ def held_nbytes(planned: Planned, shapes: Shapes) -> dict[str, int]:
     """What stays from step to step, by category."""
     value, counts = planned.value_nbytes, shapes.counts
     return {
-        "base weights": sum(planned.fmt.held_nbytes(shape) for shape in shapes.linears),
+        "base weights": shapes.held,
         "embeddings and head": shapes.ends.held,
         "norms and other": shapes.other,
         "index": sum(index_nbytes(shapes.targets[name], count) for name, count in counts.items()),
@@ -57,7 +57,7 @@ def updating_nbytes(planned: Planned, shapes: Shapes, held: dict[str, int]) -> i
 def one_selection_nbytes(planned: Planned, shapes: Shapes) -> int:
     """What the largest selection before training takes."""
     item = planned.settings.model_dtype.itemsize
-    return selecting_nbytes(planned.config, shapes.targets, shapes.counts, item)
+    return selecting_nbytes(planned.config, shapes.targets, shapes.counts, item, shapes.parts)
 
 
 def before_training(planned: Planned, shapes: Shapes, held: dict[str, int]) -> dict[str, int]:
@@ -87,5 +87,7 @@ def beside_training(
     if settings.eval_batch is not None:
         phases["evaluate"] = static + evaluating
     if config.refresh_interval:
-        phases["refresh"] = static + refresh_nbytes(config, shapes.targets, shapes.counts)
+        phases["refresh"] = static + refresh_nbytes(
+            config, shapes.targets, shapes.counts, shapes.parts
+        )
     return phases

@@ -29,7 +29,16 @@ from leanlift.selection.scorers import (
     Scorer,
 )
 from leanlift.selection.topk import StreamedTopK, kth_largest, topk_nbytes
-from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, ScaledTiles, as_tiles, row_ranges
+from leanlift.tiles import (
+    DEFAULT_TILE_BYTES,
+    RangeTiles,
+    RowTiles,
+    ScaledTiles,
+    as_tiles,
+    part_shape,
+    parts_of,
+    row_ranges,
+)
 
 __all__ = [
     "Favoring",
@@ -45,6 +54,7 @@ __all__ = [
     "scores_of",
     "select",
     "selection",
+    "selection_by_part",
     "selection_nbytes",
 ]
 
@@ -121,6 +131,27 @@ def selection(
             "differ too much in size to be ranked; leave it out with target_modules."
         )
     return Selection(flat, scores.converged and told_apart, scores)
+
+
+@torch.no_grad()
+def selection_by_part(
+    tiles: RowTiles,
+    scorer: Scorer,
+    count: int,
+    name: str = "the matrix",
+    tile_bytes: int = DEFAULT_TILE_BYTES,
+) -> Selection:
+    """As `selection`, of a stack `count` entries in each of its matrices, which know nothing of
+    each other; `scores` are those of the last."""
+    parts, (m, n) = parts_of(tiles), part_shape(tiles)
+    if parts == 1:
+        return selection(tiles, scorer, count, name, tile_bytes)
+    chosen = [
+        selection(RangeTiles(tiles, e * m, (e + 1) * m), scorer, count, f"{name}[{e}]", tile_bytes)
+        for e in range(parts)
+    ]
+    flat = torch.cat([one.flat + e * m * n for e, one in enumerate(chosen)])
+    return Selection(flat, all(one.converged for one in chosen), chosen[-1].scores)
 
 
 def _top(

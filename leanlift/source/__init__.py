@@ -13,7 +13,7 @@ from leanlift.source.homes import (
     matrix_cells,
     stored_cells,
 )
-from leanlift.source.joined import JoinedRows
+from leanlift.source.joined import JoinedRows, StackedRows, by_rows
 from leanlift.source.stock import loading_nbytes, stored_quantization
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
@@ -22,8 +22,10 @@ __all__ = [
     "WEIGHTS",
     "JoinedRows",
     "SourceTensor",
+    "StackedRows",
     "Stored",
     "StoredMatrix",
+    "by_rows",
     "check_homes",
     "check_matrix_homes",
     "find",

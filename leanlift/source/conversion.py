@@ -2,15 +2,16 @@
 
 A model that transformers has loaded knows which of its conversions were used. They are applied to
 the names of the checkpoint as loading applies them; where several tensors become one, or one
-several, the few operations on rows that there are (chunk, split, concatenate) are applied to
-the *places* of the rows instead of the rows. What another operation makes has no home: it cannot
-be merged into the checkpoint row by row, and is refused as a target.
+several, the few operations on rows that there are (chunk, split, concatenate, stack) are applied to
+the *places* of the rows instead of the rows. What another operation makes has no home: it cannot be
+merged into the checkpoint row by row, and is refused as a target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -23,22 +24,31 @@ class _NoHomeError(Exception):
     """An operation that is none on rows."""
 
 
-def layout_of(model: Any, disk: Mapping[str, Shape], live: Mapping[str, Shape]) -> Layout:
+def layout_of(
+    model: Any,
+    disk: Mapping[str, Shape],
+    live: Mapping[str, Shape],
+    stacks: Collection[str] = (),
+) -> Layout:
     """Where the tensors of a model lie in its checkpoint.
 
     Args:
         model: as transformers loaded it.
         disk: the shapes of the checkpoint's tensors; of a quantized matrix, that of the matrix.
         live: the shapes of the model's tensors, likewise.
+        stacks: tensors of the model [E, m, n] that are stacks of matrices. Of such a one the home
+            is that of all rows [E * m, n], under its name and ".weight".
 
     Returns:
         What is not under its own name. A tensor that is in neither part of it, and whose name the
         checkpoint does not have, has no home.
     """
+    from transformers.core_model_loading import dot_natural_key
+
     renamings, converters = _conversions(model)
     names: dict[str, str] = {}
     groups: dict[str, _Group] = {}
-    for name in sorted(disk):
+    for name in sorted(disk, key=dot_natural_key):  # the order in which experts are stacked
         key, pattern = _renamed(name, model, renamings, converters, live)
         if pattern is None:
             if key in live and key != name:
@@ -49,7 +59,18 @@ def layout_of(model: Any, disk: Mapping[str, Shape], live: Mapping[str, Shape]) 
     homes: dict[str, Home] = {}
     for key, group in groups.items():
         homes |= {name: home for name, home in group.homes(key, live).items() if name in live}
+    for stack in stacks:
+        home = homes.pop(stack, None)
+        if stack not in groups:
+            home = _whole(names.get(stack, stack), live[stack], disk)
+        if home is not None:
+            homes[f"{stack}.weight"] = home
     return Layout(names, homes)
+
+
+def _whole(name: str, shape: Shape, disk: Mapping[str, Shape]) -> Home | None:
+    """All rows of a stack that is stored as it lives."""
+    return (Segment(name, 0, shape[0] * shape[1]),) if disk.get(name) == shape else None
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:
@@ -102,6 +123,19 @@ def _cut(home: Home, sizes: Sequence[int]) -> list[Home]:
     ]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The places of the rows of tensors, while they are converted.
+
+    Attributes:
+        homes: of several matrices.
+        stacked: whether those are one tensor [E, m, n] by now.
+    """
+
+    homes: list[Home]
+    stacked: bool = False
+
+
 class _Group:
     """The tensors on disk that one converter takes together."""
 
@@ -116,42 +150,69 @@ class _Group:
         self.found.setdefault(pattern, []).append(home)
 
     def homes(self, key: str, live: Mapping[str, Shape]) -> dict[str, Home]:
-        """Homes of the matrices of the model that come out; `key` is the first of them."""
+        """Homes of the matrices, or of the stack's rows, that come out; `key` is the first of
+        them."""
         before, found, after = key.partition(self.converter.target_patterns[0])
         if not found or not all(home for many in self.found.values() for home in many):
             return {}
         full = {t: before + t + after for t in self.converter.target_patterns}
         try:
-            out = self.found
+            out = {pattern: _Rows(homes) for pattern, homes in self.found.items()}
             for operation in self.converter.operations:
                 out = self._after(operation, out, full, live)
         except _NoHomeError:
             return {}
-        return {full[target]: home for target, (home,) in out.items() if target in full}
+        made = {full[target]: rows for target, rows in out.items() if target in full}
+        return {
+            name: tuple(segment for home in rows.homes for segment in home)
+            for name, rows in made.items()
+            if rows.stacked or len(rows.homes) == 1
+        }
 
     def _after(
         self,
         operation: Any,
-        given: dict[str, list[Home]],
+        given: dict[str, _Rows],
         full: dict[str, str],
         live: Mapping[str, Shape],
-    ) -> dict[str, list[Home]]:
+    ) -> dict[str, _Rows]:
         """What an operation on rows makes of the places of the rows.
 
         Raises:
             _NoHomeError: it is another operation.
         """
-        kind, targets = type(operation).__name__, self.converter.target_patterns
-        if getattr(operation, "dim", None) != 0:
+        kind, stacked = type(operation).__name__, [rows.stacked for rows in given.values()]
+        if kind == "MergeModulelist" and operation.dim == 0 and not any(stacked):
+            targets = self.converter.target_patterns
+            names = targets if len(given) == len(targets) == 1 else given
+            return {n: _Rows(r.homes, True) for n, r in zip(names, given.values(), strict=True)}
+        row = 1 if all(stacked) else 0  # which dimension of the tensors is that of the rows
+        if getattr(operation, "dim", None) != row or any(stacked) != all(stacked):
             raise _NoHomeError
         if getattr(operation, "num_shards_attribute", None) is not None:
             raise _NoHomeError
-        if kind == "Concatenate" and len(targets) == 1:
-            parts = [home for s in self.converter.source_patterns for home in given.get(s, [])]
-            return {targets[0]: [tuple(segment for home in parts for segment in home)]}
-        if kind not in ("Chunk", "Split") or len(given) != 1:
+        if kind == "Concatenate" and len(self.converter.target_patterns) == 1:
+            return {self.converter.target_patterns[0]: self._concatenated(given)}
+        if kind not in ("Chunk", "Split") or len(given) != 1 or all(stacked):
             raise _NoHomeError
-        ((home,),) = given.values()
+        (rows,) = given.values()
+        return self._shared_out(kind, rows, full, live)
+
+    def _concatenated(self, given: dict[str, _Rows]) -> _Rows:
+        """The rows of tensors one after the other; of stacks, matrix by matrix."""
+        parts = [given[s] for s in self.converter.source_patterns if s in given]
+        if not parts[0].stacked:
+            return _Rows([tuple(seg for rows in parts for home in rows.homes for seg in home)])
+        if len({len(rows.homes) for rows in parts}) != 1:
+            raise _NoHomeError
+        together = zip(*(rows.homes for rows in parts), strict=True)
+        return _Rows([tuple(seg for home in homes for seg in home) for homes in together], True)
+
+    def _shared_out(
+        self, kind: str, given: _Rows, full: dict[str, str], live: Mapping[str, Shape]
+    ) -> dict[str, _Rows]:
+        """The rows of one tensor, shared out among the targets."""
+        (home,), targets = given.homes, self.converter.target_patterns
         if kind == "Split":
             if not all(name in live for name in full.values()):
                 raise _NoHomeError
@@ -159,4 +220,4 @@ class _Group:
         else:  # as torch.chunk
             size = -(-_count(home) // len(targets))
             sizes = [min(size, _count(home) - i * size) for i in range(len(targets))]
-        return {t: [part] for t, part in zip(targets, _cut(home, sizes), strict=True)}
+        return {t: _Rows([part]) for t, part in zip(targets, _cut(home, sizes), strict=True)}

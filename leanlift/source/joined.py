@@ -13,6 +13,44 @@ from leanlift.source.checkpoint import SourceTensor
 
 
 @dataclass(frozen=True)
+class StackedRows:
+    """A tensor [E, m, n] of a checkpoint, seen as the rows [E * m, n] of its matrices."""
+
+    tensor: SourceTensor
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        parts, m, n = self.tensor.shape
+        return parts * m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        m = self.tensor.shape[1]
+        first, last = start // m, -(-stop // m)
+        return self.tensor.rows(first, last).flatten(0, 1)[start - first * m : stop - first * m]
+
+    def entries(self, flat: Tensor) -> Tensor:
+        """Entries at row-major positions [s]; of the file, the pages that hold them."""
+        return self.tensor.entries(flat)
+
+
+def by_rows(tensor: SourceTensor) -> SourceTensor | StackedRows:
+    """A tensor of a checkpoint as a matrix, where it is one or a stack of them."""
+    return StackedRows(tensor) if len(tensor.shape) == 3 else tensor
+
+
+@dataclass(frozen=True)
 class JoinedRows:
     """Rows of one or several tensors on disk, seen as the one matrix that they are in the model.
 
@@ -26,13 +64,15 @@ class JoinedRows:
     shape: tuple[int, ...]
     dtype: torch.dtype
     home: Home
-    parts: Mapping[str, SourceTensor]
+    parts: Mapping[str, SourceTensor | StackedRows]
 
     @classmethod
     def of(cls, name: str, home: Home, tensors: Mapping[str, object]) -> JoinedRows | None:
         """None where the checkpoint lacks a part of it, or has one in another shape."""
         parts = {part.name: tensors.get(part.name) for part in home}
-        found = {key: part for key, part in parts.items() if isinstance(part, SourceTensor)}
+        found = {
+            key: by_rows(part) for key, part in parts.items() if isinstance(part, SourceTensor)
+        }
         kinds = {(part.shape[1:], part.dtype) for part in found.values()}
         if len(found) < len(parts) or len(kinds) != 1:
             return None
@@ -57,5 +97,13 @@ class JoinedRows:
         return self.rows(0, self.shape[0])
 
     def entries(self, flat: Tensor) -> Tensor:
-        """Entries at row-major positions [s] of the model's matrix, in increasing order."""
-        return self.whole().flatten()[flat]
+        """Entries at row-major positions [s] of the model's matrix, in increasing order; of the
+        files, the pages that hold them."""
+        pieces, at, n = [], 0, self.shape[1]
+        for part in self.home:
+            first, last = torch.searchsorted(flat, torch.tensor([at, at + part.rows]) * n).tolist()
+            if first < last:
+                own = flat[first:last] + (part.first - at) * n
+                pieces.append(self.parts[part.name].entries(own))
+            at += part.rows
+        return torch.cat([torch.empty(0, dtype=self.dtype), *pieces])

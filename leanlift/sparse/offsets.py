@@ -73,6 +73,11 @@ class LayerOffsets:
         """Entries in all."""
         return sum(store.count for store in self.stores)
 
+    def rows(self, start: int, stop: int) -> LayerOffsets:
+        """What rows `start:stop` have learned; nothing is copied."""
+        retired = None if self.retired is None else self.retired.rows(start, stop)
+        return LayerOffsets(self.active.rows(start, stop), retired)
+
     def check_disjoint(self, what: str) -> None:
         """Refuse entries that are active and retired at once: they would count twice, and a
         refresh could not tell which of the two to keep.

@@ -1,0 +1,87 @@
+"""The weights of a mixture's experts: one tensor [E, m, n] instead of E Linears.
+
+transformers keeps them as a Parameter of the module that computes with them. `ExpertStack` makes a
+module of such a Parameter, so that whatever goes by modules (targets, surgery, fingerprints) meets
+experts as it meets Linears; `StackWeight` are its rows, [E * m, n]. bitsandbytes quantizes Linears
+alone, so a stack is in 16 or 32 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from leanlift.errors import UserError
+from leanlift.weights.quantized import (
+    FLOAT_DTYPES,
+    FrozenWeight,
+    WeightFormat,
+    dtype_name,
+    frozen_weight,
+)
+
+
+class ExpertStack(nn.Module):
+    """Holds a Parameter [E, m, n] of another module, under the name that Linears have for it."""
+
+    bias = None
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+@dataclass(frozen=True)
+class StackWeight:
+    """The rows of all experts, one expert's after another's; they are views."""
+
+    module: ExpertStack
+
+    @property
+    def parts(self) -> int:
+        """E."""
+        return self.module.weight.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        experts, m, n = self.module.weight.shape
+        return experts * m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device
+
+    @property
+    def format(self) -> WeightFormat:
+        return WeightFormat("dense", dtype_name(self.dtype))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.module.weight.detach().flatten(0, 1)[start:stop]
+
+
+def target_weight(module: nn.Module, name: str) -> FrozenWeight:
+    """The weight of a Linear of any supported kind, or of a stack of experts.
+
+    Raises:
+        UserError: it is neither, or cannot be read; names it and says why.
+    """
+    if not isinstance(module, ExpertStack):
+        return frozen_weight(module, name)
+    weight = module.weight
+    if weight.device.type == "meta":
+        raise UserError(
+            f"{name} has no weights in memory (it is on the meta device or offloaded): load the "
+            "whole model onto one device."
+        )
+    if weight.dtype not in FLOAT_DTYPES or type(weight.data) is not Tensor:
+        raise UserError(
+            f"{name} holds experts as {type(weight.data).__name__} of {dtype_name(weight.dtype)}; "
+            "expected float32, bfloat16 or float16: load the 16-bit checkpoint."
+        )
+    return StackWeight(module)
