@@ -36,7 +36,7 @@ from leanlift.model.strangers import guard
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets, what_is_left
 from leanlift.ops import resolve
-from leanlift.selection import selection_by_part, selection_nbytes
+from leanlift.selection import selection, selection_nbytes
 from leanlift.source import check_homes
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import part_shape
@@ -103,9 +103,7 @@ def get_lift_model(
         scorer = config.scorer()
 
         def choose(name: str, weight: FrozenWeight) -> Choice:
-            chosen = selection_by_part(
-                weight, scorer, counts[name], name, config.selection_tile_bytes
-            )
+            chosen = selection(weight, scorer, counts[name], name, config.selection_tile_bytes)
             return Choice(SegmentedIndex.from_flat(chosen.flat, weight.shape), chosen.converged)
 
     attach(model, config, base, choose, "Selecting", progress, embedding_rows=embedding_rows)
@@ -181,7 +179,7 @@ def selecting_nbytes(
     shapes: Mapping[str, tuple[int, int]],
     counts: Mapping[str, int],
     itemsize: int,
-    parts: Mapping[str, int],
+    parts: Mapping[str, int] | None = None,
 ) -> int:
     """Peak of selecting beyond what stays, from shapes alone: matrices are selected from one by
     one. What a gradient mask's calibration takes has no rule, and is left out.
@@ -197,7 +195,7 @@ def selecting_nbytes(
     scorer, tile_bytes = config.scorer(), config.selection_tile_bytes
 
     def of(name: str) -> int:
-        (rows, n), stacked = shapes[name], parts.get(name, 1)
+        (rows, n), stacked = shapes[name], (parts or {}).get(name, 1)
         shape, count = (rows // stacked, n), counts[name] // stacked
         found = 8 * counts[name] if stacked > 1 else 0  # positions of the others
         return found + selection_nbytes(scorer, shape, count, tile_bytes, itemsize)

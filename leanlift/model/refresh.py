@@ -129,7 +129,7 @@ def refresh_nbytes(
     config: LiftConfig,
     shapes: Mapping[str, tuple[int, int]],
     counts: Mapping[str, int],
-    parts: Mapping[str, int],
+    parts: Mapping[str, int] | None = None,
 ) -> int:
     """Peak of a refresh beyond what stays, from shapes alone: one matrix is selected from, in fp32,
     or exchanges its mask. The stored rows that a tile is made of, one tile more, are not counted.

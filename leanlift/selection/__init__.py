@@ -35,6 +35,7 @@ from leanlift.tiles import (
     RowTiles,
     ScaledTiles,
     as_tiles,
+    is_stack,
     part_shape,
     parts_of,
     row_ranges,
@@ -54,7 +55,6 @@ __all__ = [
     "scores_of",
     "select",
     "selection",
-    "selection_by_part",
     "selection_nbytes",
 ]
 
@@ -99,11 +99,27 @@ def selection(
     """As `select`, and says whether the mask is unique and converged.
 
     Args:
-        tiles, scorer, count: as for `select`.
+        tiles, scorer, count: as for `select`. In a stack, `count` entries of each of its matrices
+            are selected, which know nothing of each other; `scores` are then those of the last.
         name: what to call the matrix in errors.
         tile_bytes: about how many bytes of rows are read at once; does not change the result.
     """
     tiles = as_tiles(tiles)
+    if not is_stack(tiles):
+        return _selection(tiles, scorer, count, name, tile_bytes)
+    m, n = part_shape(tiles)
+    chosen = [
+        _selection(RangeTiles(tiles, e * m, (e + 1) * m), scorer, count, f"{name}[{e}]", tile_bytes)
+        for e in range(parts_of(tiles))
+    ]
+    flat = torch.cat([one.flat + e * m * n for e, one in enumerate(chosen)])
+    return Selection(flat, all(one.converged for one in chosen), chosen[-1].scores)
+
+
+def _selection(
+    tiles: RowTiles, scorer: Scorer, count: int, name: str, tile_bytes: int
+) -> Selection:
+    """A selection from one matrix."""
     m, n = tiles.shape
     if not 0 <= count <= m * n:
         raise UserError(
@@ -131,27 +147,6 @@ def selection(
             "differ too much in size to be ranked; leave it out with target_modules."
         )
     return Selection(flat, scores.converged and told_apart, scores)
-
-
-@torch.no_grad()
-def selection_by_part(
-    tiles: RowTiles,
-    scorer: Scorer,
-    count: int,
-    name: str = "the matrix",
-    tile_bytes: int = DEFAULT_TILE_BYTES,
-) -> Selection:
-    """As `selection`, of a stack `count` entries in each of its matrices, which know nothing of
-    each other; `scores` are those of the last."""
-    parts, (m, n) = parts_of(tiles), part_shape(tiles)
-    if parts == 1:
-        return selection(tiles, scorer, count, name, tile_bytes)
-    chosen = [
-        selection(RangeTiles(tiles, e * m, (e + 1) * m), scorer, count, f"{name}[{e}]", tile_bytes)
-        for e in range(parts)
-    ]
-    flat = torch.cat([one.flat + e * m * n for e, one in enumerate(chosen)])
-    return Selection(flat, all(one.converged for one in chosen), chosen[-1].scores)
 
 
 def _top(

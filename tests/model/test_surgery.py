@@ -196,12 +196,12 @@ def test_every_weight_is_wrapped_once_and_a_base_fingerprinted_once(
         original = getattr(room, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            calls.append(args[1] if name == "frozen_weight" else name)
+            calls.append(args[1] if name == "target_weight" else name)
             return original(*args, **kwargs)
 
         monkeypatch.setattr(room, name, counted)
 
-    counting("frozen_weight")
+    counting("target_weight")
     counting("fingerprint")
     counts: list[str] = []
     count = LiftConfig.count
