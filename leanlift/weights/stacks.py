@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leanlift.errors import UserError
 from leanlift.weights.quantized import (
@@ -79,7 +80,7 @@ def target_weight(module: nn.Module, name: str) -> FrozenWeight:
             f"{name} has no weights in memory (it is on the meta device or offloaded): load the "
             "whole model onto one device."
         )
-    if weight.dtype not in FLOAT_DTYPES or type(weight.data) is not Tensor:
+    if weight.dtype not in FLOAT_DTYPES or is_traceable_wrapper_subclass(weight):
         raise UserError(
             f"{name} holds experts as {type(weight.data).__name__} of {dtype_name(weight.dtype)}; "
             "expected float32, bfloat16 or float16: load the 16-bit checkpoint."

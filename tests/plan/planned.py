@@ -15,6 +15,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
 from leanlift.training import (
@@ -40,6 +41,15 @@ MODELS: dict[str, Any] = {
     "mistral": MistralConfig(**SIZES, **GROUPED),
     "gemma2": Gemma2Config(**SIZES, **GROUPED, head_dim=32),
     "phi3, fused": Phi3Config(**SIZES, **GROUPED),
+    "qwen3, experts": Qwen3MoeConfig(
+        **SIZES,
+        **GROUPED,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        router_aux_loss_coef=0.0,
+    ),
 }
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"bnb_4bit_use_double_quant": False},

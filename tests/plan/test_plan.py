@@ -96,10 +96,13 @@ CASES: dict[str, dict[str, Any]] = {
     "embedding on the cpu": {"quantize_embeddings": True, "embedding_on_cpu": True},
     "tied": {"model": "qwen2, tied"},
     "gemma2": {"model": "gemma2"},
+    "experts": {"model": "qwen3, experts"},
+    "experts, checkpointing": {"model": "qwen3, experts", "gradient_checkpointing": True},
+    "experts, bf16": {"model": "qwen3, experts", "dtype": "bfloat16"},
 }
 
 
-USUAL = ("plain", "bf16 values", "int8 ends", "gemma2")
+USUAL = ("plain", "bf16 values", "int8 ends", "gemma2", "experts")
 
 
 @pytest.mark.parametrize("case", swept(CASES, *USUAL))
