@@ -127,8 +127,9 @@ def _onto_original(
     if adapter.grown is not None:
         grow_embedding(model, adapter.grown.rows)
     before = _logits(model, prompts)
+    parts: dict[str, Any] = dict(named_parts(model))
     for name, (m, n) in adapter.base.shapes.items():
-        weight, offsets = model.get_submodule(name).weight.data, adapter.layer(name)
+        weight, offsets = parts[name].weight.data.view(m, n), adapter.layer(name)
         for start, stop in row_ranges(m, tile_rows(n, 4)):
             rows = weight[start:stop].to("cpu", torch.float32)
             offsets.add_to_(rows, start, stop)

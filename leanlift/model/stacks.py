@@ -32,6 +32,11 @@ def named_parts(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def stack_names(model: nn.Module) -> list[str]:
+    """The Parameters of a model that are stacks of experts."""
+    return [name for name, part in named_parts(model).items() if isinstance(part, ExpertStack)]
+
+
 def _stacks(prefix: str, module: nn.Module) -> Iterator[tuple[str, ExpertStack]]:
     count = getattr(module, "num_experts", None)
     if not isinstance(count, int):

@@ -39,6 +39,8 @@ def arguments_as_trained(adapter: Adapter) -> RunArguments:
         UserError: matrices in several formats, which transformers cannot be asked for.
     """
     formats = {adapter.base.formats[name] for name in adapter.base.shapes}
+    quantized = {fmt for fmt in formats if fmt.kind != "dense"}
+    formats = quantized or formats  # experts are not, beside Linears that are
     if len(formats) > 1:
         raise UserError(
             f"{adapter.directory} was trained over {', '.join(sorted(map(str, formats)))} at once: "
