@@ -140,6 +140,7 @@ def test_the_adapter_says_where_its_matrices_are(foreign: Path, tmp_path: Path) 
     save(model, tmp_path / "adapter")
     data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert data["format_version"] == 4
+    assert main(["info", str(tmp_path / "adapter")]) == 0
     with open_adapter(tmp_path / "adapter") as adapter:
         layout = adapter.base.layout
     v, rows = "model.layers.1.self_attn.v_proj.weight", 32
