@@ -28,6 +28,7 @@ from leanlift.export import MergeReport
 from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.tensors import read_json
 from leanlift.model import grow_embedding, load_adapter, scale_adapter
+from leanlift.model.stacks import named_parts
 from leanlift.tiles import row_ranges, tile_rows
 from leanlift.training.load import load_as_trained
 from leanlift.weights.quantized import dtype_of

@@ -24,11 +24,11 @@ from leanlift.fingerprint.cells import Cells, cells_of
 from leanlift.fingerprint.samples import Comparison
 from leanlift.io.hub import snapshot_of
 from leanlift.layers import FrozenLinear
-from leanlift.model.stacks import named_parts
+from leanlift.model.stacks import named_parts, stack_names
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
-from leanlift.source import layout_of, open_checkpoint, plain_view, stored_cells
+from leanlift.source import layout_in, stored_cells
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.quantized import (
     FrozenWeight,
@@ -37,7 +37,7 @@ from leanlift.weights.quantized import (
     is_quantized,
     weight_tensors,
 )
-from leanlift.weights.stacks import ExpertStack, target_weight
+from leanlift.weights.stacks import target_weight
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,9 @@ def _layout(
     if checkpoint is None:
         return Layout()
     live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
-    stacks = [name for name, part in named_parts(model).items() if isinstance(part, ExpertStack)]
+    stacks = stack_names(model)
     live |= {f"{n}.weight": weight.shape for n, weight in weights.items() if n not in stacks}
-    with open_checkpoint(checkpoint) as files:
-        disk = {key: tensor.shape for key, tensor in plain_view(files).items()}
-    return layout_of(model, disk, live, stacks)
+    return layout_in(model, checkpoint, live, stacks)
 
 
 def _formats(

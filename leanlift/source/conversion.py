@@ -13,9 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from leanlift.fingerprint import Home, Layout, Segment, overlaps
+from leanlift.source.checkpoint import open_checkpoint
+from leanlift.source.stored import plain_view
 
 Shape = tuple[int, ...]
 
@@ -71,6 +74,20 @@ def layout_of(
 def _whole(name: str, shape: Shape, disk: Mapping[str, Shape]) -> Home | None:
     """All rows of a stack that is stored as it lives."""
     return (Segment(name, 0, shape[0] * shape[1]),) if disk.get(name) == shape else None
+
+
+def layout_in(
+    model: Any, directory: Path, live: Mapping[str, Shape], stacks: Collection[str] = ()
+) -> Layout:
+    """Where the tensors of a model lie in a checkpoint; headers alone are read.
+
+    Args:
+        model, live, stacks: as in `layout_of`; the model may be one without contents.
+        directory: of the checkpoint.
+    """
+    with open_checkpoint(directory) as files:
+        disk = {key: tensor.shape for key, tensor in plain_view(files).items()}
+    return layout_of(model, disk, live, stacks)
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.errors import first_line
+from leanlift.fingerprint import Layout
 from leanlift.format import size
+from leanlift.model.stacks import stack_names
 from leanlift.plan import (
     Batch,
     FakeBase,
@@ -19,6 +21,8 @@ from leanlift.plan import (
     plan_memory,
     shapes_of,
 )
+from leanlift.plan.fake import fake_tensors
+from leanlift.source import layout_in
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batches, largest_allowed
 from leanlift.training.loss import objective_of
@@ -67,6 +71,14 @@ def least_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool | None = None) -
 def targets_of(args: RunArguments, sft: LiftSFTConfig) -> dict[str, tuple[int, int]]:
     """The matrices that a run trains, and their shapes."""
     return shapes_of(_planned(args, sft, False)).targets
+
+
+def layout_of_base(args: RunArguments, sft: LiftSFTConfig, checkpoint: Path) -> Layout:
+    """Where the tensors of a run's model are in its checkpoint, by a model without contents."""
+    with fake_tensors():
+        model = _planned(args, sft, False).build()
+        live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return layout_in(model, checkpoint, live, stack_names(model))
 
 
 def is_tied(args: RunArguments, sft: LiftSFTConfig) -> bool:

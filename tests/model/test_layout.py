@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, merge_adapter
 from leanlift import save_adapter as save
 from leanlift.adapters import open_adapter
+from leanlift.cli import main
 from leanlift.fingerprint import Layout, Segment, overlaps
 from leanlift.model import lift_layers, lift_state
 
@@ -139,6 +140,7 @@ def test_the_adapter_says_where_its_matrices_are(foreign: Path, tmp_path: Path) 
     save(model, tmp_path / "adapter")
     data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert data["format_version"] == 4
+    assert main(["info", str(tmp_path / "adapter")]) == 0
     with open_adapter(tmp_path / "adapter") as adapter:
         layout = adapter.base.layout
     v, rows = "model.layers.1.self_attn.v_proj.weight", 32
@@ -165,6 +167,14 @@ def test_what_no_operation_on_rows_makes_is_refused_before_it_is_selected(
     monkeypatch.setattr("leanlift.model.attach.selection", lambda *a: pytest.fail("selected"))
     with pytest.raises(UserError, match=r"down_proj\.weight .* could be trained but not merged"):
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+
+
+def test_a_dry_run_finds_them_too(foreign: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1", "completion": "2"}\n' * 4)
+    command = ["train", "--model_name_or_path", str(foreign), "--dataset_name", str(rows)]
+    command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--approx_rank", "8"]
+    assert main([*command, "--dry_run"]) == 0
 
 
 HOME = (Segment("a", 3, 4), Segment("b", 0, 2), Segment("a", 0, 3))
