@@ -31,6 +31,7 @@ from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
 from leanlift.export.directory import carry_over, check_space, write_config
 from leanlift.export.identity import Part, Places, check_base, embedding_of, places
+from leanlift.export.requantized import Requantized
 from leanlift.export.rows import put_vocabulary, with_new_rows
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
@@ -44,8 +45,8 @@ from leanlift.source import (
     open_checkpoint,
     plain_view,
 )
-from leanlift.tiles import DEFAULT_TILE_BYTES, CastTiles, RowTiles, row_ranges, tile_rows
-from leanlift.weights.quantized import WeightFormat, dtype_name, dtype_of, requantize
+from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, row_ranges, tile_rows
+from leanlift.weights.quantized import dtype_name, dtype_of
 
 logger = logging.getLogger("leanlift")
 
@@ -115,10 +116,11 @@ def merge_adapter(
             plan = places(opened, tensors)
             specs = _specs(tensors, kept, target)
             check_space(out, sum(spec.nbytes for spec in specs))
+            again = Requantized(opened, plan)
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
                     for spec in tqdm(specs, desc="Merging", unit="tensor", disable=not progress):
-                        merge = _Merge(opened, plan, onto, spec.dtype, spec.name in kept)
+                        merge = _Merge(opened, plan, again, onto, spec.dtype, spec.name in kept)
                         writer.write(spec.name, merge.pieces(tensors[spec.name]))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 _write_card(partial, opened, str(named), dtype, onto, out.name)
@@ -220,10 +222,17 @@ class _Merge:
     """How one tensor of the base becomes one tensor of the output."""
 
     def __init__(
-        self, adapter: Adapter, plan: Places, onto: str, dtype: torch.dtype, kept: bool
+        self,
+        adapter: Adapter,
+        plan: Places,
+        requantized: Requantized,
+        onto: str,
+        dtype: torch.dtype,
+        kept: bool,
     ) -> None:
         self.adapter = adapter
         self.plan = plan
+        self.requantized = requantized
         self.quantized = onto == "quantized" and not kept
         self.dtype = dtype
 
@@ -261,8 +270,7 @@ class _Merge:
         if isinstance(tensor, StoredMatrix):
             rows = tensor.open()
         elif self.quantized:
-            fmt, matrix = self.adapter.base.formats[name], self.plan.matrices[name]
-            rows, first = _requantized(matrix, fmt, self.adapter.base.dtype), part.at
+            rows, first = self.requantized.of(name), part.at
         for start, stop in _ranges(tensor, part.rows):
             piece = rows.rows(first + start, first + stop)
             if offsets is not None:
@@ -314,13 +322,6 @@ def _check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
             f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
             "made from with --base, or take --onto quantized, which adds to what it holds."
         )
-
-
-def _requantized(tensor: Stored, fmt: WeightFormat, loaded: str) -> RowTiles:
-    """D(Q) of a matrix of the checkpoint, quantized as it was at loading."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    matrix: RowTiles = tensor  # type: ignore[assignment]
-    return requantize(CastTiles(matrix, dtype_of(loaded)), fmt, device)
 
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -70,7 +70,8 @@ class FrozenExperts(FrozenLinear):
     @property
     def dtype(self) -> torch.dtype:
         """In which a family computes with them."""
-        return self.weight_tiles.dtype
+        dtype: torch.dtype = getattr(self.weight_tiles, "computes_in", self.weight_tiles.dtype)
+        return dtype
 
     def transpose(self, one: int, other: int) -> TurnedExperts:
         """Every expert's transpose [E, n, m], for a product."""

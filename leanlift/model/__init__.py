@@ -11,6 +11,7 @@ from leanlift.model.attach import get_lift_model, use_ops
 from leanlift.model.embeddings import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
 from leanlift.model.resize_embeddings import embedding_size, grow_embedding
+from leanlift.model.stacks import quantize_experts
 from leanlift.model.state import LiftState, lift_layers, lift_state, weights_of
 from leanlift.model.strangers import claim
 from leanlift.model.surgery import freeze_quantized
@@ -28,6 +29,7 @@ __all__ = [
     "lift_state",
     "load_adapter",
     "output_head",
+    "quantize_experts",
     "refresh_mask",
     "restore_adapter",
     "save_adapter",

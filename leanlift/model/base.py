@@ -24,7 +24,7 @@ from leanlift.fingerprint.cells import Cells, cells_of
 from leanlift.fingerprint.samples import Comparison
 from leanlift.io.hub import snapshot_of
 from leanlift.layers import FrozenLinear
-from leanlift.model.stacks import named_parts, stack_names
+from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
@@ -94,8 +94,12 @@ def stock_base(model: nn.Module, targets: list[str]) -> LiveBase:
         UserError: a weight that cannot be read, or weights that are not numbers.
     """
     modules, trained = named_parts(model), set(targets)
-    others = [n for n, module in modules.items() if n not in trained and is_quantized(module)]
-    weights = {name: target_weight(modules[name], name) for name in (*targets, *others)}
+    others = [
+        name
+        for name, module in modules.items()
+        if name not in trained and (is_quantized(module) or isinstance(module, FrozenLinear))
+    ]
+    weights = {name: _weight(modules[name], name) for name in (*targets, *others)}
     check_finite(model)
     name, dtype, revision = base_name(model), base_dtype(model), base_revision(model)
     facts = fingerprint(model, weights, targets, name, dtype, revision)
@@ -110,7 +114,7 @@ def _layout(
     if checkpoint is None:
         return Layout()
     live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
-    stacks = stack_names(model)
+    stacks = stack_shapes(model)
     live |= {f"{n}.weight": weight.shape for n, weight in weights.items() if n not in stacks}
     return layout_in(model, checkpoint, live, stacks)
 

@@ -16,25 +16,61 @@ from typing import Any
 
 from torch import nn
 
-from leanlift.layers.experts import FrozenExperts
-from leanlift.weights.stacks import ExpertStack
+from leanlift.layers import FrozenExperts, FrozenLinear, Workspace
+from leanlift.weights.quantized import frozen_weight, is_quantized
+from leanlift.weights.stacks import ExpertStack, StackWeight, quantized_stack, target_weight
 
 GROUPED = "grouped_mm"
 """How transformers calls computing with experts in groups."""
 
 
 def named_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model by name, in its order, and after each its stacks of experts."""
-    return {
-        name: part
-        for prefix, module in model.named_modules()
-        for name, part in ((prefix, module), *_stacks(prefix, module))
-    }
+    """The modules of a model by name, in its order, and after each its stacks of experts; without
+    those inside layers of ours."""
+    parts: dict[str, nn.Module] = {}
+    inside = None
+    for prefix, module in model.named_modules():
+        if inside is None or not prefix.startswith(inside):
+            parts |= {prefix: module, **dict(_stacks(prefix, module))}
+            inside = f"{prefix}." if isinstance(module, FrozenLinear) else None
+    return parts
 
 
-def stack_names(model: nn.Module) -> list[str]:
-    """The Parameters of a model that are stacks of experts."""
-    return [name for name, part in named_parts(model).items() if isinstance(part, ExpertStack)]
+def stack_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The stacks of experts of a model: their names, and [E, m, n]."""
+    stacks: dict[str, Any] = {}
+    for name, part in named_parts(model).items():
+        if isinstance(part, ExpertStack):
+            stacks[name] = part.weight
+        elif isinstance(part, FrozenExperts):
+            stacks[name] = part
+    return {name: tuple(stack.shape) for name, stack in stacks.items()}
+
+
+def quantize_experts(model: Any) -> Any:
+    """Hold the experts of a model as its quantized Linears are held, in place.
+
+    bitsandbytes quantizes Linears alone, so stock transformers loads experts in 16 bits. Here each
+    stack is quantized by row tiles where it is, one stack at a time, and computed with by experts
+    that have tokens. Call it before `get_lift_model` or `load_adapter`, as for the base that an
+    adapter was trained over.
+
+    Args:
+        model: as stock transformers loaded it, with bitsandbytes; one without experts, or without
+            quantized Linears, stays as it is.
+
+    Returns:
+        The same model object.
+    """
+    parts = named_parts(model)
+    fmt = next((frozen_weight(m, n).format for n, m in parts.items() if is_quantized(m)), None)
+    workspace = Workspace()
+    for name in [name for name, part in parts.items() if isinstance(part, ExpertStack)]:
+        weight = target_weight(parts.pop(name), name)
+        if fmt is not None and isinstance(weight, StackWeight):
+            held = quantized_stack(weight, fmt)
+            put_part(model, name, FrozenExperts(held.module, held, workspace).train(model.training))
+    return model
 
 
 def _stacks(prefix: str, module: nn.Module) -> Iterator[tuple[str, ExpertStack]]:

@@ -85,7 +85,8 @@ def layers_over(
         if is_stack(weight):
             frozen, trained = FrozenExperts, LiftExperts
         if index is None:
-            if type(module) is frozen:
+            if isinstance(module, FrozenLinear) and type(module) is frozen:
+                module.workspace = workspace
                 return module
             return frozen(weight.module, weight, workspace)
         if isinstance(module, LiftLinear):

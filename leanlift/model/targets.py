@@ -16,6 +16,7 @@ from torch import nn
 
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
+from leanlift.layers import FrozenExperts
 from leanlift.model.stacks import named_parts, source_of
 from leanlift.weights.quantized import is_quantized
 from leanlift.weights.stacks import ExpertStack
@@ -125,7 +126,8 @@ def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_quantized(module) or isinstance(module, ExpertStack)
+    stack = isinstance(module, ExpertStack | FrozenExperts)
+    return stack or type(module) is nn.Linear or is_quantized(module)
 
 
 def block_lists(model: nn.Module) -> list[str]:

@@ -37,7 +37,7 @@ from leanlift.weights.quantized import (
     empty_weight,
     frozen_weight,
 )
-from leanlift.weights.stacks import ExpertStack, target_weight
+from leanlift.weights.stacks import ExpertStack, QuantizedStack, target_weight
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Loss of a model on input ids [B, S] and labels [B, S]."""
@@ -126,8 +126,8 @@ def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[s
     head, trained = model.get_output_embeddings(), set(targets)
     weights: dict[str, FrozenWeight] = {}
     for name, module in named_parts(model).items():
-        if isinstance(module, ExpertStack) and name in trained:
-            weights[name] = target_weight(module, name)
+        if isinstance(module, ExpertStack) and (fmt.kind != "dense" or name in trained):
+            weights[name] = _planned_stack(module, name, fmt)
         if type(module) is not nn.Linear or module is head:
             continue
         if fmt.kind != "dense":
@@ -136,6 +136,14 @@ def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[s
         elif name in trained:
             weights[name] = frozen_weight(module, name)
     return weights
+
+
+def _planned_stack(module: ExpertStack, name: str, fmt: WeightFormat) -> FrozenWeight:
+    """Experts as they are held beside Linears in this format."""
+    weight = target_weight(module, name)
+    if fmt.kind == "dense":
+        return weight
+    return QuantizedStack(empty_weight(weight.shape, fmt), parts_of(weight), weight.dtype)
 
 
 def _without_numbers(weight: Tensor) -> Weight8bit:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from leanlift.config import LiftConfig
-from leanlift.layers import FrozenLinear, scratch_nbytes
+from leanlift.layers import FrozenExperts, FrozenLinear, scratch_nbytes
 from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings_nbytes
 from leanlift.model.stacks import named_parts
 from leanlift.plan.fake import attach_fake, fake_tensors
@@ -55,6 +55,7 @@ class Shapes:
         parts: how many matrices a target is a stack of, of stacks.
         linears: shapes of all our layers.
         held: bytes of their weights.
+        loaded: by how much more these are while they are loaded: experts come in 16 bits.
     """
 
     ends: EmbeddingBytes
@@ -66,6 +67,7 @@ class Shapes:
     parts: dict[str, int]
     linears: list[tuple[int, int]]
     held: int
+    loaded: int
 
     @property
     def largest(self) -> int:
@@ -111,6 +113,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         parts={n: parts_of(layers[n].weight_tiles) for n in indices},
         linears=[layer.weight_tiles.shape for layer in layers.values()],
         held=sum(_held(layer.weight_tiles) for layer in layers.values()),
+        loaded=sum(map(_loaded, layers.values())),
     )
     return shapes, model
 
@@ -118,6 +121,15 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
 def _held(weight: Any) -> int:
     nbytes: int = weight.format.held_nbytes(weight.shape)
     return nbytes
+
+
+def _loaded(layer: FrozenLinear) -> int:
+    """By how much a layer's weight is larger before it is quantized, where it is so after it was
+    loaded."""
+    if not isinstance(layer, FrozenExperts):
+        return 0
+    m, n = layer.weight_tiles.shape
+    return layer.dtype.itemsize * m * n - _held(layer.weight_tiles)
 
 
 def _tensors_outside_ends(model: Any) -> dict[int, int]:

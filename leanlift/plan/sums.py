@@ -65,7 +65,9 @@ def before_training(planned: Planned, shapes: Shapes, held: dict[str, int]) -> d
     base = held["base weights"] + shapes.ends.loaded + shapes.other
     selecting = one_selection_nbytes(planned, shapes)
     return {
-        "load": loading_nbytes(base, planned.settings.model_dtype.itemsize * shapes.largest),
+        "load": loading_nbytes(
+            base + shapes.loaded, planned.settings.model_dtype.itemsize * shapes.largest
+        ),
         "select": base + held["index"] + held["values"] + selecting,
     }
 

@@ -9,7 +9,7 @@ merged into the checkpoint row by row, and is refused as a target.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,7 +31,7 @@ def layout_of(
     model: Any,
     disk: Mapping[str, Shape],
     live: Mapping[str, Shape],
-    stacks: Collection[str] = (),
+    stacks: Mapping[str, Shape] | None = None,
 ) -> Layout:
     """Where the tensors of a model lie in its checkpoint.
 
@@ -39,8 +39,8 @@ def layout_of(
         model: as transformers loaded it.
         disk: the shapes of the checkpoint's tensors; of a quantized matrix, that of the matrix.
         live: the shapes of the model's tensors, likewise.
-        stacks: tensors of the model [E, m, n] that are stacks of matrices. Of such a one the home
-            is that of all rows [E * m, n], under its name and ".weight".
+        stacks: names and shapes [E, m, n] of those that are stacks of matrices. Of such a one the
+            home is that of all rows [E * m, n], under its name and ".weight".
 
     Returns:
         What is not under its own name. A tensor that is in neither part of it, and whose name the
@@ -48,7 +48,8 @@ def layout_of(
     """
     from transformers.core_model_loading import dot_natural_key
 
-    renamings, converters = _conversions(model)
+    stacks = stacks or {}
+    live, (renamings, converters) = {**live, **stacks}, _conversions(model)
     names: dict[str, str] = {}
     groups: dict[str, _Group] = {}
     for name in sorted(disk, key=dot_natural_key):  # the order in which experts are stacked
@@ -77,7 +78,10 @@ def _whole(name: str, shape: Shape, disk: Mapping[str, Shape]) -> Home | None:
 
 
 def layout_in(
-    model: Any, directory: Path, live: Mapping[str, Shape], stacks: Collection[str] = ()
+    model: Any,
+    directory: Path,
+    live: Mapping[str, Shape],
+    stacks: Mapping[str, Shape] | None = None,
 ) -> Layout:
     """Where the tensors of a model lie in a checkpoint; headers alone are read.
 

@@ -20,6 +20,7 @@ from leanlift.errors import UserError, first_line
 from leanlift.io.hub import cached_commit, check_name
 from leanlift.io.places import base_directory
 from leanlift.measure import is_out_of_memory
+from leanlift.model import quantize_experts
 from leanlift.source import open_checkpoint, stored_quantization
 from leanlift.training.arguments import RunArguments
 from leanlift.weights.quantized import (
@@ -31,8 +32,14 @@ from leanlift.weights.quantized import (
 )
 
 
-def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool = False) -> Any:
-    """The base model, quantized as asked for, or as its checkpoint is.
+def load_model(
+    args: RunArguments,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    experts_too: bool = True,
+) -> Any:
+    """The base model, quantized as asked for, or as its checkpoint is, with its experts likewise
+    unless `experts_too` is false.
 
     Raises:
         UserError: missing, half-downloaded or damaged checkpoint, one of another architecture than
@@ -74,7 +81,7 @@ def load_model(args: RunArguments, device: torch.device, trust_remote_code: bool
         if is_quantized(module):
             frozen_weight(module, path)  # has the shape that it should have, and can be read
     model.config._commit_hash = cached_commit(name, args.model_revision)
-    return model
+    return quantize_experts(model) if experts_too else model
 
 
 def check_loads(directory: Path) -> None:

@@ -28,7 +28,8 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
     args = arguments_as_trained(adapter)
     if base is not None:
         args = replace(args, model_name_or_path=str(base), model_revision=None)
-    return load_model(args, device)
+    formats = {adapter.base.formats[name].kind for name in adapter.base.shapes}
+    return load_model(args, device, experts_too=len(formats) == 1)
 
 
 def arguments_as_trained(adapter: Adapter) -> RunArguments:

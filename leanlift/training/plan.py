@@ -9,7 +9,7 @@ from typing import Any
 from leanlift.errors import first_line
 from leanlift.fingerprint import Layout
 from leanlift.format import size
-from leanlift.model.stacks import stack_names
+from leanlift.model.stacks import stack_shapes
 from leanlift.plan import (
     Batch,
     FakeBase,
@@ -78,7 +78,7 @@ def layout_of_base(args: RunArguments, sft: LiftSFTConfig, checkpoint: Path) -> 
     with fake_tensors():
         model = _planned(args, sft, False).build()
         live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return layout_in(model, checkpoint, live, stack_names(model))
+    return layout_in(model, checkpoint, live, stack_shapes(model))
 
 
 def is_tied(args: RunArguments, sft: LiftSFTConfig) -> bool:

@@ -3,7 +3,7 @@
 transformers keeps them as a Parameter of the module that computes with them. `ExpertStack` makes a
 module of such a Parameter, so that whatever goes by modules (targets, surgery, fingerprints) meets
 experts as it meets Linears; `StackWeight` are its rows, [E * m, n]. bitsandbytes quantizes Linears
-alone, so a stack is in 16 or 32 bits.
+alone; `quantized_stack` holds those rows as one quantized matrix, of which an expert is a range.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leanlift.errors import UserError
+from leanlift.ops import EightBit, FourBit
+from leanlift.tiles import makes_new_rows
 from leanlift.weights.quantized import (
     FLOAT_DTYPES,
     FrozenWeight,
+    Weight4bit,
+    Weight8bit,
     WeightFormat,
     dtype_name,
     frozen_weight,
+    requantize,
 )
 
 
@@ -64,6 +69,61 @@ class StackWeight:
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.module.weight.detach().flatten(0, 1)[start:stop]
+
+
+@dataclass(frozen=True)
+class QuantizedStack:
+    """The rows of all experts, dequantized from one matrix that holds them.
+
+    Attributes:
+        held: the matrix.
+        parts: E.
+        computes_in: the dtype in which the stack was loaded, and its family computes with it.
+    """
+
+    held: Weight4bit | Weight8bit
+    parts: int
+    computes_in: torch.dtype
+
+    @property
+    def module(self) -> nn.Module:
+        """What holds the codes."""
+        return self.held.module
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.held.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.held.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.held.device
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.held.format
+
+    @property
+    def fresh(self) -> bool:
+        """Whether rows are new tensors at every call."""
+        return makes_new_rows(self.held)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.held.rows(start, stop)
+
+    def stored(self) -> FourBit | EightBit:
+        """The codes and their scales, for kernels that dequantize themselves."""
+        return self.held.stored()
+
+
+def quantized_stack(stack: StackWeight, fmt: WeightFormat) -> QuantizedStack:
+    """Quantize experts as bitsandbytes would Linears, by row tiles, on their device."""
+    held = requantize(stack, fmt, stack.device)
+    assert isinstance(held, Weight4bit | Weight8bit)
+    return QuantizedStack(held, stack.parts, stack.dtype)
 
 
 def target_weight(module: nn.Module, name: str) -> FrozenWeight:

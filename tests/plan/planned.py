@@ -18,6 +18,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from leanlift import quantize_experts
 from leanlift.training import (
     LiftSFTConfig,
     RunArguments,
@@ -75,6 +76,7 @@ def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:
 
 
 def load_base(path: Path, kind: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=quantization(kind), dtype=torch.float32
     )
+    return quantize_experts(model)

@@ -20,7 +20,14 @@ from transformers import (
     LlamaConfig,
 )
 
-from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
+from leanlift import (
+    LiftConfig,
+    LiftTrainer,
+    PlanSettings,
+    get_lift_model,
+    plan_memory,
+    quantize_experts,
+)
 from leanlift.cli import main
 from leanlift.measure import LiveBytes, MemoryMeter, static_categories
 from leanlift.model import embedding_to_cpu
@@ -140,7 +147,7 @@ def test_the_planned_peak_is_the_measured_one_within_5_percent(
         quantization_config=quantization("nf4+double", getattr(torch, dtype)),
         dtype=getattr(torch, dtype),
     )
-    model = get_lift_model(base, config, progress=False)
+    model = get_lift_model(quantize_experts(base), config, progress=False)
     if on_cpu:
         embedding_to_cpu(model)
     meter = MemoryMeter(torch.device("cpu"))
