@@ -70,6 +70,7 @@ __all__ = [
     "merge_adapter",
     "plan_memory",
     "push_to_hub",
+    "quantize_experts",
     "refresh_mask",
     "save_adapter",
     "scale_adapter",

@@ -22,7 +22,7 @@ from leanlift.model.stacks import named_parts
 
 EXPERTS = 5
 SIZES: dict[str, Any] = {
-    "vocab_size": 97,
+    "vocab_size": len(make_tokenizer()),
     "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 2,

@@ -20,6 +20,7 @@ class StackedRows:
 
     @property
     def name(self) -> str:
+        """Of the tensor."""
         return self.tensor.name
 
     @property
