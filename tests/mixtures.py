@@ -20,7 +20,7 @@ from transformers import (
 from leanlift.model import lift_layers
 from leanlift.model.stacks import named_parts
 
-EXPERTS = 5
+EXPERTS = 11
 SIZES: dict[str, Any] = {
     "vocab_size": len(make_tokenizer()),
     "hidden_size": 64,

@@ -14,11 +14,13 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from leanlift import (
@@ -26,6 +28,7 @@ from leanlift import (
     UserError,
     get_lift_model,
     load_adapter,
+    quantize_experts,
     save_adapter,
     unload_adapter,
 )
@@ -62,6 +65,12 @@ FAMILIES: dict[str, Any] = {
     "phi3, fused": Phi3Config(**SIZES),
     "gemma2": Gemma2Config(**SIZES, head_dim=32),
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=32),
+    "qwen3, experts": Qwen3MoeConfig(
+        **SIZES, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+    "gpt-oss, experts": GptOssConfig(
+        **SIZES, head_dim=32, num_local_experts=4, num_experts_per_tok=2
+    ),
 }
 FORMATS = {
     "nf4+double": WeightFormat("nf4", "float32", 64, True),
@@ -136,7 +145,7 @@ def test_a_plan_has_the_modules_of_what_attaches(
     real = AutoModelForCausalLM.from_pretrained(
         checkpoints[family], quantization_config=quantization(kind), dtype=torch.float32
     )
-    get_lift_model(real, config, progress=False)
+    get_lift_model(quantize_experts(real), config, progress=False)
     on_cpu = config.quantize_embeddings and "tied" not in family and "gemma" not in family
     if on_cpu:
         embedding_to_cpu(real)

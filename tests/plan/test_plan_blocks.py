@@ -17,6 +17,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from leanlift import LiftConfig
@@ -57,6 +58,9 @@ FAMILIES: dict[str, tuple[Any, int | None]] = {
     "qwen3": (Qwen3Config(**SIZES, num_hidden_layers=6, head_dim=32), 4),
     "mistral": (MistralConfig(**SIZES, num_hidden_layers=6, sliding_window=16), 4),
     "phi3, fused": (Phi3Config(**SIZES, num_hidden_layers=5), 4),
+    "qwen3, experts": (
+        Qwen3MoeConfig(**SIZES, num_hidden_layers=6, head_dim=32, num_experts=8,
+                       num_experts_per_tok=2, moe_intermediate_size=96), 4),
     "gemma2, two kinds": (Gemma2Config(**SIZES, num_hidden_layers=11, head_dim=32), 7),
     "gemma3, six kinds": (
         Gemma3TextConfig(**SIZES, num_hidden_layers=26, head_dim=32, sliding_window=16), 20),
@@ -99,7 +103,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("settings", swept(SETTINGS, "in backward"))
-@pytest.mark.parametrize("family", swept(["llama", "gemma2, two kinds"], "llama"))
+@pytest.mark.parametrize(
+    "family", swept(["llama", "gemma2, two kinds", "qwen3, experts"], "llama", "qwen3, experts")
+)
 def test_the_extended_step_is_the_whole_one_to_the_byte(
     family: str, settings: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
