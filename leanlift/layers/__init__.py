@@ -19,7 +19,12 @@ Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading 
 """
 
 from leanlift.layers.experts import FrozenExperts, LiftExperts
-from leanlift.layers.frozen import FrozenLinear, patched_rows, scratch_nbytes
+from leanlift.layers.frozen import (
+    FrozenLinear,
+    largest_in_scratch,
+    patched_rows,
+    scratch_nbytes,
+)
 from leanlift.layers.lift import EffectiveTiles, LiftLinear
 from leanlift.layers.workspace import Scratch, Workspace
 
@@ -31,6 +36,7 @@ __all__ = [
     "LiftLinear",
     "Scratch",
     "Workspace",
+    "largest_in_scratch",
     "patched_rows",
     "scratch_nbytes",
 ]

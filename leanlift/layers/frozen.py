@@ -165,7 +165,14 @@ class FrozenLinear(nn.Module):
         return self
 
 
+def largest_in_scratch(layers: Iterable[FrozenLinear], dtype: torch.dtype) -> FrozenLinear | None:
+    """Of the layers that make their weight in the scratch when they compute in `dtype`, the one
+    that makes the most entries at once; None: none does."""
+    needing = [layer for layer in layers if layer.needs_scratch(dtype)]
+    return max(needing, key=lambda layer: math.prod(layer.made_at_once), default=None)
+
+
 def scratch_nbytes(layers: Iterable[FrozenLinear], dtype: torch.dtype) -> int:
     """Bytes of the scratch that these layers share, after each has computed in `dtype`."""
-    sizes = (math.prod(layer.made_at_once) for layer in layers if layer.needs_scratch(dtype))
-    return dtype.itemsize * max(sizes, default=0)
+    largest = largest_in_scratch(layers, dtype)
+    return 0 if largest is None else dtype.itemsize * math.prod(largest.made_at_once)
