@@ -301,6 +301,24 @@ def test_experts_in_few_bits_are_trained_saved_and_merged(
     torch.testing.assert_close(logits(load(tmp_path / "merged", "dense")), logits(model))
 
 
+def test_a_stack_is_quantized_once_in_a_merge(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import leanlift.export.requantized as room
+
+    model = quantize_experts(load(bases["qwen3_moe"], "nf4"))
+    save_adapter(get_lift_model(model, CONFIG, progress=False), tmp_path / "adapter")
+    shapes, original = [], room.requantize
+
+    def counted(weight: Any, *rest: Any) -> Any:
+        shapes.append(weight.shape)
+        return original(weight, *rest)
+
+    monkeypatch.setattr(room, "requantize", counted)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", onto="quantized", progress=False)
+    assert len(shapes) == len(lift_layers(model))
+
+
 def test_experts_stay_where_nothing_is_quantized_and_where_there_are_none(
     bases: dict[str, Path],
 ) -> None:
