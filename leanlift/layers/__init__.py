@@ -15,8 +15,8 @@ layers of a model share; on a CPU, where a 4-bit weight is dequantized into a ne
 The values' gradient is formed by row tiles of grad_y^T @ x, of which only the selected entries are
 kept, and on a CPU only they are formed: no dense weight gradient of more than one tile ever exists.
 
-The experts of a mixture (`leanlift.layers.experts`) are a stack of such weights in one layer, made one
-at a time.
+The experts of a mixture (`leanlift.layers.experts`) are a stack of such weights in one layer, made
+one at a time.
 
 Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
 """
