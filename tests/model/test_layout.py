@@ -25,7 +25,7 @@ from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, merge_
 from leanlift import save_adapter as save
 from leanlift.adapters import open_adapter
 from leanlift.cli import main
-from leanlift.fingerprint import Layout, Segment, overlaps
+from leanlift.fingerprint import Segment
 from leanlift.model import lift_layers, lift_state
 
 Tensors = dict[str, torch.Tensor]
@@ -175,48 +175,3 @@ def test_a_dry_run_finds_them_too(foreign: Path, tmp_path: Path) -> None:
     command = ["train", "--model_name_or_path", str(foreign), "--dataset_name", str(rows)]
     command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--approx_rank", "8"]
     assert main([*command, "--dry_run"]) == 0
-
-
-HOME = (Segment("a", 3, 4), Segment("b", 0, 2), Segment("a", 0, 3))
-
-
-@pytest.mark.parametrize(
-    ("start", "stop", "found"),
-    [
-        (0, 9, [("a", 3, 4, 0), ("b", 0, 2, 4), ("a", 0, 3, 6)]),
-        (5, 7, [("b", 1, 1, 5), ("a", 0, 1, 6)]),
-        (2, 4, [("a", 5, 2, 2)]),
-        (9, 9, []),
-    ],
-)
-def test_rows_are_found_in_their_segments(start: int, stop: int, found: list[Any]) -> None:
-    assert [(p.name, p.first, p.rows, at) for p, at in overlaps(HOME, start, stop)] == found
-
-
-def test_a_layout_survives_json() -> None:
-    layout = Layout({"x": "y.z"}, {"m.weight": HOME})
-    assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
-    assert layout.of({"x"}) == Layout({"x": "y.z"})
-    assert not Layout.from_dict({})
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        [],
-        {"../x": "y"},
-        {"x": "../y"},
-        {"x": []},
-        {"x": [["a", 0, 0]]},
-        {"x": [["a", -1, 2]]},
-        {"x": [["a", 0, True]]},
-        {"x": [["a", 0]]},
-        {"x": [[1, 0, 1]]},
-        {"x": 3},
-        {"x": [["a", 0, 1]] * 5000},
-    ],
-    ids=str,
-)
-def test_a_layout_of_anyone_is_checked(data: Any) -> None:
-    with pytest.raises(ValueError, match=r"names of tensors|rows of tensors|a first row"):
-        Layout.from_dict(data)
