@@ -3,6 +3,7 @@ kept in the adapter, merged into the tensors that are there."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint
+from torch import nn
 from transformers import conversion_mapping, core_model_loading
 from transformers.core_model_loading import (
     Chunk,
@@ -167,6 +169,28 @@ def test_what_no_operation_on_rows_makes_is_refused_before_it_is_selected(
     monkeypatch.setattr("leanlift.model.attach.selection", lambda *a: pytest.fail("selected"))
     with pytest.raises(UserError, match=r"down_proj\.weight .* could be trained but not merged"):
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+
+
+class Blocks(nn.Module):
+    """Blocks alone, which no library has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.layers = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(64, 32)})])
+
+
+def test_a_module_of_ones_own_without_a_head_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Blocks()
+    twin = copy.deepcopy(model)
+    get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+    (layer,) = lift_layers(model).values()
+    layer.values.data.normal_()
+    save(model, tmp_path / "adapter")
+    load_adapter(twin, tmp_path / "adapter")
+    (again,) = lift_layers(twin).values()
+    assert torch.equal(again.values, layer.values)
 
 
 def test_a_dry_run_finds_them_too(foreign: Path, tmp_path: Path) -> None:
