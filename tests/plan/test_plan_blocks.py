@@ -184,9 +184,10 @@ def test_first_pieces_have_the_peak_of_all(
 def test_gradients_that_are_there_already_count_like_an_earlier_pass() -> None:
     """One pass beside them is the second of two passes."""
     lift, fmt = LiftConfig(approx_rank=8), WeightFormat("nf4", "float32", 64, True)
-    planned = step(FAMILIES["llama"][0], True, lift, accumulate=True)
+    config = FAMILIES["llama"][0]
+    planned = step(config, True, lift, accumulate=True)
     with without_packing_search(), fake_tensors():
-        model = AutoModelForCausalLM.from_config(FAMILIES["llama"][0], dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         attach_fake(model, lift, fmt)
         model.train()
         ids = torch.zeros(1, 32, dtype=torch.long)
@@ -195,7 +196,8 @@ def test_gradients_that_are_there_already_count_like_an_earlier_pass() -> None:
                 loss_of_all_tokens(model, ids, ids.clone()).backward()
             live.peak = live.current
             loss_of_all_tokens(model, ids, ids.clone()).backward()
-    scratch = 4 * 64 * 160  # made in the first pass here, before a step in a plan
+    # made in the first pass here, before a step in a plan
+    scratch = 4 * config.hidden_size * config.intermediate_size
     assert live.peak - scratch == planned.peak
 
 
