@@ -22,7 +22,7 @@ from leanlift.plan import (
 )
 from leanlift.plan.fake import fake_tensors
 from leanlift.source import layout_in
-from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
 from leanlift.training.batches import Batches, largest_allowed
 from leanlift.training.loss import objective_of
 
@@ -125,7 +125,7 @@ def plan_settings(
         bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
         dtype=args.dtype,
         embedding_on_cpu=args.embedding_on_cpu,
-        cuda=not sft.use_cpu if cuda is None else cuda,
+        cuda=trains_on_gpu(sft) if cuda is None else cuda,
         largest=train,
         largest_eval=evaluation,
     )
