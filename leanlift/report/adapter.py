@@ -225,9 +225,9 @@ def _matrix(tensors: Tensors, name: str, shape: tuple[int, int]) -> Matrix:
 def _counted(tensors: Tensors, name: str, shape: tuple[int, int]) -> Matrix:
     """A matrix by the header alone."""
     entries = tensors.count_of(f"{name}.values")
-    retired = f"{name}{RETIRED}.values"
-    settled = tensors.count_of(retired) if retired in tensors.specs else 0
-    return Matrix(name, shape, entries, settled, 0.0, 0.0, None, 0.0, 0)
+    key = f"{name}{RETIRED}.values"
+    retired = tensors.count_of(key) if key in tensors.specs else 0
+    return Matrix(name, shape, entries, retired, 0.0, 0.0, None, 0.0, 0)
 
 
 class _Store:
