@@ -185,8 +185,6 @@ def walk(row: dict[str, Any], stock: Any, base: Path, place: Path) -> None:
     model = get_lift_model(stock, LiftConfig(density=0.1, approx_rank=8), progress=False)
     row["targets"] = len(lift_layers(model))
     row["trained_share"] = round(weights_of(model)[0] / weights_of(model)[1], 4)
-    row["stage"] = "plan"
-    row["plan_gib"] = round(planned_gib(base), 4)
     row["stage"] = "step"
     row["loss_off"], row["gradient_off"] = check_step(model, base)
     row["stage"] = "train"
@@ -203,6 +201,8 @@ def walk(row: dict[str, Any], stock: Any, base: Path, place: Path) -> None:
     merge_adapter(output, place / "merged", onto="quantized", dtype="float32", progress=False)
     merged = load(place / "merged", quantized=False)
     row["merge_off"] = float((logits(merged) - logits(model)).abs().max())
+    row["stage"] = "plan"
+    row["plan_gib"] = round(planned_gib(base), 4)
 
 
 class Heard(logging.Handler):

@@ -87,8 +87,15 @@ def make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
 @contextmanager
 def rows_done(args: SFTConfig) -> Iterator[None]:
     """Hide from TRL's constructor what has been done by now: it would do it again, to tokenized
-    rows and to an embedding that cannot grow."""
-    done = {"chat_template_path": None, "eos_token": None, "assistant_only_loss": False}
+    rows and to an embedding that cannot grow. The auxiliary loss of a router, which is frozen, is
+    off where nothing is said; TRL takes the configuration's coefficient there."""
+    done: dict[str, Any] = {
+        "chat_template_path": None,
+        "eos_token": None,
+        "assistant_only_loss": False,
+    }
+    if args.router_aux_loss_coef is None:
+        done["router_aux_loss_coef"] = 0.0
     kept = {key: getattr(args, key) for key in done}
     for key, value in done.items():
         setattr(args, key, value)

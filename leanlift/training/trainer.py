@@ -162,6 +162,7 @@ class LiftTrainer(TrainerOverrides):
             self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
         )
         if self._loss is not None:
+            self.count_next_tokens()
             self.data_collator: Any = MarkTrained(self.data_collator)
         self._last_finite = torch.zeros((), device=self.args.device)
         self._smooths_log = self.args.logging_nan_inf_filter
