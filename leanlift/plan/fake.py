@@ -102,7 +102,8 @@ def attach_fake(
     Returns:
         The positions of every target, spread evenly.
     """
-    targets = find_targets(model, config.target_modules)
+    wanted, excluded = config.target_modules, config.exclude_modules
+    targets = find_targets(model, wanted, excluded, config.selects)
     config.check_patterns(targets)
     weights = planned_weights(model, fmt, targets)
     indices = {n: even_index(weights[n].shape, config.count(weights[n].shape, n)) for n in targets}

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import load
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Mamba2Config,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    Qwen3MoeConfig,
+)
 
 from leanlift import LiftConfig, UserError, get_lift_model
 from leanlift.model import lift_layers
+from leanlift.model.presets import in_preset
+from leanlift.model.targets import inside_blocks
 
 
 class OtherLinear(nn.Linear):
@@ -81,10 +93,9 @@ def test_what_is_left_of_the_blocks_is_said(
     model.model.layers[1].mlp.extra = build(64)
     get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
     assert (
-        "% of the weights in the blocks; frozen, being no Linears or read past them: "
-        in caplog.text
+        "%  trained  q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj" in caplog.text
     )
-    assert kind.replace("up_proj", "extra") in caplog.text
+    assert f"%  frozen   {kind.replace('up_proj', 'extra')} " in caplog.text
 
 
 def test_what_is_packed_is_refused(base: Path) -> None:
@@ -111,3 +122,97 @@ def test_a_linear_whose_weight_others_read_is_left_frozen_and_said(
         assert layer.values.grad is not None
     with pytest.raises(UserError, match=r"dt_proj is read by MambaMixer itself"):
         get_lift_model(MambaForCausalLM(config), LiftConfig(target_modules=("dt_proj",)))
+
+
+EXCLUDED: dict[str, tuple[str | tuple[str, ...], set[str]]] = {
+    "a name": ("o_proj", {"o_proj"}),
+    "names": (("q_proj", "mlp.down_proj"), {"q_proj", "down_proj"}),
+    "a part of one block": (("1.self_attn.q_proj",), set()),
+    "none": ((), set()),
+}
+
+
+@pytest.mark.parametrize("wanted", ["all-linear", "attention", ("o_proj", "q_proj", "k_proj")])
+@pytest.mark.parametrize("case", EXCLUDED)
+def test_what_is_excluded_is_not_trained_and_not_spoken_of(
+    base: Path, caplog: pytest.LogCaptureFixture, case: str, wanted: str | tuple[str, ...]
+) -> None:
+    excluded, gone = EXCLUDED[case]
+    config = LiftConfig(selector="random", target_modules=wanted)
+    whole = set(lift_layers(get_lift_model(load(base, "dense"), config, progress=False)))
+    config = LiftConfig(selector="random", target_modules=wanted, exclude_modules=excluded)
+    found = set(lift_layers(get_lift_model(load(base, "dense"), config, progress=False)))
+    ends = (excluded,) if isinstance(excluded, str) else excluded
+    expected = {name for name in whole if not name.endswith(tuple(f".{end}" for end in ends))}
+    assert found == expected
+    assert not gone & {name.rpartition(".")[2] for name in found}
+    assert "frozen" not in caplog.text
+
+
+def test_what_is_excluded_must_be_there(base: Path) -> None:
+    config = LiftConfig(exclude_modules=("q_proj", "q_porj"))
+    with pytest.raises(UserError, match=r"exclude_modules=\['q_porj'\] matches nothing"):
+        get_lift_model(load(base, "dense"), config, progress=False)
+    config = LiftConfig(target_modules=("q_proj",), exclude_modules="q_proj")
+    with pytest.raises(UserError, match="leaves nothing of target_modules"):
+        get_lift_model(load(base, "dense"), config, progress=False)
+
+
+TOO_SMALL: dict[str, tuple[LiftConfig, int]] = {
+    "of which the density selects nothing": (LiftConfig(density=0.001, selector="random"), 3),
+    "of which the rank budget selects too much": (LiftConfig(rank_budget=8, selector="random"), 3),
+}
+
+
+@pytest.mark.parametrize("case", TOO_SMALL)
+def test_a_preset_passes_over_a_matrix_and_says_so(
+    base: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    config, rows = TOO_SMALL[case]
+    model = load(base, "dense")
+    model.model.layers[1].mlp.small = nn.Linear(64, rows)
+    get_lift_model(model, config, progress=False)
+    assert "model.layers.1.mlp.small" not in lift_layers(model)
+    assert "frozen   small (Linear) is too small for the budget" in caplog.text
+    assert len(lift_layers(model)) == 14
+    named = replace(config, target_modules=("small",))
+    model = load(base, "dense")
+    model.model.layers[1].mlp.small = nn.Linear(64, rows)
+    with pytest.raises(UserError, match=r"selects \d+ entries of model.layers.1.mlp.small"):
+        get_lift_model(model, named, progress=False)
+
+
+PARTS: dict[str, tuple[Any, dict[str, set[str]]]] = {
+    "opt: no part has a name": (
+        OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=64, num_hidden_layers=1,
+                  num_attention_heads=4, vocab_size=50),
+        {"attention": {"k_proj", "v_proj", "q_proj", "out_proj"}, "mlp": {"fc1", "fc2"}},
+    ),
+    "mamba2: a scan mixes tokens": (
+        Mamba2Config(hidden_size=64, num_hidden_layers=1, num_heads=8, head_dim=16, vocab_size=50),
+        {"attention": {"in_proj", "out_proj"}, "mlp": set()},
+    ),
+    "bert: outputs of both": (
+        BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=50,
+                   intermediate_size=96, is_decoder=True),
+        {"attention": {"query", "key", "value", "dense"}, "mlp": {"dense"}},
+    ),
+    "qwen3_moe: a family with a part in its name": (
+        Qwen3MoeConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=50,
+                       mlp_only_layers=[0], intermediate_size=96),
+        {"attention": {"q_proj", "k_proj", "v_proj", "o_proj"},
+         "mlp": {"gate_proj", "up_proj", "down_proj"}},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_preset_finds_its_part_under_any_name(case: str) -> None:
+    config, parts = PARTS[case]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = dict(model.named_modules())
+    inside = [name for name in inside_blocks(names) if isinstance(names[name], nn.Linear)]
+    found = {p: [n for n in inside if in_preset(names, n, p)] for p in ("attention", "mlp")}
+    assert {p: {n.rpartition(".")[2] for n in all_} for p, all_ in found.items()} == parts
+    assert sorted(found["attention"] + found["mlp"]) == sorted(inside)
