@@ -2,8 +2,8 @@
 
 Sizes go by many names; `SMALL` has them, and what a configuration has of these is set. Where one
 is made of others as it is built, or has to fit them, the family is in `BUILT` (what its class is
-called with) or in `FITTING` (what is set afterwards). What `NOT_ALONE` names cannot be made here, or
-is no model of text by itself; the reason stands with it.
+called with) or in `FITTING` (what is set afterwards). What `NOT_ALONE` names cannot be made here,
+or is no model of text by itself; the reason stands with it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "moe_k": 2, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
     "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-    "sliding_window": 16, "rotary_dim": 8, "state_size": 16, "ssm_state_size": 16,
+    "sliding_window": 16, "rotary_dim": 8, "state_size": 8, "ssm_state_size": 16,
     "mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8,
     "mamba_head_dim": 16, "mamba_n_groups": 1, "n_groups": 1, "mamba_chunk_size": 8,
     "chunk_size": 8, "mamba_d_ssm": 128, "mamba_dt_rank": 8, "time_step_rank": 8, "num_heads": 4,
@@ -151,6 +151,10 @@ def _shrink(part: Any) -> None:
     for key, value in known.items():
         with suppress(Exception):  # a field that follows from others
             setattr(part, key, value)
+    for key, value in list(vars(part).items()):
+        too_large = isinstance(value, int) and value >= VOCABULARY
+        if key.endswith("_token_id") and (too_large or isinstance(value, list)):
+            setattr(part, key, 1)
     if hasattr(part, "qk_rope_head_dim") and hasattr(part, "head_dim"):
         part.head_dim = part.qk_rope_head_dim  # what the rotation of these goes by
     layers = getattr(part, "num_hidden_layers", 4)

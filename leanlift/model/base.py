@@ -160,6 +160,19 @@ def check_attachable(model: nn.Module) -> None:
         )
 
 
+def check_checkpointing(model: Any) -> None:
+    """Refuse activation checkpointing of a model that has no blocks for it.
+
+    Raises:
+        UserError: says how to go without.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise UserError(
+            f"this {type(model).__name__} has no activation checkpointing: set "
+            "gradient_checkpointing=false, which takes more memory."
+        )
+
+
 PIECE = 2**21
 """Numbers that are looked at at once: torch takes some seven bytes for each."""
 

@@ -21,8 +21,15 @@ from leanlift.layers.fused_glu import use_fused_glu
 from leanlift.layers.lm_head import FrozenHead
 from leanlift.model.embeddings import Hold, quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding
+from leanlift.model.targets import read_by_parent
 from leanlift.sparse import SegmentedIndex
-from leanlift.weights.quantized import FrozenWeight, WeightFormat, frozen_weight, is_quantized
+from leanlift.weights.quantized import (
+    FrozenWeight,
+    WeightFormat,
+    frozen_weight,
+    is_plain_linear,
+    is_quantized,
+)
 
 OURS = (FrozenLinear, FrozenEmbedding, FrozenHead)
 
@@ -108,10 +115,36 @@ def operate(
     """
     model.requires_grad_(False)
     replace_modules(model, make_layer)
+    replace_modules(model, _dense_where_read(model))
     use_fused_glu(model)
     if embedding_rows is not None:
         grow_embedding(model, embedding_rows)
     return {} if hold_ends is None else quantize_embeddings(model, hold_ends)
+
+
+def _dense_where_read(model: nn.Module) -> MakeLayer:
+    """What puts plain Linears in the place of frozen ones whose weight their parent takes and
+    computes with itself, as the scans of Mamba do: it would take packed bytes for numbers."""
+    names = dict(model.named_modules())
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+    def make_layer(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not FrozenLinear or is_plain_linear(module.base):
+            return None
+        return dense_linear(module, dtype) if read_by_parent(names, name) else None
+
+    return make_layer
+
+
+@torch.no_grad()
+def dense_linear(layer: FrozenLinear, dtype: torch.dtype) -> nn.Linear:
+    """The frozen Linear that a layer stands for, with its dequantized weight in a dtype."""
+    m, n = layer.weight_tiles.shape
+    linear = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight_tiles.rows(0, m).to(dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return linear
 
 
 def freeze_quantized(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
 from leanlift.model.presets import in_preset
-from leanlift.weights.quantized import is_quantized
+from leanlift.weights.quantized import is_plain_linear, is_quantized
 
 LEAST_SHARE = 0.5
 """Of the weights in the blocks that a preset covers: where less is in Linears, most of the model
@@ -147,7 +147,7 @@ def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_quantized(module)
+    return is_plain_linear(module) or is_quantized(module)
 
 
 def block_lists(model: nn.Module) -> list[str]:
@@ -239,7 +239,7 @@ def _shape(module: Any) -> tuple[int, int]:
 
 
 def _untrained(name: str, key: str, module: nn.Module, what: str) -> Untrained:
-    leaf, kind = name.rpartition(".")[2], type(module).__name__
+    leaf, kind = _leaf(name), type(module).__name__
     parameter = dict(module.named_parameters(recurse=False))[key]
     weights = _weights(module) if is_quantized(module) else parameter.numel()
     full = name if key == "weight" else f"{name}.{key}"
@@ -269,7 +269,7 @@ def what_is_left(
         kinds[part.kind] = kinds.get(part.kind, (0, ""))[0] + part.weights, part.what
     share, rest = trained_share(names, found, left), sum(part.weights for part in left)
     frozen = sorted(kinds.items(), key=lambda item: -item[1][0])
-    trained = dict.fromkeys(name.rpartition(".")[2] for name in found)
+    trained = dict.fromkeys(_leaf(name) for name in found)
     rows = [(share, f"trained  {', '.join(trained)}")]
     rows += [
         ((1 - share) * weights / rest, f"frozen   {kind} {what}")
@@ -280,6 +280,11 @@ def what_is_left(
         rows.append(((1 - share) * weights / rest, "frozen   others"))
     lines = [f"  {part:6.1%}  {text}" for part, text in rows]
     return "\n".join(["Of the weights in the matrices of the blocks:", *lines])
+
+
+def _leaf(name: str) -> str:
+    """The last part of a name that is no number."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
 
 
 def _what(key: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:

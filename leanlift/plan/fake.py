@@ -34,6 +34,7 @@ from leanlift.weights.quantized import (
     WeightFormat,
     empty_weight,
     frozen_weight,
+    is_plain_linear,
 )
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -121,9 +122,9 @@ def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[s
     head, trained = model.get_output_embeddings(), set(targets)
     weights: dict[str, FrozenWeight] = {}
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or module is head:
+        if not is_plain_linear(module) or module is head:
             continue
-        if fmt.kind != "dense":
+        if fmt.kind != "dense" and type(module) is nn.Linear:  # bitsandbytes takes no other
             m, n = module.weight.shape
             weights[name] = empty_weight((m, n), fmt, module.bias)
         elif name in trained:
@@ -268,6 +269,11 @@ def _fused_attention() -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if attn_mask is not None and attn_mask.requires_grad:  # which no fused kernel takes
+            return stock(  # type: ignore[no-any-return]
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                enable_gqa=enable_gqa,
+            )  # fmt: skip
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -14,7 +14,7 @@ from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
-from leanlift.weights.quantized import WeightFormat, dtype_of
+from leanlift.weights.quantized import WeightFormat, dtype_of, is_plain_linear
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     elsewhere = settings.embedding_on_cpu and settings.on_cuda  # else it is where the model is
     ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere)
     tensors = _tensors_outside_ends(model)
-    own = {name: id(m.weight) for name, m in model.named_modules() if type(m) is nn.Linear}
+    own = {name: id(m.weight) for name, m in model.named_modules() if is_plain_linear(m)}
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}

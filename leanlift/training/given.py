@@ -12,6 +12,7 @@ from trl import SFTConfig
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
 from leanlift.model import LiftState
+from leanlift.model.base import check_checkpointing
 from leanlift.optim import SparseAdamW, check_remappable, unwrap
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.overrides import use_one_gpu
@@ -75,7 +76,13 @@ def sparse_options(args: SFTConfig) -> dict[str, Any]:
 
 
 def make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
-    """Non-reentrant by default; the reentrant kind needs an input that requires grad."""
+    """Non-reentrant by default; the reentrant kind needs an input that requires grad.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if args.gradient_checkpointing:
+        check_checkpointing(model)
     options = args.gradient_checkpointing_kwargs
     if not args.gradient_checkpointing or not options:
         return  # transformers' own default is non-reentrant

@@ -205,8 +205,8 @@ def _check_router_loss(model: Any, same_logits: bool) -> None:
         assert found.aux_loss is not None
     except Exception as error:  # each family fails in its own way
         raise UserError(
-            f"this {kind} cannot make the auxiliary loss of its router "
-            f"({type(error).__name__}: {first_line(error)}): {without}."
+            f"this {kind} cannot make the auxiliary loss of its router, so {without}: "
+            f"{type(error).__name__}, {first_line(error)}"
         ) from error
 
 
@@ -247,7 +247,11 @@ def compared(
     model: Any, head: Head | None, autocast: AbstractContextManager[Any] | None = None
 ) -> Compared:
     """Whether a model's logits and loss are what we would make of its hidden states. Dropout is
-    off meanwhile."""
+    off meanwhile.
+
+    Raises:
+        UserError: the model does not run.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -257,15 +261,42 @@ def compared(
             if same:  # now with logits so large that a cap must show
                 same = _Look(model, head, LARGE / max(plain.largest, 1e-6)).agrees
             return Compared(same, plain.same_loss)
+    except Exception as error:  # each family fails in its own way
+        raise UserError(
+            f"this {type(model).__name__} does not compute with frozen weights in the place of its "
+            f"own, tried on a few tokens: {type(error).__name__}, {first_line(error)}"
+        ) from error
     finally:
         model.train(was_training)
+
+
+def check_gradients(
+    model: Any, loss: TrainingLoss, autocast: AbstractContextManager[Any] | None = None
+) -> None:
+    """Refuse a model in which no gradient reaches what is trained: blocks that run as one
+    operation of autograd may ask for a gradient of their input, and embeddings are frozen.
+
+    Raises:
+        UserError: says so.
+    """
+    ids = _few_ids(model)
+    with torch.enable_grad(), autocast or nullcontext():
+        reached = loss(model, {"input_ids": ids, "labels": ids.clone()}).requires_grad
+    loss.last = None
+    if not reached:
+        raise UserError(
+            f"the loss of this {type(model).__name__} does not depend on what is trained in a way "
+            "that autograd could follow: its blocks are run as one operation over frozen inputs, "
+            "which leanlift does not train."
+        )
 
 
 def _few_ids(model: Any) -> Tensor:
     """Ids [2, 9] that any vocabulary has."""
     device = next(model.parameters()).device
     ids = torch.arange(18, device=device) * 7 + 3
-    return ids.view(2, 9) % min(97, embedding_size(model))
+    sizes = embedding_size(model), getattr(model.config.get_text_config(), "vocab_size", None)
+    return ids.view(2, 9) % min(97, *(size for size in sizes if isinstance(size, int)))
 
 
 class _Look:
