@@ -17,6 +17,7 @@ transformers. What is found is one of
 from __future__ import annotations
 
 import argparse
+import csv
 import logging
 import multiprocessing
 import tempfile
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import write_rows
+from benchmarks.common import RESULTS, environment
 from benchmarks.tiny_families import LENGTH, NOT_ALONE, tiny_config
 from leanlift import (
     LiftConfig,
@@ -38,6 +39,7 @@ from leanlift import (
     merge_adapter,
     plan_memory,
 )
+from leanlift.io.tensors import replacing
 from leanlift.layers import FrozenLinear
 from leanlift.model import lift_layers, weights_of
 from leanlift.plan import Batch, PlanSettings
@@ -279,13 +281,26 @@ def main() -> None:
     args = parser.parse_args()
     PROCESSES.set_forkserver_preload(PRELOADED)
     families = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    rows = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for found in pool.map(in_a_process, families):
-            rows.append({key: found.get(key, "") for key in COLUMNS})
-            print(*(str(rows[-1][key]) for key in ("family", "found", "stage", "said")), flush=True)
-    if not args.families:
-        write_rows("families", rows)
+            print(
+                *(str(found.get(key)) for key in ("family", "found", "stage", "said")), flush=True
+            )
+            put(found)
+
+
+def put(found: dict[str, Any]) -> None:
+    """Put a family's row into the results, in the place of its earlier one."""
+    path, rows = RESULTS / "families.csv", {}
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = {row["family"]: row for row in csv.DictReader(file)}
+    new = {key: found.get(key, "") for key in COLUMNS}
+    rows[found["family"]] = {**new, **environment()}
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[found["family"]]))
+        writer.writeheader()
+        writer.writerows(rows[family] for family in sorted(rows))
 
 
 if __name__ == "__main__":
