@@ -41,7 +41,10 @@ SMALL: dict[str, Any] = {
     "dense_attention_every_n_layers": 2,
     "attention_window_size": 16, "axial_pos_shape": [4, 6], "axial_pos_embds_dim": [32, 32],
     "num_buckets": 4, "attention_head_size": 16, "conv_L_cache": 3, "max_source_positions": 32,
-    "max_target_positions": 128, "num_mel_bins": 16, "word_embed_proj_dim": 64,
+    "max_target_positions": 128, "num_mel_bins": 16, "word_embed_proj_dim": 64, "dim_ff": 128, "dff": 128,
+    "linear_num_heads": 4, "linear_head_dim": 16, "shape_vocab_size": 64,
+    "pronunciation_vocab_size": 64, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16, "zero_expert_num": 2,
 }  # fmt: skip
 """Whatever a configuration may call its sizes."""
 
@@ -77,7 +80,7 @@ BUILT: dict[str, dict[str, Any]] = {
 """What the class of a configuration is called with beside what it has of `SMALL`."""
 
 FITTING: dict[str, dict[str, Any]] = {
-    "blt": {"global_config.hidden_size": 128},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "global_config.hidden_size": 128},
     "dbrx": {"attn_config.rope_theta": 1e4},
     "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},

@@ -2,8 +2,8 @@
 
 Whatever stock transformers loaded a Linear as, `frozen_weight(module)` gives its dequantized
 rows: `bnb.nn.Linear4bit` (NF4 or FP4, double quantization or not, any block size),
-`bnb.nn.Linear8bitLt` (INT8) or a plain 16/32-bit `nn.Linear`. The tiles read the module at each
-call, so they stay right after `model.to(device)`.
+`bnb.nn.Linear8bitLt` (INT8), a plain 16/32-bit `nn.Linear`, or a class of those that computes what
+it computes. The tiles read the module at each call, so they stay right after `model.to(device)`.
 
 D(Q) is taken in the dtype in which bitsandbytes itself would dequantize (the dtype that the
 weight had when it was quantized; fp32 for INT8), so an untouched leanlift layer computes with
@@ -305,7 +305,7 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 @functools.cache
-def _computes_as_linear(kind: type[nn.Linear]) -> bool:
+def _computes_as_linear(kind: Any) -> bool:
     """Whether a class of Linears gives x W^T + b, whatever its forward is; not told from its name,
     but by an instance of it. Classes that quantize, scale or gather as they multiply do not."""
     if kind is nn.Linear:

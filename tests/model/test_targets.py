@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import make_linear4bit, make_linear8bit
 from tiny import load
 from torch import nn
 from transformers import (
@@ -25,10 +26,14 @@ from leanlift import LiftConfig, UserError, get_lift_model
 from leanlift.model import lift_layers
 from leanlift.model.presets import in_preset
 from leanlift.model.targets import inside_blocks
+from leanlift.weights.quantized import frozen_weight, is_plain_linear
 
 
 class OtherLinear(nn.Linear):
     """As FP8 and QAT libraries have them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.round(decimals=1), self.bias)
 
 
 class PackedLinear(nn.Module):
@@ -216,3 +221,89 @@ def test_a_preset_finds_its_part_under_any_name(case: str) -> None:
     found = {p: [n for n in inside if in_preset(names, n, p)] for p in ("attention", "mlp")}
     assert {p: {n.rpartition(".")[2] for n in all_} for p, all_ in found.items()} == parts
     assert sorted(found["attention"] + found["mlp"]) == sorted(inside)
+
+
+class Written(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x @ self.weight.T
+        return out if self.bias is None else out + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 1.01
+
+
+class WithoutBias(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+class MadeOtherwise(nn.Linear):
+    def __init__(self, config: object) -> None:
+        super().__init__(4, 4)
+
+
+KINDS: dict[type[nn.Linear], bool] = {
+    nn.Linear: True, Written: True, OtherLinear: False, Scaled: False, WithoutBias: False,
+    MadeOtherwise: False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_class_of_linears_is_one_if_it_computes_as_one(kind: Any) -> None:
+    one = kind(None) if kind is MadeOtherwise else kind(4, 4)
+    assert is_plain_linear(one) == KINDS[kind]
+
+
+def test_such_a_class_is_trained_and_replaced(base: Path) -> None:
+    model = load(base, "dense")
+    before = model.model.layers[1].mlp.up_proj
+    model.model.layers[1].mlp.up_proj = after = Written(64, 192, bias=False)
+    after.weight = before.weight
+    ids = torch.arange(3, 12)[None]
+    wanted = model(input_ids=ids).logits
+    get_lift_model(model, LiftConfig(selector="random"), progress=False)
+    assert "model.layers.1.mlp.up_proj" in lift_layers(model)
+    assert torch.allclose(model(input_ids=ids).logits, wanted, atol=1e-5)
+
+
+class Reading(nn.Module):
+    """Computes with the weight of a Linear in it past the Linear, and by its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+        self.other = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.inner.weight.data.clamp_(-100, 100)
+        return x @ self.inner.weight + self.other(x.to(self.other.weight.dtype))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
+def test_who_reads_a_weight_gets_its_numbers_and_their_dtype(base: Path, kind: str) -> None:
+    model = load(base, kind)
+    torch.manual_seed(0)
+    reading = Reading()
+    if kind != "dense":
+        make = make_linear4bit if kind == "nf4" else make_linear8bit
+        reading.inner, reading.other = make(64, 64), make(64, 64)
+    model.model.layers[0].reading = reading
+    model.config._name_or_path = ""  # its checkpoint has no such part
+    frozen = {name: frozen_weight(getattr(reading, name)) for name in ("inner", "other")}
+    inner, other = (weight.rows(0, 64).float() for weight in frozen.values())
+    bias = reading.other.bias
+    get_lift_model(model, LiftConfig(selector="random"), progress=False)
+    assert "model.layers.0.reading.inner" not in lift_layers(model)
+    assert "model.layers.0.reading.other" in lift_layers(model)
+    x = torch.randn(3, 64)
+    wanted = x @ inner + nn.functional.linear(x, other, bias)
+    assert torch.allclose(model.model.layers[0].reading(x), wanted, atol=1e-4)
+
+
+def test_a_packed_weight_stands_for_no_numbers(base: Path) -> None:
+    model = get_lift_model(load(base, "nf4"), LiftConfig(selector="random"), progress=False)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    assert (weight.shape, weight.dtype) == ((192, 64), torch.float32)
+    assert bool(weight.isnan().all())
