@@ -11,6 +11,7 @@ Modules inside a layer of ours, such as the Linear that holds its weight, are no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,12 +56,35 @@ def replace_modules(model: nn.Module, make_layer: MakeLayer) -> dict[str, nn.Mod
         replaced.get(name))` puts them back.
     """
     found = [(name, module, make_layer(name, module)) for name, module in outer_modules(model)]
+    paths = _paths_by_weight(model)
     replaced = {}
     for name, module, layer in found:
         if layer is not None and layer is not module:
-            model.set_submodule(name, layer.train(module.training))
+            layer.train(module.training)
+            for path in paths.get(_weight_id(module), [name]):
+                model.set_submodule(path, layer)
             replaced[name] = module
     return replaced
+
+
+def _paths_by_weight(model: nn.Module) -> dict[int | None, list[str]]:
+    """Where each weight of a Linear, or under a layer of ours, is used: blocks that a model goes
+    through several times have it in several places, and one layer stands in all of them."""
+    paths: dict[int | None, list[str]] = {}
+    inside = None
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and name.startswith(inside):
+            continue
+        if _weight_id(module) is not None:
+            paths.setdefault(_weight_id(module), []).append(name)
+        inside = f"{name}." if isinstance(module, OURS) else None
+    return paths
+
+
+def _weight_id(module: nn.Module) -> int | None:
+    """What tells the weight of a Linear, or of the one under a layer of ours, from others."""
+    holder: Any = module.base if isinstance(module, FrozenLinear) else module
+    return id(holder.weight) if isinstance(holder, nn.Linear) else None
 
 
 def layers_over(

@@ -117,7 +117,19 @@ def _ends_in(name: str, ending: str) -> bool:
 def inside_blocks(names: dict[str, nn.Module]) -> list[str]:
     """The modules inside the blocks of a model, given all of its modules by name."""
     blocks = _block_lists(names)
-    return [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
+    inside = [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
+    seen: set[int] = set()
+    return [name for name in inside if not _is_again(names[name], seen)]
+
+
+def _is_again(module: nn.Module, seen: set[int]) -> bool:
+    """Whether a Linear has the weight of one before it, as in blocks that a model goes through
+    several times: it is trained, saved and stored under the first name. `seen` is added to."""
+    if not isinstance(module, nn.Linear):
+        return False
+    again = id(module.weight) in seen
+    seen.add(id(module.weight))
+    return again
 
 
 def _without(inside: list[str], excluded: str | tuple[str, ...], kind: str) -> list[str]:
@@ -297,9 +309,9 @@ def _what(key: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
         return f"is a convolution with weights {shape}"
     if type(module).__name__ == "Conv1D":
         return "is a Conv1D, whose weight is stored transposed"
-    if len(shape) == 3:
+    if len(shape) == 3 and "expert" in type(module).__name__.lower():
         return f"holds fused expert weights {shape}"
-    return f"holds a matrix {shape} of a {type(module).__name__}"
+    return f"holds {'a matrix' if len(shape) == 2 else 'weights'} {shape} of its own"
 
 
 def _is_router(name: str, module: nn.Module) -> bool:

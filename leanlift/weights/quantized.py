@@ -301,7 +301,8 @@ def _of_its_shape(weight: FrozenWeight, module: nn.Module, name: str) -> FrozenW
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether this is an nn.Linear, or of a class of them that computes what it computes."""
-    return isinstance(module, nn.Linear) and _computes_as_linear(type(module))
+    kind: Any = type(module)
+    return isinstance(module, nn.Linear) and _computes_as_linear(kind)
 
 
 @functools.cache

@@ -26,10 +26,11 @@ FAMILIES: dict[str, str] = {
     "gemma3n_text": "note",  # weights that parents clamp
     "lfm2": "note",  # convolutions
     "mamba": "note",  # weights that parents read
-    "opt": "ok",  # blocks without named parts
+    "opt": "note",  # blocks without named parts
     "phi": "ok",  # a bias of the head
     "qwen3_5_text": "note",  # linear attention
     "reformer": "refused",  # one operation of autograd
+    "zamba": "note",  # blocks that are gone through several times
 }
 """What is found, by family; nothing where it depends on how experts are held."""
 CHEAP = ("llama", "falcon", "camembert")

@@ -50,6 +50,10 @@ class Matrix(nn.Module):
         self.weight = nn.Parameter(torch.zeros(shape))
 
 
+class Experts(Matrix):
+    """As transformers holds those of a mixture."""
+
+
 STRANGE: dict[str, tuple[Callable[[int], nn.Module], str, str]] = {
     "subclass": (
         lambda rows: OtherLinear(64, rows),
@@ -58,13 +62,13 @@ STRANGE: dict[str, tuple[Callable[[int], nn.Module], str, str]] = {
     ),
     "matrix": (
         lambda rows: Matrix(rows, 64),
-        r"holds a matrix \(\d+, 64\) of a Matrix",
+        r"holds a matrix \(\d+, 64\) of its own",
         "up_proj (Matrix)",
     ),
     "experts": (
-        lambda rows: Matrix(8, rows // 8, 64),
+        lambda rows: Experts(8, rows // 8, 64),
         r"holds fused expert weights \(8, \d+, 64\)",
-        "up_proj (Matrix)",
+        "up_proj (Experts)",
     ),
     "convolution": (
         lambda rows: nn.Conv1d(64, rows, 1),
