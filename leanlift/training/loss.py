@@ -256,10 +256,14 @@ def compared(
     model.eval()
     try:
         with autocast or nullcontext():
-            plain = _Look(model, head, 1.0)
+            parts = [model.base_model]
+            plain = _Look(model, head, 1.0, parts)
+            if not plain.asked and _is_base_of_its_part(model):
+                parts = [part for part in model.base_model.modules() if part is not parts[0]]
+                plain = _Look(model, head, 1.0, parts)
             same = plain.agrees
             if same:  # now with logits so large that a cap must show
-                same = _Look(model, head, LARGE / max(plain.largest, 1e-6)).agrees
+                same = _Look(model, head, LARGE / max(plain.largest, 1e-6), parts).agrees
             return Compared(same, plain.same_loss)
     except Exception as error:  # each family fails in its own way
         raise UserError(
@@ -299,16 +303,34 @@ def _few_ids(model: Any) -> Tensor:
     return ids.view(2, 9) % min(97, *(size for size in sizes if isinstance(size, int)))
 
 
+def _is_base_of_its_part(model: Any) -> bool:
+    """Whether a base gives what the one decoder in it gives: some models ask that alone."""
+    states: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        if hasattr(output, "last_hidden_state"):
+            states.append(output.last_hidden_state)
+
+    handles = [part.register_forward_hook(keep) for part in model.base_model.modules()]
+    try:
+        model.base_model(input_ids=_few_ids(model), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(states) == 2 and states[0] is states[1]
+
+
 class _Look:
-    """One forward pass, with the base's hidden states multiplied by `gain`.
+    """One forward pass, with the hidden states that one of some parts gives multiplied by `gain`.
 
     Attributes:
+        asked: whether one of them was asked for them, once.
         largest: the largest logit of the head; 0 where it was not asked.
         agrees: whether the model's logits are the head's.
         same_loss: whether the model's loss is the cost of the next tokens.
     """
 
-    def __init__(self, model: Any, head: Head | None, gain: float) -> None:
+    def __init__(self, model: Any, head: Head | None, gain: float, parts: list[Any]) -> None:
         ids = _few_ids(model)
         labels = ids.clone()
         labels[:, :3] = IGNORED
@@ -321,15 +343,16 @@ class _Look:
                 output.last_hidden_state = seen[-1]
             return output
 
-        handle = model.base_model.register_forward_hook(enlarge)
+        handles = [part.register_forward_hook(enlarge) for part in parts]
         try:
             routed = "output_router_logits" in inspect.signature(model.forward).parameters
             without = {"output_router_logits": False} if routed else {}  # its loss comes on top
             own = model(input_ids=ids, labels=labels, use_cache=False, **without)
         finally:
-            handle.remove()
-        self.largest, self.agrees = 0.0, False
-        if head is not None and len(seen) == 1:
+            for handle in handles:
+                handle.remove()
+        self.largest, self.agrees, self.asked = 0.0, False, len(seen) == 1
+        if head is not None and self.asked:
             self.largest, self.agrees = _same_logits(seen[0], head, own.logits)
         states, wanted = _trained(own.logits, {"labels": labels})
         cost = float(F.cross_entropy(states.float(), wanted))

@@ -258,7 +258,7 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
     if source is not nn.Linear:
         raise UserError(
             f"{name} was a {source.__name__} before it was quantized; its checkpoint is "
-            "transposed, which leanlift does not support: exclude it with target_modules."
+            "transposed, which leanlift does not support: leave it out with exclude_modules."
         )
     if bnb.is_linear4bit(module):
         problem = bnb.problem_4bit(module)
@@ -281,7 +281,7 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
         return WeightDense(module)
     raise UserError(
         f"{name} is a {type(module).__name__}; leanlift trains nn.Linear, bnb.nn.Linear4bit and "
-        "bnb.nn.Linear8bitLt: leave it out with target_modules."
+        "bnb.nn.Linear8bitLt: leave it out with exclude_modules."
     )
 
 

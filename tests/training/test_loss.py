@@ -49,6 +49,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], type]] = {
     "recurrent_gemma: a cap of another name": ("recurrent_gemma", RECURRENT, WholeLoss),
     "modernbert-decoder: a layer before the head": ("modernbert-decoder", {}, WholeLoss),
     "phi: a bias": ("phi", {}, TiledLoss),
+    "opt: the decoder in the base is asked": (
+        "opt",
+        {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
+        TiledLoss,
+    ),
 }
 
 
