@@ -63,7 +63,7 @@ def make(family: str, place: Path) -> Any:
         setattr(model.generation_config, f"{key}_token_id", value)
     model.eval()(**batch())  # what stock transformers cannot run is not ours to train
     model.save_pretrained(place)
-    if not torch.equal(logits(load(place, quantized=False)), logits(model)):
+    if (logits(load(place, quantized=False)) - logits(model)).abs().max() > 1e-4:
         raise ValueError("stock transformers loads another model than it has saved")
     AutoTokenizer.from_pretrained(BASE).save_pretrained(place)
     return type(model)
@@ -150,6 +150,7 @@ def planned_gib(base: Path, checkpointing: bool) -> float:
 
 
 def logits(model: Any) -> Tensor:
+    torch.manual_seed(0)  # some hash at random
     with torch.no_grad():
         out: Tensor = model.eval()(**batch(labels=False)).logits
     return out

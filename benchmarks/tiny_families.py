@@ -69,6 +69,7 @@ BUILT: dict[str, dict[str, Any]] = {
     "gemma4_unified": {"text_config": GEMMA4}, "gemma4_unified_text": GEMMA4,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "laguna": {"layer_types": ["full_attention", "sliding_attention"] * 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8, "num_key_value_heads": 4, "num_layers": 2},
     "qwen4_exp": {"text_config": QWEN4}, "qwen4_exp_text": QWEN4,
@@ -80,8 +81,9 @@ BUILT: dict[str, dict[str, Any]] = {
 """What the class of a configuration is called with beside what it has of `SMALL`."""
 
 FITTING: dict[str, dict[str, Any]] = {
-    "blt": {"encoder_hash_byte_group_vocab": 64, "global_config.hidden_size": 128},
-    "dbrx": {"attn_config.rope_theta": 1e4},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "global_config.hidden_size": 128,
+            "global_config.head_dim": 32},
+    "dbrx": {"attn_config.rope_theta": 1e4, "attn_config.clip_qkv": 8.0},
     "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
     "cohere_compass_text": {
@@ -104,6 +106,8 @@ FITTING: dict[str, dict[str, Any]] = {
 """What is set in a configuration after that."""
 
 NOT_ALONE = {
+    "blt": "has four parts, whose sizes no tiny configuration here fits",
+    "dots3_note": "has parts for sound and pictures, whose sizes no tiny configuration here fits",
     "gemma3n": "needs the package timm",
     "gemma4_assistant": "drafts tokens for another model, whose hidden states it takes",
     "gemma4_unified_assistant": "drafts tokens for another model, whose hidden states it takes",
@@ -145,7 +149,9 @@ def _built(kind: Any, given: dict[str, Any]) -> Any:
 
 
 def _shrink(part: Any) -> None:
-    """Set what a configuration has of the sizes."""
+    """Set what a configuration has of the sizes; None: a part that is not there."""
+    if part is None:
+        return
     known = {key: value for key, value in SMALL.items() if hasattr(part, key)}
     with suppress(Exception):  # one head of keys for each of queries stays that
         if part.num_key_value_heads == part.num_attention_heads:

@@ -26,7 +26,7 @@ FAMILIES: dict[str, str] = {
     "gemma3n_text": "note",  # weights that parents clamp
     "lfm2": "note",  # convolutions
     "mamba": "note",  # weights that parents read
-    "opt": "note",  # blocks without named parts
+    "opt": "ok",  # blocks without named parts
     "phi": "ok",  # a bias of the head
     "qwen3_5_text": "note",  # linear attention
     "reformer": "refused",  # one operation of autograd
