@@ -1,8 +1,7 @@
 """Ways to damage an adapter's files, each named; used by `fuzz_adapter`.
 
 A mutation takes a random generator and the files of a valid adapter (name -> bytes), and changes
-the files in place. `parse` and `build` are a safetensors reader and writer of their own, which
-say nothing about whether the result is valid.
+the files in place.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.tensor_bytes import NUMPY_DTYPES, Header, arrays, build, join, parse
+
 Files = dict[str, bytes]
-Header = dict[str, Any]
 
 WEIGHTS = "adapter_model.safetensors"
-NUMPY_DTYPES = {"F32": "<f4", "F16": "<f2", "I32": "<i4", "I64": "<i8", "U8": "|u1", "BF16": "<u2"}
 ODD_NUMBERS: tuple[Any, ...] = (
     0, 1, -1, 2, 3, 64, 128, 255, 2**16, 2**31 - 1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.5, 1e-300,
     1e308, math.nan, math.inf, -math.inf,
@@ -48,45 +47,6 @@ class Executed:
         import os
 
         return (os.mkdir, (self.mark,))
-
-
-def parse(data: bytes) -> tuple[Header, bytes]:
-    """Header and data of a valid safetensors file."""
-    size = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
-
-
-def join(header: bytes, body: bytes, length: int | None = None) -> bytes:
-    """A file with this header; `length` is what it says the header's length is."""
-    return (len(header) if length is None else length).to_bytes(8, "little") + header + body
-
-
-def arrays(data: bytes) -> dict[str, tuple[str, Any]]:
-    """name -> (dtype, array) of a valid file; BF16 as its bit patterns."""
-    header, body = parse(data)
-    found = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = entry["data_offsets"]
-            kind = NUMPY_DTYPES[entry["dtype"]]
-            array = np.frombuffer(body[start:stop], kind).reshape(entry["shape"])
-            found[name] = (entry["dtype"], array.copy())
-    return found
-
-
-def build(tensors: dict[str, tuple[str, Any]]) -> bytes:
-    """The opposite of `arrays`."""
-    header: Header = {}
-    body = b""
-    for name, (dtype, array) in tensors.items():
-        data = array.astype(NUMPY_DTYPES[dtype]).tobytes()
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(array.shape),
-            "data_offsets": [len(body), len(body) + len(data)],
-        }
-        body += data
-    return join(json.dumps(header).encode(), body)
 
 
 # --- JSON beside the tensors ---------------------------------------------------------------

@@ -20,28 +20,21 @@ a row that says why. A bare machine gets what it lacks from `benchmarks/wheelhou
 from __future__ import annotations
 
 import argparse
-import gc
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
-from statistics import median
 from typing import Any
 
 import torch
 
 from benchmarks.common import timed, write_rows
 from benchmarks.gpu_kernels import Rows, kernels
-from benchmarks.gpu_profile import profiled
 from benchmarks.gpu_run import runs
-from benchmarks.trainee import GIB, RANK, Scale, Trainee, base, capped, lifted
+from benchmarks.gpu_steps import by_torch, peers, release, steps
+from benchmarks.trainee import Scale, Trainee, lifted
 
 BUDGET = 420.0
 """Seconds after which no section begins: the longest takes about a minute."""
-
-CAPS = {"comfortable": (7.3,), "lean": (7.3,), "least": (7.3, 5.7)}
-PEAK_BARS = {"lean": 6.3, "least": 5.5}
 
 
 def selection(scale: Scale, trainee: Trainee) -> Rows:
@@ -73,164 +66,12 @@ def _overlap(layer: Any, rank: int) -> float:
     return round(float(torch.isin(exact, layer.index.to_flat()).float().mean()), 5)
 
 
-def steps(scale: Scale, setting: str, trainee: Trainee) -> Rows:
-    """Peaks and times, without and with a cap, and the plan."""
-    rows: Rows = []
-    for cap in (None, *(CAPS[setting] if scale.device.type == "cuda" else ())):
-        label = f"{setting}{'' if cap is None else f', cap {cap} GiB'}"
-        trainee.seconds.clear()
-        trainee.peaks.clear()
-        release()  # what attaching has left in the allocator would count as reserved
-        if scale.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        reserved = 0
-        try:
-            with capped(scale, cap):
-                for _ in range(scale.steps):
-                    trainee.step()
-                    if scale.device.type == "cuda":  # a step resets the peaks
-                        reserved = max(reserved, torch.cuda.max_memory_reserved())
-        except torch.OutOfMemoryError as error:
-            rows.append({"what": f"{label}, runs", "value": str(error)[:80], "holds": False})
-            trainee.optimizer.zero_grad()
-            continue
-        rows.append({"what": f"{label}, step s", "value": round(median(trainee.seconds), 4)})
-        if trainee.peaks:
-            peak, early = max(trainee.peaks), max(trainee.peaks[: scale.steps // 3])
-            bar = PEAK_BARS.get(setting) if not scale.small else None
-            held = {} if bar is None else {"bar": f"<= {bar}", "holds": peak <= bar * GIB}
-            rows += [
-                {"what": f"{label}, allocated GiB", "value": round(peak / GIB, 3), **held},
-                {
-                    "what": f"{label}, creep MiB",
-                    "value": round((peak - early) / 2**20, 2),
-                    "bar": "<= 1",
-                    "holds": peak - early <= 2**20,
-                },
-                {
-                    "what": f"{label}, reserved GiB",
-                    "value": round(reserved / GIB, 3),
-                },
-            ]
-    peak = max(trainee.peaks, default=None)
-    if scale.device.type == "cuda" and setting != "least":  # whose token ids go to the CPU
-        trainee.optimizer.zero_grad()
-        waits = trainee.waits()
-        bar = {"bar": "nothing", "holds": waits == "nothing"}
-        rows.append({"what": f"{setting}, the host waits for", "value": waits, **bar})
-    if scale.device.type == "cuda":
-        rows += profiled(trainee, setting)
-        trainee.optimizer.zero_grad()
-    return rows + [
-        {"what": f"{setting}, {what}", **row} for what, row in _planned(scale, setting, peak)
-    ]
-
-
-def by_torch(trainee: Trainee) -> Rows:
-    """A step whose layers compute in plain torch; the optimizer stays as it is."""
-    from leanlift.model import use_ops
-
-    use_ops(trainee.model, "torch")
-    done = len(trainee.seconds)
-    for _ in range(3):
-        trainee.step()
-    use_ops(trainee.model, "auto")
-    taken = round(median(trainee.seconds[done:]), 4)
-    return [{"what": "comfortable, layers in plain torch, step s", "value": taken}]
-
-
-def _planned(scale: Scale, setting: str, peak: int | None) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        from leanlift.plan import PlanSettings, plan_memory
-    except ImportError as error:
-        return [("plan", {"value": f"skipped: {error}"})]
-    from benchmarks.peers import llama
-    from leanlift import LiftConfig
-
-    config = LiftConfig(
-        density=0.05, values_dtype="bfloat16", quantize_embeddings=setting != "comfortable"
-    )
-    cuda = scale.device.type == "cuda"
-    least = setting == "least" and cuda
-    settings = PlanSettings(
-        per_device_train_batch_size=1,
-        max_length=scale.tokens,
-        optim="sparse_adamw_8bit",
-        optim_in_backward=setting != "comfortable",
-        activation_offloading=least,
-        embedding_on_cpu=least,
-        cuda=cuda,
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        llama(*scale.shape).save_pretrained(directory)
-        planned = plan_memory(directory, config, settings).phases["train"]
-    rows = [("planned GiB", {"value": round(planned / GIB, 3)})]
-    if peak:
-        rows.append(("planned / measured", {"value": round(planned / peak, 3)}))
-    return rows
-
-
-def peers(scale: Scale, ours: Trainee) -> Rows:
-    """PEFT's QLoRA and SHiRA beside us, in turn."""
-    import bitsandbytes as bnb
-
-    from benchmarks.peers import entries, lora, shira, stock_loss, trained
-
-    widths = sum(sum(m.weight_tiles.shape) for m in _layers(ours.model))
-    rank = max(1, round(entries(ours.model) / widths))
-    cuda = scale.device.type == "cuda"
-
-    def built(model: Any) -> tuple[Any, Any, Any, Any]:
-        kind = (
-            bnb.optim.AdamW8bit if cuda else torch.optim.AdamW
-        )  # paged state would not be counted
-        model.enable_input_require_grads()
-        return model.train(), stock_loss, kind(trained(model), lr=1e-4), nullcontext
-
-    makers = {
-        f"QLoRA r={RANK}": lambda: built(lora(base(scale), RANK)),
-        f"SHiRA r={rank}": lambda: built(shira(base(scale), rank)),
-    }
-    rows: Rows = []
-    for name, make in makers.items():
-        try:
-            theirs = Trainee(scale, make)
-            ours.seconds.clear()
-            ours.peaks.clear()
-            for _ in range(max(3, scale.steps // 3)):
-                ours.step()
-                theirs.step()
-        except Exception as error:  # a peer that cannot run here is a row
-            rows.append({"what": name, "value": f"skipped: {type(error).__name__} {error}"[:120]})
-            continue
-        time = median(ours.seconds) / median(theirs.seconds)
-        bar = 1.25 if name.startswith("QLoRA") else 1 / 1.5
-        held = {} if scale.small else {"bar": f"<= {bar:.3f}", "holds": time <= bar}
-        rows.append({"what": f"{name}, step s", "value": round(median(theirs.seconds), 4)})
-        rows.append({"what": f"leanlift / {name}, step", "value": round(time, 3), **held})
-        if theirs.peaks:
-            peak = max(ours.peaks) / max(theirs.peaks)
-            held = {"bar": "<= 0.6", "holds": peak <= 0.6} if name.startswith("SHiRA") else {}
-            gib = round(max(theirs.peaks) / GIB, 3)
-            rows.append({"what": f"{name}, allocated GiB", "value": gib})
-            rows += profiled(theirs, name)
-            rows.append({"what": f"leanlift / {name}, peak", "value": round(peak, 3), **held})
-        del theirs
-        release()
-    return rows
-
-
-def _layers(model: Any) -> list[Any]:
-    from leanlift.model import lift_layers
-
-    return list(lift_layers(model).values())
-
-
 def refresh_and_export(scale: Scale, trainee: Trainee) -> Rows:
     from leanlift import refresh_mask
+    from leanlift.model import lift_layers
 
     report = refresh_mask(trainee.model, trainee.optimizer)
-    sample = _layers(trainee.model)[:7]
+    sample = list(lift_layers(trainee.model).values())[:7]
 
     def export() -> int:
         rows = [layer.effective.rows(0, layer.out_features).half().cpu() for layer in sample]
@@ -281,10 +122,39 @@ def learning(scale: Scale) -> Rows:
     return rows
 
 
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+class Sections:
+    """Sections as they are run, and the rows of all of them.
+
+    Args:
+        save: called with all rows so far after each section.
+        budget: seconds after which no further section begins.
+    """
+
+    def __init__(self, save: Callable[[Rows], object], budget: float) -> None:
+        self.rows: Rows = []
+        self.save, self.budget = save, budget
+        self.started = time.monotonic()
+
+    def run(self, number: int, section: Callable[[], Rows]) -> None:
+        """Run one; if it fails, or comes too late, that is its row."""
+        spent = time.monotonic() - self.started
+        try:
+            if spent > self.budget:
+                raise TimeoutError(f"not begun after {spent:.0f} s")
+            found, took = timed(section)
+            found.append({"what": "section, s", "value": round(took, 1)})
+        except Exception as error:  # whatever it is: the other sections have things to show
+            traceback.print_exc()
+            found = [{"what": "section", "value": f"failed: {type(error).__name__} {error}"[:200]}]
+            found[0]["holds"] = False
+        for row in found:
+            full = {"section": number, "what": "", "value": "", "bar": "", "holds": "", **row}
+            self.rows.append(full)
+            print("  ".join(str(value) for value in full.values()), flush=True)
+        self.save(self.rows)
+
+    def skip(self, number: int, what: str) -> None:
+        self.run(number, lambda: [{"what": what, "value": "skipped"}])
 
 
 def prove(
@@ -297,62 +167,41 @@ def prove(
         save: called with all rows so far after each section.
         budget: seconds after which no further section begins.
     """
-    rows: Rows = []
-    started = time.monotonic()
-
-    def section(number: int, run: Callable[[], Rows]) -> None:
-        spent = time.monotonic() - started
-        try:
-            if spent > budget:
-                raise TimeoutError(f"not begun after {spent:.0f} s")
-            found, took = timed(run)
-            found.append({"what": "section, s", "value": round(took, 1)})
-        except Exception as error:  # whatever it is: the other sections have things to show
-            traceback.print_exc()
-            found = [{"what": "section", "value": f"failed: {type(error).__name__} {error}"[:200]}]
-            found[0]["holds"] = False
-        for row in found:
-            rows.append({"section": number, "what": "", "value": "", "bar": "", "holds": "", **row})
-            print("  ".join(str(value) for value in rows[-1].values()), flush=True)
-        save(rows)
-
-    def skipped(what: str) -> Callable[[], Rows]:
-        return lambda: [{"what": what, "value": "skipped"}]
-
+    sections = Sections(save, budget)
     if scale.device.type != "cuda":
-        section(1, skipped("Triton kernels, caps and peaks: no CUDA device"))
-    section(1, lambda: kernels(scale.device, scale.small))
+        sections.skip(1, "Triton kernels, caps and peaks: no CUDA device")
+    sections.run(1, lambda: kernels(scale.device, scale.small))
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         for number in range(2, 8):
-            section(number, skipped("bitsandbytes is not installed"))
-        return rows
+            sections.skip(number, "bitsandbytes is not installed")
+        return sections.rows
     ours: list[Trainee] = []
 
     def build_and_select() -> Rows:
         peak: list[int] = []
-        ours.append(Trainee(scale, lambda: lifted(scale, "comfortable", "principal", peak)))
+        ours.append(Trainee(scale, lambda: lifted(scale, "default", "principal", peak)))
         rows = selection(scale, ours[0])
         return rows + [{"what": "peak MiB beyond the model", "value": p // 2**20} for p in peak]
 
-    section(2, build_and_select)
+    sections.run(2, build_and_select)
     if ours:
-        section(3, lambda: steps(scale, "comfortable", ours[0]))
-        section(3, lambda: by_torch(ours[0]))
-        section(4, lambda: peers(scale, ours[0]))
-        section(5, lambda: refresh_and_export(scale, ours[0]))
+        sections.run(3, lambda: steps(scale, "default", ours[0]))
+        sections.run(3, lambda: by_torch(ours[0]))
+        sections.run(4, lambda: peers(scale, ours[0]))
+        sections.run(5, lambda: refresh_and_export(scale, ours[0]))
     ours.clear()
     release()
-    section(6, lambda: learning(scale))
+    sections.run(6, lambda: learning(scale))
     release()
-    section(7, lambda: runs(scale.device, scale.small))
-    for setting in ("lean", "least"):
+    sections.run(7, lambda: runs(scale.device, scale.small))
+    for setting in ("int8_embeddings", "offloaded"):
         release()
-        section(
+        sections.run(
             3, lambda s=setting: steps(scale, s, Trainee(scale, lambda: lifted(scale, s, "random")))
         )
-    return rows
+    return sections.rows
 
 
 def main() -> None:

@@ -26,14 +26,14 @@ Rows = list[dict[str, Any]]
 DEMO = Path(__file__).parents[1] / "leanlift" / "demo" / "base"
 STEPS, SAVED = 6, 3
 
-LEAN = [
+INT8_EMBEDDINGS = [
     "--optim", "sparse_adamw_8bit", "--values_dtype", "bfloat16", "--quantize_embeddings", "true",
     "--optim_in_backward", "true", "--max_grad_norm", "0",
 ]  # fmt: skip
-LEAST = [*LEAN, "--activation_offloading", "true", "--embedding_on_cpu", "true"]
+OFFLOADED = [*INT8_EMBEDDINGS, "--activation_offloading", "true", "--embedding_on_cpu", "true"]
 KINDS = {
     "nf4": [],
-    "lean": LEAN,
+    "int8_embeddings": INT8_EMBEDDINGS,
     "int8": ["--load_in_8bit", "true", "--load_in_4bit", "false"],
     "bf16": ["--load_in_4bit", "false"],
     "fp16 loop": ["--fp16", "true", "--dtype", "float16"],
@@ -55,7 +55,7 @@ def _runs(root: Path, cuda: bool, small: bool) -> Rows:
     make_base(root / "base", small)
     make_rows(root / "rows.json", 160)
     make_rows(root / "few.json", 16)
-    kinds = {"lean": LEAN} if small else {**KINDS, "least": LEAST}
+    kinds = {"int8_embeddings": INT8_EMBEDDINGS} if small else {**KINDS, "offloaded": OFFLOADED}
     for kind, options in kinds.items():
         out = root / kind.replace(" ", "-")
         said, took = timed(lambda o=out, more=options: train(root, o, more))
@@ -67,7 +67,7 @@ def _runs(root: Path, cuda: bool, small: bool) -> Rows:
         few, merged = str(root / "few.json"), root / f"merged-{out.name}"
         said = told(["eval", "--adapter", str(out), "--data", few])
         holds(f"eval, {kind}", said or "ok", "ends well", said == "")
-        if cuda and kind not in ("nf4", "least"):
+        if cuda and kind not in ("nf4", "offloaded"):
             continue
         restart(out, root / "again")
         said = train(root, root / "again", [*options, "--resume_from_checkpoint", "true"])

@@ -107,19 +107,37 @@ class Anonymous:
             time.sleep(0.05)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", default="llama2-7b-random", help="13 GB twice")
-    parser.add_argument("--layers", type=int, default=32)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    work = Path(arguments.work)
-    if not (work / "base" / "config.json").is_file():
-        shutil.rmtree(work / "base", ignore_errors=True)
-        write_checkpoint(work / "base", arguments.layers)
-    for leftover in ("adapter", "merged", "run"):
-        shutil.rmtree(work / leftover, ignore_errors=True)
+class Phases:
+    """What each phase takes, against its plan: one row each."""
+
+    def __init__(self, plan: dict[str, int]) -> None:
+        self.plan = plan
+        self.rows: list[dict[str, Any]] = []
+        self.meter = MemoryMeter(torch.device("cpu"))
+        self.anonymous = Anonymous()
+
+    @contextmanager
+    def phase(self, name: str, follow: bool = False, static: int = 0) -> Iterator[Any]:
+        gc.collect()
+        self.anonymous.peak = 0
+        with self.meter.phase(name, follow=follow, static=static) as peak:
+            yield peak
+        planned = self.plan[name]
+        self.rows.append(
+            {
+                "phase": name,
+                "seconds": round(peak.seconds, 1),
+                "tensors GiB": round((peak.tensors or 0) / GIB, 3),
+                "planned GiB": round(planned / GIB, 3),
+                "planned / measured": round(planned / peak.tensors, 3) if peak.tensors else "",
+                "anonymous GiB": round(self.anonymous.peak / GIB, 3),
+            }
+        )
+        print(self.rows[-1], flush=True)
+
+
+def settings(work: Path) -> tuple[RunArguments, LiftSFTConfig]:
+    """What the run is told."""
     args = RunArguments(
         model_name_or_path=str(work / "base"),
         dataset_name="rows.json",
@@ -137,38 +155,22 @@ def main() -> None:
         max_length=TOKENS,
         save_strategy="no",
     )
+    return args, sft
+
+
+def run(work: Path) -> list[dict[str, Any]]:
+    """Load, select, step, refresh and export over `work`'s base; one row per phase."""
+    args, sft = settings(work)
     plan = plan_of(replace(args, refresh_interval=0), sft, cuda=False).phases
     plan["refresh"] = plan_of(args, sft, cuda=False).phases["refresh"]
-    anonymous = Anonymous()
-    meter = MemoryMeter(torch.device("cpu"))
-    rows: list[dict[str, Any]] = []
-
-    @contextmanager
-    def phase(name: str, follow: bool = False, static: int = 0) -> Iterator[Any]:
-        gc.collect()
-        anonymous.peak = 0
-        with meter.phase(name, follow=follow, static=static) as peak:
-            yield peak
-        planned = plan[name]
-        rows.append(
-            {
-                "phase": name,
-                "seconds": round(peak.seconds, 1),
-                "tensors GiB": round((peak.tensors or 0) / GIB, 3),
-                "planned GiB": round(planned / GIB, 3),
-                "planned / measured": round(planned / peak.tensors, 3) if peak.tensors else "",
-                "anonymous GiB": round(anonymous.peak / GIB, 3),
-            }
-        )
-        print(rows[-1], flush=True)
-
-    with phase("load", follow=True):
+    phases = Phases(plan)
+    with phases.phase("load", follow=True):
         model = load_model(args, torch.device("cpu"))
     held = sum(static_categories(model).values())
-    with phase("select", follow=True, static=held):
+    with phases.phase("select", follow=True, static=held):
         get_lift_model(model, args.lift_config())
-    memory = MemoryCallback(meter)
-    with phase("train") as peak:
+    memory = MemoryCallback(phases.meter)
+    with phases.phase("train") as peak:
         trainer = LiftTrainer(
             model=model,
             args=sft,
@@ -179,12 +181,29 @@ def main() -> None:
         trainer.train()
         peak.tensors = memory.peak
     static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
-    with phase("refresh", follow=True, static=static):
+    with phases.phase("refresh", follow=True, static=static):
         print(refresh_mask(model, trainer.optimizer))
     save_adapter(model, work / "adapter")
     del model, trainer, memory
-    with phase("export", follow=True):
+    with phases.phase("export", follow=True):
         merge_adapter(work / "adapter", work / "merged")
+    return phases.rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", default="llama2-7b-random", help="13 GB twice")
+    parser.add_argument("--layers", type=int, default=32)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    work = Path(arguments.work)
+    if not (work / "base" / "config.json").is_file():
+        shutil.rmtree(work / "base", ignore_errors=True)
+        write_checkpoint(work / "base", arguments.layers)
+    for leftover in ("adapter", "merged", "run"):
+        shutil.rmtree(work / leftover, ignore_errors=True)
+    rows = run(work)
     for row in rows:
         row["layers"] = arguments.layers
     if arguments.layers == 32:

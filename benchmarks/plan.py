@@ -4,8 +4,9 @@
 
 Nothing is downloaded: the shapes are facts of the models' public config.json files. NF4 with
 double quantization, 5 % of every Linear, activation checkpointing, `sparse_adamw_8bit`, bf16
-values, the tiled loss. comfortable: that. lean: also INT8 embedding and head, and updates in the
-backward pass. least: also activation offloading, and the embedding on the CPU where it is not tied.
+values, the tiled loss. default: that. int8_embeddings: also INT8 embedding and head, and updates in
+the backward pass. offloaded: also activation offloading, and the embedding on the CPU where it is
+not tied.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ STEP: dict[str, Any] = {
     "cuda": True,
 }
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "comfortable": ({}, {}),
-    "lean": ({"quantize_embeddings": True}, {"optim_in_backward": True}),
-    "least": (
+    "default": ({}, {}),
+    "int8_embeddings": ({"quantize_embeddings": True}, {"optim_in_backward": True}),
+    "offloaded": (
         {"quantize_embeddings": True},
         {"optim_in_backward": True, "activation_offloading": True, "embedding_on_cpu": True},
     ),

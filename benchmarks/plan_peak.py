@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "in backward": BACKWARD,
     "in backward, checkpointing": {**BACKWARD, "gradient_checkpointing": True},
     "INT8 ends": {"quantize_embeddings": True},
-    "least": {
+    "offloaded": {
         **BACKWARD,
         "gradient_checkpointing": True,
         "quantize_embeddings": True,
@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16 model": {"dtype": "bfloat16"},
     "INT8 base": {"load_in_8bit": True},
 }
-OFFLOADED = {**CASES["least"], "activation_offloading": True}
+OFFLOADED = {**CASES["offloaded"], "activation_offloading": True}
 
 
 def write_base(path: Path, hidden: int, layers: int) -> None:
@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cases = {**CASES, "least, offloaded": OFFLOADED} if arguments.device == "cuda" else CASES
+    cases = (
+        {**CASES, "offloaded, activations too": OFFLOADED} if arguments.device == "cuda" else CASES
+    )
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)

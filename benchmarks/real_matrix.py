@@ -21,6 +21,7 @@ from torch import nn
 
 from benchmarks.common import timed, write_rows
 from leanlift import LiftConfig, get_lift_model, merge_adapter, refresh_mask, save_adapter
+from leanlift.layers import LiftLinear
 from leanlift.measure import LiveBytes
 from leanlift.model import lift_layers
 from leanlift.weights.quantized import WeightFormat, requantize
@@ -63,21 +64,28 @@ def exact_mask(weight: torch.Tensor, rank: int, count: int) -> torch.Tensor:
     return mask
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    original = trained_like(M, N).bfloat16()
-    rows: list[dict[str, Any]] = []
+class Rows:
+    """Steps as they are taken."""
 
-    def record(step: str, seconds: float, live: LiveBytes | None = None, **extra: Any) -> None:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def record(
+        self, step: str, seconds: float, live: LiveBytes | None = None, **extra: Any
+    ) -> None:
         peak = "" if live is None else round(live.peak / 2**20, 1)
         note = "; ".join(f"{key} {value}" for key, value in extra.items())
-        rows.append({"step": step, "seconds": round(seconds, 3), "peak_mib": peak, "note": note})
+        row = {"step": step, "seconds": round(seconds, 3), "peak_mib": peak, "note": note}
+        self.rows.append(row)
         print(f"{step:<28}{seconds:>9.2f} s{peak!s:>10} MiB  {note}", flush=True)
 
+
+def attach(rows: Rows, original: torch.Tensor) -> tuple[OneBlock, LiftLinear]:
+    """Quantize and select; the mask is held against the exact one."""
     fmt = WeightFormat("nf4", "bfloat16", 64, double=True)
     tiles, seconds = timed(lambda: requantize(original, fmt, torch.device("cpu")))
     model = OneBlock(tiles.module).train()  # type: ignore[attr-defined]
-    record("quantize to NF4", seconds)
+    rows.record("quantize to NF4", seconds)
 
     with LiveBytes() as live:
         _, seconds = timed(
@@ -88,28 +96,34 @@ def main() -> None:
     dense = layer.weight_tiles.rows(0, M)
     mask, exact_seconds = timed(lambda: exact_mask(dense, RANK, count))
     overlap = mask[layer.index.to_flat()].double().mean().item()
-    record("select", seconds, live, overlap=round(overlap, 6), entries=count)
-    record("exact mask (fp64 Gram)", exact_seconds)
+    rows.record("select", seconds, live, overlap=round(overlap, 6), entries=count)
+    rows.record("exact mask (fp64 Gram)", exact_seconds)
     assert overlap >= 0.999
+    return model, layer
 
-    x = torch.randn(TOKENS, N).bfloat16().requires_grad_()
+
+def train(rows: Rows, model: OneBlock, layer: LiftLinear, x: torch.Tensor) -> None:
+    """Two passes, one step of an optimizer, a refresh."""
     for attempt in ("first", "second"):
         with LiveBytes() as live:
             y, seconds = timed(lambda: model(x))
-        record(f"forward, {attempt}", seconds, live, tokens=TOKENS)
+        rows.record(f"forward, {attempt}", seconds, live, tokens=TOKENS)
         with LiveBytes() as live:
             _, seconds = timed(lambda y=y: y.float().square().mean().backward())  # type: ignore[misc]
-        record(f"backward, {attempt}", seconds, live)
-    bytes_per_entry = layer.index.nbytes / count
-    record("index", 0.0, bytes_per_entry=round(bytes_per_entry, 4))
+        rows.record(f"backward, {attempt}", seconds, live)
+    bytes_per_entry = layer.index.nbytes / layer.index.count
+    rows.record("index", 0.0, bytes_per_entry=round(bytes_per_entry, 4))
     assert bytes_per_entry <= 1.25
 
     optimizer = torch.optim.AdamW([layer.values], lr=2e-3)
     optimizer.step()
     with LiveBytes() as live:
         report, seconds = timed(lambda: refresh_mask(model, optimizer))
-    record("refresh", seconds, live, churn=round(report.churn, 4), retired=report.retired)
+    rows.record("refresh", seconds, live, churn=round(report.churn, 4), retired=report.retired)
 
+
+def merge(rows: Rows, model: OneBlock, layer: LiftLinear, original: torch.Tensor) -> None:
+    """Onto both forms of the base, each exact."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         base.mkdir()
@@ -127,18 +141,33 @@ def main() -> None:
                     )
                 )
             merged = load_file(out / "model.safetensors")[name]
-            start = original.float() if onto == "original" else dense.float()
+            start = original if onto == "original" else layer.weight_tiles.rows(0, M)
+            start = start.float()
             layer.add_offsets_(start, 0, M)
             assert torch.equal(start.half(), merged), onto
-            record(f"merge onto {onto}", seconds, live, exact=True)
+            rows.record(f"merge onto {onto}", seconds, live, exact=True)
 
-    plain = nn.Linear(N, M, bias=False, dtype=torch.bfloat16)
+
+def plain(rows: Rows, x: torch.Tensor) -> None:
+    """The baseline: a dense Linear."""
+    linear = nn.Linear(N, M, bias=False, dtype=torch.bfloat16)
     for attempt in ("first", "second"):
-        y, seconds = timed(lambda: plain(x))
-        record(f"dense forward, {attempt}", seconds)
+        y, seconds = timed(lambda: linear(x))
+        rows.record(f"dense forward, {attempt}", seconds)
         _, seconds = timed(lambda y=y: y.float().square().mean().backward())  # type: ignore[misc]
-        record(f"dense backward, {attempt}", seconds)
-    print(f"Wrote {write_rows('real_matrix', rows)}")
+        rows.record(f"dense backward, {attempt}", seconds)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    original = trained_like(M, N).bfloat16()
+    rows = Rows()
+    model, layer = attach(rows, original)
+    x = torch.randn(TOKENS, N).bfloat16().requires_grad_()
+    train(rows, model, layer, x)
+    merge(rows, model, layer, original)
+    plain(rows, x)
+    print(f"Wrote {write_rows('real_matrix', rows.rows)}")
 
 
 if __name__ == "__main__":

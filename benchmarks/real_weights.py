@@ -157,70 +157,98 @@ def train(model: Any, tokenizer: Any, steps: int, output: Path) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def measure(steps: int, work: Path) -> list[dict[str, Any]]:
-    """One row per figure, in the order in which they come."""
-    base, adapter = work / "base", work / "adapter"
-    rows: list[dict[str, Any]] = []
+class Figures:
+    """Figures as they come: what, value, and the bound that it must keep."""
 
-    def record(what: str, value: Any, bound: Any = "") -> None:
-        rows.append({"what": what, "value": value, "bound": bound})
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def record(self, what: str, value: Any, bound: Any = "") -> None:
+        self.rows.append({"what": what, "value": value, "bound": bound})
         print(f"{what:<56}{value!s:<26}{bound}", flush=True)
 
-    make_base(base)
+    def answers(self, label: str, model: Any, tokenizer: Any) -> None:
+        for question in QUESTIONS:
+            self.record(f"{label}: {question}", answer(model, tokenizer, question))
+
+
+def published(figures: Figures, base: Path) -> Any:
+    """The base as it is; returns its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    record("weights", sum(p.numel() for p in load_plain(base).parameters()))
-    record("width, blocks", f"{config['hidden_size']}, {config['num_hidden_layers']}")
+    plain = load_plain(base)
+    figures.record("weights", sum(p.numel() for p in plain.parameters()))
+    figures.record("width, blocks", f"{config['hidden_size']}, {config['num_hidden_layers']}")
     text = "Tokens survive: café, 3.14, <|im_end|>"
     ids = tokenizer(text)["input_ids"]
-    record("tokenizer gives text back", str(tokenizer.decode(ids) == text), "True")
+    figures.record("tokenizer gives text back", str(tokenizer.decode(ids) == text), "True")
+    figures.answers("as published", plain, tokenizer)
+    return tokenizer
 
+
+def trained(figures: Figures, base: Path, tokenizer: Any, steps: int, work: Path) -> Any:
+    """The base in NF4, attached and trained; its adapter is in `work`."""
     model = load_nf4(base)
-    for question in QUESTIONS:
-        record(f"as published: {question}", answer(load_plain(base), tokenizer, question))
     model, seconds = timed(lambda: get_lift_model(model, ENTRIES, progress=False))
     layers = lift_layers(model)
-    record("matrices", len(layers))
-    record("entries", sum(layer.index.count for layer in layers.values()))
-    record("selection, s", round(seconds, 1))
-    record("not converged", len(model.leanlift.unconverged), 0)
-    for question in QUESTIONS:
-        record(f"NF4 before: {question}", answer(model, tokenizer, question))
+    figures.record("matrices", len(layers))
+    figures.record("entries", sum(layer.index.count for layer in layers.values()))
+    figures.record("selection, s", round(seconds, 1))
+    figures.record("not converged", len(model.leanlift.unconverged), 0)
+    figures.answers("NF4 before", model, tokenizer)
     losses, seconds = timed(lambda: train(model, tokenizer, steps, work / "run"))
-    record("loss, first step", round(losses[0], 4))
-    record("loss, last step", round(losses[-1], 4), f"below {losses[0] / 2:.4f}")
-    record("seconds per step", round(seconds / steps, 2))
-    for question in QUESTIONS:
-        record(f"NF4 after: {question}", answer(model, tokenizer, question))
-    live = logits(model, tokenizer)
+    figures.record("loss, first step", round(losses[0], 4))
+    figures.record("loss, last step", round(losses[-1], 4), f"below {losses[0] / 2:.4f}")
+    figures.record("seconds per step", round(seconds / steps, 2))
+    figures.answers("NF4 after", model, tokenizer)
+    adapter = work / "adapter"
     save_adapter(model, adapter)
-    record("adapter, MiB", round(sum(f.stat().st_size for f in adapter.iterdir()) / 2**20, 2))
+    nbytes = sum(f.stat().st_size for f in adapter.iterdir())
+    figures.record("adapter, MiB", round(nbytes / 2**20, 2))
+    return model
 
-    again = load_adapter(load_nf4(base), adapter)
-    record("loaded again: logits differ by", difference(logits(again, tokenizer), live), 0.0)
+
+def merged(
+    figures: Figures, work: Path, onto: str, wanted: Any, bound: float, live: list[torch.Tensor]
+) -> None:
+    """One merge, read by stock transformers.
+
+    Args:
+        wanted: its logits, to within `bound`.
+        live: those of the trained model.
+    """
+    out = work / f"merged-{onto}"
+    with LiveBytes() as memory:
+        report, seconds = timed(
+            lambda: merge_adapter(work / "adapter", out, onto=onto, progress=False)
+        )
+    figures.record(f"onto {onto}: seconds", round(seconds, 1))
+    figures.record(f"onto {onto}: peak of tensors, MiB", round(memory.peak / 2**20, 1))
+    figures.record(f"onto {onto}: MiB written", round(report.nbytes / 2**20, 1))
+    stock, carried = load_plain(out), AutoTokenizer.from_pretrained(out)
+    found = logits(stock, carried)
+    figures.record(f"onto {onto}: logits differ by", difference(found, wanted), bound)
+    figures.record(f"onto {onto}: from the live model by", difference(found, live))
+    tied = stock.lm_head.weight is stock.model.embed_tokens.weight
+    figures.record(f"onto {onto}: head still tied", str(tied), "True")
+    figures.answers(f"onto {onto}", stock, carried)
+
+
+def measure(steps: int, work: Path) -> list[dict[str, Any]]:
+    """One row per figure, in the order in which they come."""
+    base, figures = work / "base", Figures()
+    make_base(base)
+    tokenizer = published(figures, base)
+    model = trained(figures, base, tokenizer, steps, work)
+    live = logits(model, tokenizer)
+    again = load_adapter(load_nf4(base), work / "adapter")
+    apart = difference(logits(again, tokenizer), live)
+    figures.record("loaded again: logits differ by", apart, 0.0)
     del again
-    expected = {
-        "quantized": (live, ROUNDING_BOUND),
-        "original": (logits(original_plus_offsets(base, model), tokenizer), 0.0),
-    }
-    for onto, (wanted, bound) in expected.items():
-        out = work / f"merged-{onto}"
-        with LiveBytes() as memory:
-            report, seconds = timed(
-                lambda onto=onto, out=out: merge_adapter(adapter, out, onto=onto, progress=False)
-            )
-        record(f"onto {onto}: seconds", round(seconds, 1))
-        record(f"onto {onto}: peak of tensors, MiB", round(memory.peak / 2**20, 1))
-        record(f"onto {onto}: MiB written", round(report.nbytes / 2**20, 1))
-        stock, carried = load_plain(out), AutoTokenizer.from_pretrained(out)
-        found = logits(stock, carried)
-        record(f"onto {onto}: logits differ by", difference(found, wanted), bound)
-        record(f"onto {onto}: from the live model by", difference(found, live))
-        tied = stock.lm_head.weight is stock.model.embed_tokens.weight
-        record(f"onto {onto}: head still tied", str(tied), "True")
-        for question in QUESTIONS:
-            record(f"onto {onto}: {question}", answer(stock, carried, question))
-    return rows
+    merged(figures, work, "quantized", live, ROUNDING_BOUND, live)
+    exact = logits(original_plus_offsets(base, model), tokenizer)
+    merged(figures, work, "original", exact, 0.0, live)
+    return figures.rows
 
 
 def broken(rows: list[dict[str, Any]]) -> list[str]:

@@ -142,7 +142,7 @@ def lifted(
         approx_rank=8 if scale.small else RANK,
         selector=selector,
         values_dtype="bfloat16",
-        quantize_embeddings=setting != "comfortable",
+        quantize_embeddings=setting != "default",
     )
     model, start = base(scale), allocated(scale)
     if scale.device.type == "cuda":
@@ -151,11 +151,11 @@ def lifted(
     if peak is not None and scale.device.type == "cuda":
         peak.append(torch.cuda.max_memory_allocated() - start)
     optimizer = SparseAdamW(trained(model), lr=1e-4, moments="8bit")
-    if setting != "comfortable":
+    if setting != "default":
         for values in trained(model):
             values.register_post_accumulate_grad_hook(_updating(optimizer))
     around: Any = nullcontext
-    if setting == "least" and scale.device.type == "cuda":
+    if setting == "offloaded" and scale.device.type == "cuda":
         embedding_to_cpu(model)
 
         from trl.models.activation_offloading import get_act_offloading_ctx_manager

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
+from families import config_of
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
@@ -46,21 +44,17 @@ def make_checkpoint(
     """Random weights: 2 blocks, 4 heads, 2 key-value heads. `biased` makes it a Qwen2."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
-    kind, build = (Qwen2Config, Qwen2ForCausalLM) if biased else (LlamaConfig, LlamaForCausalLM)
-    config = kind(
+    config = config_of(
+        "qwen2, tied" if biased else "llama",
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
         tie_word_embeddings=tied,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model = build(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases that differ from their trivial start
             parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -77,8 +71,18 @@ def make_checkpoint_of(config: PretrainedConfig, path: Path) -> Path:
     return path
 
 
+FORMATS: dict[str, dict[str, Any]] = {
+    "nf4+double": {},
+    "nf4": {"bnb_4bit_use_double_quant": False},
+    "fp4": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+    "int8": {"load_in_8bit": True},
+    "dense": {"load_in_4bit": False},
+}
+"""Ways to hold a base, and the settings of a run or a plan that hold it so."""
+
+
 def quantization(kind: str, dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig | None:
-    """ "nf4", "nf4+double", "fp4", "int8" or "dense"."""
+    """One of `FORMATS`, as transformers is told."""
     if kind == "dense":
         return None
     if kind == "int8":

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import load
+from tiny import FORMATS, load
 
 from leanlift import LiftConfig, get_lift_model, save_adapter
 from leanlift.model import lift_layers, refresh_mask
 
-KINDS = ["nf4+double", "nf4", "fp4", "int8", "dense"]
+KINDS = list(FORMATS)
 
 
 def trained(base: Path, adapter: Path, kind: str = "nf4+double", **config: Any) -> Any:

@@ -21,7 +21,13 @@ from leanlift.adapters.special import SpecialTokens
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
-from leanlift.io.places import CONFIG_NAME, WEIGHTS_NAME, WRITTEN_TYPE
+from leanlift.io.places import (
+    ADAPTER_FORMATS,
+    CONFIG_NAME,
+    RETIRED,
+    WEIGHTS_NAME,
+    WRITTEN_TYPE,
+)
 from leanlift.io.tensors import TensorFile, write_json, write_tensors
 from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex, index_nbytes
 from leanlift.weights.grown import Grown
@@ -29,13 +35,7 @@ from leanlift.weights.quantized import dtype_of
 
 FORMAT_VERSION = 2
 GROWN_VERSION, LAYOUT_VERSION = 3, 4
-READABLE = (1, 2, 3, 4)
-"""1 has no samples of the base, no revision and no special tokens. 3 has an embedding with more
-rows than the base's, which a reader of 2 would not give it; 4 has a base whose tensors are not
-under the model's names, where a reader of 3 would not find them."""
 PARTS = ("values", "index.columns", "index.counts")
-RETIRED = ".settled"
-"""After a target's name: where its retired entries are, by the word of the first format."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class AdapterMetadata:
             UserError: another format version, or values that no adapter has.
         """
         version = data.get("format_version")
-        if type(version) is not int or version not in READABLE:
+        if type(version) is not int or version not in ADAPTER_FORMATS:
             raise UserError(
                 f"{path} has adapter format {version!r:.80}; this leanlift reads formats "
-                f"{READABLE[0]} to {READABLE[-1]}: upgrade leanlift."
+                f"{ADAPTER_FORMATS[0]} to {ADAPTER_FORMATS[-1]}: upgrade leanlift."
             )
         refreshes = data.get("refreshes", 0)
         if type(refreshes) is not int or refreshes < 0:

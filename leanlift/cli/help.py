@@ -19,29 +19,22 @@ OWN_WORDS = {
     "per_device_train_batch_size": "rows at a time",
     "gradient_accumulation_steps": "so often before a step",
     "gradient_checkpointing": "compute activations again instead of keeping them",
-    "optim": "or sparse_adamw, adamw_torch, adamw_8bit, …",
-    "optim_in_backward": "update each matrix at once; max_grad_norm 0",
     "activation_offloading": "activations wait in the CPU's memory",
-    "use_cpu": "also beside a GPU",
     "num_train_epochs": "passes over the rows",
     "max_steps": "instead of num_train_epochs; -1: that",
     "lr_scheduler_type": "or cosine, constant, …",
-    "warmup_steps": "below 1: a share of all steps",
     "max_grad_norm": "clip the gradient; 0: never",
-    "max_nonfinite_steps": "bad steps in a row that end a run",
     "eval_strategy": "or steps, epoch",
     "eval_steps": "with eval_strategy steps",
     "seed": "of the rows' order",
-    "bf16": "bf16 autocast; default: on a GPU",
-    "output_dir": "adapter, checkpoints and reports",
     "logging_steps": "a line every so many steps",
-    "report_to": "e.g. tensorboard or wandb",
     "save_strategy": "or no, epoch",
     "save_steps": "with save_strategy steps",
     "save_total_limit": "checkpoints that are kept; none: all",
     "resume_from_checkpoint": "true: the last whole one; or a path",
 }
-"""A line for each of the groups' options of the loop; --help_all has their own words."""
+"""A line for each option of the groups that TRL or transformers declare; --help_all has their own
+words."""
 
 PLAN_USAGE = """usage: leanlift plan --model_name_or_path M [--key value ...] [--fit 8GB]
                      [--save run.yaml] [--cpu] [--json] [--plot FILE]

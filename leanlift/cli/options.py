@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import re
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,6 +115,8 @@ def options() -> dict[str, Option] | None:
         declared = _fields(package, file, name)
         if declared is None:
             return None
+        if package == "leanlift":  # whose texts begin with what stands for itself
+            declared = {key: replace(o, brief=brief(o.help)) for key, o in declared.items()}
         found |= declared
     return found | run_options()
 

@@ -42,7 +42,9 @@ def plan_command(argv: Sequence[str]) -> int:
     if own.save is not None:
         new_settings_file(own.save)
     check_settings(sft, args.lift_config())
-    cuda = not (own.cpu or asked.given.get("use_cpu"))
+    if own.cpu and asked.given.setdefault("use_cpu", True) is False:
+        raise UserError("--cpu and use_cpu=false contradict each other: leave one of them out.")
+    cuda = not asked.given.get("use_cpu")
     found, plan = _planned(args, sft, gib, cuda)
     taken = () if found is None else found.taken
     if found is not None:
@@ -128,7 +130,7 @@ def _save(
     taken = () if found is None else found.taken
     changed = {key: value for step in taken for key, value in step.change.keys.items()}
     why = reasons_of(taken)
-    kept = {key: value for key, value in given.items() if key not in changed and key != "use_cpu"}
+    kept = {key: value for key, value in given.items() if key not in changed}
     if "dataset_name" not in kept:
         kept["dataset_name"] = args.dataset_name
         why["dataset_name"] = "your rows: .json, .jsonl or .parquet"

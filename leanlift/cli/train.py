@@ -10,14 +10,13 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
-
 from leanlift.cli.parsing import take_switch, without
 from leanlift.cli.settings import parse_train, read_command
 from leanlift.cli.trying import Trying
 from leanlift.errors import MaskError, first_line
 from leanlift.plan import MemoryPlan
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
+from leanlift.training.arguments import trains_on_gpu
 from leanlift.training.batches import Batches
 from leanlift.training.checks import check_settings
 from leanlift.training.dry_run import dry_run
@@ -35,7 +34,7 @@ def train_command(argv: Sequence[str]) -> int:
     """Parse and run; the run shows itself."""
     asked = read_command("train", argv)
     args, sft = asked.args, asked.sft
-    cuda = torch.cuda.is_available() and not sft.use_cpu
+    cuda = trains_on_gpu(sft)
     screen = screen_of(args.log_format)
     if asked.own.fit is not None:
         check_settings(sft, args.lift_config())
@@ -59,7 +58,7 @@ def _look(
     command: str,
 ) -> None:
     """A dry run, and the command of the real one."""
-    room = None if sft.use_cpu else card_nbytes(torch.cuda.is_available())
+    room = card_nbytes(trains_on_gpu(sft))
     lines = dry_run(args, sft, plan, screen, room)
     if args.log_format == "json":
         print(json.dumps({"event": "ready", "lines": lines, "command": command}))

@@ -41,7 +41,11 @@ def with_new_rows(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, Sto
         changed[head.name] = embedding.shape
     if bias is not None:
         changed[bias.name] = (have,)
-    trained = places(adapter, tensors).parts
+    trained = {
+        name
+        for name, parts in places(adapter, tensors).parts.items()
+        if any(part.module in adapter.base.shapes for part in parts)
+    }
     for name, other in tensors.items():
         if other.shape == embedding.shape and name not in changed and name not in trained:
             raise UserError(

@@ -18,7 +18,12 @@ kept, and on a CPU only they are formed: no dense weight gradient of more than o
 Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
 """
 
-from leanlift.layers.frozen import FrozenLinear, patched_rows, scratch_nbytes
+from leanlift.layers.frozen import (
+    FrozenLinear,
+    largest_in_scratch,
+    patched_rows,
+    scratch_nbytes,
+)
 from leanlift.layers.lift import EffectiveTiles, LiftLinear
 from leanlift.layers.workspace import Scratch, Workspace
 
@@ -28,6 +33,7 @@ __all__ = [
     "LiftLinear",
     "Scratch",
     "Workspace",
+    "largest_in_scratch",
     "patched_rows",
     "scratch_nbytes",
 ]

@@ -142,8 +142,14 @@ class FrozenLinear(nn.Module):
         return self
 
 
+def largest_in_scratch(layers: Iterable[FrozenLinear], dtype: torch.dtype) -> FrozenLinear | None:
+    """Of the layers that make their weight in the scratch when they compute in `dtype`, the one
+    with the most entries; None: none does."""
+    needing = [layer for layer in layers if layer.needs_scratch(dtype)]
+    return max(needing, key=lambda layer: layer.in_features * layer.out_features, default=None)
+
+
 def scratch_nbytes(layers: Iterable[FrozenLinear], dtype: torch.dtype) -> int:
     """Bytes of the scratch that these layers share, after each has computed in `dtype`."""
-    sizes = (layer.in_features * layer.out_features for layer in layers
-             if layer.needs_scratch(dtype))  # fmt: skip
-    return dtype.itemsize * max(sizes, default=0)
+    largest = largest_in_scratch(layers, dtype)
+    return 0 if largest is None else dtype.itemsize * largest.in_features * largest.out_features

@@ -27,7 +27,7 @@ from leanlift.layers import FrozenLinear
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
-from leanlift.source import layout_of, open_checkpoint, plain_view, stored_cells
+from leanlift.source import layout_in, stored_cells
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.quantized import (
     FrozenWeight,
@@ -110,9 +110,7 @@ def _layout(
         return Layout()
     live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
     live |= {f"{name}.weight": weight.shape for name, weight in weights.items()}
-    with open_checkpoint(checkpoint) as files:
-        disk = {key: tensor.shape for key, tensor in plain_view(files).items()}
-    return layout_of(model, disk, live)
+    return layout_in(model, checkpoint, live)
 
 
 def _formats(

@@ -28,7 +28,9 @@ def embedding_size(model: Any) -> int:
 
 
 def head_name(model: Any) -> str:
-    """The path of the output head."""
+    """The path of the output head; "" for a module of one's own that has none."""
+    if not hasattr(model, "get_output_embeddings"):
+        return ""
     head = model.get_output_embeddings()
     return next(name for name, module in model.named_modules() if module is head)
 

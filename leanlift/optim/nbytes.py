@@ -59,8 +59,7 @@ def update_nbytes(optim: str, counts: Sequence[int], itemsize: int, cuda: bool) 
 def _rule(optim: str) -> _Rule:
     if optim not in _RULES:
         raise UserError(
-            f"the memory of optim={optim} cannot be planned: expected adamw_torch, adamw_8bit, "
-            "paged_adamw_8bit, sparse_adamw or sparse_adamw_8bit."
+            f"the memory of optim={optim} cannot be planned: expected one of {', '.join(_RULES)}."
         )
     return _RULES[optim]
 

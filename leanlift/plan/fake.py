@@ -9,7 +9,6 @@ whose temporaries have a rule of their own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanlift.config import LiftConfig
-from leanlift.layers import FrozenLinear, LiftLinear, Workspace
+from leanlift.layers import FrozenLinear, LiftLinear, Workspace, largest_in_scratch
 from leanlift.measure.live import LiveBytes
 from leanlift.model.embeddings import INT8, embedding_to_cpu
 from leanlift.model.surgery import layers_over, operate
@@ -235,11 +234,10 @@ def _laps(
 def _take_scratch(model: Any) -> None:
     """Let the scratch be there already where it is needed, as from the step before."""
     dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
-    linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
-    needing = [layer for layer in linears if layer.needs_scratch(dtype)]
-    if needing:
-        widest = max((layer.weight_tiles.shape for layer in needing), key=math.prod)
-        needing[0].scratch.take(*widest, dtype, torch.device("cpu"))
+    linears = (module for module in model.modules() if isinstance(module, FrozenLinear))
+    largest = largest_in_scratch(linears, dtype)
+    if largest is not None:
+        largest.scratch.take(*largest.weight_tiles.shape, dtype, torch.device("cpu"))
 
 
 def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:

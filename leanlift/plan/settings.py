@@ -8,6 +8,7 @@ import torch
 
 from leanlift.defaults import default_dtype
 from leanlift.plan.batch import Batch, largest_batch
+from leanlift.run_arguments import RunArguments
 from leanlift.weights.quantized import WeightFormat, dtype_of, requested_format
 
 
@@ -39,6 +40,7 @@ class PlanSettings:
             None: as large as the settings above allow.
     """
 
+    # of the loop: TRL's and LiftSFTConfig's, to which a test holds them
     per_device_train_batch_size: int = 8
     max_length: int | None = 1024
     gradient_accumulation_steps: int = 1
@@ -48,12 +50,13 @@ class PlanSettings:
     optim_in_backward: bool = False
     eval_strategy: str = "no"
     per_device_eval_batch_size: int = 8
-    load_in_4bit: bool = True
-    load_in_8bit: bool = False
-    bnb_4bit_quant_type: str = "nf4"
-    bnb_4bit_use_double_quant: bool = True
-    dtype: str | None = None
-    embedding_on_cpu: bool = False
+    # of the base: as they are declared
+    load_in_4bit: bool = RunArguments.load_in_4bit
+    load_in_8bit: bool = RunArguments.load_in_8bit
+    bnb_4bit_quant_type: str = RunArguments.bnb_4bit_quant_type
+    bnb_4bit_use_double_quant: bool = RunArguments.bnb_4bit_use_double_quant
+    dtype: str | None = RunArguments.dtype
+    embedding_on_cpu: bool = RunArguments.embedding_on_cpu
     cuda: bool | None = None
     largest: Batch | None = None
     largest_eval: Batch | None = None

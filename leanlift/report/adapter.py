@@ -17,13 +17,18 @@ from leanlift.errors import UserError
 from leanlift.io.bounded import LARGEST_SIDE, MOST_OF_A_STRANGER, is_module_name, is_shape
 from leanlift.io.files import read_json
 from leanlift.io.measured import is_line
-from leanlift.io.places import CONFIG_NAME, OWN_TYPE, WEIGHTS_NAME, adapter_type
+from leanlift.io.places import (
+    ADAPTER_FORMATS,
+    CONFIG_NAME,
+    OWN_TYPE,
+    RETIRED,
+    WEIGHTS_NAME,
+    adapter_type,
+)
 from leanlift.report.tensors import Tensors, open_by_numpy
 
 SEGMENT = 255  # columns; leanlift.sparse.index says why
 ANCHOR_ROWS = 64
-READABLE = (1, 2, 3)
-RETIRED = ".settled"
 CHUNK = 2**20
 
 
@@ -153,8 +158,8 @@ def _wrong_in(data: dict[str, Any]) -> str | None:
     shapes, formats = base.get("shapes"), base.get("formats")
     version, refreshes = data.get("format_version"), data.get("refreshes", 0)
     tests: dict[str, Callable[[], bool]] = {
-        f"adapter format {READABLE[0]} to {READABLE[-1]}": lambda: (
-            type(version) is int and version in READABLE
+        f"adapter format {ADAPTER_FORMATS[0]} to {ADAPTER_FORMATS[-1]}": lambda: (
+            type(version) is int and version in ADAPTER_FORMATS
         ),
         "a count of refreshes": lambda: type(refreshes) is int and 0 <= refreshes < 2**40,
         "the name and dtype of the base": lambda: (
@@ -220,9 +225,9 @@ def _matrix(tensors: Tensors, name: str, shape: tuple[int, int]) -> Matrix:
 def _counted(tensors: Tensors, name: str, shape: tuple[int, int]) -> Matrix:
     """A matrix by the header alone."""
     entries = tensors.count_of(f"{name}.values")
-    retired = f"{name}{RETIRED}.values"
-    settled = tensors.count_of(retired) if retired in tensors.specs else 0
-    return Matrix(name, shape, entries, settled, 0.0, 0.0, None, 0.0, 0)
+    key = f"{name}{RETIRED}.values"
+    retired = tensors.count_of(key) if key in tensors.specs else 0
+    return Matrix(name, shape, entries, retired, 0.0, 0.0, None, 0.0, 0)
 
 
 class _Store:

@@ -25,6 +25,7 @@ from leanlift.io.places import (
     look_at,
 )
 from leanlift.report.adapter import AdapterFacts, read_adapter
+from leanlift.settings import todays_names
 
 Points = list[tuple[float, float]]
 """(step, value) in the order in which they were logged."""
@@ -158,7 +159,8 @@ def _settings(directory: Path) -> dict[str, str]:
     data = read_json(directory / RUN_NAME, MOST_OF_A_STRANGER)
     if not isinstance(data, dict):
         raise UserError(f"{directory / RUN_NAME} is not the settings of a run.")
-    shown = {str(key): _as_text(value) for key, value in list(data.items())[:200]}
+    known = todays_names(dict(list(data.items())[:200]), str(directory / RUN_NAME))
+    shown = {str(key): _as_text(value) for key, value in known.items()}
     return {key: text for key, text in shown.items() if text and is_line(key) and is_line(text)}
 
 

@@ -4,7 +4,7 @@ transformers is known to `conversion` alone, which follows what it renames while
 """
 
 from leanlift.source.checkpoint import INDEX, WEIGHTS, SourceTensor, open_checkpoint
-from leanlift.source.conversion import layout_of
+from leanlift.source.conversion import layout_in
 from leanlift.source.homes import (
     check_homes,
     check_matrix_homes,
@@ -28,7 +28,7 @@ __all__ = [
     "check_matrix_homes",
     "find",
     "home_of",
-    "layout_of",
+    "layout_in",
     "loading_nbytes",
     "matrix_cells",
     "open_checkpoint",

@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from leanlift.fingerprint import Home, Layout, Segment, overlaps
+from leanlift.source.checkpoint import open_checkpoint
+from leanlift.source.stored import plain_view
 
 Shape = tuple[int, ...]
 
@@ -50,6 +53,18 @@ def layout_of(model: Any, disk: Mapping[str, Shape], live: Mapping[str, Shape]) 
     for key, group in groups.items():
         homes |= {name: home for name, home in group.homes(key, live).items() if name in live}
     return Layout(names, homes)
+
+
+def layout_in(model: Any, directory: Path, live: Mapping[str, Shape]) -> Layout:
+    """Where the tensors of a model lie in a checkpoint; headers alone are read.
+
+    Args:
+        model, live: as in `layout_of`; the model may be one without contents.
+        directory: of the checkpoint.
+    """
+    with open_checkpoint(directory) as files:
+        disk = {key: tensor.shape for key, tensor in plain_view(files).items()}
+    return layout_of(model, disk, live)
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:

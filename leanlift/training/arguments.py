@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -17,6 +18,11 @@ from leanlift.settings import NUMBERS, SWITCH
 from leanlift.training.checks import check_numbers
 
 __all__ = ["LiftSFTConfig", "RunArguments"]
+
+
+def trains_on_gpu(sft: Any) -> bool:
+    """Whether a run with these arguments of the loop computes on a GPU."""
+    return torch.cuda.is_available() and not sft.use_cpu
 
 
 @dataclass
@@ -31,7 +37,7 @@ class LiftSFTConfig(SFTConfig):
     """
 
     output_dir: str | None = field(
-        default="leanlift-output", metadata={"help": "adapter, checkpoints and reports go there"}
+        default="leanlift-output", metadata={"help": "adapter, checkpoints and reports"}
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
     adam_beta2: float = field(default=0.95, metadata={"help": "decay of the second moment"})
@@ -39,34 +45,34 @@ class LiftSFTConfig(SFTConfig):
     optim: str = field(
         default="adamw_torch",
         metadata={
-            "help": "adamw_torch or sparse_adamw (fp32 state), adamw_8bit, paged_adamw_8bit or "
-            "sparse_adamw_8bit; the sparse ones also train bfloat16 values"
+            "help": "or sparse_adamw, adamw_torch, adamw_8bit, …. State of 8 bits where the name "
+            "says so, else fp32; the sparse ones, which are leanlift's, also train bfloat16 values"
         },
     )
     optim_in_backward: bool = field(
         default=False,
         metadata={
-            "help": "update each matrix as soon as its gradient exists, and free the gradient; "
-            "needs a sparse_adamw optim, max_grad_norm 0 and no gradient accumulation"
+            "help": "update each matrix at once; max_grad_norm 0. As soon as its gradient exists, "
+            "which is freed then; needs a sparse_adamw optim, and no gradient accumulation"
         },
     )
     max_nonfinite_steps: int = field(
         default=3,
         metadata={
-            "help": "a step with a NaN or infinite loss or gradient is not applied; after so many "
-            "in a row training stops"
+            "help": "bad steps in a row that end a run. A step with a NaN or infinite loss or "
+            "gradient is not applied"
         },
     )
     warmup_steps: float = field(
-        default=0.03, metadata={"help": "warm-up in steps, or below 1 as a share of all steps"}
+        default=0.03, metadata={"help": "below 1: a share of all steps. Steps of warm-up"}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "train on the CPU, also beside a GPU"})
+    use_cpu: bool = field(default=False, metadata={"help": "also beside a GPU. Trains on the CPU"})
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bf16 autocast; default: on a GPU, unless fp16 is set"},
+        metadata={"help": "bf16 autocast; default: on a GPU. Unless fp16 is set"},
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036 - as HfArgumentParser wants it
-        default="none", metadata={"help": "where Trainer logs to, e.g. tensorboard or wandb"}
+        default="none", metadata={"help": "such as tensorboard or wandb. Where Trainer logs to"}
     )
 
     def __post_init__(self) -> None:

@@ -106,7 +106,7 @@ def ordered_changes(
 
 def _moments_in_8_bits(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     optim = _name(sft.optim)
-    if not sft.fp16 and ("8bit" not in optim or optim not in SPARSE_OPTIMIZERS):
+    if not sft.fp16 and SPARSE_OPTIMIZERS.get(optim) != "8bit":
         keys = {"optim": "sparse_adamw_8bit"}
         yield Change(keys, "moments in 8 bits instead of 32: no loss measured")
 

@@ -135,11 +135,7 @@ def _check_optimizer(sft: Any, config: LiftConfig) -> None:
     name = str(getattr(sft.optim, "value", sft.optim))
     if name in SPARSE_OPTIMIZERS:
         return
-    if config.values_dtype != "float32":
-        raise UserError(
-            f"optim={name} rounds small updates of {config.values_dtype} values away: use "
-            "optim=sparse_adamw or sparse_adamw_8bit, or values_dtype=float32."
-        )
+    check_rounding(f"optim={name}", config.values_dtype)
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(sft)
         optimizer = kind([nn.Parameter(torch.zeros(1))], **options)
@@ -152,6 +148,19 @@ def _check_optimizer(sft: Any, config: LiftConfig) -> None:
         ) from None
     if config.refresh_interval:
         check_remappable(optimizer)
+
+
+def check_rounding(name: str, values_dtype: str) -> None:
+    """Refuse values that an optimizer other than `SparseAdamW` would not move.
+
+    Raises:
+        UserError: they have 16 bits.
+    """
+    if values_dtype != "float32":
+        raise UserError(
+            f"{name} rounds small updates of {values_dtype} values away: use "
+            f"optim={' or '.join(SPARSE_OPTIMIZERS)}, or values_dtype=float32."
+        )
 
 
 def _check_schedule(sft: Any) -> None:

@@ -21,7 +21,7 @@ from leanlift.training.batches import Batches
 from leanlift.training.inputs import ReadyRows
 from leanlift.training.interrupt import Interrupt
 from leanlift.training.job import Job, look_at_input
-from leanlift.training.plan import targets_of
+from leanlift.training.plan import layout_of_base, targets_of
 from leanlift.training.room import check_room, disk_nbytes, free_nbytes, kept, steps_of
 from leanlift.training.screens import Screen
 from leanlift.training.screens.libraries import shown
@@ -77,7 +77,7 @@ def dry_run(
         check_room(args, sft, job.plan, ready.data, job.output, card)
         with screen.phase("Looking for a place for every matrix"):
             targets = targets_of(args, sft)
-            merges = _check_merge(args, targets)
+            merges = _check_merge(args, sft, targets)
     steps = steps_of(ready.data, sft)
     needed, free = disk_nbytes(args, sft, job.plan, steps), free_nbytes(job.output)
     checked = Checked(steps, job.plan, len(targets), merges, needed, free)
@@ -105,7 +105,9 @@ def lines_of(
     return [line[:80] for line in lines]
 
 
-def _check_merge(args: RunArguments, targets: dict[str, tuple[int, int]]) -> bool | None:
+def _check_merge(
+    args: RunArguments, sft: LiftSFTConfig, targets: dict[str, tuple[int, int]]
+) -> bool | None:
     """Whether what is trained can be merged; None: the checkpoint is not here.
 
     Raises:
@@ -114,7 +116,7 @@ def _check_merge(args: RunArguments, targets: dict[str, tuple[int, int]]) -> boo
     place = Path(args.model_name_or_path)
     if not place.is_dir():
         return None
-    check_matrix_homes(targets, place)
+    check_matrix_homes(targets, place, layout_of_base(args, sft, place))
     return True
 
 

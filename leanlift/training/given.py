@@ -15,6 +15,7 @@ from leanlift.model import LiftState
 from leanlift.model.base import check_checkpointing
 from leanlift.optim import SparseAdamW, check_remappable, unwrap
 from leanlift.training.arguments import LiftSFTConfig
+from leanlift.training.checks import check_rounding
 from leanlift.training.overrides import use_one_gpu
 
 logger = logging.getLogger("leanlift")
@@ -57,11 +58,8 @@ def check_optimizer(optimizer: Any, lift: LiftState) -> None:
     if lift.config.refresh_interval:
         check_remappable(optimizer)
     kind = unwrap(optimizer)
-    if lift.config.values_dtype != "float32" and not isinstance(kind, SparseAdamW):
-        raise UserError(
-            f"{type(kind).__name__} rounds small updates of {lift.config.values_dtype} values "
-            "away: use optim=sparse_adamw or sparse_adamw_8bit, or values_dtype=float32."
-        )
+    if not isinstance(kind, SparseAdamW):
+        check_rounding(type(kind).__name__, lift.config.values_dtype)
 
 
 def sparse_options(args: SFTConfig) -> dict[str, Any]:

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from leanlift.errors import UserError
 from leanlift.export import ONTO
 from leanlift.plan import MemoryPlan
-from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
 from leanlift.training.base import check_base_place, quantization
 from leanlift.training.batches import Batches, worst_batches
 from leanlift.training.checkpointing.settings import check_same_settings, run_settings, settings_of
@@ -62,7 +60,7 @@ class Job:
     @property
     def cuda(self) -> bool:
         """Whether the run computes on a GPU."""
-        return torch.cuda.is_available() and not self.sft.use_cpu
+        return trains_on_gpu(self.sft)
 
 
 def look_at_input(

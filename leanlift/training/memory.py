@@ -39,7 +39,7 @@ class MemoryCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.meter.cuda or self._steps or self._live is not None:
+        if self.meter.cuda or self._steps >= FOLLOWED_STEPS or self._live is not None:
             return
         model = kwargs["model"]
         self._static = sum(static_categories(model).values()) + state_nbytes(kwargs["optimizer"])
@@ -56,8 +56,7 @@ class MemoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._steps += 1
-        if self._steps == FOLLOWED_STEPS:
-            self.close()
+        self.close()  # what comes between two steps, a refresh or an evaluation, is not training
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,7 +77,7 @@ class MemoryCallback(TrainerCallback):
         """Stop following; safe to call twice, and after an error."""
         if self._live is not None:
             self._live.__exit__(None, None, None)
-            self._peak = self._static + self._live.peak
+            self._peak = max(self._peak or 0, self._static + self._live.peak)
             self._live = None
 
     @property

@@ -9,7 +9,7 @@ import torch
 from leanlift.errors import UserError, first_line
 from leanlift.measure import human
 from leanlift.plan import MemoryPlan
-from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
 from leanlift.training.changes import changes
 from leanlift.training.checkpointing.directory import last_checkpoint
 from leanlift.training.fit import fit
@@ -41,7 +41,7 @@ def out_of_memory(
 def what_helps(args: RunArguments, sft: LiftSFTConfig) -> str:
     """The cheapest changes with which the plan fits the card; the first one to try where the plan
     fits already (something else is on the card), or there is no card."""
-    cuda = torch.cuda.is_available() and not sft.use_cpu
+    cuda = trains_on_gpu(sft)
     card = card_nbytes(cuda)
     if card is not None:
         try:

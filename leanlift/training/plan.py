@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.errors import first_line
+from leanlift.fingerprint import Layout
 from leanlift.format import size
 from leanlift.plan import (
     Batch,
@@ -19,7 +20,9 @@ from leanlift.plan import (
     plan_memory,
     shapes_of,
 )
-from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.plan.fake import fake_tensors
+from leanlift.source import layout_in
+from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
 from leanlift.training.batches import Batches, largest_allowed
 from leanlift.training.loss import objective_of
 
@@ -69,6 +72,14 @@ def targets_of(args: RunArguments, sft: LiftSFTConfig) -> dict[str, tuple[int, i
     return shapes_of(_planned(args, sft, False)).targets
 
 
+def layout_of_base(args: RunArguments, sft: LiftSFTConfig, checkpoint: Path) -> Layout:
+    """Where the tensors of a run's model are in its checkpoint, by a model without contents."""
+    with fake_tensors():
+        model = _planned(args, sft, False).build()
+        live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return layout_in(model, checkpoint, live)
+
+
 def is_tied(args: RunArguments, sft: LiftSFTConfig) -> bool:
     """Whether the embedding and the output head of a run's base are one tensor."""
     return _base(args, sft).tied
@@ -114,7 +125,7 @@ def plan_settings(
         bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
         dtype=args.dtype,
         embedding_on_cpu=args.embedding_on_cpu,
-        cuda=not sft.use_cpu if cuda is None else cuda,
+        cuda=trains_on_gpu(sft) if cuda is None else cuda,
         largest=train,
         largest_eval=evaluation,
     )

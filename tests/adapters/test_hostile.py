@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from victim import NAME, WEIGHTS, Victim, at, edit_json, edit_tensors, set_at
+from victim import NAME, RETIRED, WEIGHTS, Victim, at, edit_json, edit_tensors, set_at
 
 from leanlift import (
     UserError,
@@ -29,7 +29,7 @@ TENSOR_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "signed-columns": ("own", {f"{NAME}__index__columns": lambda t: t.char()}, "1-D uint8"),
     "nan": ("own", {f"{NAME}__values": at(3, float("nan"))}, "NaN or infinite"),
     "infinite": ("own", {f"{NAME}__values": at(3, float("-inf"))}, "NaN or infinite"),
-    "nan-retired": ("own", {"settled__values": at(0, float("nan"))}, "NaN or infinite"),
+    "nan-retired": ("own", {f"{RETIRED}__values": at(0, float("nan"))}, "NaN or infinite"),
     "row-outside": ("peft", {"shira_indices": at((0, 0), 64)}, "positions outside its 64x64"),
     "row-negative": ("peft", {"shira_indices": at((0, 0), -1)}, "positions outside its 64x64"),
     "column-far-outside": ("bare", {"shira_indices": at((1, 0), 2**31 - 1)}, "positions outside"),
@@ -53,7 +53,7 @@ def test_entries_both_active_and_retired_are_refused(victim: Victim, tmp_path: P
     adapter = victim.put("own", tmp_path / "adapter")
     tensors = load_file(adapter / WEIGHTS)
     for part in ("values", "index.columns", "index.counts"):
-        tensors[f"{NAME}.settled.{part}"] = tensors[f"{NAME}.{part}"].clone()
+        tensors[f"{NAME}.{RETIRED}.{part}"] = tensors[f"{NAME}.{part}"].clone()
     save_file(tensors, adapter / WEIGHTS)
     victim.refuses(adapter, "both active and retired")
 

@@ -29,6 +29,8 @@ from leanlift.model import lift_layers
 NAME = "model.layers.0.self_attn.q_proj"
 INDICES, WEIGHT = f"base_model.model.{NAME}.shira_indices", f"base_model.model.{NAME}.shira_weight"
 WEIGHTS = "adapter_model.safetensors"
+RETIRED = "settled"
+"""What files call retired offsets."""
 
 
 class Victim:

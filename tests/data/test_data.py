@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from leanlift import UserError
-from leanlift.data.dataset import load_rows, to_examples
+from leanlift.data.dataset import to_examples
 
 USER = {"role": "user", "content": "2+2?"}
 ASSISTANT = {"role": "assistant", "content": "4"}
@@ -18,19 +16,6 @@ ASSISTANT = {"role": "assistant", "content": "4"}
 
 def examples(rows: list[dict[str, Any]], chat: bool = False) -> list[dict[str, Any]]:
     return list(to_examples(Dataset.from_list(rows), chat))
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-def test_local_files(tmp_path: Path, suffix: str) -> None:
-    rows = [{"prompt": str(i), "completion": "x"} for i in range(3)]
-    path = tmp_path / f"rows{suffix}"
-    if suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        Dataset.from_list(rows).to_parquet(path)
-    assert list(load_rows(str(path))) == rows
 
 
 def test_prompt_and_text_stay_as_they_are() -> None:
@@ -79,22 +64,3 @@ def test_every_assistant_turn_of_a_chat_is_one_example() -> None:
 def test_rows_that_cannot_be_used(rows: list[dict[str, Any]], match: str) -> None:
     with pytest.raises(UserError, match=match):
         examples(rows)
-
-
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
-        load_rows(str(tmp_path / "none.jsonl"))
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"prompt": "a", "comp')
-    with pytest.raises(UserError, match="cannot be read as rows"):
-        load_rows(str(broken))
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    with pytest.raises(UserError, match=r"empty\.jsonl"):
-        load_rows(str(empty))
-    other = tmp_path / "rows.csv"
-    other.write_text("a,b\n")
-    with pytest.raises(UserError, match="is no data file"):
-        load_rows(str(other))
-    with pytest.raises(UserError, match="cannot be read as rows"):
-        load_rows("nobody/no-such-dataset")

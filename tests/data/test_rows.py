@@ -7,59 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import ANSWER, ROWS, USER, call, write
 from datasets import Dataset
 from tokenizers_of_all_kinds import CHATML, characters
 
 from leanlift import UserError
 from leanlift.data.dataset import load_rows, to_examples, token_rows, tokenized
 from leanlift.data.tokens import Tokenization
-from leanlift.rows.source import as_dataset, plain_rows
-
-USER = {"role": "user", "content": "q"}
-ANSWER = {"role": "assistant", "content": "a"}
-
-
-def call(**arguments: Any) -> dict[str, Any]:
-    function = {"name": "f", "arguments": arguments}
-    return {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}
-
-
-ROWS = [
-    {"messages": [USER, call(a=2, b=[1, {"x": None}])], "n": 1, "id": "1"},
-    {"messages": [USER, call(zone=None, f=0.30000000000000004)], "n": 2.5, "tools": [{"a": 1}]},
-    {"messages": [{**USER, "name": "123"}, {"content": "", "role": "assistant"}], "id": 7},
-    {"messages": [USER, call(big=10**30, text="é\u2028")], "n": None, "id": "x"},
-]
-"""Columns and keys that are there or not, in one order or another; null, mixed and long values."""
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    else:
-        text = json.dumps(rows, indent=1)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def present(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if value is not None}
-
-
-@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_rows_are_what_is_in_the_file(tmp_path: Path, suffix: str) -> None:
-    data = load_rows(str(write(tmp_path / f"rows{suffix}", ROWS)))
-    for rows in (data, data.select(range(len(data))), as_dataset(ROWS)):
-        found = list(plain_rows(rows))
-        assert json.dumps(found) == json.dumps([present(row) for row in ROWS])
-    assert set(data.column_names) == {"messages", "n", "id", "tools"}
-
-
-def test_flat_rows_are_an_ordinary_dataset(tmp_path: Path) -> None:
-    rows = [{"prompt": "1", "completion": "2", "n": i, "input_ids": [i]} for i in range(3)]
-    data = load_rows(str(write(tmp_path / "rows.jsonl", rows)))
-    assert data.format["type"] is None
-    assert list(data) == rows
+from leanlift.rows.source import as_dataset
 
 
 def test_what_chats_become_is_a_plain_dataset_where_that_is_exact() -> None:
@@ -85,72 +40,6 @@ def test_a_template_sees_the_keys_that_a_row_has(tmp_path: Path, source: str) ->
     assert texts[1].endswith('<{"name": "f", "arguments": {"zone": "utc"}}></s>\n')
     said = "nulls in tools or tool calls left out as missing keys in 2 of 2 rows (first: row 0)"
     assert (said in str(made.report)) is (source == "arrow")
-
-
-@pytest.mark.parametrize(
-    ("split", "expected"),
-    [
-        ("train", range(10)),
-        ("train[:2]", range(2)),
-        ("train[7:]", range(7, 10)),
-        ("train[-1:]", range(9, 10)),
-        ("train[10%:30%]", range(1, 3)),
-        ("train[:1]+train[9:]", [0, 9]),
-    ],
-)
-def test_slices_of_a_file(tmp_path: Path, split: str, expected: Any) -> None:
-    rows = [{"text": f"row {i}"} for i in range(10)]
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    paths = [
-        write(tmp_path / "rows.json", rows),
-        write(tmp_path / "rows.jsonl", rows),
-        tmp_path / "rows.parquet",
-    ]
-    for path in paths:
-        assert list(load_rows(str(path), split)) == [rows[i] for i in expected]
-
-
-def test_splits_that_a_file_has_not(tmp_path: Path) -> None:
-    path = str(write(tmp_path / "rows.jsonl", [{"text": "a"}]))
-    for split in ("validation", "test", "train[", "train[:x]", "train+test"):
-        with pytest.raises(UserError, match="is a file, which is one split called train"):
-            load_rows(path, split)
-    with pytest.raises(UserError, match="leaves none of the 1 rows"):
-        load_rows(path, "train[1:]")
-    for split in ("test", "train", "test[:1]"):  # the default for rows to evaluate on
-        assert len(load_rows(path, split, "eval")) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        (b'{"text": "a"}\n{"text": ', "line 2 is no JSON"),
-        (b'{"text": "a"}\n[1]\n', r"row 1 of .* is 1: expected an object"),
-        (b"3\n", "row 0 of .* is 3"),
-        (b'{"text": "\xff"}\n', "is not UTF-8"),
-    ],
-    ids=["cut-off", "list", "number", "latin-1"],
-)
-def test_files_that_hold_something_else(tmp_path: Path, text: bytes, match: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(text)
-    with pytest.raises(UserError, match=match):
-        load_rows(str(path))
-
-
-def test_forms_of_json_that_are_taken(tmp_path: Path) -> None:
-    rows = [{"text": "a"}, {"text": "b"}]
-    forms = {
-        "list.json": json.dumps(rows),
-        "pretty.json": json.dumps(rows, indent=4),
-        "lines.json": "\n".join(map(json.dumps, rows)),
-        "texts.json": '["a", "b"]',
-        "mark.jsonl": "\ufeff" + "\n".join(map(json.dumps, rows)),
-        "gaps.jsonl": "\n\n".join(map(json.dumps, rows)) + "\r\n \n",
-    }
-    for name, text in forms.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        assert list(load_rows(str(tmp_path / name))) == rows, name
 
 
 # --- what is dropped or changed ---------------------------------------------------------------

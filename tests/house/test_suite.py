@@ -103,15 +103,26 @@ def strays(tests: Path, package: Path) -> list[str]:
     )
 
 
+def untested(tests: Path, package: Path) -> list[str]:
+    """Rooms of the package without tests of their own."""
+    rooms = {path.parent.name for path in package.glob("*/__init__.py")}
+    return sorted(room for room in rooms if not any((tests / room).rglob("test_*.py")))
+
+
 def test_tests_mirror_the_rooms(tmp_path: Path) -> None:
     assert strays(TESTS, ROOT / "leanlift") == []
+    assert untested(TESTS, ROOT / "leanlift") == []
     for name in ("room/inner", "house", "stranger"):
         (tmp_path / "tests" / name).mkdir(parents=True)
         (tmp_path / "tests" / name / "test_it.py").touch()
     (tmp_path / "tests" / "test_it.py").touch()
     (tmp_path / "package" / "room").mkdir(parents=True)
     (tmp_path / "package" / "room" / "inner.py").touch()
+    for name in ("room", "bare"):
+        (tmp_path / "package" / name).mkdir(exist_ok=True)
+        (tmp_path / "package" / name / "__init__.py").touch()
     assert strays(tmp_path / "tests", tmp_path / "package") == [".", "stranger"]
+    assert untested(tmp_path / "tests", tmp_path / "package") == ["bare"]
 
 
 MARK = "@pytest.mark.thorough\n"

@@ -6,34 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, config_of
 from helpers import saved_nbytes
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM
 
 from leanlift.layers.fused_glu import use_fused_glu
 from leanlift.measure import LiveBytes
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0,
-}  # fmt: skip
 
-
-def build(kind: Any, dtype: torch.dtype) -> Any:
+def build(family: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(kind(**SIZES), dtype=dtype)
+    return AutoModelForCausalLM.from_config(config_of(family), dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config, Gemma2Config])
-def test_outputs_and_gradients_are_the_stock_ones(kind: Any, dtype: torch.dtype) -> None:
-    stock, ours = build(kind, dtype), build(kind, dtype)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "phi3, fused"])
+def test_outputs_and_gradients_are_the_stock_ones(family: str, dtype: torch.dtype) -> None:
+    stock, ours = build(family, dtype), build(family, dtype)
     assert len(use_fused_glu(ours)) == 2
     ids = torch.randint(64, (3, 150))
     for model in (stock, ours):
@@ -43,15 +32,15 @@ def test_outputs_and_gradients_are_the_stock_ones(kind: Any, dtype: torch.dtype)
 
 
 def test_another_mlp_is_left_alone() -> None:
-    assert use_fused_glu(build(Phi3Config, torch.float32)) == []
+    assert use_fused_glu(build("phi3, fused", torch.float32)) == []
 
 
 def test_two_tensors_less_are_alive() -> None:
-    stock = build(LlamaConfig, torch.float32).model.layers[0].mlp
-    ours = build(LlamaConfig, torch.float32).model.layers[0]
+    stock = build("llama", torch.float32).model.layers[0].mlp
+    ours = build("llama", torch.float32).model.layers[0]
     use_fused_glu(ours)
-    x = torch.randn(4000, 32, requires_grad=True)
-    wide = 4000 * 96 * 4
+    x = torch.randn(4000, 64, requires_grad=True)
+    wide = 4000 * 192 * 4
     assert saved_nbytes(stock, x) - saved_nbytes(ours.mlp, x) >= wide
     peaks = []
     for mlp in (stock.requires_grad_(False), ours.mlp.requires_grad_(False)):

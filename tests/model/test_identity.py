@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_linear4bit, make_linear8bit, random_weight
 from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint
 from trained import KINDS
@@ -24,11 +23,7 @@ from leanlift import (
     merge_adapter,
     save_adapter,
 )
-from leanlift.fingerprint.cells import cells_of, dense_cells, entries_of
-from leanlift.fingerprint.samples import Sample, decode, positions, spread
 from leanlift.model import lift_layers, lift_state
-from leanlift.tiles import as_tiles
-from leanlift.weights.quantized import frozen_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STEP = 2e-3
@@ -138,65 +133,6 @@ def test_a_twin_that_differs_in_its_matrices_is_refused(
 
 def lift_layers_of(adapter: Path) -> list[str]:
     return list(json.loads((adapter / "adapter_config.json").read_text())["base"]["shapes"])
-
-
-@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_a_cell_holds_the_weight_that_was_quantized(
-    kind: str, dtype: torch.dtype, double: bool
-) -> None:
-    """Every entry, with outliers and zeros; and cells are no wider than the format makes them."""
-    weight = random_weight(96, 128, seed=4)
-    weight[::7, ::11] *= 20
-    weight[3, :70] = 0
-    rounded = weight.to(dtype)
-    module = (
-        make_linear8bit(96, 128, weight=rounded)
-        if kind == "int8"
-        else make_linear4bit(96, 128, kind, double, dtype=dtype, weight=rounded)
-    )
-    flat = torch.arange(weight.numel())
-    frozen = frozen_weight(module)
-    cells = cells_of(frozen, flat, dtype)
-    exact = weight.reshape(-1).double()
-    assert bool(((cells.low <= exact) & (exact <= cells.high)).all())
-    dequantized = entries_of(frozen, flat).double()
-    slack = 1e-2 * dequantized.abs().max()
-    assert bool(((cells.low - slack <= dequantized) & (dequantized <= cells.high + slack)).all())
-    scale = weight.view(-1, 64).abs().amax(1) if kind != "int8" else weight.abs().amax(1)
-    width = (cells.high - cells.low).view(len(scale), -1) / scale.double().unsqueeze(1).clamp(1e-9)
-    assert float(width[scale > 0].median()) < {"nf4": 0.2, "fp4": 0.25, "int8": 0.02}[kind]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_dense_cells_hold_what_was_rounded_and_not_the_next_number(dtype: torch.dtype) -> None:
-    exact = random_weight(64, 64).double() * 10.0 ** torch.randint(-8, 3, (64, 64))
-    rounded = exact.to(dtype)
-    cells = dense_cells(rounded, dtype)
-    assert bool(((cells.low <= exact) & (exact <= cells.high)).all())
-    following = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    normal = rounded.abs() > torch.finfo(dtype).smallest_normal
-    assert not bool(
-        cells.agree(dense_cells(following, dtype))[normal & (dtype != torch.float32)].any()
-    )
-    assert bool(cells.agree(dense_cells(rounded.clone(), dtype)).all())
-
-
-def test_samples_survive_the_text_and_lie_where_they_should() -> None:
-    mask = torch.arange(5, 4000, 7)
-    flat = positions(64 * 64, mask, 1)
-    assert int(torch.isin(flat, mask).sum()) >= 48
-    assert torch.equal(spread(64 * 64, 16), spread(64 * 64, 16))
-    assert int(spread(10**12, 256)[0]) == 0
-    assert len(positions(64 * 64, mask, 10**6)) < 10
-    assert len(positions(3, torch.empty(0, dtype=torch.int64), 1)) == 3
-    cells = dense_cells(random_weight(64, 64).reshape(-1)[flat], torch.bfloat16)
-    back = decode(Sample(flat, cells).encode(), 64 * 64)
-    assert torch.equal(back.flat, flat)
-    torch.testing.assert_close(back.cells.low, cells.low)
-    tiles = as_tiles(torch.arange(12.0).view(3, 4))
-    assert entries_of(tiles, torch.tensor([1, 6, 11])).tolist() == [1, 6, 11]
 
 
 def test_samples_stay_those_of_the_first_mask(base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ kept in the adapter, merged into the tensors that are there."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import load, make_checkpoint
+from torch import nn
 from transformers import conversion_mapping, core_model_loading
 from transformers.core_model_loading import (
     Chunk,
@@ -24,7 +26,8 @@ from transformers.core_model_loading import (
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, merge_adapter
 from leanlift import save_adapter as save
 from leanlift.adapters import open_adapter
-from leanlift.fingerprint import Layout, Segment, overlaps
+from leanlift.cli import main
+from leanlift.fingerprint import Segment
 from leanlift.model import lift_layers, lift_state
 
 Tensors = dict[str, torch.Tensor]
@@ -139,6 +142,7 @@ def test_the_adapter_says_where_its_matrices_are(foreign: Path, tmp_path: Path) 
     save(model, tmp_path / "adapter")
     data = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert data["format_version"] == 4
+    assert main(["info", str(tmp_path / "adapter")]) == 0
     with open_adapter(tmp_path / "adapter") as adapter:
         layout = adapter.base.layout
     v, rows = "model.layers.1.self_attn.v_proj.weight", 32
@@ -167,46 +171,31 @@ def test_what_no_operation_on_rows_makes_is_refused_before_it_is_selected(
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
 
 
-HOME = (Segment("a", 3, 4), Segment("b", 0, 2), Segment("a", 0, 3))
+class Blocks(nn.Module):
+    """Blocks alone, which no library has made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.layers = nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(64, 32)})])
 
 
-@pytest.mark.parametrize(
-    ("start", "stop", "found"),
-    [
-        (0, 9, [("a", 3, 4, 0), ("b", 0, 2, 4), ("a", 0, 3, 6)]),
-        (5, 7, [("b", 1, 1, 5), ("a", 0, 1, 6)]),
-        (2, 4, [("a", 5, 2, 2)]),
-        (9, 9, []),
-    ],
-)
-def test_rows_are_found_in_their_segments(start: int, stop: int, found: list[Any]) -> None:
-    assert [(p.name, p.first, p.rows, at) for p, at in overlaps(HOME, start, stop)] == found
+def test_a_module_of_ones_own_without_a_head_is_saved_and_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Blocks()
+    twin = copy.deepcopy(model)
+    get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+    (layer,) = lift_layers(model).values()
+    layer.values.data.normal_()
+    save(model, tmp_path / "adapter")
+    load_adapter(twin, tmp_path / "adapter")
+    (again,) = lift_layers(twin).values()
+    assert torch.equal(again.values, layer.values)
 
 
-def test_a_layout_survives_json() -> None:
-    layout = Layout({"x": "y.z"}, {"m.weight": HOME})
-    assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
-    assert layout.of({"x"}) == Layout({"x": "y.z"})
-    assert not Layout.from_dict({})
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        [],
-        {"../x": "y"},
-        {"x": "../y"},
-        {"x": []},
-        {"x": [["a", 0, 0]]},
-        {"x": [["a", -1, 2]]},
-        {"x": [["a", 0, True]]},
-        {"x": [["a", 0]]},
-        {"x": [[1, 0, 1]]},
-        {"x": 3},
-        {"x": [["a", 0, 1]] * 5000},
-    ],
-    ids=str,
-)
-def test_a_layout_of_anyone_is_checked(data: Any) -> None:
-    with pytest.raises(ValueError, match=r"names of tensors|rows of tensors|a first row"):
-        Layout.from_dict(data)
+def test_a_dry_run_finds_them_too(foreign: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "1 + 1", "completion": "2"}\n' * 4)
+    command = ["train", "--model_name_or_path", str(foreign), "--dataset_name", str(rows)]
+    command += ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--approx_rank", "8"]
+    assert main([*command, "--dry_run"]) == 0

@@ -9,21 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import load, make_checkpoint, make_checkpoint_of, quantization
+from families import FAMILIES, config_of
+from tiny import FORMATS, load, make_checkpoint, make_checkpoint_of, quantization
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM
 
 from leanlift import (
     LiftConfig,
+    PlanSettings,
     UserError,
     get_lift_model,
     load_adapter,
@@ -38,38 +31,10 @@ from leanlift.weights.bnb import EmptyLinear
 from leanlift.weights.quantized import (
     Weight4bit,
     Weight8bit,
-    WeightFormat,
     frozen_weight,
     is_quantized,
 )
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen2, tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES, head_dim=32),
-    "mistral": MistralConfig(**SIZES),
-    "phi3, fused": Phi3Config(**SIZES),
-    "gemma2": Gemma2Config(**SIZES, head_dim=32),
-    "gemma3": Gemma3TextConfig(**SIZES, head_dim=32),
-}
-FORMATS = {
-    "nf4+double": WeightFormat("nf4", "float32", 64, True),
-    "fp4": WeightFormat("fp4", "float32", 64),
-    "int8": WeightFormat("int8", "float32"),
-    "dense": WeightFormat("dense", "float32"),
-}
 WAYS: dict[str, dict[str, Any]] = {
     "all": {"density": 0.05},
     "attention, int8 ends": {"target_modules": "attention", "quantize_embeddings": True},
@@ -80,8 +45,8 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
-        name: make_checkpoint_of(config, tmp_path_factory.mktemp("model"))
-        for name, config in FAMILIES.items()
+        name: make_checkpoint_of(config_of(name), tmp_path_factory.mktemp("model"))
+        for name in FAMILIES
     }
 
 
@@ -143,8 +108,9 @@ def test_a_plan_has_the_modules_of_what_attaches(
         embedding_to_cpu(real)
     attached = looks(real.eval())
     with fake_tensors():
-        planned = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.float32)
-        attach_fake(planned, config, FORMATS[kind], embedding_on_cpu=on_cpu)
+        planned = AutoModelForCausalLM.from_config(config_of(family), dtype=torch.float32)
+        fmt = PlanSettings(cuda=False, **FORMATS[kind]).requested_format
+        attach_fake(planned, config, fmt, embedding_on_cpu=on_cpu)
         assert looks(planned.eval()) == attached
 
 

@@ -13,6 +13,7 @@ from leanlift import UserError
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.measure import LiveBytes
 from leanlift.optim import SparseAdamW, optimizer_nbytes, state_nbytes, update_nbytes
+from leanlift.optim.moments import OWN_MOMENTS
 from leanlift.optim.nbytes import _RULES, CHUNK_TENSORS
 
 LENGTHS = ([300, 4095, 4096, 10001], [10001, 4096, 17], [700, 700, 700], [1])
@@ -82,5 +83,11 @@ def test_an_update_of_ours_makes_a_few_chunks(
 
 def test_an_optimizer_without_a_rule_is_refused() -> None:
     for rule in (optimizer_nbytes, lambda *args: update_nbytes(*args, cuda=True)):
-        with pytest.raises(UserError, match="optim=sgd cannot be planned: expected adamw_torch"):
+        with pytest.raises(UserError, match="optim=sgd cannot be planned: expected one of") as said:
             rule("sgd", [3], 4)
+        assert all(f" {name}" in str(said.value) for name in _RULES)
+
+
+def test_what_a_run_offers_can_be_planned() -> None:
+    assert set(SPARSE_OPTIMIZERS) <= set(_RULES)
+    assert set(SPARSE_OPTIMIZERS.values()) == set(OWN_MOMENTS)

@@ -1,4 +1,4 @@
-"""Models and formats that are planned and made, two blocks each."""
+"""Models that are planned and made, two blocks each, and what a run of one is told."""
 
 from __future__ import annotations
 
@@ -7,48 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families import config_of
 from tiny import quantization
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM
 
 from leanlift.training import (
     LiftSFTConfig,
     RunArguments,
 )
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GROUPED = {"num_key_value_heads": 2}
+WIDE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 320}
 MODELS: dict[str, Any] = {
-    "llama": LlamaConfig(**SIZES),
-    "qwen2, tied": Qwen2Config(**SIZES, **GROUPED, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SIZES, **GROUPED),
-    "gemma2": Gemma2Config(**SIZES, **GROUPED, head_dim=32),
-    "phi3, fused": Phi3Config(**SIZES, **GROUPED),
+    "llama": config_of("llama", **WIDE, num_key_value_heads=4),
+    "qwen2, tied": config_of("qwen2, tied", **WIDE),
+    "mistral": config_of("mistral", **WIDE),
+    "gemma2": config_of("gemma2", **WIDE),
+    "phi3, fused": config_of("phi3, fused", **WIDE),
 }
-FORMATS: dict[str, dict[str, Any]] = {
-    "nf4": {"bnb_4bit_use_double_quant": False},
-    "nf4+double": {},
-    "fp4": {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
-    "int8": {"load_in_8bit": True},
-    "dense": {"load_in_4bit": False},
-}
-"""The settings under which a base is held so."""
 
 
 def arguments(path: Path, **changes: Any) -> tuple[RunArguments, LiftSFTConfig]:

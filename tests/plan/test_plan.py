@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from planned import FORMATS, MODELS, SIZES, arguments, load_base
+from families import config_of
+from planned import MODELS, arguments, load_base
 from sweeps import swept
-from tiny import make_tokenizer, quantization
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-)
+from tiny import FORMATS, make_tokenizer, quantization
+from transformers import AutoModelForCausalLM
 
 from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
 from leanlift.cli import main
@@ -263,11 +261,12 @@ def test_a_run_reports_plan_against_measured(
 @pytest.mark.parametrize("kind", ["nf4+double", "int8"])
 def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
     """4096 x 11008 and its kin, without a checkpoint: our layers over quantized random weights."""
-    sizes = {**SIZES, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1}
+    sizes = {"vocab_size": 512, "hidden_size": 4096, "intermediate_size": 11008}
+    wide = config_of("llama", **sizes, num_hidden_layers=1, num_key_value_heads=4)
     fmt = PlanSettings(cuda=False, **FORMATS[kind]).requested_format
     config = LiftConfig(density=0.05, selector="magnitude", quantize_embeddings=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(wide, dtype=torch.float32)
     model.to_empty(device="cpu")
     for name, module in list(model.named_modules()):
         if name.endswith("_proj"):
@@ -280,7 +279,7 @@ def test_one_layer_of_full_width_has_the_planned_bytes(kind: str) -> None:
     get_lift_model(model, config, progress=False)
 
     def build() -> Any:
-        return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(wide, dtype=torch.float32)
 
     settings = PlanSettings(max_length=16, cuda=False)
     planned = Planned(build, config, fmt, settings)

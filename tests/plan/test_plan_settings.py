@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from planned import FORMATS, load_base
-from tiny import make_tokenizer
+from planned import load_base
+from tiny import FORMATS, make_tokenizer
 
 from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
 from leanlift.measure import MemoryMeter

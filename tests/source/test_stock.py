@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import config_of
 from tiny import load
-from transformers import AutoModelForCausalLM, LlamaConfig, core_model_loading
+from transformers import AutoModelForCausalLM, core_model_loading
 
 from leanlift.measure import LiveBytes
 from leanlift.source import loading_nbytes
@@ -18,10 +19,8 @@ from leanlift.source.stock import LOADED_AT_ONCE
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Few tensors, each of them large."""
     place = tmp_path_factory.mktemp("wide")
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4,
-        vocab_size=256,
-    )  # fmt: skip
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 1024}
+    config = config_of("llama", **sizes, num_hidden_layers=3, num_key_value_heads=4)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(place)
     return place
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from runs import ROWS, assert_same_layers, settings, trainer_for
 from tiny import load, make_tokenizer
 from transformers import EarlyStoppingCallback
 
-from leanlift import LiftTrainer, UserError, get_lift_model
+from leanlift import LiftConfig, LiftSFTConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.model import lift_layers
 from leanlift.training import RunArguments
 from leanlift.training.checkpointing.settings import (
@@ -251,3 +252,18 @@ def test_the_loss_of_a_step_with_a_refresh_is_logged(base: Path, tmp_path: Path)
     history = trainer.state.log_history
     assert [entry["step"] for entry in history if "loss" in entry] == [3, 6]
     assert [entry["step"] for entry in history if "refresh_churn" in entry] == [2, 4, 6]
+
+
+def test_settings_of_a_checkpoint_under_former_names_are_compared() -> None:
+    """What an older release has sealed: another value is a change all the same."""
+    config = LiftConfig(quantize_embeddings=True, retired_limit=0.25)
+    now = settings_of(LiftSFTConfig("run", use_cpu=True), config)
+    saved = json.loads(json.dumps(now))
+    mask = saved["mask"]
+    mask["quantize_ends"] = mask.pop("quantize_embeddings")
+    mask["settled_limit"] = mask.pop("retired_limit")
+    assert check_same_settings(saved, now, "checkpoint-1") == []
+    for former, value in (("quantize_ends", False), ("settled_limit", 0.5)):
+        changed = {**saved, "mask": {**mask, former: value}}
+        with pytest.raises(UserError, match="was made with"):
+            check_same_settings(changed, now, "checkpoint-1")

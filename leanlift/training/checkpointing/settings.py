@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
+from leanlift.settings import todays_names
 
 Settings = dict[str, dict[str, Any]]
 """Section ("loop", "mask", "run" or "data") -> key -> JSON-ready value."""
@@ -103,7 +104,8 @@ def settings_of(
 def check_same_settings(saved: Any, now: Settings, where: str) -> list[str]:
     """Refuse changes that may not be.
 
-    A key that only one side has is passed over: another version of a library has other keys.
+    Former names of ours are read as today's; another key that only one side has is passed over:
+    another version of a library has other keys.
 
     Args:
         saved: the settings of the checkpoint.
@@ -119,6 +121,7 @@ def check_same_settings(saved: Any, now: Settings, where: str) -> list[str]:
     """
     if not isinstance(saved, dict) or not all(isinstance(keys, dict) for keys in saved.values()):
         raise UserError(f"{where} is damaged: its settings are no mapping.")
+    saved = {section: todays_names(keys, where) for section, keys in saved.items()}
     changes = [
         (key, saved[section][key], value)
         for section, keys in now.items()

@@ -1,0 +1,48 @@
+"""One list of the model families that leanlift is held to, each as a tiny model's config.
+
+One that is added here is attached to and planned in every format.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "qwen2, tied": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"head_dim": 32}),
+    "mistral": (MistralConfig, {"sliding_window": 16}),
+    "phi3, fused": (Phi3Config, {}),
+    "gemma2": (Gemma2Config, {"head_dim": 32}),
+    "gemma3": (Gemma3TextConfig, {"head_dim": 32, "sliding_window": 16}),
+}
+"""Name -> its config, and what it has beside `SIZES`."""
+
+
+def config_of(family: str, **changes: Any) -> Any:
+    """A family's config: 2 blocks, 64 wide, unless `changes` say otherwise."""
+    kind, own = FAMILIES[family]
+    return kind(**{**SIZES, **own, **changes})
