@@ -27,7 +27,7 @@ from leanlift.layers import FrozenLinear
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
-from leanlift.source import layout_in, stored_cells
+from leanlift.source import find, layout_in, open_checkpoint, plain_view, stored_cells
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.quantized import (
     FrozenWeight,
@@ -110,7 +110,24 @@ def _layout(
         return Layout()
     live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
     live |= {f"{name}.weight": weight.shape for name, weight in weights.items()}
-    return layout_in(model, checkpoint, live)
+    layout = layout_in(model, checkpoint, live)
+    tied = _stored_twins(model, facts.sampled, checkpoint, layout)
+    return replace(layout, names={**layout.names, **tied})
+
+
+def _stored_twins(
+    model: nn.Module, sampled: Collection[str], checkpoint: Path, layout: Layout
+) -> dict[str, str]:
+    """Of sampled tensors that a checkpoint does not have, what they are tied to and it has."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    twins = {name: all_ for all_ in names.values() for name in all_ if name in sampled}
+    with open_checkpoint(checkpoint) as files:
+        tensors = plain_view(files)
+        lacking = [name for name in sampled if find(name, tensors, layout) is None]
+        found = [(name, find(t, tensors, layout)) for name in lacking for t in twins[name]]
+        return {name: stored.name for name, stored in found if stored is not None}
 
 
 def _formats(
