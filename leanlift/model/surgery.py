@@ -24,11 +24,11 @@ from leanlift.model.embeddings import Hold, quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding
 from leanlift.model.targets import read_by_parent
 from leanlift.sparse import SegmentedIndex
+from leanlift.weights.kinds import is_plain_linear
 from leanlift.weights.quantized import (
     FrozenWeight,
     WeightFormat,
     frozen_weight,
-    is_plain_linear,
     is_quantized,
 )
 

@@ -18,7 +18,8 @@ from torch import nn
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
 from leanlift.model.presets import in_preset
-from leanlift.weights.quantized import is_plain_linear, is_quantized
+from leanlift.weights.kinds import is_plain_linear
+from leanlift.weights.quantized import is_quantized
 
 LEAST_SHARE = 0.5
 """Of the weights in the blocks that a preset covers: where less is in Linears, most of the model

@@ -27,13 +27,13 @@ from leanlift.model.targets import find_targets
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.plan.pieces import first_pieces
 from leanlift.sparse import SEGMENT, SegmentedIndex
+from leanlift.weights.kinds import is_plain_linear
 from leanlift.weights.quantized import (
     FrozenWeight,
     Weight8bit,
     WeightFormat,
     empty_weight,
     frozen_weight,
-    is_plain_linear,
 )
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]

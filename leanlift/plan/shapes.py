@@ -14,7 +14,8 @@ from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
-from leanlift.weights.quantized import WeightFormat, dtype_of, is_plain_linear
+from leanlift.weights.kinds import is_plain_linear
+from leanlift.weights.quantized import WeightFormat, dtype_of
 
 
 @dataclass(frozen=True)

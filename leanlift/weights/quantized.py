@@ -12,21 +12,18 @@ the same weights as the stock one.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import (
-    _disable_current_modes,
-    is_traceable_wrapper_subclass,
-)
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leanlift.errors import UserError
 from leanlift.ops import EightBit, FourBit, Scales
 from leanlift.tiles import CastTiles, RowTiles, as_tiles
 from leanlift.weights import bnb
+from leanlift.weights.kinds import is_plain_linear
 
 NESTED_BLOCK = 256
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -297,41 +294,6 @@ def _of_its_shape(weight: FrozenWeight, module: nn.Module, name: str) -> FrozenW
             "says."
         )
     return weight
-
-
-def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether this is an nn.Linear, or of a class of them that computes what it computes."""
-    kind: Any = type(module)
-    return isinstance(module, nn.Linear) and _computes_as_linear(kind)
-
-
-@functools.cache
-def _computes_as_linear(kind: Any) -> bool:
-    """Whether a class of Linears gives x W^T + b, whatever its forward is; not told from its name,
-    but by an instance of it. Classes that quantize, scale or gather as they multiply do not."""
-    if kind is nn.Linear:
-        return True
-    if is_quantized_kind(kind):
-        return False
-    try:
-        with _disable_current_modes(), torch.no_grad():
-            x = torch.linspace(-3, 3, 24, device="cpu").view(2, 3, 4)
-            for bias in (True, False):
-                one = kind(4, 5, bias=bias).to("cpu").eval()
-                one.weight.copy_(torch.linspace(-1, 2, 20).view(5, 4))
-                if bias:
-                    one.bias.copy_(torch.linspace(1, 3, 5))
-                wanted = nn.functional.linear(x, one.weight, one.bias)
-                if not torch.allclose(one(x), wanted, rtol=1e-5, atol=1e-5):
-                    return False
-    except Exception:  # it is made or called in another way
-        return False
-    return True
-
-
-def is_quantized_kind(kind: type[nn.Module]) -> bool:
-    """Whether a class is one of bitsandbytes' Linears."""
-    return kind.__module__.partition(".")[0] == "bitsandbytes"
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, config_of
 from tiny import FORMATS, load, make_checkpoint, make_checkpoint_of, quantization
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from leanlift import (
     LiftConfig,
