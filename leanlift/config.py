@@ -20,6 +20,7 @@ from leanlift.settings import (
     ALL_LINEAR,
     AT_LEAST_1,
     DENSITIES,
+    EXCLUDED,
     SHARE,
     SWITCH,
     TARGET_PRESETS,
@@ -140,6 +141,14 @@ class LiftConfig:
             "mlp are those of them; names are endings of module names.",
         ),
     )
+    exclude_modules: str | tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            EXCLUDED,
+            "names of Linears that stay as they are: o_proj. Endings of module names, as in PEFT; "
+            "of what target_modules covers, these are not trained.",
+        ),
+    )
     density_pattern: Mapping[str, float] = field(
         default_factory=dict,
         metadata=about(
@@ -182,8 +191,9 @@ class LiftConfig:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, list):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self)
         self._check_patterns()
         if self.block > 1 and self.selector != "principal":
@@ -238,6 +248,26 @@ class LiftConfig:
         Raises:
             UserError: the budget selects nothing, or more than there is.
         """
+        if any(side % self.block for side in shape):
+            raise MaskError(
+                f"{name} is {shape[0]}x{shape[1]}, which blocks of {self.block}x{self.block} do "
+                "not divide: use block=1."
+            )
+        budget, count = self._budget(shape, name)
+        if not 1 <= count <= shape[0] * shape[1]:
+            raise MaskError(
+                f"{budget} selects {count} entries of {name} ({shape[0]}x{shape[1]}); "
+                f"expected 1 to {shape[0] * shape[1]}."
+            )
+        return count
+
+    def selects(self, shape: tuple[int, int], name: str) -> bool:
+        """Whether the budget is one entry of a matrix at least, and no more than there are; of a
+        very small one it may be neither."""
+        return 1 <= self._budget(shape, name)[1] <= shape[0] * shape[1]
+
+    def _budget(self, shape: tuple[int, int], name: str) -> tuple[str, int]:
+        """What decides how many entries of a matrix are trained, and how many."""
         from leanlift.selection import count_by_density, count_by_rank  # imports torch
 
         own = next(
@@ -246,24 +276,11 @@ class LiftConfig:
         if own is not None:
             budget, count = f"density_pattern={own}", count_by_density(shape, own)
         elif self.rank_budget is not None:
-            budget, count = (
-                f"rank_budget={self.rank_budget}",
-                count_by_rank(shape, self.rank_budget),
-            )
+            budget = f"rank_budget={self.rank_budget}"
+            count = count_by_rank(shape, self.rank_budget)
         else:
             budget, count = f"density={self.density}", count_by_density(shape, self.density)
-        if any(side % self.block for side in shape):
-            raise MaskError(
-                f"{name} is {shape[0]}x{shape[1]}, which blocks of {self.block}x{self.block} do "
-                "not divide: use block=1."
-            )
-        count -= count % self.block**2
-        if not 1 <= count <= shape[0] * shape[1]:
-            raise MaskError(
-                f"{budget} selects {count} entries of {name} ({shape[0]}x{shape[1]}); "
-                f"expected 1 to {shape[0] * shape[1]}."
-            )
-        return count
+        return budget, count - count % self.block**2
 
     def check_patterns(self, targets: Iterable[str]) -> None:
         """Refuse a density of its own for something that is not trained.

@@ -140,7 +140,7 @@ class RunArguments(LiftConfig, BaseAndRows):
         shell does not after `=` or in a file."""
         for each in fields(self):
             given = getattr(self, each.name)
-            if each.name in ("target_modules", "density_pattern"):
+            if each.name in ("target_modules", "exclude_modules", "density_pattern"):
                 with suppress(*NOT_TAKEN):  # what cannot be taken is refused below
                     object.__setattr__(self, each.name, kind_of(each).take(given))
             elif each.name in PATHS and isinstance(given, str) and given.startswith("~"):

@@ -161,6 +161,16 @@ def _targets(given: Any) -> Any:
     return names[0] if alone else tuple(names)
 
 
+def _excluded(given: Any) -> Any:
+    """Endings of names; nothing is none."""
+    if given is None or given in NONE:
+        return ()
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, (list, tuple)):
+        raise TypeError
+    return tuple(names)
+
+
 def _densities(given: Any) -> Any:
     """From the text of a flag, or the mapping of a file; nothing is no densities."""
     if given is None or given in NONE:
@@ -187,6 +197,7 @@ def _are_densities(value: Any) -> bool:
 
 
 TARGETS = Kind("a name or a list of names", _are_targets, _targets, many=True)
+EXCLUDED = Kind("a name or a list of names", _are_targets, _excluded, many=True)
 DENSITIES = Kind(
     'a mapping such as {"down_proj": 0.1}: at most '
     f"{MOST_PATTERNS} patterns of at most {LONGEST_PATTERN} characters, each with a density in "

@@ -62,9 +62,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "packing",
     ),
     "What is trained": (
-        "density", "rank_budget", "approx_rank", "target_modules", "density_pattern", "selector",
-        "calibration_rows", "block", "refresh_interval", "refresh_margin", "retired_limit",
-        "selection_seed",
+        "density", "rank_budget", "approx_rank", "target_modules", "exclude_modules",
+        "density_pattern", "selector", "calibration_rows", "block", "refresh_interval",
+        "refresh_margin", "retired_limit", "selection_seed",
     ),
     "Memory": (
         "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",

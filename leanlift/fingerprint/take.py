@@ -38,7 +38,7 @@ def fingerprint(
         dtype: in which.
     """
     sampled = _sampled_names(model)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     return BaseFingerprint(
         name=name,
         dtype=dtype_name(dtype),
@@ -99,7 +99,8 @@ def sampled_rows(size: int, rows: int) -> list[int]:
 
 
 def _sampled_names(model: nn.Module) -> tuple[str, ...]:
-    """All 1-D weights (norms) and the input embedding, sorted."""
+    """All 1-D weights (norms) and the input embedding, sorted. What is tied to the embedding is on
+    disk under the embedding's own name, whichever comes first in the model."""
     names = [
         name
         for name, parameter in model.named_parameters()
@@ -107,8 +108,8 @@ def _sampled_names(model: nn.Module) -> tuple[str, ...]:
     ]
     get_embedding = getattr(model, "get_input_embeddings", None)
     if get_embedding is not None:
-        weight = get_embedding().weight
-        names += [name for name, parameter in model.named_parameters() if parameter is weight]
+        embedding = get_embedding()
+        names += [f"{name}.weight" for name, part in model.named_modules() if part is embedding]
     return tuple(sorted(names))
 
 

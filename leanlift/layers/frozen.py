@@ -61,10 +61,14 @@ class FrozenLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight as the base holds it, packed if it is 4-bit: some models ask for its
-        dtype or device."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight
+        """The frozen weight where the base holds it as numbers. Where it is packed, a stand-in that
+        has its shape, dtype and device, for which some models ask, and NaN in the place of its
+        numbers: packed bytes would be taken for some."""
+        weight: Any = self.base.weight
+        if weight.dtype.is_floating_point:
+            return weight  # type: ignore[no-any-return]
+        nothing = torch.full((), torch.nan, dtype=self.weight_tiles.dtype, device=weight.device)
+        return nothing.expand(self.weight_tiles.shape)
 
     @property
     def bias(self) -> Tensor | None:

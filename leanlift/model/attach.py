@@ -84,8 +84,9 @@ def get_lift_model(
     config = config or LiftConfig()
     started = time.perf_counter()
     check_attachable(model)
-    targets = find_targets(model, config.target_modules)
-    left = what_is_left(model, targets, config.target_modules)
+    wanted, excluded = config.target_modules, config.exclude_modules
+    targets = find_targets(model, wanted, excluded, config.selects)
+    left = what_is_left(model, targets, wanted, excluded)
     if left is not None:
         logger.warning("%s", left)
     config.check_patterns(targets)

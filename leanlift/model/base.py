@@ -28,7 +28,7 @@ from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
-from leanlift.source import layout_in, stored_cells
+from leanlift.source import find, layout_in, open_checkpoint, plain_view, stored_cells
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.quantized import (
     FrozenWeight,
@@ -116,7 +116,24 @@ def _layout(
     live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
     stacks = stack_shapes(model)
     live |= {f"{n}.weight": weight.shape for n, weight in weights.items() if n not in stacks}
-    return layout_in(model, checkpoint, live, stacks)
+    layout = layout_in(model, checkpoint, live, stacks)
+    tied = _stored_twins(model, facts.sampled, checkpoint, layout)
+    return replace(layout, names={**layout.names, **tied})
+
+
+def _stored_twins(
+    model: nn.Module, sampled: Collection[str], checkpoint: Path, layout: Layout
+) -> dict[str, str]:
+    """Of sampled tensors that a checkpoint does not have, what they are tied to and it has."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    twins = {name: all_ for all_ in names.values() for name in all_ if name in sampled}
+    with open_checkpoint(checkpoint) as files:
+        tensors = plain_view(files)
+        lacking = [name for name in sampled if find(name, tensors, layout) is None]
+        found = [(name, find(t, tensors, layout)) for name in lacking for t in twins[name]]
+        return {name: stored.name for name, stored in found if stored is not None}
 
 
 def _formats(
@@ -161,6 +178,19 @@ def check_attachable(model: nn.Module) -> None:
             f"this {type(model).__name__} has no output head over its vocabulary, so it is no "
             "causal language model; what stands there instead would be neither trained nor saved: "
             "load it with AutoModelForCausalLM."
+        )
+
+
+def check_checkpointing(model: Any) -> None:
+    """Refuse activation checkpointing of a model that has no blocks for it.
+
+    Raises:
+        UserError: says how to go without.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise UserError(
+            f"this {type(model).__name__} has no activation checkpointing: set "
+            "gradient_checkpointing=false, which takes more memory."
         )
 
 

@@ -11,6 +11,7 @@ Modules inside a layer of ours, such as the Linear that holds its weight, are no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +24,10 @@ from leanlift.layers.lm_head import FrozenHead
 from leanlift.model.embeddings import Hold, quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding
 from leanlift.model.stacks import named_parts, put_part
+from leanlift.model.targets import read_by_parent
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import is_stack
+from leanlift.weights.kinds import is_plain_linear
 from leanlift.weights.quantized import FrozenWeight, WeightFormat, frozen_weight, is_quantized
 
 OURS = (FrozenLinear, FrozenEmbedding, FrozenHead)
@@ -52,12 +55,35 @@ def replace_modules(model: nn.Module, make_layer: MakeLayer) -> dict[str, nn.Mod
         `replace_modules(model, lambda name, _: replaced.get(name))` puts them back.
     """
     found = [(name, module, make_layer(name, module)) for name, module in outer_modules(model)]
+    paths = _paths_by_weight(model)
     replaced = {}
     for name, module, layer in found:
         if layer is not None and layer is not module:
-            put_part(model, name, layer.train(module.training))
+            layer.train(module.training)
+            for path in paths.get(_weight_id(module), [name]):
+                put_part(model, path, layer)
             replaced[name] = module
     return replaced
+
+
+def _paths_by_weight(model: nn.Module) -> dict[int | None, list[str]]:
+    """Where each weight of a Linear, or under a layer of ours, is used: blocks that a model goes
+    through several times have it in several places, and one layer stands in all of them."""
+    paths: dict[int | None, list[str]] = {}
+    inside = None
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and name.startswith(inside):
+            continue
+        if _weight_id(module) is not None:
+            paths.setdefault(_weight_id(module), []).append(name)
+        inside = f"{name}." if isinstance(module, OURS) else None
+    return paths
+
+
+def _weight_id(module: nn.Module) -> int | None:
+    """What tells the weight of a Linear, or of the one under a layer of ours, from others."""
+    holder: Any = module.base if isinstance(module, FrozenLinear) else module
+    return id(holder.weight) if isinstance(holder, nn.Linear) else None
 
 
 def layers_over(
@@ -117,10 +143,36 @@ def operate(
     """
     model.requires_grad_(False)
     replace_modules(model, make_layer)
+    replace_modules(model, _dense_where_read(model))
     use_fused_glu(model)
     if embedding_rows is not None:
         grow_embedding(model, embedding_rows)
     return {} if hold_ends is None else quantize_embeddings(model, hold_ends)
+
+
+def _dense_where_read(model: nn.Module) -> MakeLayer:
+    """What puts plain Linears in the place of frozen ones whose weight their parent takes and
+    computes with itself, as the scans of Mamba do: it would take packed bytes for numbers."""
+    names = dict(model.named_modules())
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+
+    def make_layer(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not FrozenLinear or is_plain_linear(module.base):
+            return None
+        return dense_linear(module, dtype) if read_by_parent(names, name) else None
+
+    return make_layer
+
+
+@torch.no_grad()
+def dense_linear(layer: FrozenLinear, dtype: torch.dtype) -> nn.Linear:
+    """The frozen Linear that a layer stands for, with its dequantized weight in a dtype."""
+    m, n = layer.weight_tiles.shape
+    linear = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(layer.weight_tiles.rows(0, m).to(dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
+    return linear
 
 
 def freeze_quantized(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ never a target.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import nn
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
 from leanlift.layers import FrozenExperts
+from leanlift.model.presets import in_preset
 from leanlift.model.stacks import named_parts, source_of
+from leanlift.weights.kinds import is_plain_linear
 from leanlift.weights.quantized import is_quantized
 from leanlift.weights.stacks import ExpertStack
 
@@ -31,21 +33,34 @@ ROUTERS = ("gate", "router")
 """What chooses experts is called so."""
 
 
-def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
+Selects = Callable[[tuple[int, int], str], bool]
+"""Whether the budget selects entries of a matrix, by its shape and name."""
+
+
+def find_targets(
+    model: nn.Module,
+    wanted: str | tuple[str, ...],
+    excluded: str | tuple[str, ...] = (),
+    selects: Selects = lambda shape, name: True,
+) -> list[str]:
     """Names of the target modules, in model order.
 
     Args:
         model: a stock model.
         wanted: "all-linear", "attention", "mlp", or endings of module names.
+        excluded: endings of names of what is not trained all the same.
+        selects: a preset passes over what it says no of, as long as anything is left; what is
+            named is not passed over.
 
     Raises:
         UserError: nothing matches, or an ending does not, or the blocks hold weights that leanlift
             cannot train.
     """
     names = named_parts(model)
-    inside = inside_blocks(names)
+    everything = inside_blocks(names)
+    inside = _without(everything, excluded, type(model).__name__)
     if wanted in TARGET_PRESETS:
-        inside = [name for name in inside if _in_preset(name, wanted)]
+        inside = [name for name in inside if in_preset(names, name, str(wanted))]
         _refuse_packed(names, inside)
         found = [
             name
@@ -61,16 +76,20 @@ def find_targets(model: nn.Module, wanted: str | tuple[str, ...]) -> list[str]:
                 f"found no {kind} inside the blocks of this {type(model).__name__}: leanlift "
                 "trains nn.Linear, bnb.nn.Linear4bit and bnb.nn.Linear8bitLt."
             )
-        return found
+        return [name for name in found if selects(_shape(names[name]), name)] or found
     endings = (wanted,) if isinstance(wanted, str) else wanted
-    unmatched = [end for end in endings if not any(_ends_in(name, end) for name in inside)]
+    unmatched = [end for end in endings if not any(_ends_in(name, end) for name in everything)]
     if unmatched or not endings:
-        linears = sorted({name.rpartition(".")[2] for name in inside if _is_linear(names[name])})
+        linears = sorted(
+            {name.rpartition(".")[2] for name in everything if _is_linear(names[name])}
+        )
         raise MaskError(
             f"target_modules={unmatched} matches nothing inside the blocks of this "
             f"{type(model).__name__}: its Linears there are called {linears}."
         )
     found = [name for name in inside if any(_ends_in(name, end) for end in endings)]
+    if not found:
+        raise MaskError("exclude_modules leaves nothing of target_modules: name less, or more.")
     for name in found:
         if read_by_parent(names, name):
             parent = type(names[name.rpartition(".")[0]]).__name__
@@ -97,22 +116,35 @@ def _ends_in(name: str, ending: str) -> bool:
 def inside_blocks(names: dict[str, nn.Module]) -> list[str]:
     """The modules inside the blocks of a model, given all of its modules by name."""
     blocks = _block_lists(names)
-    return [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
+    inside = [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
+    seen: set[int] = set()
+    return [name for name in inside if not _is_again(names[name], seen)]
 
 
-PRESET_PARTS = {
-    "attention": ("attn", "attention"),
-    "mlp": ("mlp", "feed_forward", "feedforward", "ffn"),
-}
-"""What the part of a block is called that holds the Linears of a preset."""
+def _is_again(module: nn.Module, seen: set[int]) -> bool:
+    """Whether a Linear has the weight of one before it, as in blocks that a model goes through
+    several times: it is trained, saved and stored under the first name. `seen` is added to."""
+    if not isinstance(module, nn.Linear):
+        return False
+    again = id(module.weight) in seen
+    seen.add(id(module.weight))
+    return again
 
 
-def _in_preset(name: str, preset: str | tuple[str, ...]) -> bool:
-    if preset == ALL_LINEAR:
-        return True
-    assert isinstance(preset, str)
-    parents = name.lower().split(".")[:-1]
-    return any(part in parent for parent in parents for part in PRESET_PARTS[preset])
+def _without(inside: list[str], excluded: str | tuple[str, ...], kind: str) -> list[str]:
+    """The modules inside the blocks but for those that are excluded.
+
+    Raises:
+        UserError: an ending that none of them has.
+    """
+    endings = (excluded,) if isinstance(excluded, str) else excluded
+    unmatched = [end for end in endings if not any(_ends_in(name, end) for name in inside)]
+    if unmatched:
+        raise MaskError(
+            f"exclude_modules={unmatched} matches nothing inside the blocks of this {kind}: leave "
+            "it out, or see how its modules are called."
+        )
+    return [name for name in inside if not any(_ends_in(name, end) for end in endings)]
 
 
 def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
@@ -127,7 +159,7 @@ def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     stack = isinstance(module, ExpertStack | FrozenExperts)
-    return stack or type(module) is nn.Linear or is_quantized(module)
+    return stack or is_plain_linear(module) or is_quantized(module)
 
 
 def block_lists(model: nn.Module) -> list[str]:
@@ -187,7 +219,9 @@ def untrained(names: dict[str, nn.Module], inside: list[str], found: list[str]) 
         if name in targets or isinstance(module, nn.Embedding) or _is_router(name, module):
             continue
         if _is_linear(module):
-            left.append(_untrained(name, "weight", module, "has a weight that others read"))
+            read = read_by_parent(names, name)
+            why = "has a weight that others read" if read else "is too small for the budget"
+            left.append(_untrained(name, "weight", module, why))
             continue
         for key, parameter in module.named_parameters(recurse=False):
             what = _what(key, module, tuple(parameter.shape))
@@ -206,12 +240,23 @@ def trained_share(
 
 
 def _weights(module: Any) -> int:
+    m, n = _shape(module)
+    return m * n
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    """Rows and columns of a matrix, quantized or not; of a stack, of each expert's."""
+    if isinstance(module, FrozenExperts):
+        return module.made_at_once
+    if isinstance(module, ExpertStack):
+        m, n = module.weight.shape[-2:]
+        return m, n
     sides = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    return sides[0] * sides[1] if None not in sides else module.weight.numel()  # type: ignore[operator]
+    return sides if None not in sides else tuple(module.weight.shape)  # type: ignore[return-value]
 
 
 def _untrained(name: str, key: str, module: nn.Module, what: str) -> Untrained:
-    leaf, kind = name.rpartition(".")[2], type(module).__name__
+    leaf, kind = _leaf(name), type(module).__name__
     parameter = dict(module.named_parameters(recurse=False))[key]
     weights = _weights(module) if is_quantized(module) else parameter.numel()
     full = name if key == "weight" else f"{name}.{key}"
@@ -220,25 +265,43 @@ def _untrained(name: str, key: str, module: nn.Module, what: str) -> Untrained:
     )
 
 
-def what_is_left(model: nn.Module, found: list[str], wanted: str | tuple[str, ...]) -> str | None:
-    """One line about what a preset leaves untrained inside the blocks; None: nothing."""
+def what_is_left(
+    model: nn.Module,
+    found: list[str],
+    wanted: str | tuple[str, ...],
+    excluded: str | tuple[str, ...] = (),
+) -> str | None:
+    """What a preset trains inside the blocks and what it leaves, as a table; None: it leaves
+    nothing. The arguments are those of `find_targets`, and `found` is what that gave."""
     if wanted not in TARGET_PRESETS:
         return None
     names = named_parts(model)
-    inside = [name for name in inside_blocks(names) if _in_preset(name, wanted)]
+    inside = [name for name in _without(inside_blocks(names), excluded, "")
+              if in_preset(names, name, str(wanted))]  # fmt: skip
     left = untrained(names, inside, found)
     if not left:
         return None
-    kinds: dict[str, int] = {}
+    kinds: dict[str, tuple[int, str]] = {}
     for part in left:
-        kinds[part.kind] = kinds.get(part.kind, 0) + part.weights
-    most = sorted(kinds, key=lambda kind: -kinds[kind])
-    named = ", ".join(most[:MOST_NAMED]) + (" and others" if len(most) > MOST_NAMED else "")
-    share = trained_share(names, found, left)
-    return (
-        f"Entries are trained in matrices that hold {share:.1%} of the weights in the blocks; "
-        f"frozen, being no Linears or read past them: {named}."
-    )
+        kinds[part.kind] = kinds.get(part.kind, (0, ""))[0] + part.weights, part.what
+    share, rest = trained_share(names, found, left), sum(part.weights for part in left)
+    frozen = sorted(kinds.items(), key=lambda item: -item[1][0])
+    trained = dict.fromkeys(_leaf(name) for name in found)
+    rows = [(share, f"trained  {', '.join(trained)}")]
+    rows += [
+        ((1 - share) * weights / rest, f"frozen   {kind} {what}")
+        for kind, (weights, what) in frozen[:MOST_NAMED]
+    ]
+    if frozen[MOST_NAMED:]:
+        weights = sum(count for _, (count, _) in frozen[MOST_NAMED:])
+        rows.append(((1 - share) * weights / rest, "frozen   others"))
+    lines = [f"  {part:6.1%}  {text}" for part, text in rows]
+    return "\n".join(["Of the weights in the matrices of the blocks:", *lines])
+
+
+def _leaf(name: str) -> str:
+    """The last part of a name that is no number."""
+    return next((part for part in reversed(name.split(".")) if not part.isdigit()), name)
 
 
 def _what(key: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
@@ -251,9 +314,9 @@ def _what(key: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
         return f"is a convolution with weights {shape}"
     if type(module).__name__ == "Conv1D":
         return "is a Conv1D, whose weight is stored transposed"
-    if len(shape) == 3:
+    if len(shape) == 3 and "expert" in type(module).__name__.lower():
         return f"holds fused expert weights {shape}"
-    return f"holds a matrix {shape} of a {type(module).__name__}"
+    return f"holds {'a matrix' if len(shape) == 2 else 'weights'} {shape} of its own"
 
 
 def _routes(names: Mapping[str, nn.Module], name: str) -> bool:

@@ -9,7 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from transformers.initialization import no_init_weights
+from transformers.integrations import moe
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
@@ -49,7 +53,7 @@ def plan_memory(
     base = FakeBase.of(model, attn_implementation, trust_remote_code, revision)
     planned = base.planned(config or LiftConfig(), settings or PlanSettings())
     loss = partial(loss_of_all_tokens, objective=objective)
-    with without_packing_search():
+    with without_packing_search(), grouped_products():
         return plan_step(planned, base.name, loss, known)
 
 
@@ -119,12 +123,15 @@ class FakeBase:
         """The 16/32-bit model, under fake tensors."""
         dtype = settings.model_dtype
         try:
-            return AutoModelForCausalLM.from_config(
-                self.shape,
-                dtype=dtype,
-                attn_implementation=self.attn_implementation,
-                trust_remote_code=self.trust_remote_code,
-            )
+            with no_init_weights(), converting_anew():  # some look at what they put in
+                model = AutoModelForCausalLM.from_config(
+                    self.shape,
+                    dtype=dtype,
+                    attn_implementation=self.attn_implementation,
+                    trust_remote_code=self.trust_remote_code,
+                )
+            model.tie_weights()
+            return model
         except Exception as error:
             raise _unplannable(self.name, error) from error
 
@@ -146,3 +153,48 @@ def without_packing_search() -> Iterator[None]:
         yield
     finally:
         masking_utils.find_packed_sequence_indices = stock
+
+
+@contextmanager
+def converting_anew() -> Iterator[None]:
+    """A part of a model that is made in a dtype of its own is converted as it is built; torch does
+    that in place, which fake tensors do not allow."""
+
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        for key, parameter in self._parameters.items():
+            if parameter is not None:
+                self._parameters[key] = nn.Parameter(fn(parameter.data), parameter.requires_grad)
+        for key, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[key] = fn(buffer)
+        return self
+
+    module: Any = nn.Module
+    stock = module._apply
+    module._apply = apply
+    try:
+        yield
+    finally:
+        module._apply = stock
+
+
+@contextmanager
+def grouped_products() -> Iterator[None]:
+    """The product of grouped experts has a rule for fake tensors in bf16 alone; in other dtypes
+    the one that transformers falls back to stands for it, which makes the same tensors."""
+    stock = getattr(moe, "_can_use_grouped_mm", None)
+    if stock is None:
+        yield
+        return
+
+    def can_use(input: Any, weight: Any, offs: Any) -> bool:
+        plain = isinstance(weight, torch.Tensor) and weight.dtype != torch.bfloat16
+        return not plain and bool(stock(input, weight, offs))
+
+    moe._can_use_grouped_mm = can_use
+    try:
+        yield
+    finally:
+        moe._can_use_grouped_mm = stock

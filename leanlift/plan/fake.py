@@ -29,6 +29,7 @@ from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repeti
 from leanlift.plan.pieces import first_pieces
 from leanlift.sparse import SEGMENT, SegmentedIndex
 from leanlift.tiles import part_shape, parts_of
+from leanlift.weights.kinds import is_plain_linear
 from leanlift.weights.quantized import (
     FrozenWeight,
     Weight8bit,
@@ -104,7 +105,8 @@ def attach_fake(
     Returns:
         The positions of every target, spread evenly.
     """
-    targets = find_targets(model, config.target_modules)
+    wanted, excluded = config.target_modules, config.exclude_modules
+    targets = find_targets(model, wanted, excluded, config.selects)
     config.check_patterns(targets)
     weights = planned_weights(model, fmt, targets)
     indices = {}
@@ -127,9 +129,9 @@ def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[s
     for name, module in named_parts(model).items():
         if isinstance(module, ExpertStack) and (fmt.kind != "dense" or name in trained):
             weights[name] = _planned_stack(module, name, fmt)
-        if type(module) is not nn.Linear or module is head:
+        if not is_plain_linear(module) or module is head:
             continue
-        if fmt.kind != "dense":
+        if fmt.kind != "dense" and type(module) is nn.Linear:  # bitsandbytes takes no other
             m, n = module.weight.shape
             weights[name] = empty_weight((m, n), fmt, module.bias)
         elif name in trained:
@@ -281,6 +283,11 @@ def _fused_attention() -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if attn_mask is not None and attn_mask.requires_grad:  # which no fused kernel takes
+            return stock(  # type: ignore[no-any-return]
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                enable_gqa=enable_gqa,
+            )  # fmt: skip
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -30,7 +30,7 @@ def loss_of_all_tokens(
     if padded:
         given["attention_mask"] = torch.ones_like(ids)
     head, one = output_head(model), torch.tensor(1.0)
-    if head is None:
+    if head is None or head.weight.shape[1] != model.config.get_text_config().hidden_size:
         chosen, wanted = next_tokens(model(**given).logits, labels, places)
         return whole_cost(chosen.float(), wanted, objective)
     hidden = model.base_model(**given).last_hidden_state  # alive beside its part, as in training

@@ -6,7 +6,8 @@ on top is read from the step itself, run under fake tensors (`fake`). Everything
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from leanlift.config import LiftConfig
+from leanlift.errors import UserError, first_line
 from leanlift.measure.meter import CATEGORIES
+from leanlift.model.base import check_checkpointing
 from leanlift.plan.fake import StepBytes, fake_tensors, forward_peak, step_peak
 from leanlift.plan.result import CONTEXT, MemoryPlan
 from leanlift.plan.settings import PlanSettings
@@ -103,16 +106,18 @@ def _training(
         with fake_tensors():
             shapes, model = attached(planned)
             if settings.gradient_checkpointing:
+                check_checkpointing(model)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            moving = step_peak(
-                model.train(),
-                partial(loss, trained=batch.trained, padded=batch.padded),
-                batch.rows,
-                batch.tokens,
-                settings.optim_in_backward,
-                settings.gradient_accumulation_steps > 1,
-                settings.activation_offloading,
-            )
+            with _in_one_sentence(model, "training step"):
+                moving = step_peak(
+                    model.train(),
+                    partial(loss, trained=batch.trained, padded=batch.padded),
+                    batch.rows,
+                    batch.tokens,
+                    settings.optim_in_backward,
+                    settings.gradient_accumulation_steps > 1,
+                    settings.activation_offloading,
+                )
         known[key] = shapes, moving
     found: tuple[Shapes, StepBytes] = known[key]
     return found
@@ -129,8 +134,28 @@ def _evaluating(planned: Planned, loss: Callable[..., Tensor], known: Known) -> 
         with fake_tensors():
             _, model = attached(planned)
             counted = partial(loss, trained=batch.trained, padded=batch.padded)
-            known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
+            with _in_one_sentence(model, "evaluation"):
+                known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
     return int(known[key])
+
+
+@contextmanager
+def _in_one_sentence(model: Any, what: str) -> Iterator[None]:
+    """A step on fake tensors runs the family's own code, and each fails in its own way: where it
+    asks for numbers that are not there, for one.
+
+    Raises:
+        UserError: in the place of whatever was raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the memory of this {type(model).__name__}'s {what} cannot be planned, as its code "
+            f"does not run without numbers: {type(error).__name__}, {first_line(error)}"
+        ) from error
 
 
 def _what_decides(planned: Planned) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
 from leanlift.tiles import parts_of
+from leanlift.weights.kinds import is_plain_linear
 from leanlift.weights.quantized import WeightFormat, dtype_of
 from leanlift.weights.stacks import ExpertStack
 
@@ -96,7 +97,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     own = {
         name: id(m.weight)
         for name, m in named_parts(model).items()
-        if type(m) is nn.Linear or isinstance(m, ExpertStack)
+        if is_plain_linear(m) or isinstance(m, ExpertStack)
     }
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)

@@ -144,7 +144,7 @@ def _selection(
     if flat.numel() != count:
         raise UserError(
             f"the selection of {name} gave {flat.numel()} entries instead of {count}: its weights "
-            "differ too much in size to be ranked; leave it out with target_modules."
+            "differ too much in size to be ranked; leave it out with exclude_modules."
         )
     return Selection(flat, scores.converged and told_apart, scores)
 

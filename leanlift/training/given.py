@@ -12,6 +12,7 @@ from trl import SFTConfig
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
 from leanlift.model import LiftState
+from leanlift.model.base import check_checkpointing
 from leanlift.optim import SparseAdamW, check_remappable, unwrap
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.checks import check_rounding
@@ -73,7 +74,13 @@ def sparse_options(args: SFTConfig) -> dict[str, Any]:
 
 
 def make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
-    """Non-reentrant by default; the reentrant kind needs an input that requires grad."""
+    """Non-reentrant by default; the reentrant kind needs an input that requires grad.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if args.gradient_checkpointing:
+        check_checkpointing(model)
     options = args.gradient_checkpointing_kwargs
     if not args.gradient_checkpointing or not options:
         return  # transformers' own default is non-reentrant
@@ -85,8 +92,15 @@ def make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
 @contextmanager
 def rows_done(args: SFTConfig) -> Iterator[None]:
     """Hide from TRL's constructor what has been done by now: it would do it again, to tokenized
-    rows and to an embedding that cannot grow."""
-    done = {"chat_template_path": None, "eos_token": None, "assistant_only_loss": False}
+    rows and to an embedding that cannot grow. The auxiliary loss of a router, which is frozen, is
+    off where nothing is said; TRL takes the configuration's coefficient there."""
+    done: dict[str, Any] = {
+        "chat_template_path": None,
+        "eos_token": None,
+        "assistant_only_loss": False,
+    }
+    if args.router_aux_loss_coef is None:
+        done["router_aux_loss_coef"] = 0.0
     kept = {key: getattr(args, key) for key in done}
     for key, value in done.items():
         setattr(args, key, value)

@@ -4,8 +4,12 @@ TRL's own fused head wants a dense weight and works in buffers of 32,768 vocabul
 token. The tiled loss takes a head in any storage format, and only the tokens that are trained.
 It holds for models whose logits are the last hidden states times the head's weight, capped at
 most. Whether a model is one of those is not told from its name: one tiny batch has to give the
-model's own logits and loss, once as they are and once with hidden states so large that a cap, a
-scale or another norm must show. Where it does not, whole logits are made, by the model itself.
+model's own logits, once as they are and once with hidden states so large that a cap, a scale or
+another norm must show. Where it does not, whole logits are made, by the model itself. What is
+trained on is the cost of the next tokens, as in TRL; a model whose own loss is another (some do
+not shift their labels, some add to it) is told apart on the same batch, and that is said.
+
+The auxiliary loss of a router is off unless `router_aux_loss_coef` is set: routers are frozen.
 
 Label smoothing and dynamic fine-tuning (`loss_type="dft"`) are other costs per token in the same
 tiles, not other losses.
@@ -13,23 +17,21 @@ tiles, not other losses.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from leanlift.errors import UserError
-from leanlift.layers.lm_head import Head, Objective, head_loss, next_tokens, whole_cost
+from leanlift.errors import UserError, first_line
+from leanlift.layers.lm_head import Objective, head_loss, next_tokens, whole_cost
 from leanlift.model import output_head
+from leanlift.training.own_loss import IGNORED, compared, few_ids
 
 logger = logging.getLogger("leanlift")
 
-IGNORED = -100
 TRAINED = "trained_positions"
 
 
@@ -156,29 +158,54 @@ def training_loss(
         autocast: what the training step runs under.
 
     Raises:
-        UserError: a router's loss beside a head whose logits TRL cannot make.
+        UserError: a router's loss that TRL, or the model itself, cannot make.
     """
     if custom is not None:
         return None
     head = output_head(model)
-    plain = head is not None and is_own_loss(model, head, autocast)
+    found = compared(model, head, autocast)
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        if not plain:
-            raise UserError(
-                f"the logits of this {type(model).__name__} are not its hidden states times its "
-                "head's weight, which the auxiliary loss of its router cannot be trained with: set "
-                "router_aux_loss_coef=0."
-            )
+        _check_router_loss(model, found.same_logits)
         return None
-    objective = objective_of(args)
-    if plain:
+    objective, kind = objective_of(args), type(model).__name__
+    if not found.same_loss:
+        logger.warning(
+            "What this %s gives as its loss is not the cost of the next tokens, or not that alone: "
+            "that cost is what is trained on.",
+            kind,
+        )
+    if found.same_logits:
         return TiledLoss(objective)
     logger.warning(
         "The logits of this %s are not its hidden states times its head's weight: they are made "
         "whole, which takes more memory.",
-        type(model).__name__,
+        kind,
     )
     return WholeLoss(objective)
+
+
+def _check_router_loss(model: Any, same_logits: bool) -> None:
+    """Refuse an auxiliary loss that was asked for and that TRL, or the model itself, cannot make.
+
+    Raises:
+        UserError: says why, and how to go without.
+    """
+    kind, without = type(model).__name__, "set router_aux_loss_coef=0, or leave it out"
+    if not same_logits:
+        raise UserError(
+            f"the logits of this {kind} are not its hidden states times its head's weight, which "
+            f"the auxiliary loss of its router cannot be trained with: {without}."
+        )
+    ids = few_ids(model)
+    try:
+        with torch.no_grad():
+            found = model(input_ids=ids, labels=ids, use_cache=False, output_router_logits=True)
+        assert found.aux_loss is not None
+    except Exception as error:  # each family fails in its own way
+        raise UserError(
+            f"this {kind} cannot make the auxiliary loss of its router, so {without}: "
+            f"{type(error).__name__}, {first_line(error)}"
+        ) from error
 
 
 def objective_of(args: Any) -> Objective:
@@ -188,70 +215,22 @@ def objective_of(args: Any) -> Objective:
     return Objective(smoothing=getattr(args, "label_smoothing_factor", 0.0))
 
 
-LARGE = 60.0
-"""Logits that no cap in use leaves as they are."""
+def check_gradients(
+    model: Any, loss: TrainingLoss, autocast: AbstractContextManager[Any] | None = None
+) -> None:
+    """Refuse a model in which no gradient reaches what is trained: blocks that run as one
+    operation of autograd may ask for a gradient of their input, and embeddings are frozen.
 
-ROUNDINGS = 4
-"""Epsilons of the largest logit by which two ways of computing it may differ: the product, the
-bias and the cap are each rounded once."""
-
-ORDER = 2e-4
-"""The same for sums in another order, as a share of the largest logit: in fp32 they are off by many
-epsilons. A cap or a scale changes a large logit by its own size."""
-
-
-@torch.no_grad()
-def is_own_loss(
-    model: Any, head: Head, autocast: AbstractContextManager[Any] | None = None
-) -> bool:
-    """Whether a model's logits and loss are those of `head` over the hidden states of its base, on
-    one tiny batch. Dropout is off meanwhile."""
-    device = next(model.parameters()).device
-    ids = (torch.arange(18, device=device) * 7 + 3).view(2, 9) % min(97, head.weight.shape[0])
-    labels = ids.clone()
-    labels[:, :3] = IGNORED
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast or nullcontext():
-            largest = _agree(model, head, ids, labels, 1.0)
-            if largest is None:
-                return False
-            return _agree(model, head, ids, labels, LARGE / max(largest, 1e-6)) is not None
-    finally:
-        model.train(was_training)
-
-
-def _agree(model: Any, head: Head, ids: Tensor, labels: Tensor, gain: float) -> float | None:
-    """The largest logit, with the base's hidden states multiplied by `gain`; None where the model
-    and the head give other logits or another loss, or the base was not asked."""
-    seen: list[Tensor] = []
-
-    def enlarge(module: Any, args: Any, output: Any) -> Any:
-        hidden = getattr(output, "last_hidden_state", None)
-        if hidden is not None:
-            seen.append(hidden * gain)
-            output.last_hidden_state = seen[-1]
-        return output
-
-    handle = model.base_model.register_forward_hook(enlarge)
-    try:
-        routed = "output_router_logits" in inspect.signature(model.forward).parameters
-        without = {"output_router_logits": False} if routed else {}  # its loss comes on top
-        own = model(input_ids=ids, labels=labels, use_cache=False, **without)
-    finally:
-        handle.remove()
-    if len(seen) != 1 or own.loss is None:
-        return None
-    hidden = seen[0]
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    ours = head.logits(flat, head.rows(0, head.weight.shape[0], hidden.dtype), 0)
-    largest = float(ours.abs().max())
-    epsilon = max(torch.finfo(dtype).eps for dtype in (hidden.dtype, own.logits.dtype))
-    bound = max(ROUNDINGS * epsilon, ORDER) * max(largest, 1.0)
-    states, wanted = _trained(ours.view(*hidden.shape[:-1], -1), {"labels": labels})
-    loss = F.cross_entropy(states, wanted)
-    same = (own.logits.reshape(ours.shape) - ours).abs().max() <= bound
-    return largest if bool(same) and abs(float(own.loss) - float(loss)) <= bound else None
+    Raises:
+        UserError: says so.
+    """
+    ids = few_ids(model)
+    with torch.enable_grad(), autocast or nullcontext():
+        reached = loss(model, {"input_ids": ids, "labels": ids.clone()}).requires_grad
+    loss.last = None
+    if not reached:
+        raise UserError(
+            f"the loss of this {type(model).__name__} does not depend on what is trained in a way "
+            "that autograd could follow: its blocks are run as one operation over frozen inputs, "
+            "which leanlift does not train."
+        )

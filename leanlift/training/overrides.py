@@ -109,6 +109,14 @@ class TrainerOverrides(SFTTrainer):
     def _send_telemetry(self) -> None:
         """None."""
 
+    # --- the loss --------------------------------------------------------------------------
+
+    def count_next_tokens(self) -> None:
+        """Have the loss divided by the trained tokens of the whole accumulated batch, whatever the
+        model's own loss does: ours takes their number, and shifts labels."""
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+
     # --- gradients -------------------------------------------------------------------------
 
     def _clip_grad_norm(self, model: Any) -> Any:

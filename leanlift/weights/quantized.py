@@ -2,8 +2,8 @@
 
 Whatever stock transformers loaded a Linear as, `frozen_weight(module)` gives its dequantized
 rows: `bnb.nn.Linear4bit` (NF4 or FP4, double quantization or not, any block size),
-`bnb.nn.Linear8bitLt` (INT8) or a plain 16/32-bit `nn.Linear`. The tiles read the module at each
-call, so they stay right after `model.to(device)`.
+`bnb.nn.Linear8bitLt` (INT8), a plain 16/32-bit `nn.Linear`, or a class of those that computes what
+it computes. The tiles read the module at each call, so they stay right after `model.to(device)`.
 
 D(Q) is taken in the dtype in which bitsandbytes itself would dequantize (the dtype that the
 weight had when it was quantized; fp32 for INT8), so an untouched leanlift layer computes with
@@ -23,6 +23,7 @@ from leanlift.errors import UserError
 from leanlift.ops import EightBit, FourBit, Scales
 from leanlift.tiles import CastTiles, RowTiles, as_tiles
 from leanlift.weights import bnb
+from leanlift.weights.kinds import is_plain_linear
 
 NESTED_BLOCK = 256
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -254,7 +255,7 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
     if source is not nn.Linear:
         raise UserError(
             f"{name} was a {source.__name__} before it was quantized; its checkpoint is "
-            "transposed, which leanlift does not support: exclude it with target_modules."
+            "transposed, which leanlift does not support: leave it out with exclude_modules."
         )
     if bnb.is_linear4bit(module):
         problem = bnb.problem_4bit(module)
@@ -268,7 +269,7 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
                 "BitsAndBytesConfig(load_in_8bit=True) and move it to its device first."
             )
         return _of_its_shape(Weight8bit(module), module, name)
-    if type(module) is nn.Linear:
+    if is_plain_linear(module):
         if module.weight.dtype not in FLOAT_DTYPES:
             raise UserError(
                 f"{name} is a Linear with a weight of dtype {module.weight.dtype}; expected "
@@ -277,7 +278,7 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
         return WeightDense(module)
     raise UserError(
         f"{name} is a {type(module).__name__}; leanlift trains nn.Linear, bnb.nn.Linear4bit and "
-        "bnb.nn.Linear8bitLt: leave it out with target_modules."
+        "bnb.nn.Linear8bitLt: leave it out with exclude_modules."
     )
 
 

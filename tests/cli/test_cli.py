@@ -48,6 +48,7 @@ OWN_OPTIONS = {
     "calibration_rows",
     "block",
     "target_modules",
+    "exclude_modules",
     "density_pattern",
     "selection_seed",
     "selection_tile_mib",

@@ -36,6 +36,7 @@ OTHER: dict[str, tuple[str, Any, Any]] = {
     "selector": ("random", "random", "random"),
     "block": ("4", 4, 4),
     "target_modules": ("attention", "attention", "attention"),
+    "exclude_modules": ("o_proj", "o_proj", ("o_proj",)),
     "density_pattern": ('{"up_proj": 0.5}', {"up_proj": 0.5}, {"up_proj": 0.5}),
     "values_dtype": ("float32", "float32", "float32"),
     "quantize_embeddings": ("yes", True, True),
@@ -54,6 +55,7 @@ NEVER: dict[str, tuple[Any, ...]] = {
     "selector": ("best", 3, None),
     "block": (0, -4, None),
     "target_modules": (3, ["q_proj", 3], None),
+    "exclude_modules": (3, ["q_proj", 3], {3}),
     "density_pattern": (
         {"a": 2.0},
         {"a": "x"},
@@ -130,7 +132,7 @@ def test_what_it_cannot_be_is_refused_everywhere(name: str, tmp_path: Path) -> N
             with pytest.raises(UserError, match=name):
                 look([*BASIC, *in_file(tmp_path, **{name: value})])
             if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-                if name in ("target_modules", "quantize_embeddings") and value in (1, 3):
+                if name.endswith(("_modules", "quantize_embeddings")) and value in (1, 3):
                     continue  # as texts they are a name and a switch
                 with pytest.raises(UserError, match=name):
                     look([*BASIC, f"--{name}={value}"])

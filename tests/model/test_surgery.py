@@ -3,6 +3,7 @@ comes out again."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from families import FAMILIES, config_of
 from tiny import FORMATS, load, make_checkpoint, make_checkpoint_of, quantization
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from leanlift import (
     LiftConfig,
@@ -24,7 +25,7 @@ from leanlift import (
     unload_adapter,
 )
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace
-from leanlift.model import embedding_to_cpu, freeze_quantized
+from leanlift.model import embedding_to_cpu, freeze_quantized, lift_layers
 from leanlift.model.surgery import layers_over, outer_modules, replace_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.weights.bnb import EmptyLinear
@@ -208,3 +209,28 @@ def test_nothing_is_replaced_where_one_layer_cannot_be_made(base: Path) -> None:
     with pytest.raises(ValueError, match="no such layer"):
         replace_modules(model, make)
     assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_one_layer_stands_wherever_a_weight_is_used_again() -> None:
+    """Blocks that a model goes through several times: one set of offsets, gradients summed."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=3, vocab_size=50,
+        num_attention_heads=4, num_key_value_heads=4,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    first, last = model.model.layers[0].mlp, model.model.layers[2].mlp
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(last, name).weight = getattr(first, name).weight
+    twin = copy.deepcopy(model)
+    ids = torch.arange(3, 20)[None]
+    lift = LiftConfig(density=0.2, selector="random", target_modules=("up_proj",))
+    get_lift_model(model, lift, progress=False)
+    layers = lift_layers(model)
+    assert sorted(layers) == [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
+    assert model.model.layers[2].mlp.up_proj is layers["model.layers.0.mlp.up_proj"]
+    for each in (model, twin):
+        each.eval()(input_ids=ids, labels=ids).loss.backward()
+    for name, layer in layers.items():
+        dense = twin.get_submodule(name).weight.grad.reshape(-1)[layer.index.to_flat()]
+        assert torch.allclose(layer.values.grad, dense, atol=1e-6)

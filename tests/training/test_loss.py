@@ -13,7 +13,7 @@ from datasets import Dataset
 from runs import ROWS, settings
 from sweeps import swept
 from tiny import load, make_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.model import lift_layers
@@ -49,6 +49,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], type]] = {
     "recurrent_gemma: a cap of another name": ("recurrent_gemma", RECURRENT, WholeLoss),
     "modernbert-decoder: a layer before the head": ("modernbert-decoder", {}, WholeLoss),
     "phi: a bias": ("phi", {}, TiledLoss),
+    "opt: the decoder in the base is asked": (
+        "opt",
+        {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0},
+        TiledLoss,
+    ),
 }
 
 
@@ -137,14 +142,83 @@ def test_smoothing_and_dft_against_their_definitions(
     assert got.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_a_router_s_loss_is_left_to_trl(tmp_path: Path) -> None:
-    model = attached("llama")
+def mixtral(vocabulary: int = 211) -> Any:
+    torch.manual_seed(0)
+    sizes = {**SIZES, "vocab_size": vocabulary, "num_local_experts": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes))
+    return get_lift_model(model, replace(LIFT, target_modules=("q_proj",)), progress=False)
+
+
+def test_a_router_s_loss_is_left_to_trl_where_it_can_be_made(tmp_path: Path) -> None:
+    model = mixtral()
     model.config.output_router_logits = True
     assert training_loss(model, settings(tmp_path), None) is None
-    other = attached("granite: scaled")
-    other.config.output_router_logits = True
-    with pytest.raises(UserError, match="router_aux_loss_coef=0"):
-        training_loss(other, settings(tmp_path), None)
+    for family, reason in (("granite: scaled", "logits of this"), ("llama", "cannot make the")):
+        other = attached(family)
+        other.config.output_router_logits = True
+        with pytest.raises(UserError, match=f"{reason}.*router_aux_loss_coef=0"):
+            training_loss(other, settings(tmp_path), None)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0, 0.5])
+def test_a_router_s_loss_is_off_unless_it_is_asked_for(
+    tmp_path: Path, coefficient: float | None
+) -> None:
+    tokenizer = make_tokenizer()
+    args = settings(tmp_path, router_aux_loss_coef=coefficient)
+    trainer = LiftTrainer(
+        model=mixtral(len(tokenizer)),
+        args=args,
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+    )
+    assert trainer.aux_loss_enabled == bool(coefficient)
+    assert (type(trainer._loss) is TiledLoss) == (not coefficient)
+    assert args.router_aux_loss_coef == coefficient  # as it was given, and is kept
+
+
+@pytest.mark.parametrize("changed", ["unshifted", "more"])
+def test_a_model_s_own_other_loss_is_said(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    changed: str,
+) -> None:
+    """What is trained on stays the cost of the next tokens."""
+    model = attached("llama")
+    stock = type(model).forward
+    wanted = stock(model.eval(), **batch()).loss.item()
+
+    def other(self: Any, **inputs: Any) -> Any:
+        out = stock(self, **inputs)
+        if "labels" in inputs and changed == "unshifted":
+            flat = out.logits.reshape(-1, out.logits.shape[-1])
+            out.loss = torch.nn.functional.cross_entropy(flat, inputs["labels"].reshape(-1))
+        elif "labels" in inputs:
+            out.loss = out.loss + 0.1
+        return out
+
+    assert training_loss(model, settings(tmp_path), None) is not None
+    assert "is not the cost of the next tokens" not in caplog.text
+    monkeypatch.setattr(type(model), "forward", other)
+    loss = training_loss(model, settings(tmp_path), None)
+    assert type(loss) is TiledLoss
+    assert "is not the cost of the next tokens" in caplog.text
+    assert loss(model, batch()).item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_a_token_counts_alike_in_every_micro_batch(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accepts: bool
+) -> None:
+    """Whatever a model's own forward takes: our loss is divided by all trained tokens."""
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", accepts, raising=False)
+    whole, parts = (
+        logged(trainer_for(base, tmp_path / str(rows), per_device_train_batch_size=rows,
+                           gradient_accumulation_steps=4 // rows))
+        for rows in (4, 1)
+    )  # fmt: skip
+    assert whole == pytest.approx(parts, rel=1e-4)
 
 
 def trainer_for(base: Path, output: Path, lift: LiftConfig = LIFT, **changes: Any) -> LiftTrainer:
@@ -203,13 +277,10 @@ def test_noise_on_embeddings_is_noise(base: Path, tmp_path: Path, ends: bool) ->
 
 def test_a_router_s_coefficient_weighs_its_loss(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    sizes = {**SIZES, "vocab_size": len(tokenizer), "num_local_experts": 4}
     losses = {}
     for coefficient in (0.0, 0.5):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **sizes))
         trainer = LiftTrainer(
-            model=get_lift_model(model, replace(LIFT, target_modules=("q_proj",)), progress=False),
+            model=mixtral(len(tokenizer)),
             args=settings(tmp_path, max_steps=1, router_aux_loss_coef=coefficient),
             train_dataset=Dataset.from_list(ROWS),
             processing_class=tokenizer,
