@@ -60,22 +60,7 @@ def find_targets(
     everything = inside_blocks(names)
     inside = _without(everything, excluded, type(model).__name__)
     if wanted in TARGET_PRESETS:
-        inside = [name for name in inside if in_preset(names, name, str(wanted))]
-        _refuse_packed(names, inside)
-        found = [
-            name
-            for name in inside
-            if _is_linear(names[name])
-            and not read_by_parent(names, name)
-            and not _routes(names, name)
-        ]
-        _refuse_untrainable(names, inside, found)
-        if not found:
-            kind = "Linear" if wanted == ALL_LINEAR else f"Linear of an {wanted} part"
-            raise UserError(
-                f"found no {kind} inside the blocks of this {type(model).__name__}: leanlift "
-                "trains nn.Linear, bnb.nn.Linear4bit and bnb.nn.Linear8bitLt."
-            )
+        found = _of_preset(names, inside, str(wanted), type(model).__name__)
         return [name for name in found if selects(_shape(names[name]), name)] or found
     endings = (wanted,) if isinstance(wanted, str) else wanted
     unmatched = [end for end in endings if not any(_ends_in(name, end) for name in everything)]
@@ -97,6 +82,31 @@ def find_targets(
                 f"the weight of {name} is read by {parent} itself, past any layer in its place: "
                 "offsets would be trained nowhere. Leave it out of target_modules."
             )
+    return found
+
+
+def _of_preset(
+    names: dict[str, nn.Module], inside: list[str], preset: str, kind: str
+) -> list[str]:
+    """The targets of a preset among the modules inside the blocks of a model of this kind.
+
+    Raises:
+        UserError: none, or too little of what the preset covers.
+    """
+    inside = [name for name in inside if in_preset(names, name, preset)]
+    _refuse_packed(names, inside)
+    found = [
+        name
+        for name in inside
+        if _is_linear(names[name]) and not read_by_parent(names, name) and not _routes(names, name)
+    ]
+    _refuse_untrainable(names, inside, found)
+    if not found:
+        part = "Linear" if preset == ALL_LINEAR else f"Linear of an {preset} part"
+        raise UserError(
+            f"found no {part} inside the blocks of this {kind}: leanlift trains nn.Linear, "
+            "bnb.nn.Linear4bit and bnb.nn.Linear8bitLt."
+        )
     return found
 
 
