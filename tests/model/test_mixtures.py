@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mixtures import EXPERTS, MIXTURES, batch, dense_twin, logits, make_mixture, move
+from sweeps import swept
 from tiny import load
 from torch import nn
 from transformers.core_model_loading import Transpose
@@ -140,7 +141,7 @@ def test_checkpointing_changes_no_gradient(bases: dict[str, Path]) -> None:
         assert torch.equal(layer.values.grad, wanted[name]), name  # type: ignore[arg-type]
 
 
-@each_family
+@pytest.mark.parametrize("family", swept(MIXTURES, "qwen3_moe", "gpt_oss"))
 def test_adapters_come_back_and_are_merged_into_what_is_on_disk(
     bases: dict[str, Path], tmp_path: Path, family: str
 ) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from mixtures import MIXTURES, batch, dense_twin, logits, make_mixture, move
+from sweeps import swept
 from tiny import load
 from torch import nn
 
@@ -28,6 +30,12 @@ from leanlift.weights.quantized import requantize
 
 CONFIG = LiftConfig(density=0.1, approx_rank=8)
 
+FEW_BITS = swept(
+    product(["nf4", "nf4+double", "fp4", "int8"], ["qwen3_moe", "gpt_oss"]),
+    ("nf4", "qwen3_moe"),
+    ("int8", "gpt_oss"),
+)
+
 each_family = pytest.mark.parametrize("family", MIXTURES)
 
 
@@ -45,8 +53,7 @@ def experts_of(model: nn.Module) -> dict[str, LiftExperts]:
     return {n: m for n, m in lift_layers(model).items() if isinstance(m, LiftExperts)}
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4+double", "fp4", "int8"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(("kind", "family"), FEW_BITS)
 def test_experts_in_few_bits_are_trained_saved_and_merged(
     bases: dict[str, Path], tmp_path: Path, family: str, kind: str
 ) -> None:
