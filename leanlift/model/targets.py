@@ -85,9 +85,7 @@ def find_targets(
     return found
 
 
-def _of_preset(
-    names: dict[str, nn.Module], inside: list[str], preset: str, kind: str
-) -> list[str]:
+def _of_preset(names: dict[str, nn.Module], inside: list[str], preset: str, kind: str) -> list[str]:
     """The targets of a preset among the modules inside the blocks of a model of this kind.
 
     Raises:
