@@ -224,7 +224,7 @@ def untrained(names: dict[str, nn.Module], inside: list[str], found: list[str]) 
     left = []
     for name in inside:
         module = names[name]
-        if name in targets or isinstance(module, nn.Embedding) or _is_router(name, module):
+        if name in targets or isinstance(module, nn.Embedding) or _routes(names, name):
             continue
         if _is_linear(module):
             read = read_by_parent(names, name)
@@ -328,12 +328,12 @@ def _what(key: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
 
 
 def _routes(names: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether a Linear chooses among the experts beside it: it is trained only if it is named."""
-    parent, _, leaf = name.rpartition(".")
-    return leaf in ROUTERS and f"{parent}.experts" in names
-
-
-def _is_router(name: str, module: nn.Module) -> bool:
-    """Whether it chooses experts: those are never trained."""
-    kind = type(module).__name__.lower()
-    return name.rpartition(".")[2] in ROUTERS or "router" in kind
+    """Whether a module chooses among experts, or is a part of what does: it is trained only if it
+    is named."""
+    parts = name.split(".")
+    paths = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+    return any(
+        "router" in type(names[path]).__name__.lower()
+        or (path.rpartition(".")[2] in ROUTERS and f"{path.rpartition('.')[0]}.experts" in names)
+        for path in paths
+    )

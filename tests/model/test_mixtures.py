@@ -94,6 +94,30 @@ def test_a_router_that_is_a_linear_is_trained_if_it_is_named() -> None:
     assert list(found) == [f"layers.0.experts.{e}" for e in range(4)]
 
 
+@pytest.mark.parametrize("inside", ["wg", "layer"])
+@pytest.mark.parametrize("name", ["gate", "router", "chooser"])
+def test_a_router_of_several_parts_is_one_too(name: str, inside: str) -> None:
+    """By its name beside experts, or by its class."""
+
+    class TopKRouter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(inside, nn.Linear(16, 4))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, TopKRouter() if name == "chooser" else nn.Sequential())
+            getattr(self, name).add_module(inside, nn.Linear(16, 4))
+            self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(2)])
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block()])
+    rank = {"approx_rank": 4, "density": 0.25}
+    found = lift_layers(get_lift_model(model, LiftConfig(**rank), progress=False))
+    assert list(found) == ["layers.0.experts.0", "layers.0.experts.1"]
+
+
 @each_family
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_loss_and_gradients_are_those_of_a_dense_model(
