@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import make_tokenizer
+from tiny import load, make_tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -17,10 +17,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from leanlift import LiftConfig, get_lift_model
+from leanlift.layers import LiftExperts
 from leanlift.model import lift_layers
 from leanlift.model.stacks import named_parts
 
 EXPERTS = 11
+CONFIG = LiftConfig(density=0.1, approx_rank=8)
 SIZES: dict[str, Any] = {
     "vocab_size": len(make_tokenizer()),
     "hidden_size": 64,
@@ -88,3 +91,11 @@ def dense_twin(model: nn.Module, stock: Any) -> dict[str, nn.Module]:
         weight: Any = parts[name].weight
         weight.data.copy_(layer.effective.rows(0, layer.weight_tiles.shape[0]).view_as(weight))
     return parts
+
+
+def attached(base: Path, kind: str = "dense", config: LiftConfig = CONFIG, **more: Any) -> Any:
+    return get_lift_model(load(base, kind), config, progress=False, **more)
+
+
+def experts_of(model: nn.Module) -> dict[str, LiftExperts]:
+    return {n: m for n, m in lift_layers(model).items() if isinstance(m, LiftExperts)}

@@ -44,7 +44,21 @@ class Tokens(NamedTuple):
     stop: int
 
 
-class FrozenExperts(FrozenLinear):
+class Factor:
+    """What torch asks when it is among the factors of a product."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        return _answer(function, args, kwargs or {})
+
+
+class FrozenExperts(Factor, FrozenLinear):
     """A frozen stack of experts, in the place of a family's Parameter [E, m, n].
 
     Args:
@@ -84,16 +98,6 @@ class FrozenExperts(FrozenLinear):
 
     def __getitem__(self, expert: Any) -> Tensor:
         raise _unknown("experts taken out of their stack")
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        return _answer(function, args, kwargs or {})
 
     def multiply(self, x: Tensor, tokens: list[Tokens], turned: bool) -> Tensor:
         """y [S, out] of x [S, in]; zero in rows that are no expert's.
@@ -159,7 +163,7 @@ class LiftExperts(FrozenExperts, LiftLinear):
 
 
 @dataclass(frozen=True)
-class TurnedExperts:
+class TurnedExperts(Factor):
     """The experts' transposes, as a factor of a product."""
 
     layer: FrozenExperts
@@ -173,16 +177,6 @@ class TurnedExperts:
     def dtype(self) -> torch.dtype:
         """In which a family computes with them."""
         return self.layer.dtype
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        return _answer(function, args, kwargs or {})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import EXPERTS, MIXTURES, batch, dense_twin, logits, make_mixture, move
+from mixtures import (
+    CONFIG,
+    EXPERTS,
+    MIXTURES,
+    attached,
+    batch,
+    dense_twin,
+    experts_of,
+    logits,
+    move,
+)
 from sweeps import swept
 from tiny import load
 from torch import nn
@@ -23,7 +33,7 @@ from leanlift import (
     save_adapter,
     unload_adapter,
 )
-from leanlift.layers import LiftExperts, LiftLinear
+from leanlift.layers import LiftLinear
 from leanlift.model import lift_layers
 from leanlift.model.stacks import named_parts
 from leanlift.optim import SparseAdamW
@@ -31,23 +41,7 @@ from leanlift.selection import Principal, select
 from leanlift.tiles import part_shape
 from leanlift.weights.stacks import ExpertStack
 
-CONFIG = LiftConfig(density=0.1, approx_rank=8)
-
 each_family = pytest.mark.parametrize("family", MIXTURES)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("mixtures")
-    return {name: make_mixture(config, place / name) for name, config in MIXTURES.items()}
-
-
-def attached(base: Path, kind: str = "dense", config: LiftConfig = CONFIG, **more: Any) -> Any:
-    return get_lift_model(load(base, kind), config, progress=False, **more)
-
-
-def experts_of(model: nn.Module) -> dict[str, LiftExperts]:
-    return {n: m for n, m in lift_layers(model).items() if isinstance(m, LiftExperts)}
 
 
 @each_family

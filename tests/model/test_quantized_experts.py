@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import MIXTURES, batch, dense_twin, logits, make_mixture, move
+from mixtures import (
+    CONFIG,
+    MIXTURES,
+    batch,
+    dense_twin,
+    experts_of,
+    logits,
+    move,
+)
 from sweeps import swept
 from tiny import load
-from torch import nn
 
 from leanlift import (
     LiftConfig,
@@ -23,12 +30,10 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
-from leanlift.layers import FrozenLinear, LiftExperts
+from leanlift.layers import FrozenLinear
 from leanlift.model import freeze_quantized, lift_layers
 from leanlift.model.stacks import named_parts
 from leanlift.weights.quantized import requantize
-
-CONFIG = LiftConfig(density=0.1, approx_rank=8)
 
 FEW_BITS = swept(
     product(["nf4", "nf4+double", "fp4", "int8"], ["qwen3_moe", "gpt_oss"]),
@@ -37,20 +42,6 @@ FEW_BITS = swept(
 )
 
 each_family = pytest.mark.parametrize("family", MIXTURES)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("mixtures")
-    return {name: make_mixture(config, place / name) for name, config in MIXTURES.items()}
-
-
-def attached(base: Path, kind: str = "dense", config: LiftConfig = CONFIG, **more: Any) -> Any:
-    return get_lift_model(load(base, kind), config, progress=False, **more)
-
-
-def experts_of(model: nn.Module) -> dict[str, LiftExperts]:
-    return {n: m for n, m in lift_layers(model).items() if isinstance(m, LiftExperts)}
 
 
 @pytest.mark.parametrize(("kind", "family"), FEW_BITS)
