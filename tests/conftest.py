@@ -29,8 +29,19 @@ def pytest_collection_finish() -> None:
     installed = sys.modules.get("accelerate.utils.imports")
     if hasattr(installed, "_is_package_available"):
         installed._is_package_available = functools.cache(installed._is_package_available)
+    _stay()
+
+
+def _stay() -> None:
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_came_since_stays_too() -> None:
+    """Such as the libraries' modules that are imported where they are used."""
+    if len(gc.get_objects()) > 30_000:
+        _stay()
 
 
 def pytest_unconfigure() -> None:

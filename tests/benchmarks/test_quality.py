@@ -73,6 +73,7 @@ def test_rows_train_the_completions_alone() -> None:
     assert rows.batch(torch.tensor([0]))["input_ids"].shape == (1, 4)
 
 
+@pytest.mark.thorough
 def test_one_pass_tells_what_generation_would(domain, base: Path) -> None:
     """Rows whose reference is what the model generates are all right, and changed ones are not."""
     model = load(base, "dense", CPU).eval()

@@ -126,6 +126,7 @@ def test_a_card_and_a_disk_that_are_too_small(
     assert "free at" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_run_takes_no_more_of_the_disk_than_was_said(base: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.json"
     data.write_text(json.dumps([{"text": "abc"}] * 8))

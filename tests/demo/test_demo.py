@@ -63,6 +63,7 @@ def test_the_readers_own_card_is_named(nbytes: int, said: str) -> None:
     assert ("--fit" in text) == (nbytes < NEEDS.needed)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_a_7b_model_is_planned_by_the_planner() -> None:
     shape = json.loads((SEVEN_B / "config.json").read_text())

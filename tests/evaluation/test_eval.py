@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from asked import ROWS
 from command import complaint
 from datasets import Dataset
+from sweeps import swept
 from tiny import load, make_tokenizer
 
 from leanlift.cli import main
@@ -139,7 +140,7 @@ SPOILERS: dict[str, Any] = {
 """Keys of a generation config, each with a value that `generate` would follow."""
 
 
-@pytest.mark.parametrize("key", SPOILERS)
+@pytest.mark.parametrize("key", swept(SPOILERS, *list(SPOILERS)[::4]))
 def test_greedy_follows_no_generation_config(base: Path, key: str) -> None:
     model, tokenizer = load(base, "dense").eval(), make_tokenizer()
     samples = to_samples(ROWS[:2], tokenizer)

@@ -28,7 +28,7 @@ def checkpoint(directory: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", swept([True, False], True), ids=["tied", "untied"])
 def test_onto_quantized_is_the_trained_model(tmp_path: Path, kind: str, tied: bool) -> None:
     base = make_checkpoint(tmp_path / "base", tied=tied, biased=True, hidden=80, intermediate=200)
     model = trained(base, tmp_path / "adapter", kind)
@@ -54,7 +54,7 @@ def effective(model: Any, name: str, original: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", swept([True, False], False), ids=["tied", "untied"])
 def test_onto_original_is_the_base_with_the_offsets(tmp_path: Path, kind: str, tied: bool) -> None:
     base = make_checkpoint(tmp_path / "base", tied=tied, biased=True, hidden=80, intermediate=200)
     layers = lift_layers(trained(base, tmp_path / "adapter", kind))

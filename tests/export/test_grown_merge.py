@@ -21,6 +21,7 @@ from grown import (
     make_tokens,
 )
 from safetensors.torch import load_file, save_file
+from sweeps import swept
 from tiny import load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +40,7 @@ from leanlift.weights.quantized import dtype_of
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain-ends", "int8-ends"])
-@pytest.mark.parametrize("kind", ["nf4+double", "int8", "dense"])
+@pytest.mark.parametrize("kind", swept(["nf4+double", "int8", "dense"], "nf4+double"))
 @pytest.mark.parametrize("ends", ENDS)
 def test_a_reloaded_and_a_merged_model_are_the_trained_one(
     tmp_path: Path, ends: str, kind: str, quantized: bool

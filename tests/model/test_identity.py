@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sweeps import swept
 from tiny import load, make_checkpoint
 from trained import KINDS
 from transformers import AutoModelForCausalLM
@@ -71,7 +72,7 @@ def merge(adapter: Path, output: Path, base: Path, **options: Any) -> Path:
     return output
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("dtype", swept(DTYPES, torch.bfloat16), ids=ids)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_base_is_known_in_every_form_and_its_merges_are_not(
     base: Path, tmp_path: Path, kind: str, dtype: torch.dtype

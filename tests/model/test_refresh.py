@@ -298,7 +298,7 @@ def test_settings_out_of_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 0.02, 0.5])
-@pytest.mark.parametrize("density", [0.05, 0.3])
+@pytest.mark.parametrize("density", swept([0.05, 0.3], 0.05))
 def test_a_refresh_takes_no_more_than_its_rule(density: float, limit: float | None) -> None:
     """Of a matrix that is read in several tiles, a tenth of whose entries want to be replaced."""
     shape = 1536, 512

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sweeps import swept
 from tiny import load
 from trained import KINDS
 from transformers import Trainer, TrainingArguments
@@ -37,7 +38,7 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("refreshed", [False, True], ids=["fresh", "refreshed"])
 @pytest.mark.parametrize("ends", [False, True], ids=["ends", "ends-int8"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", swept(KINDS, "nf4+double"))
 def test_copies_compute_the_same_and_are_apart(
     base: Path, tmp_path: Path, kind: str, ends: bool, refreshed: bool
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, config_of
+from sweeps import swept
 from tiny import FORMATS, load, make_checkpoint, make_checkpoint_of, quantization
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -94,7 +95,7 @@ def _look(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", swept(FORMATS, "nf4+double", "dense"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_has_the_modules_of_what_attaches(
     checkpoints: dict[str, Path], family: str, kind: str, way: str

@@ -126,6 +126,7 @@ def test_what_is_said_decides_what_is_not(given: dict[str, Any], expected: dict[
         assert "gradient_accumulation_steps" not in found, "one size leaves the other at 1"
 
 
+@pytest.mark.thorough
 def test_the_first_recipe_is_for_anyone_and_fits_12_gb(models: Path) -> None:
     path = EXAMPLES / "qwen2.5_7b.yaml"
     given = read_command("plan", ["--config", str(path)]).given

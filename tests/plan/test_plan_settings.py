@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from planned import load_base
+from sweeps import swept
 from tiny import FORMATS, make_tokenizer
 
 from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
@@ -35,7 +36,7 @@ def test_defaults_of_a_plan_are_those_of_a_run(checkpoints: dict[str, Path]) -> 
     assert run.holds_for["base"] == "nf4"
 
 
-@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("cuda", swept([False, True], True))
 def test_what_is_evaluated_by_default_is_what_a_run_evaluates(
     checkpoints: dict[str, Path], cuda: bool
 ) -> None:

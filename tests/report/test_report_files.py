@@ -117,7 +117,7 @@ def places_in(data: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     [
         thorough(("memory.json", whole(MEMORY))),
         ("trainer_state.json", STATE),
-        ("run.json", SETTINGS),
+        thorough(("run.json", SETTINGS)),
         ("predictions.jsonl", ANSWERS),
     ],
     ids=["memory", "state", "settings", "answers"],

@@ -132,6 +132,7 @@ def test_a_quantized_base_gives_the_mask_of_its_dequantized_rows(quant_type: str
     assert overlap(found, principal_oracle(dense, RANK, count)) >= 0.999
 
 
+@pytest.mark.thorough
 def test_a_wrong_guess_at_the_threshold_costs_time_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -145,6 +146,7 @@ def test_a_wrong_guess_at_the_threshold_costs_time_and_nothing_else(
     assert torch.equal(select(loud, Magnitude(), 2**21), top_oracle(loud.abs(), 2**21))
 
 
+@pytest.mark.thorough
 def test_a_block_that_runs_out_of_rank_gives_the_exact_mask() -> None:
     """Rank 40 in blocks of 24: the second block is part noise, which must not pass for signal."""
     left, right = random_weight(1024, 40), random_weight(40, 4096)

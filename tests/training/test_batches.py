@@ -113,7 +113,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(place, tied=False, hidden=128, intermediate=320)
 
 
-@pytest.mark.parametrize("kind", swept(KINDS, "rows of unlike lengths", "packed"))
+@pytest.mark.parametrize("kind", swept(KINDS, "rows of unlike lengths"))
 def test_what_is_compared_is_the_planners_error(base: Path, tmp_path: Path, kind: str) -> None:
     rows, changes = KINDS[kind]
     data = tmp_path / "rows.jsonl"

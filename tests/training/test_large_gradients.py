@@ -55,7 +55,7 @@ def moments_are_finite(trainer: LiftTrainer) -> bool:
     [
         ("adamw_torch", 0.0, False, 1e20),
         thorough(("adamw_torch", 1.0, False, 3e38)),
-        ("adamw_8bit", 0.0, False, -1.1e19),
+        thorough(("adamw_8bit", 0.0, False, -1.1e19)),
         ("sparse_adamw", 0.0, True, 1e20),
         thorough(("sparse_adamw_8bit", 0.0, False, 3e38)),
         ("sparse_adamw_8bit", 0.5, False, 1e20),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from sweeps import swept
 from tiny import load, make_checkpoint
 from transformers import (
     AutoModel,
@@ -215,7 +216,9 @@ def test_models_without_a_language_models_head_are_refused(base: Path, kind: Any
     assert not lift_layers(model)
 
 
-@pytest.mark.parametrize("kind", ["dense", "nf4+double", "nf4", "int8"])
+@pytest.mark.parametrize(
+    "kind", swept(["dense", "nf4+double", "nf4", "int8"], "dense", "nf4+double")
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_weights_that_are_no_numbers_are_found_wherever_they_are(
     base: Path, tmp_path: Path, kind: str, value: float

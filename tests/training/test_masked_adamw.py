@@ -109,7 +109,6 @@ def simulate(
             ("sparse_adamw_8bit", 0.02, 0.12),
         ],
         ("sparse_adamw", 1e-7, 1e-6),
-        ("sparse_adamw_8bit", 0.02, 0.12),
     ),
 )
 def test_sixty_steps_equal_a_dense_masked_adamw_in_float64(

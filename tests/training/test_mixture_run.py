@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mixtures import MIXTURES, logits, make_mixture, move
+from sweeps import swept
 from tiny import load
 
 from leanlift import (
@@ -32,7 +33,9 @@ CONFIG = LiftConfig(density=0.1, approx_rank=8)
 EITHER = pytest.mark.parametrize("few_bits", [True, False], ids=["nf4", "16 bits"])
 
 
-@pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss", "granitemoe"])
+@pytest.fixture(
+    scope="module", params=swept(["qwen3_moe", "gpt_oss", "granitemoe"], "qwen3_moe", "gpt_oss")
+)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_mixture(MIXTURES[request.param], tmp_path_factory.mktemp("base") / "base")
 
@@ -75,7 +78,7 @@ def test_a_model_without_contents_knows_where_its_experts_are_stored(base: Path)
 
 
 @EITHER
-@pytest.mark.parametrize("onto", ["original", "quantized"])
+@pytest.mark.parametrize("onto", swept(["original", "quantized"], "quantized"))
 def test_a_merge_is_verified(base: Path, tmp_path: Path, few_bits: bool, onto: str) -> None:
     stock = load(base, "nf4+double")
     model = get_lift_model(quantize_experts(stock) if few_bits else stock, CONFIG, progress=False)

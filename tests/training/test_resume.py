@@ -14,6 +14,7 @@ import torch
 from checkpoints import RESUMED, SAVING, copied
 from datasets import Dataset
 from runs import ROWS, assert_same_layers, settings, trainer_for
+from sweeps import swept
 from tiny import load, make_tokenizer
 from transformers import EarlyStoppingCallback
 
@@ -183,7 +184,7 @@ def test_a_finished_run_takes_no_step(base: Path, tmp_path: Path, schedule: str)
     assert_same_layers(first.model, again.model)
 
 
-@pytest.mark.parametrize("interval", [5, 3], ids=["no refresh", "a refresh"])
+@pytest.mark.parametrize("interval", swept([5, 3], 3), ids=["no refresh", "a refresh"])
 def test_a_longer_run_under_a_constant_schedule_equals_an_uninterrupted_one(
     base: Path, tmp_path: Path, interval: int
 ) -> None:

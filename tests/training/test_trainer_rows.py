@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, IterableDataset
+from sweeps import swept
 from tiny import load, make_checkpoint
 from tokenizers_of_all_kinds import CHATML, characters
 from transformers import TrainingArguments
@@ -69,7 +70,7 @@ def ids_of(rows: Any, how: Tokenization | None = None) -> list[dict[str, Any]]:
 # --- forms of rows ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [ROWS, CHATS], ids=["strings", "chats"])
+@pytest.mark.parametrize("rows", swept([ROWS, CHATS], ROWS), ids=["strings", "chats"])
 def test_lists_datasets_and_streams_are_trained_alike(
     model: Any, tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from runs import ROWS, assert_same_layers, settings, trainer_for
+from sweeps import swept
 from tiny import load, make_tokenizer
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model, load_adapter
@@ -42,15 +43,20 @@ def test_an_interrupted_run_ends_with_the_same_adapter_bit_for_bit(
 
 @pytest.mark.parametrize(
     "optim",
-    [
+    swept(
+        [
+            "adamw_torch",
+            "adamw_torch_fused",
+            "adamw_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "sparse_adamw",
+            "sparse_adamw_8bit",
+        ],
         "adamw_torch",
-        "adamw_torch_fused",
-        "adamw_8bit",
         "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "sparse_adamw",
         "sparse_adamw_8bit",
-    ],
+    ),
 )
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 def test_every_supported_optimizer_trains_and_follows_a_refresh(
