@@ -80,3 +80,21 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
     for value in config.values():
         if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
             _set_dtype(value, dtype)
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes from "2GB" (decimal) or "2GiB" (binary), as save_pretrained reads them."""
+    if isinstance(size, int):
+        return size
+    text = size.strip().upper()
+    for unit in sorted(UNITS, key=len, reverse=True):
+        number = text.removesuffix(unit)
+        if number != text:
+            try:
+                return int(float(number) * UNITS[unit])
+            except ValueError:
+                break
+    raise UserError(f'expected a shard size such as "2GB" or "500MB", got {size!r}.')

@@ -30,14 +30,16 @@ class Part:
 
     Attributes:
         module: the Linear.
-        first, rows: which rows of the tensor on disk.
+        first, rows: which rows of the tensor on disk, or of its transpose.
         at: the first of them, counted in the Linear's own matrix.
+        turned: whether they are the transpose's.
     """
 
     module: str
     first: int
     rows: int
     at: int
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Places:
 
     matrices: dict[str, Stored]
     parts: dict[str, list[Part]]
+
+    def turned(self, name: str) -> bool:
+        """Whether a tensor on disk, or the one of a 16-bit checkpoint in its place, holds the
+        transpose of the rows of Linears."""
+        return any(part.turned for part in self.parts.get(name, ()))
 
 
 def places(adapter: Adapter, tensors: dict[str, Stored]) -> Places:
@@ -75,12 +82,12 @@ def places(adapter: Adapter, tensors: dict[str, Stored]) -> Places:
         matrices[module], at = tensor, 0
         for segment in home_of(f"{module}.weight", tensors, adapter.base.layout) or ():
             own = parts.setdefault(segment.name, [])
-            own.append(Part(module, segment.first, segment.rows, at))
+            own.append(Part(module, segment.first, segment.rows, at, segment.turned))
             at += segment.rows
     for name, own in parts.items():
         own.sort(key=lambda part: part.first)
         for one, two in pairwise(own):
-            if one.first + one.rows > two.first:
+            if one.first + one.rows > two.first or one.turned != two.turned:
                 raise UserError(
                     f"{adapter.directory} has {one.module} and {two.module} in the same rows of "
                     f"{name}: the adapter is damaged."

@@ -29,7 +29,7 @@ from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repeti
 from leanlift.plan.pieces import first_pieces
 from leanlift.sparse import SEGMENT, SegmentedIndex
 from leanlift.tiles import part_shape, parts_of
-from leanlift.weights.kinds import is_plain_linear
+from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import (
     FrozenWeight,
     Weight8bit,
@@ -129,11 +129,13 @@ def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[s
     for name, module in named_parts(model).items():
         if isinstance(module, ExpertStack) and (fmt.kind != "dense" or name in trained):
             weights[name] = _planned_stack(module, name, fmt)
-        if not is_plain_linear(module) or module is head:
+        if not is_dense_linear(module) or module is head:
             continue
-        if fmt.kind != "dense" and type(module) is nn.Linear:  # bitsandbytes takes no other
-            m, n = module.weight.shape
-            weights[name] = empty_weight((m, n), fmt, module.bias)
+        quantized = type(module) is nn.Linear or is_turned_linear(module)
+        if fmt.kind != "dense" and quantized:  # transformers quantizes no other
+            m, n = matrix_of(module).shape
+            bias: Any = module.bias
+            weights[name] = empty_weight((m, n), fmt, bias)
         elif name in trained:
             weights[name] = frozen_weight(module, name)
     return weights

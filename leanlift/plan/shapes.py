@@ -16,7 +16,7 @@ from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
 from leanlift.tiles import parts_of
-from leanlift.weights.kinds import is_plain_linear
+from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import WeightFormat, dtype_of
 from leanlift.weights.stacks import ExpertStack
 
@@ -57,6 +57,7 @@ class Shapes:
         linears: shapes of all our layers.
         held: bytes of their weights.
         loaded: by how much more these are while they are loaded: experts come in 16 bits.
+        turned: entries of the largest of them whose transpose a 16-bit checkpoint holds.
     """
 
     ends: EmbeddingBytes
@@ -69,6 +70,7 @@ class Shapes:
     linears: list[tuple[int, int]]
     held: int
     loaded: int
+    turned: int
 
     @property
     def largest(self) -> int:
@@ -94,10 +96,11 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     elsewhere = settings.embedding_on_cpu and settings.on_cuda  # else it is where the model is
     ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere)
     tensors = _tensors_outside_ends(model)
+    turned = max((matrix_of(m).numel() for m in model.modules() if is_turned_linear(m)), default=0)
     own = {
         name: id(m.weight)
         for name, m in named_parts(model).items()
-        if is_plain_linear(m) or isinstance(m, ExpertStack)
+        if is_dense_linear(m) or isinstance(m, ExpertStack)
     }
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
@@ -115,6 +118,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         linears=[layer.weight_tiles.shape for layer in layers.values()],
         held=sum(_held(layer.weight_tiles) for layer in layers.values()),
         loaded=sum(map(_loaded, layers.values())),
+        turned=turned,
     )
     return shapes, model
 

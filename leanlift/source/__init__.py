@@ -13,7 +13,7 @@ from leanlift.source.homes import (
     matrix_cells,
     stored_cells,
 )
-from leanlift.source.joined import JoinedRows, StackedRows, by_rows
+from leanlift.source.joined import JoinedRows, Rows, TurnedRows, by_rows
 from leanlift.source.stock import loading_nbytes, stored_quantization
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
@@ -21,10 +21,11 @@ __all__ = [
     "INDEX",
     "WEIGHTS",
     "JoinedRows",
+    "Rows",
     "SourceTensor",
-    "StackedRows",
     "Stored",
     "StoredMatrix",
+    "TurnedRows",
     "by_rows",
     "check_homes",
     "check_matrix_homes",

@@ -30,6 +30,9 @@ def find(name: str, tensors: Mapping[str, Stored], layout: Layout = HERE) -> Sto
     layout says. A bare backbone's checkpoint lacks the prefix."""
     home = layout.homes.get(name)
     if home is not None:
+        quantized = tensors.get(home[0].name)
+        if home[0].turned and isinstance(quantized, StoredMatrix):  # which is as it lives
+            return quantized
         return JoinedRows.of(name, home, tensors)
     known = (layout.names.get(name, name), name, name.removeprefix("model."), f"model.{name}")
     return next((tensors[key] for key in known if key in tensors), None)
@@ -40,7 +43,8 @@ def home_of(name: str, tensors: Mapping[str, Stored], layout: Layout = HERE) -> 
     found = find(name, tensors, layout)
     if found is None or isinstance(found, JoinedRows):
         return None if found is None else found.home
-    return (Segment(found.name, 0, found.shape[0]),)
+    turned = layout.is_turned(name.removesuffix(".weight"))
+    return (Segment(found.name, 0, found.shape[0], turned),)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[Any, int | None]] = {
     "gemma2": (config_of("gemma2", num_hidden_layers=11), 7),
     "gemma3": (config_of("gemma3", num_hidden_layers=26), 20),
     "qwen3, experts": (config_of("qwen3, experts", num_hidden_layers=6), 4),
+    "gpt2, turned": (config_of("gpt2, turned", num_hidden_layers=6), 4),
     "no pattern": (
         config_of("gemma2", num_hidden_layers=5, layer_types=[SLIDING, FULL, FULL, SLIDING, FULL]),
         None,
