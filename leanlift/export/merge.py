@@ -172,9 +172,8 @@ def merge_nbytes(largest: int, turned: int = 0) -> int:
     and of the largest of those that are stored transposed.
 
     A row tile in fp32, its cast, and what looking for overflow makes of them; files are mapped.
-    What is stored transposed is there as a whole when it is merged, in 16 bits.
-    Onto the quantized weights, one matrix's quantized form and some tiles of dequantizing it come
-    on top.
+    What is stored transposed is merged as a whole, in 16 bits. Onto the quantized weights, one
+    matrix's quantized form and some tiles of dequantizing it come on top.
     """
     return 4 * min(DEFAULT_TILE_BYTES, 4 * largest) + 2 * turned
 
