@@ -22,9 +22,9 @@ from leanlift.layers.experts import FrozenExperts, LiftExperts
 from leanlift.layers.fused_glu import use_fused_glu
 from leanlift.layers.lm_head import FrozenHead
 from leanlift.model.embeddings import Hold, quantize_embeddings
+from leanlift.model.reading import read_by_parent
 from leanlift.model.resize_embeddings import grow_embedding
 from leanlift.model.stacks import named_parts, put_part
-from leanlift.model.targets import read_by_parent
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import is_stack
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear

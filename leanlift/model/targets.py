@@ -7,7 +7,6 @@ never a target.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,8 @@ from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
 from leanlift.layers import FrozenExperts
 from leanlift.model.presets import in_preset
-from leanlift.model.stacks import named_parts, source_of
+from leanlift.model.reading import read_by_parent
+from leanlift.model.stacks import named_parts
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import is_quantized
 from leanlift.weights.stacks import ExpertStack
@@ -106,15 +106,6 @@ def _of_preset(names: dict[str, nn.Module], inside: list[str], preset: str, kind
             "bnb.nn.Linear4bit and bnb.nn.Linear8bitLt."
         )
     return found
-
-
-def read_by_parent(names: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether the module that holds a Linear takes its weight and computes with it itself, as the
-    scans of Mamba do: our layer in its place would not be asked."""
-    parent, _, leaf = name.rpartition(".")
-    kind: Any = type(names[parent]) if parent in names else object
-    taken = rf"\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape)\b)"
-    return re.search(taken, source_of(kind)) is not None
 
 
 def _ends_in(name: str, ending: str) -> bool:

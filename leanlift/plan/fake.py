@@ -22,6 +22,7 @@ from leanlift.config import LiftConfig
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace, largest_in_scratch
 from leanlift.measure.live import LiveBytes
 from leanlift.model.embeddings import INT8, embedding_to_cpu
+from leanlift.model.hidden import base_of
 from leanlift.model.stacks import named_parts
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
@@ -233,9 +234,7 @@ def _laps(
             LiveBytes() as live,
         ):
             laps = Laps(live)
-            handles.append(
-                model.base_model.register_forward_hook(lambda *_: laps.mark("hidden states"))
-            )
+            handles += _at_hidden_states(model, laps)
             with laps.at_blocks(model, way):
                 computed = loss(model, ids, ids.clone())
                 laps.mark("loss")
@@ -247,6 +246,18 @@ def _laps(
         for layer in layers:
             layer.values.grad = None
     return laps.done
+
+
+def _at_hidden_states(model: Any, laps: Laps) -> list[Any]:
+    """Hooks that mark the hidden states: where the base gives them, or, of a model that asks a part
+    of it alone, where the head takes them."""
+
+    def mark(*_: Any) -> None:
+        if all(lap.mark[0] != "hidden states" for lap in laps.done):
+            laps.mark("hidden states")
+
+    head = model.get_output_embeddings()
+    return [base_of(model).register_forward_hook(mark), head.register_forward_pre_hook(mark)]
 
 
 def _take_scratch(model: Any) -> None:
