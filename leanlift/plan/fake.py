@@ -262,7 +262,8 @@ def _at_hidden_states(model: Any, laps: Laps) -> list[Any]:
 
 def _take_scratch(model: Any) -> None:
     """Let the scratch be there already where it is needed, as from the step before."""
-    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    frozen = (p for p in model.parameters() if not p.requires_grad)  # offsets have another dtype
+    dtype = next(p.dtype for p in frozen if p.dtype.is_floating_point)
     linears = (module for module in model.modules() if isinstance(module, FrozenLinear))
     largest = largest_in_scratch(linears, dtype)
     if largest is not None:
