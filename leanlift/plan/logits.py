@@ -18,6 +18,7 @@ from leanlift.layers.lm_head import Finish
 from leanlift.model import output_head
 from leanlift.model.hidden import base_of, few_ids, is_base_of_its_part
 from leanlift.plan.blocks import in_part, repetition
+from leanlift.plan.pieces import no_pieces
 
 PLAIN = {"slice", "view", "_unsafe_view", "alias", "detach", "clone", "_to_copy", "unsqueeze",
          "squeeze", "mul", "mul_", "div", "div_", "copy_"}  # fmt: skip
@@ -37,7 +38,7 @@ def planned_finish(model: Any) -> Finish | None:
     module, head = model.get_output_embeddings(), output_head(model)
     if head is None:
         return None
-    with in_part(model, repetition(model)):
+    with in_part(model, repetition(model)), no_pieces(model):
         base, *others = base_of(model).modules()
         followed = _Followed()
         logits = followed.through(model, module, [base])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
+from leanlift.layers.lm_head import Finish
 from leanlift.measure.meter import CATEGORIES
 from leanlift.model.base import check_checkpointing
 from leanlift.plan.fake import StepBytes, fake_tensors, forward_peak, step_peak
@@ -110,7 +111,7 @@ def _training(
                 check_checkpointing(model)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             with _in_one_sentence(model, "training step"):
-                finish = planned_finish(model)
+                finish = _finish(model, known)
                 moving = step_peak(
                     model.train(),
                     partial(loss, trained=batch.trained, padded=batch.padded, finish=finish),
@@ -136,10 +137,18 @@ def _evaluating(planned: Planned, loss: Callable[..., Tensor], known: Known) -> 
         with fake_tensors():
             _, model = attached(planned)
             with _in_one_sentence(model, "evaluation"):
-                finish = planned_finish(model)
+                finish = _finish(model, known)
                 counted = partial(loss, trained=batch.trained, padded=batch.padded, finish=finish)
                 known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
     return int(known[key])
+
+
+def _finish(model: Any, known: Known) -> Finish | None:
+    """What a model makes of its logits, which no setting changes."""
+    if ("finish",) not in known:
+        known[("finish",)] = planned_finish(model)
+    found: Finish | None = known[("finish",)]
+    return found
 
 
 @contextmanager
