@@ -76,6 +76,7 @@ def test_a_plan_follows_what_a_run_measures(kind: str) -> None:
 
 FORWARDS: dict[str, tuple[Callable[[Any], Any], Finish | None]] = {
     "scaled, then capped": (lambda z: 50 * torch.tanh(z * 0.25 / 50), Finish(0.25, 50.0)),
+    "capped where most are": (lambda z: 15 * torch.tanh(z * 400 / 15), Finish(400.0, 15.0)),
     "divided by a share of the width": (lambda z: z / (64 / 12), Finish(12 / 64)),
     "cut": (lambda z: z[..., :190], Finish(rows=190)),
     "cut and scaled": (lambda z: z[..., :190] * 4, Finish(4.0, rows=190)),
@@ -102,7 +103,7 @@ def test_whatever_a_family_makes_of_them(
         return out
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
-    numbers = {"factor": 0.25, "a_cap": 50.0, "share": 12, "four": 4}
+    numbers = {"factor": 0.25, "a_cap": 50.0, "share": 12, "four": 4, "many": 400, "low": 15.0}
     model = made("plain", dtype, **numbers)
     assert compared(model, output_head(model)).finish == wanted
     if case != UNSEEN:
