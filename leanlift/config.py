@@ -149,6 +149,15 @@ class LiftConfig:
             "of what target_modules covers, these are not trained.",
         ),
     )
+    modules_to_save: str | tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            EXCLUDED,
+            "names of Linears that are trained whole: score. As in PEFT, inside the blocks or not: "
+            "the head of a classifier or a reward model, or lm_head. All of their entries are "
+            "trained, which takes as much memory as full fine-tuning of them does.",
+        ),
+    )
     density_pattern: Mapping[str, float] = field(
         default_factory=dict,
         metadata=about(
@@ -191,10 +200,12 @@ class LiftConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         check_fields(self)
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
         self._check_patterns()
         if self.block > 1 and self.selector != "principal":
             raise UserError(

@@ -65,7 +65,7 @@ def combine_adapters(
         }
         config = replace(first.config, values_dtype="float32")
         with new_directory(Path(output)) as partial:
-            write_adapter(partial, layers, config, base, 0, first.special, first.grown)
+            write_adapter(partial, layers, config, base, 0, first.special, first.grown, first.task)
 
 
 def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
@@ -90,6 +90,11 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
                 f"{other.directory} was trained over {base.name} in another form than "
                 f"{adapters[0].directory} ({first.name}): only adapters of one base, loaded in one "
                 "format, can be combined."
+            )
+        if (other.base.new, other.task) != (adapters[0].base.new, adapters[0].task):
+            raise UserError(
+                f"{other.directory} and {adapters[0].directory} have other new heads: only "
+                "adapters with the same can be combined."
             )
         if other.grown != adapters[0].grown:
             raise UserError(

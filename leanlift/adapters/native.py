@@ -18,6 +18,7 @@ from torch import Tensor
 from leanlift._version import __version__
 from leanlift.adapters.offsets import Adapter
 from leanlift.adapters.special import SpecialTokens
+from leanlift.adapters.task import Task
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
@@ -34,7 +35,7 @@ from leanlift.weights.grown import Grown
 from leanlift.weights.quantized import dtype_of
 
 FORMAT_VERSION = 2
-GROWN_VERSION, LAYOUT_VERSION = 3, 4
+GROWN_VERSION, LAYOUT_VERSION, TASK_VERSION = 3, 4, 5
 PARTS = ("values", "index.columns", "index.counts")
 
 
@@ -47,10 +48,13 @@ class AdapterMetadata:
     refreshes: int
     special: SpecialTokens = field(default_factory=SpecialTokens)
     grown: Grown | None = None
+    task: Task | None = None
 
     @property
     def version(self) -> int:
         """The oldest format that says all of it."""
+        if self.task is not None:
+            return TASK_VERSION
         if self.base.layout:
             return LAYOUT_VERSION
         return FORMAT_VERSION if self.grown is None else GROWN_VERSION
@@ -66,6 +70,7 @@ class AdapterMetadata:
             "base": self.base.to_dict(),
             "special_tokens": self.special.to_dict(),
             **({} if self.grown is None else self.grown.to_dict()),
+            **({} if self.task is None else {"task": self.task.to_dict()}),
         }
 
     def adapter(self, directory: Path, form: str, read: Callable[[str], LayerOffsets]) -> Adapter:
@@ -79,6 +84,7 @@ class AdapterMetadata:
             self.special,
             read,
             self.grown,
+            self.task,
         )
 
     @classmethod
@@ -105,7 +111,8 @@ class AdapterMetadata:
             special = SpecialTokens()
             if "special_tokens" in data:
                 special = SpecialTokens.from_dict(data["special_tokens"])
-            return cls(config, base, refreshes, special, Grown.from_dict(data))
+            task = Task.from_dict(data["task"]) if base.new else None
+            return cls(config, base, refreshes, special, Grown.from_dict(data), task)
         except KeyError as error:
             raise UserError(f"{path} is damaged: it lacks {error}.") from None
         except UserError as error:
@@ -120,6 +127,7 @@ def write_adapter(
     refreshes: int,
     special: SpecialTokens,
     grown: Grown | None = None,
+    task: Task | None = None,
 ) -> None:
     """Write both files, each whole or not at all; the same content gives the same bytes.
 
@@ -132,7 +140,7 @@ def write_adapter(
         tensors |= _tensors(name, offsets.active)
         if offsets.retired is not None:
             tensors |= _tensors(name + RETIRED, offsets.retired)
-    metadata = AdapterMetadata(config, base, refreshes, special, grown).to_dict()
+    metadata = AdapterMetadata(config, base, refreshes, special, grown, task).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
     write_json(directory / CONFIG_NAME, {"peft_type": WRITTEN_TYPE, **metadata})
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leanlift.adapters.special import SpecialTokens
+from leanlift.adapters.task import Task
 from leanlift.config import LiftConfig
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.sparse import LayerOffsets
@@ -26,6 +27,7 @@ class Adapter:
         special: the special tokens that it was trained with.
         read: gives one module's offsets.
         grown: rows that its embedding has beyond the base's, if any.
+        task: what its head is for, if that is new.
     """
 
     directory: Path
@@ -36,6 +38,7 @@ class Adapter:
     special: SpecialTokens
     read: Callable[[str], LayerOffsets]
     grown: Grown | None = None
+    task: Task | None = None
 
     def layer(self, name: str) -> LayerOffsets:
         """The offsets of one module, on the CPU.

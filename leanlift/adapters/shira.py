@@ -92,10 +92,13 @@ def plan_shira(adapter: Adapter) -> ShiraPlan:
     Raises:
         UserError: a damaged adapter, or entries or rows that have no room in PEFT's form.
     """
+    extra = [f"a new {name}" for name in adapter.base.new]
     if adapter.grown is not None:
+        extra.append(f"an embedding of {adapter.grown.rows} rows, more than its base's")
+    if extra:
         raise UserError(
-            f"{adapter.directory} was trained with an embedding of {adapter.grown.rows} rows, more "
-            "than its base's, and PEFT's SHiRA has no place for them: merge it instead."
+            f"{adapter.directory} was trained with {extra[0]}, which PEFT's SHiRA has no place "
+            "for: merge it instead."
         )
     shapes = adapter.base.shapes
     entries = {name: _counts(adapter.layer(name)) for name in shapes}

@@ -112,7 +112,7 @@ def static_categories(model: nn.Module) -> dict[str, int]:
             ends.extend(weight_tensors(module.storage))
         elif isinstance(module, FrozenHead):
             ends.extend(weight_tensors(module.base))
-        elif module is not None:
+        elif module is not None and not isinstance(module, FrozenLinear):  # else it is a target
             ends.extend(parameter.data for parameter in module.parameters())
     values = [layer.values.data for layer in layers]
     retired = [layer.retired_values for layer in layers if layer.retired_values is not None]

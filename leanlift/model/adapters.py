@@ -17,6 +17,7 @@ from leanlift.adapters import (
     write_adapter,
 )
 from leanlift.adapters.special import SpecialTokens
+from leanlift.adapters.task import Task
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, check_same_base
 from leanlift.layers import LiftLinear
@@ -33,6 +34,7 @@ from leanlift.model.embeddings import quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding, head_name
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.model.surgery import layers_over, replace_modules
+from leanlift.model.whole import check_new, empty, whole_modules
 from leanlift.sparse import LayerOffsets, SegmentedIndex
 from leanlift.weights.grown import Grown
 from leanlift.weights.quantized import FrozenWeight
@@ -65,7 +67,10 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     known = {f"{module}.weight" for module in (*state.base.formats, head_name(model))}
     layout = state.base.layout.of({*known, *state.base.sampled})
     base = replace(state.base, layout=layout)
-    write_adapter(Path(directory), offsets, state.config, base, state.refreshes, special, grown)
+    task = Task.of(model) if base.new else None
+    write_adapter(
+        Path(directory), offsets, state.config, base, state.refreshes, special, grown, task
+    )
 
 
 def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:
@@ -86,11 +91,14 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
     """
 
     @functools.cache
-    def base_of(names: frozenset[str]) -> LiveBase:
-        return live_base(model, names)
+    def base_of(names: frozenset[str], whole: tuple[str, ...] = ()) -> LiveBase:
+        return live_base(model, names, whole)
 
     with open_adapter(source, lambda names: base_of(frozenset(names)).sampled()) as adapter:
-        base = base_of(frozenset(adapter.base.shapes))
+        if adapter.task is not None:
+            adapter.task.check(model, str(adapter.directory))
+        base = base_of(frozenset(adapter.base.shapes), tuple(whole_modules(model, adapter.config)))
+        check_new(model, adapter.base.new)
         # before anything of the claimed shapes is made
         check_same_base(adapter.base, base.facts, base.weights.__getitem__)
         check_checkpoint(adapter, base.facts)
@@ -104,6 +112,8 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         _keep_samples(model, adapter.base)
         for name, layer in lift_layers(model).items():
             layer.put(offsets[name])
+            if name in adapter.base.new:
+                empty(layer)
         state = lift_state(model)
         state.config, state.refreshes = adapter.config, adapter.refreshes
         adapter.special.put(*configs_of(model))
@@ -121,7 +131,7 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
     """
     state, layers = lift_state(model), lift_layers(model)
     with open_adapter(directory) as adapter:
-        base = live_base(model, adapter.base.shapes)
+        base = live_base(model, adapter.base.shapes, whole_modules(model, adapter.config))
         check_same_base(adapter.base, state.base, base.weights.__getitem__)
         check_same_rows(adapter, state)
         if adapter.config.values_dtype != state.config.values_dtype:
@@ -152,7 +162,7 @@ def unload_adapter(model: nn.Module) -> nn.Module:
         UserError: there is none on it.
     """
     layers = _loaded_layers(model)
-    base = live_base(model, layers)
+    base = live_base(model, layers, layers)
     replace_modules(model, layers_over(base.weights, {}, lift_state(model).workspace))
     return model
 
@@ -189,7 +199,7 @@ def _keep_samples(model: nn.Module, recorded: BaseFingerprint) -> None:
     state = lift_state(model)
     ends = {name: text for name, text in state.base.samples.items() if name in state.base.sampled}
     own = {name: recorded.samples[name] for name in recorded.shapes if name in recorded.samples}
-    state.base = replace(state.base, samples={**ends, **own})
+    state.base = replace(state.base, samples={**ends, **own}, new=recorded.new)
 
 
 def _attach(

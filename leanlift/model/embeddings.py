@@ -110,15 +110,20 @@ class EmbeddingBytes:
     held: int
 
 
-def embeddings_nbytes(model: Any, in_int8: bool, elsewhere: bool) -> EmbeddingBytes:
+def embeddings_nbytes(
+    model: Any, in_int8: bool, elsewhere: bool, head_is_target: bool = False
+) -> EmbeddingBytes:
     """Of a 16/32-bit model, before anything is done to its embedding and head.
 
     Args:
         model: with its own embedding and head, real or fake.
         in_int8: whether both will be held in INT8; tied ones once.
         elsewhere: whether the embedding will be on the CPU and the model is not.
+        head_is_target: whether the head is trained, and counted among what is.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head_is_target:
+        head = None
     own_head = [] if head is None or embeddings_tied(model) else [head.weight]
     bias = 0 if head is None or head.bias is None else head.bias.nbytes
     kept = own_head if elsewhere else [embedding.weight, *own_head]

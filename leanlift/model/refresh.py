@@ -70,6 +70,9 @@ def refresh_mask(
     unconverged = []
     layers = lift_layers(model)
     for name, layer in tqdm(layers.items(), "refreshing", unit="matrix", disable=not progress):
+        total += layer.index.count
+        if layer.index.is_full:  # there is nothing to choose
+            continue
         mask, converged = _choose(layer, name, state.config)
         if not converged:
             unconverged.append(name)
@@ -77,7 +80,6 @@ def refresh_mask(
         if optimizer is not None:
             remap_entries(optimizer, layer.values, change.source)
         replaced += int((change.source < 0).sum())
-        total += layer.index.count
         retired += change.retired_count
         retired_nbytes += layer.retired_nbytes
         held_back += mask.held_back

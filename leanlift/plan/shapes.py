@@ -12,6 +12,7 @@ from leanlift.config import LiftConfig
 from leanlift.layers import FrozenExperts, FrozenLinear, scratch_nbytes
 from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings_nbytes
 from leanlift.model.stacks import named_parts
+from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
@@ -92,7 +93,9 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         check_not_tied(model)
     weights = sum(p.numel() for p in model.parameters())
     elsewhere = settings.embedding_on_cpu and settings.on_cuda  # else it is where the model is
-    ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere)
+    whole = [model.get_submodule(name) for name in whole_modules(model, config)]
+    head_is_target = model.get_output_embeddings() in whole
+    ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere, head_is_target)
     tensors = _tensors_outside_ends(model)
     own = {
         name: id(m.weight)

@@ -49,6 +49,7 @@ OWN_OPTIONS = {
     "block",
     "target_modules",
     "exclude_modules",
+    "modules_to_save",
     "density_pattern",
     "selection_seed",
     "selection_tile_mib",
