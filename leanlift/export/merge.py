@@ -267,14 +267,16 @@ class _Merge:
     def _part_pieces(self, tensor: Stored | StackedRows, part: Part) -> Iterator[Tensor]:
         """Rows of a Linear: of its own matrix where that is quantized as a whole."""
         name = part.module
-        offsets = self.adapter.layer(name) if name in self.adapter.base.shapes else None
-        rows, first = cast(RowTiles, tensor), part.first
+        offsets = self.adapter.layer(name) if name in self.adapter.shapes else None
+        rows, first, held = cast(RowTiles, tensor), part.first, name in self.adapter.base.formats
         if isinstance(tensor, StoredMatrix):
             rows = tensor.open()
-        elif self.quantized:
+        elif self.quantized and held:
             rows, first = self.requantized.of(name), part.at
         for start, stop in _ranges(tensor, part.rows):
             piece = rows.rows(first + start, first + stop)
+            if not held:  # an embedding in 16 bits
+                piece = self._as_loaded(piece, tensor.name)
             if offsets is not None:
                 piece = piece.to(torch.float32, copy=True)
                 offsets.add_to_(piece, part.at + start, part.at + stop)

@@ -12,6 +12,7 @@ from torch import nn
 
 from leanlift.adapters import (
     Adapter,
+    AdapterMetadata,
     check_values,
     open_adapter,
     write_adapter,
@@ -34,6 +35,7 @@ from leanlift.model.embeddings import quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding, head_name
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.model.surgery import layers_over, replace_modules
+from leanlift.model.tokens import check_embedding, drop_tokens, lift_tokens, trained_embedding
 from leanlift.model.whole import check_new, empty, whole_modules
 from leanlift.sparse import LayerOffsets, SegmentedIndex
 from leanlift.weights.grown import Grown
@@ -67,10 +69,12 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     known = {f"{module}.weight" for module in (*state.base.formats, head_name(model))}
     layout = state.base.layout.of({*known, *state.base.sampled})
     base = replace(state.base, layout=layout)
-    task = Task.of(model) if base.new else None
-    write_adapter(
-        Path(directory), offsets, state.config, base, state.refreshes, special, grown, task
-    )
+    facts = AdapterMetadata(
+        state.config, base, state.refreshes, special, grown,
+        Task.of(model) if base.new else None,
+        trained_embedding(model),
+    )  # fmt: skip
+    write_adapter(Path(directory), offsets, facts)
 
 
 def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:
@@ -104,6 +108,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         check_checkpoint(adapter, base.facts)
         check_special(adapter, model)
         check_rows(model, adapter)
+        check_embedding(model, adapter)
         offsets = adapter.layers()
         if hasattr(model, "leanlift"):
             _replace(model, adapter, offsets, base)
@@ -134,6 +139,7 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
         base = live_base(model, adapter.base.shapes, whole_modules(model, adapter.config))
         check_same_base(adapter.base, state.base, base.weights.__getitem__)
         check_same_rows(adapter, state)
+        check_embedding(model, adapter)
         if adapter.config.values_dtype != state.config.values_dtype:
             raise UserError(
                 f"{directory} has {adapter.config.values_dtype} offsets, but the model trains "
@@ -164,6 +170,7 @@ def unload_adapter(model: nn.Module) -> nn.Module:
     layers = _loaded_layers(model)
     base = live_base(model, layers, layers)
     replace_modules(model, layers_over(base.weights, {}, lift_state(model).workspace))
+    drop_tokens(model)
     return model
 
 
@@ -245,6 +252,9 @@ def _replace(
     dtype = getattr(torch, adapter.config.values_dtype)
     indices = _indices(offsets, base)
     replace_modules(model, layers_over(base.weights, indices, state.workspace, dtype))
+    drop_tokens(model)
+    if adapter.config.trainable_token_indices:
+        lift_tokens(model, adapter.config.trainable_token_indices, state.workspace, dtype)
     state.base = facts
 
 
@@ -253,4 +263,5 @@ def _indices(offsets: dict[str, LayerOffsets], base: LiveBase) -> dict[str, Segm
     return {
         name: learned.active.index.to(base.weights[name].device)
         for name, learned in offsets.items()
+        if name in base.weights
     }

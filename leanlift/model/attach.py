@@ -35,6 +35,7 @@ from leanlift.model.state import LiftState, lift_layers, lift_state, print_train
 from leanlift.model.strangers import guard
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets, what_is_left
+from leanlift.model.tokens import check_tokens, lift_tokens
 from leanlift.model.whole import begin, check_growth_beside, check_new, whole_modules
 from leanlift.ops import resolve
 from leanlift.selection import selection, selection_nbytes
@@ -97,6 +98,7 @@ def get_lift_model(
     config.check_patterns(targets)
     whole = whole_modules(model, config)
     check_growth_beside(model, whole, embedding_rows)
+    check_tokens(model, config, embedding_rows)
     targets = [name for name in targets if name not in whole]
     base = stock_base(model, [*targets, *whole])
     check_new(model, base.facts.new)
@@ -172,6 +174,9 @@ def attach(
     workspace = Workspace()
     make_layer = layers_over(base.weights, indices, workspace, getattr(torch, config.values_dtype))
     ends = operate(model, make_layer, int8 if config.quantize_embeddings else None, embedding_rows)
+    if config.trainable_token_indices:
+        dtype = getattr(torch, config.values_dtype)
+        lift_tokens(model, config.trainable_token_indices, workspace, dtype)
     own_base(model)
     holder: Any = model
     holder.leanlift = LiftState(
@@ -226,7 +231,7 @@ def selecting_nbytes(
         found = 8 * counts[name] if stacked > 1 else 0  # positions of the others
         return found + selection_nbytes(scorer, shape, count, tile_bytes, itemsize)
 
-    return max(map(of, shapes))
+    return max(map(of, shapes), default=0)
 
 
 @contextmanager

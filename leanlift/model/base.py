@@ -23,7 +23,7 @@ from leanlift.fingerprint import (
 from leanlift.fingerprint.cells import Cells, cells_of
 from leanlift.fingerprint.samples import Comparison
 from leanlift.io.hub import snapshot_of
-from leanlift.layers import FrozenLinear
+from leanlift.layers import FrozenLinear, LiftEmbedding
 from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
@@ -77,6 +77,7 @@ def live_base(model: nn.Module, wanted: Collection[str], whole: Collection[str] 
         UserError: one that cannot be read, or, of a stock model, weights that are not numbers.
     """
     modules = dict(outer_modules(model))
+    modules = {name: m for name, m in modules.items() if not isinstance(m, LiftEmbedding)}
     inside = inside_blocks(named_parts(model))
     targets = [name for name in dict.fromkeys((*inside, *whole))
                if name in wanted and name in modules]  # fmt: skip

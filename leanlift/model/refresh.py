@@ -71,7 +71,7 @@ def refresh_mask(
     layers = lift_layers(model)
     for name, layer in tqdm(layers.items(), "refreshing", unit="matrix", disable=not progress):
         total += layer.index.count
-        if layer.index.is_full:  # there is nothing to choose
+        if layer.is_fixed:
             continue
         mask, converged = _choose(layer, name, state.config)
         if not converged:
@@ -141,5 +141,5 @@ def refresh_nbytes(
         shapes, counts: of every target, and of its trained entries.
         parts: how many matrices a target is a stack of, of stacks.
     """
-    exchange = EXCHANGE_PER_ENTRY * max(counts.values())
+    exchange = EXCHANGE_PER_ENTRY * max((counts[name] for name in shapes), default=0)
     return max(selecting_nbytes(config, shapes, counts, 4, parts), exchange)

@@ -25,6 +25,7 @@ from leanlift.model.embeddings import INT8, embedding_to_cpu
 from leanlift.model.stacks import named_parts
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
+from leanlift.model.tokens import check_tokens, embedding_name, lift_tokens
 from leanlift.model.whole import whole_modules
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.plan.pieces import first_pieces
@@ -109,7 +110,9 @@ def attach_fake(
     wanted, excluded = config.target_modules, config.exclude_modules
     targets = find_targets(model, wanted, excluded, config.selects)
     config.check_patterns(targets)
-    whole = whole_modules(model, config)
+    whole, tokens = whole_modules(model, config), config.trainable_token_indices
+    check_tokens(model, config, None)
+    embedding = tuple(model.get_input_embeddings().weight.shape)
     targets = [*(name for name in targets if name not in whole), *whole]
     weights = planned_weights(model, fmt, targets)
     indices = {}
@@ -121,6 +124,10 @@ def attach_fake(
     workspace = workspace or first_pieces("cuda")
     make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
     operate(model, make_layer, _without_numbers if config.quantize_embeddings else None)
+    if tokens:
+        index = even_index(embedding, len(tokens) * embedding[1])
+        lift_tokens(model, tokens, workspace, getattr(torch, config.values_dtype), index)
+        indices[embedding_name(model)] = index
     if embedding_on_cpu:
         embedding_to_cpu(model)
     return indices

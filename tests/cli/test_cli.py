@@ -50,6 +50,7 @@ OWN_OPTIONS = {
     "target_modules",
     "exclude_modules",
     "modules_to_save",
+    "trainable_token_indices",
     "density_pattern",
     "selection_seed",
     "selection_tile_mib",

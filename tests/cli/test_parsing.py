@@ -38,6 +38,7 @@ OTHER: dict[str, tuple[str, Any, Any]] = {
     "target_modules": ("attention", "attention", "attention"),
     "exclude_modules": ("o_proj", "o_proj", ("o_proj",)),
     "modules_to_save": ("lm_head", "lm_head", ("lm_head",)),
+    "trainable_token_indices": ("7", [7], (7,)),
     "density_pattern": ('{"up_proj": 0.5}', {"up_proj": 0.5}, {"up_proj": 0.5}),
     "values_dtype": ("float32", "float32", "float32"),
     "quantize_embeddings": ("yes", True, True),
@@ -58,6 +59,7 @@ NEVER: dict[str, tuple[Any, ...]] = {
     "target_modules": (3, ["q_proj", 3], None),
     "exclude_modules": (3, ["q_proj", 3], {3}),
     "modules_to_save": (3, ["lm_head", 3], {3}),
+    "trainable_token_indices": (-1, [3, 3], [1.5], ["x"], {3}),
     "density_pattern": (
         {"a": 2.0},
         {"a": "x"},
