@@ -82,6 +82,19 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
             _set_dtype(value, dtype)
 
 
+def check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
+    """Refuse a checkpoint that is quantized itself, which has no 16-bit weights to add to.
+
+    Raises:
+        UserError: says what to name instead.
+    """
+    if config.get("quantization_config") and onto == "original":
+        raise UserError(
+            f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
+            "made from with --base, or take --onto quantized, which adds to what it holds."
+        )
+
+
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

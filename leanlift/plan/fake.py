@@ -10,7 +10,7 @@ whose temporaries have a rule of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,11 @@ from leanlift.model.hidden import base_of
 from leanlift.model.stacks import named_parts
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
+from leanlift.model.tokens import check_tokens, embedding_name, lift_tokens
+from leanlift.model.whole import whole_modules
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.plan.pieces import first_pieces
+from leanlift.plan.stand_ins import fused_attention, offloading
 from leanlift.sparse import SEGMENT, SegmentedIndex
 from leanlift.tiles import part_shape, parts_of
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
@@ -109,14 +112,24 @@ def attach_fake(
     wanted, excluded = config.target_modules, config.exclude_modules
     targets = find_targets(model, wanted, excluded, config.selects)
     config.check_patterns(targets)
+    whole, tokens = whole_modules(model, config), config.trainable_token_indices
+    check_tokens(model, config, None)
+    embedding = tuple(model.get_input_embeddings().weight.shape)
+    targets = [*(name for name in targets if name not in whole), *whole]
     weights = planned_weights(model, fmt, targets)
     indices = {}
     for name in targets:
         parts, weight = parts_of(weights[name]), weights[name]
-        indices[name] = even_index(weight.shape, parts * config.count(part_shape(weight), name))
+        m, n = part_shape(weight)
+        count = m * n if name in whole else config.count((m, n), name)
+        indices[name] = even_index(weight.shape, parts * count)
     workspace = workspace or first_pieces("cuda")
     make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
     operate(model, make_layer, _without_numbers if config.quantize_embeddings else None)
+    if tokens:
+        index = even_index(embedding, len(tokens) * embedding[1])
+        lift_tokens(model, tokens, workspace, getattr(torch, config.values_dtype), index)
+        indices[embedding_name(model)] = index
     if embedding_on_cpu:
         embedding_to_cpu(model)
     return indices
@@ -130,10 +143,11 @@ def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[s
     for name, module in named_parts(model).items():
         if isinstance(module, ExpertStack) and (fmt.kind != "dense" or name in trained):
             weights[name] = _planned_stack(module, name, fmt)
-        if not is_dense_linear(module) or module is head:
+        if not is_dense_linear(module) or (module is head and name not in trained):
             continue
+        # transformers quantizes no other
         quantized = type(module) is nn.Linear or is_turned_linear(module)
-        if fmt.kind != "dense" and quantized:  # transformers quantizes no other
+        if fmt.kind != "dense" and quantized and module is not head:
             m, n = matrix_of(module).shape
             bias: Any = module.bias
             weights[name] = empty_weight((m, n), fmt, bias)
@@ -197,7 +211,7 @@ def forward_peak(model: Any, loss: Loss, batch: int, length: int) -> int:
     ids = torch.zeros(batch, length, dtype=torch.long)
     with (
         in_part(model, repetition(model)),
-        _fused_attention(),
+        fused_attention(),
         torch.no_grad(),
         LiveBytes() as live,
     ):
@@ -229,8 +243,8 @@ def _laps(
     try:
         with (
             in_part(model, way),
-            _fused_attention(),
-            _offloading(offload),
+            fused_attention(),
+            offloading(offload),
             LiveBytes() as live,
         ):
             laps = Laps(live)
@@ -257,7 +271,8 @@ def _at_hidden_states(model: Any, laps: Laps) -> list[Any]:
             laps.mark("hidden states")
 
     head = model.get_output_embeddings()
-    return [base_of(model).register_forward_hook(mark), head.register_forward_pre_hook(mark)]
+    at_head = [] if head is None else [head.register_forward_pre_hook(mark)]
+    return [base_of(model).register_forward_hook(mark), *at_head]
 
 
 def _take_scratch(model: Any) -> None:
@@ -280,59 +295,6 @@ def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:
         kept=earlier + laps[loss].end,
         backward=earlier + max(lap.peak for lap in laps[loss + 1 :]),
     )
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Fake tensors have no device whose fused kernels could be asked for: torch would fall back to
-    whole attention matrices, which neither a CPU nor a GPU makes."""
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if attn_mask is not None and attn_mask.requires_grad:  # which no fused kernel takes
-            return stock(  # type: ignore[no-any-return]
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-    functional: Any = torch.nn.functional
-    stock = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = stock
-
-
-OFFLOADED_FROM = 1024
-"""Bytes from which TRL's offloading moves a saved tensor."""
-
-
-def _offloading(wanted: bool) -> Any:
-    """Saved tensors cost nothing here and are made again when they are needed."""
-    if not wanted:
-        return nullcontext()
-
-    def pack(tensor: Tensor) -> Any:
-        stays = isinstance(tensor, nn.Parameter) or tensor.nbytes < OFFLOADED_FROM
-        return tensor if stays else (tensor.shape, tensor.dtype)
-
-    def unpack(held: Any) -> Tensor:
-        return held if isinstance(held, Tensor) else torch.empty(held[0], dtype=held[1])
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _look(values: Any) -> None:
