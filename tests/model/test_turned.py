@@ -24,7 +24,7 @@ from leanlift.evaluation.verify import verify_merged
 from leanlift.export import export_peft
 from leanlift.fingerprint import Segment
 from leanlift.layers import FrozenLinear
-from leanlift.model import lift_layers, lift_state
+from leanlift.model import freeze_quantized, lift_layers, lift_state
 from leanlift.weights.kinds import is_dense_linear, is_plain_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import frozen_weight
 
@@ -245,3 +245,16 @@ def test_rows_are_those_of_the_transpose_and_new_each_time() -> None:
     assert rows.is_contiguous()
     rows.zero_()
     assert weight.rows(2, 5).abs().min() > 0
+
+
+def test_an_adapter_goes_onto_a_model_that_is_computed_with_already(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its layers hold the weights, and know how those are stored."""
+    model = trained(bases["gpt2"], "nf4")
+    save(model, tmp_path / "adapter")
+    stock = load(bases["gpt2"], "nf4")
+    freeze_quantized(stock)
+    again = load_adapter(stock, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+    assert lift_state(again).base.layout == lift_state(model).base.layout
