@@ -90,7 +90,7 @@ UNSEEN = "a factor that nothing says"
 
 
 @pytest.mark.parametrize("case", FORWARDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", swept([torch.float32, torch.bfloat16], torch.float32), ids=str)
 def test_whatever_a_family_makes_of_them(
     case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
