@@ -60,6 +60,9 @@ def make(family: str, place: Path) -> Any:
     model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
+    for module in model.modules():  # some families load the row of what pads as zeros
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight.data[module.padding_idx] = 0
     model.config.use_cache = False
     for key, value in (("eos", 1), ("bos", None), ("pad", 0)):
         setattr(model.generation_config, f"{key}_token_id", value)

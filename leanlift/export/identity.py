@@ -10,16 +10,16 @@ from torch import Tensor
 
 from leanlift.adapters import Adapter
 from leanlift.errors import UserError
-from leanlift.fingerprint import digest_of, other_end, other_matrix, say_what_is_not_known
-from leanlift.fingerprint.cells import Cells, dense_cells, entries_of
-from leanlift.fingerprint.samples import ENDS, Comparison, Sample, spread
+from leanlift.fingerprint import other_matrix, say_what_is_not_known
+from leanlift.fingerprint.cells import Cells
+from leanlift.fingerprint.samples import Comparison
 from leanlift.source import (
-    SourceTensor,
     Stored,
     StoredMatrix,
     find,
     home_of,
     matrix_cells,
+    other_stored_end,
 )
 from leanlift.weights.quantized import dtype_name, dtype_of
 
@@ -152,14 +152,7 @@ def check_base(adapter: Adapter, tensors: dict[str, Stored], plan: Places, direc
     if quantized:
         raise _other_base(adapter, directory, f"holds {quantized[0]} quantized")
 
-    def read(name: str, rows: int) -> Tensor:
-        tensor = ends[name]
-        assert isinstance(tensor, SourceTensor)
-        return tensor.sample(rows)
-
-    digest = digest_of(base.sampled, read, base.dtype)
-    samples = {name: _end_sample(tensor) for name, tensor in ends.items()}
-    other = other_end(base, base.sampled, digest, samples, comparison)
+    other = other_stored_end(base, ends, comparison)
     if other is None:
         dtype = dtype_of(base.dtype)
 
@@ -169,17 +162,6 @@ def check_base(adapter: Adapter, tensors: dict[str, Stored], plan: Places, direc
         other = other_matrix(base, cells, comparison)
     if other or comparison.is_other:
         raise _other_base(adapter, directory, f"has other weights{f' in {other}' if other else ''}")
-
-
-def _end_sample(tensor: Stored) -> str:
-    assert isinstance(tensor, SourceTensor)
-    numel = 1
-    for size in tensor.shape:
-        numel *= size
-    flat = spread(numel, ENDS)
-    one_row = len(tensor.shape) == 1
-    values = tensor.whole()[flat] if one_row else entries_of(tensor, flat)  # type: ignore[arg-type]
-    return Sample(flat, dense_cells(values, tensor.dtype)).encode()
 
 
 def _other_base(adapter: Adapter, directory: Path, what: str) -> UserError:

@@ -11,6 +11,7 @@ from leanlift.source.homes import (
     find,
     home_of,
     matrix_cells,
+    other_stored_end,
     stored_cells,
 )
 from leanlift.source.joined import JoinedRows, Rows, TurnedRows, by_rows
@@ -35,6 +36,7 @@ __all__ = [
     "loading_nbytes",
     "matrix_cells",
     "open_checkpoint",
+    "other_stored_end",
     "plain_view",
     "stored_cells",
     "stored_quantization",
