@@ -87,11 +87,14 @@ class _Followed(TorchDispatchMode):
         """The logits of one forward pass, from the hidden states that one of the parts gives."""
         handles = [part.register_forward_hook(self._give) for part in parts]
         handles.append(head.register_forward_hook(self._multiply))
+        was_training = model.training  # some go by the length of rows then
+        model.eval()
         try:
             with self:
                 logits: Tensor = model(input_ids=few_ids(model), use_cache=False).logits
                 return logits
         finally:
+            model.train(was_training)
             for handle in handles:
                 handle.remove()
 
