@@ -57,7 +57,7 @@ ALWAYS = {"always", "learning"}
         ({"mode": "slow"}, {"either"}),
         ({"exact": None}, {"negated", "elsewhere", "inline"}),  # no setting that could be told
     ],
-    ids=str,
+    ids=lambda given: str(sorted(given)),
 )
 def test_a_weight_is_read_where_the_settings_let_it(
     settings: dict[str, Any], read: set[str]
