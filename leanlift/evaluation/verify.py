@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from leanlift.adapters import RUN_NAME, Adapter, open_adapter
 from leanlift.data.dataset import load_rows, tokenized
@@ -29,6 +29,7 @@ from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.tensors import read_json
 from leanlift.model import grow_embedding, load_adapter, scale_adapter
 from leanlift.model.stacks import named_parts
+from leanlift.plan.auto import auto_class_with
 from leanlift.tiles import row_ranges, tile_rows
 from leanlift.training.load import load_as_trained
 from leanlift.weights.quantized import dtype_of
@@ -85,7 +86,7 @@ def verify_merged(
         make = _as_trained if merged.onto == "quantized" else _onto_original
         with torch.no_grad():
             before, reference = make(opened, merged, prompts)
-            found = _logits(_load(merged.output, merged.dtype), prompts)
+            found = _logits(_load(merged.output, merged.dtype, opened), prompts)
         coarser = [merged.dtype] + [opened.base.dtype] * (merged.onto == "quantized")
     largest = max(float(logits.abs().max()) for logits in reference)
     result = Verification(
@@ -124,7 +125,7 @@ def _onto_original(
     adapter: Adapter, merged: MergeReport, prompts: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of the base, and of the base with the offsets added to its modules."""
-    model = _load(merged.base, merged.dtype)
+    model = _load(merged.base, merged.dtype, adapter)
     if adapter.grown is not None:
         grow_embedding(model, adapter.grown.rows)
     before = _logits(model, prompts)
@@ -150,11 +151,11 @@ def _as_trained(
     return _logits(model, prompts), reference
 
 
-def _load(directory: str, dtype: str) -> Any:
+def _load(directory: str, dtype: str, adapter: Adapter) -> Any:
     """A checkpoint as stock transformers loads it; on the GPU where it has room."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype_of(dtype), trust_remote_code=False
-    )
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    kind = auto_class_with(config, directory, adapter.base.shapes)
+    model: Any = kind.from_pretrained(directory, dtype=dtype_of(dtype), trust_remote_code=False)
     needed = sum(parameter.nbytes for parameter in model.parameters())
     if torch.cuda.is_available() and 1.3 * needed < torch.cuda.mem_get_info()[0]:
         model = model.cuda()

@@ -29,7 +29,9 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
     if base is not None:
         args = replace(args, model_name_or_path=str(base), model_revision=None)
     formats = {adapter.base.formats[name].kind for name in adapter.base.shapes}
-    return load_model(args, device, experts_too=len(formats) == 1)
+    return load_model(
+        args, device, experts_too=len(formats) == 1, modules=list(adapter.base.shapes)
+    )
 
 
 def arguments_as_trained(adapter: Adapter) -> RunArguments:
