@@ -1,6 +1,6 @@
-"""Every causal language model that transformers registers: trained, saved, merged, loaded again.
+"""Every language model that transformers registers: trained, saved, merged, loaded again.
 
-For each class a tiny random model in a process of its own, over NF4: attach with the default
+Causal language models, or with `--others` those of images or sound and text. For each class a tiny random model in a process of its own, over NF4: attach with the default
 targets, a training step against a dense oracle (the same model with D(Q) as plain Linears, and
 torch's own gradients), a short training, save, load, merge, and the merged checkpoint in stock
 transformers. What is found is one of
@@ -11,7 +11,10 @@ transformers. What is found is one of
     no model   stock transformers makes or trains no tiny model of the kind here
     FAILED     anything else
 
-    python -m benchmarks.families [family …] [--jobs 2]
+Of a model that sees or hears, the whole is saved, and the language model in it trained on text; every
+tensor of the checkpoint has to be in the merged one, and what is not trained bit-equal.
+
+    python -m benchmarks.families [family …] [--jobs 2] [--others]
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import multiprocessing
 import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, environment
 from benchmarks.tiny_families import LENGTH, NOT_ALONE, tiny_config
+from benchmarks.whole import changed_elsewhere
+from benchmarks.whole import stock as whole_model
 from leanlift import (
     LiftConfig,
     UserError,
@@ -49,14 +55,17 @@ LIMIT = 90
 # --- one family -----------------------------------------------------------------------------
 
 
-def make(family: str, place: Path) -> Any:
-    """A tiny checkpoint with weights that are no two alike; the class of the model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def make(family: str, place: Path, whole: bool) -> Any:
+    """A tiny checkpoint with weights that are no two alike; the class of the model: with the part
+    that sees, where a family has a class without it, if the `whole` is wanted."""
+    from transformers import AutoTokenizer
 
     from leanlift.demo.run import BASE
+    from leanlift.plan.auto import auto_class
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    config = tiny_config(family)
+    model = auto_class(config, family, images=whole).from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     model.config.use_cache = False
@@ -80,11 +89,14 @@ def batch(labels: bool = True) -> dict[str, Tensor]:
 
 
 def load(place: Path, quantized: bool = True) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
+    from leanlift.plan.auto import auto_class
+
+    kind = auto_class(AutoConfig.from_pretrained(place), str(place))
     form = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                               bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
-    return AutoModelForCausalLM.from_pretrained(
+    return kind.from_pretrained(
         place, dtype=torch.float32, quantization_config=form if quantized else None
     )
 
@@ -161,12 +173,13 @@ def logits(model: Any) -> Tensor:
     return out
 
 
-def one(family: str) -> dict[str, Any]:
+def one(family: str, whole: bool = False) -> dict[str, Any]:
     """What becomes of a family; see the module's docstring."""
     heard, logger = Heard(), logging.getLogger("leanlift")
     logger.addHandler(heard)
     try:
-        row = {"family": family, "found": "FAILED", "stage": "model", "said": ""} | walked(family)
+        row = {"family": family, "found": "FAILED", "stage": "model", "said": ""}
+        row |= walked(family, whole)
     finally:
         logger.removeHandler(heard)
     if row["found"] == "ok":
@@ -177,19 +190,21 @@ def one(family: str) -> dict[str, Any]:
     return row
 
 
-def walked(family: str) -> dict[str, Any]:
+def walked(family: str, whole: bool) -> dict[str, Any]:
     """The walk, and where it ends; "ok" where it goes to its end, whatever was measured."""
     row: dict[str, Any] = {"stage": "model"}
     with tempfile.TemporaryDirectory() as place:
         base = Path(place) / "base"
         try:
-            row["class"] = make(family, base).__name__
+            row["class"] = make(family, base, whole).__name__
             row["stage"] = "stock"
             stock = load(base)
         except Exception as error:
             return {**row, "found": "no model", "said": NOT_ALONE.get(family, _first(error))}
         try:
             walk(row, stock, base, Path(place))
+            if whole:
+                walk_whole(row, base, Path(place))
         except UserError as error:
             early = row["stage"] in ("attach", "trainer")
             return {**row, "found": "refused" if early else "FAILED", "said": str(error)[:400]}
@@ -235,6 +250,18 @@ def walk(row: dict[str, Any], stock: Any, base: Path, place: Path) -> None:
         logging.getLogger("leanlift").warning("%s", error)
 
 
+def walk_whole(row: dict[str, Any], base: Path, place: Path) -> None:
+    """The merge, as it is with the parts that see or hear."""
+    row["stage"] = "whole"
+    merged, original = place / "merged", place / "original"
+    row["merge_off"] = max(row["merge_off"], float((logits(whole_model(merged)) - logits(load(
+        merged, quantized=False))).abs().max()))  # fmt: skip
+    merge_adapter(place / "run", original, dtype="float32", progress=False)
+    row["changed"] = changed_elsewhere(base, original)
+    if row["changed"]:
+        raise ValueError(row["changed"])
+
+
 class Heard(logging.Handler):
     """Keeps what is said."""
 
@@ -260,14 +287,14 @@ PRELOADED = ["benchmarks.families", "leanlift.training.trainer", "leanlift.demo.
              "transformers.models.auto.modeling_auto", "bitsandbytes"]  # fmt: skip
 
 
-def _send(family: str, answer: Any) -> None:
+def _send(family: str, whole: bool, answer: Any) -> None:
     torch.set_num_threads(1)
-    answer.send(one(family))
+    answer.send(one(family, whole))
 
 
-def in_a_process(family: str) -> dict[str, Any]:
+def in_a_process(family: str, whole: bool = False) -> dict[str, Any]:
     ours, theirs = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_send, args=(family, theirs), daemon=True)
+    process = PROCESSES.Process(target=_send, args=(family, whole, theirs), daemon=True)
     process.start()
     theirs.close()
     said = f"took more than {LIMIT} s"
@@ -290,25 +317,28 @@ COLUMNS = ("family", "class", "found", "stage", "targets", "trained_share", "los
 
 
 def main() -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--others", action="store_true")
     args = parser.parse_args()
     PROCESSES.set_forkserver_preload(PRELOADED)
-    families = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    table = "MULTIMODAL_LM" if args.others else "CAUSAL_LM"
+    families = args.families or list(getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES"))
+    name = "families_others.csv" if args.others else "families.csv"
     with ThreadPoolExecutor(args.jobs) as pool:
-        for found in pool.map(in_a_process, families):
+        for found in pool.map(partial(in_a_process, whole=args.others), families):
             print(
                 *(str(found.get(key)) for key in ("family", "found", "stage", "said")), flush=True
             )
-            put(found)
+            put(found, RESULTS / name)
 
 
-def put(found: dict[str, Any]) -> None:
+def put(found: dict[str, Any], path: Path) -> None:
     """Put a family's row into the results, in the place of its earlier one."""
-    path, rows = RESULTS / "families.csv", {}
+    rows = {}
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             rows = {row["family"]: row for row in csv.DictReader(file)}

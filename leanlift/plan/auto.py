@@ -1,4 +1,4 @@
-"""The Auto class of transformers that a configuration belongs to: whoever makes a model asks here."""
+"""The Auto class of transformers that a configuration belongs to; whoever makes a model asks."""
 
 from __future__ import annotations
 
