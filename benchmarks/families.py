@@ -1,9 +1,10 @@
 """Every language model that transformers registers: trained, saved, merged, loaded again.
 
-Causal language models, or with `--others` those of images or sound and text. For each class a tiny random model in a process of its own, over NF4: attach with the default
-targets, a training step against a dense oracle (the same model with D(Q) as plain Linears, and
-torch's own gradients), a short training, save, load, merge, and the merged checkpoint in stock
-transformers. What is found is one of
+Causal language models, or with `--others` those of images or sound and text. For each class a tiny
+random model in a process of its own, over NF4: attach with the default targets, a training step
+against a dense oracle (the same model with D(Q) as plain Linears, and torch's own gradients), a
+short training, save, load, merge, and the merged checkpoint in stock transformers. What is found is
+one of
 
     ok         everything agrees
     note       likewise, and something was said (what is not trained, for one)
@@ -11,8 +12,8 @@ transformers. What is found is one of
     no model   stock transformers makes or trains no tiny model of the kind here
     FAILED     anything else
 
-Of a model that sees or hears, the whole is saved, and the language model in it trained on text; every
-tensor of the checkpoint has to be in the merged one, and what is not trained bit-equal.
+Of a model that sees or hears, the whole is saved, and the language model in it trained on text:
+every tensor of the checkpoint has to be in the merge, bit-equal outside of the language model.
 
     python -m benchmarks.families [family …] [--jobs 2] [--others]
 """

@@ -48,6 +48,14 @@ def load_tokenizer(
     return tokenizer
 
 
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
+    return tokenizer
+
+
 def check_end_token(tokenizer: Any) -> None:
     """Raises a UserError where a tokenizer has none."""
     if getattr(tokenizer, "eos_token", None) is None:

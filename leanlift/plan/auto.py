@@ -10,7 +10,15 @@ import transformers
 from torch import nn
 
 from leanlift.errors import UserError
-from leanlift.io.kinds import CAUSAL, IMAGES, auto_class_name, is_known, no_language_model
+from leanlift.io.kinds import (
+    CAUSAL,
+    IMAGES,
+    SOUND,
+    auto_class_name,
+    classes_of,
+    is_known,
+    no_language_model,
+)
 
 
 def auto_class(config: Any, name: str, images: bool = False) -> Any:
@@ -28,6 +36,28 @@ def auto_class(config: Any, name: str, images: bool = False) -> Any:
     if found is None and is_known(config.model_type):
         raise UserError(no_language_model(name, config.model_type))
     return getattr(transformers, found or CAUSAL)  # what somebody has registered is one of text
+
+
+def takes_images(name: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether a base, as its configuration says, is a model of images and text."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception:  # whatever is wrong with it, loading the base says so
+        return False
+    return _name(config, True) == IMAGES
+
+
+def how_loaded(config: Any, images: bool) -> str | None:
+    """What a model that sees or hears is loaded as, in words; None: it is one of text alone."""
+    kind, whole = _name(config, images), _name(config, True)
+    if kind is None or config.model_type not in {**classes_of(IMAGES), **classes_of(SOUND)}:
+        return None
+    made = classes_of(kind).get(config.model_type, config.model_type)
+    if kind != whole and made != classes_of(IMAGES).get(config.model_type):
+        return f"loaded by {kind} as {made}: the text part of the checkpoint alone."
+    return f"loaded by {kind} as {made}: the language model in it is trained, the rest is frozen."
 
 
 def auto_class_with(config: Any, name: str, modules: Iterable[str]) -> Any:

@@ -18,7 +18,7 @@ from transformers.integrations import moe
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
 from leanlift.layers.lm_head import LIKELIHOOD, Objective
-from leanlift.plan.auto import auto_class
+from leanlift.plan.auto import auto_class, how_loaded
 from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.plan.planner import Known, plan_step
 from leanlift.plan.result import MemoryPlan
@@ -58,7 +58,13 @@ def plan_memory(
     planned = base.planned(config or LiftConfig(), settings or PlanSettings())
     loss = partial(loss_of_all_tokens, objective=objective)
     with without_packing_search(), grouped_products():
-        return plan_step(planned, base.name, loss, known)
+        plan = plan_step(planned, base.name, loss, known)
+    loaded = how_loaded(base.shape, images)
+    if loaded is not None:
+        plan.notes.append(loaded)
+    if images:
+        plan.notes.append("what the part that sees keeps of its images is not counted.")
+    return plan
 
 
 @dataclass(frozen=True)

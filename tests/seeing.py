@@ -1,0 +1,130 @@
+"""Tiny models that see, made on disk with their processors, and rows with pictures for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from tiny import make_tokenizer
+
+from leanlift.plan.auto import auto_class
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}IMAGE{% else %}{{ c.text }}{% endif %}"
+    "{% endfor %}{% endif %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+SIDE, PATCH = 16, 8
+"""Pixels of a picture, and of the patches that it is cut into."""
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+    "tie_word_embeddings": False,
+}
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+
+
+def tokenizer_with(*tokens: str) -> Any:
+    """The tiny tokenizer with tokens for an image, its beginning and its end, as its configuration
+    names them."""
+    named = dict(zip(("image_token", "boi_token", "eoi_token"), tokens, strict=False))
+    plain = make_tokenizer()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain._tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens=named,
+    )  # fmt: skip
+
+
+def _llava() -> tuple[Any, Any]:
+    tokenizer = tokenizer_with("<image>")
+    text = {**TEXT, "model_type": "llama", "vocab_size": len(tokenizer)}
+    config = transformers.LlavaConfig(
+        text_config=text,
+        vision_config={**TOWER, "model_type": "clip_vision_model", "projection_dim": 64},
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-1,
+    )
+    size = {"height": SIDE, "width": SIDE}
+    images = transformers.CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    processor = transformers.LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=TEMPLATE.replace("IMAGE", "<image>"),
+    )  # fmt: skip
+    return config, processor
+
+
+def _gemma3() -> tuple[Any, Any]:
+    tokenizer = tokenizer_with("<image>", "<boi>", "<eoi>")
+    config = transformers.Gemma3Config(
+        text_config={**TEXT, "vocab_size": len(tokenizer), "sliding_window": 32,
+                     "layer_types": ["sliding_attention", "full_attention"]},
+        vision_config=TOWER,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        mm_tokens_per_image=4,
+    )  # fmt: skip
+    size = {"height": SIDE, "width": SIDE}
+    images = transformers.Gemma3ImageProcessor(size=size)
+    processor = transformers.Gemma3Processor(
+        images, tokenizer, chat_template=TEMPLATE.replace("IMAGE", "<boi>"), image_seq_length=4
+    )
+    return config, processor
+
+
+SEEING = {"llava": _llava, "gemma3": _gemma3}
+
+
+def make_seeing(path: Path, kind: str) -> Path:
+    """A checkpoint with a language model of two blocks and a tower of two, and its processor."""
+    torch.manual_seed(0)
+    config, processor = SEEING[kind]()
+    model = auto_class(config, kind, images=True).from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def picture(number: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 255, (SIDE, SIDE, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def rows_with_pictures(directory: Path, count: int = 4) -> Path:
+    """Chats about a picture, as JSON lines beside the pictures."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        picture(number).save(directory / f"{number}.png")
+        chat = [
+            {"role": "user", "content": f"what is {number}?"},
+            {"role": "assistant", "content": f"a picture of {number}"},
+        ]
+        rows.append({"images": [f"{number}.png"], "messages": chat})
+    file = directory / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
