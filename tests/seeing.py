@@ -93,7 +93,27 @@ def _gemma3() -> tuple[Any, Any]:
     return config, processor
 
 
-SEEING = {"llava": _llava, "gemma3": _gemma3}
+def _qwen3_5() -> tuple[Any, Any]:
+    """One of those that are loaded without the part that sees, for rows of text."""
+    tokenizer = tokenizer_with("<image>", "<boi>", "<eoi>", "<video>")
+    numbers = tokenizer.convert_tokens_to_ids(["<image>", "<boi>", "<eoi>", "<video>"])
+    config = transformers.Qwen3_5Config(
+        text_config={
+            **TEXT, "vocab_size": len(tokenizer), "linear_num_key_heads": 2, "head_dim": 32,
+            "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                "partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 4,
+                       "patch_size": PATCH, "out_hidden_size": 64, "num_position_embeddings": 16},
+        **dict(zip(("image_token_id", "vision_start_token_id", "vision_end_token_id",
+                    "video_token_id"), numbers, strict=True)),
+    )  # fmt: skip
+    return config, tokenizer  # its processor needs torchvision
+
+
+SEEING = {"llava": _llava, "gemma3": _gemma3, "qwen3_5": _qwen3_5}
 
 
 def make_seeing(path: Path, kind: str) -> Path:

@@ -21,6 +21,7 @@ from transformers import AutoConfig
 
 from leanlift.adapters import RUN_NAME, Adapter, open_adapter
 from leanlift.data.dataset import load_rows, tokenized
+from leanlift.data.ready import has_images
 from leanlift.data.tokenizer import load_tokenizer, vocabulary_rows
 from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
@@ -30,6 +31,7 @@ from leanlift.io.tensors import read_json
 from leanlift.model import grow_embedding, load_adapter, scale_adapter
 from leanlift.model.stacks import named_parts
 from leanlift.plan.auto import auto_class_with
+from leanlift.rows.images import COLUMNS, text_alone
 from leanlift.tiles import row_ranges, tile_rows
 from leanlift.training.load import load_as_trained
 from leanlift.weights.quantized import dtype_of
@@ -117,7 +119,11 @@ def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
             "with, --data rows.json."
         )
     how = Tokenization.as_trained(load_tokenizer(merged), facts, vocabulary_rows(merged))
-    examples = tokenized(load_rows(data, str(split)), how, "first")
+    rows: Any = load_rows(data, str(split))
+    if has_images(rows):  # what an image becomes is the same on both sides: the text is enough
+        first = rows.remove_columns([c for c in COLUMNS if c in rows.column_names])
+        rows = [text_alone(row) for row in islice(first, PROMPTS)]
+    examples = tokenized(rows, how, "first")
     return [torch.tensor([tokens.ids[:TOKENS]]) for _, _, tokens in islice(examples, PROMPTS)]
 
 
