@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from leanlift import merge_adapter
 from leanlift.model.blocks import block_lists
 
 
@@ -20,6 +22,24 @@ def stock(place: Path) -> Any:
 
     kind = auto_class(AutoConfig.from_pretrained(place), str(place), images=True)
     return kind.from_pretrained(place, dtype=torch.float32)
+
+
+def check_whole(base: Path, place: Path, load: Any, logits: Any) -> float:
+    """Merge onto the original, and compare; by how much the logits of the whole model, merged onto
+    the quantized weights, differ from those of its text part alone.
+
+    Raises:
+        ValueError: more than the language model has changed.
+    """
+    off = 0.0
+    with suppress(AttributeError):  # one does not run without images
+        one, two = stock(place / "merged"), load(place / "merged", quantized=False)
+        off = float((logits(one) - logits(two)).abs().max())
+    merge_adapter(place / "run", place / "original", dtype="float32", progress=False)
+    changed = changed_elsewhere(base, place / "original")
+    if changed:
+        raise ValueError(changed)
+    return off
 
 
 def changed_elsewhere(base: Path, merged: Path) -> str:

@@ -35,6 +35,11 @@ def auto_class(config: Any, name: str, images: bool = False) -> Any:
     found = _name(config, images)
     if found is None and is_known(config.model_type):
         raise UserError(no_language_model(name, config.model_type))
+    if found != CAUSAL and getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"the base {name} ({config.model_type}) reads with an encoder and writes with a "
+            "decoder, and leanlift trains models that go on with their own text: name one of those."
+        )
     return getattr(transformers, found or CAUSAL)  # what somebody has registered is one of text
 
 
