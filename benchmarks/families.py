@@ -12,8 +12,7 @@ one of
     no model   stock transformers makes or trains no tiny model of the kind here
     FAILED     anything else
 
-Of a model that sees or hears, the whole is saved, and the language model in it trained on text:
-every tensor of the checkpoint has to be in the merge, bit-equal outside of the language model.
+Of a model that sees or hears, the language model is trained on text, and the merge has the whole.
 
     python -m benchmarks.families [family …] [--jobs 2] [--others]
 """
@@ -57,8 +56,7 @@ LIMIT = 90
 
 
 def make(family: str, place: Path, whole: bool) -> Any:
-    """A tiny checkpoint with weights that are no two alike; the class of the model: with the part
-    that sees, where a family has a class without it, if the `whole` is wanted."""
+    """A tiny checkpoint with weights that are no two alike, `whole` or of text; its class."""
     from transformers import AutoTokenizer
 
     from leanlift.demo.run import BASE
@@ -205,15 +203,16 @@ def walked(family: str, whole: bool) -> dict[str, Any]:
             row["class"] = make(family, base, whole).__name__
             row["stage"] = "stock"
             stock = load(base)
+        except UserError as error:
+            return {**row, "found": "refused", "said": str(error)}
         except Exception as error:
             return {**row, "found": "no model", "said": reasons.get(family, _first(error))}
         try:
             walk(row, stock, base, Path(place))
             if whole:
                 row["stage"] = "whole"
-                row["merge_off"] = max(
-                    row["merge_off"], check_whole(base, Path(place), load, logits)
-                )
+                off = check_whole(base, Path(place), load, logits)
+                row["merge_off"] = max(row["merge_off"], off)
         except UserError as error:
             early = row["stage"] in ("attach", "trainer")
             return {**row, "found": "refused" if early else "FAILED", "said": str(error)[:400]}

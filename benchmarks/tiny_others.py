@@ -44,6 +44,7 @@ FITTING: dict[str, dict[str, Any]] = {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
+    "mistral4": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "mistral_large4": {"text_config.kv_source_layers": [0, 1, 2, 3]},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 1},
