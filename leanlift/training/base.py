@@ -68,12 +68,7 @@ def load_model(
             _check_request(args, own)
             _check_merge(args)
         asked = None if own is not None else quantization(args, dtype)
-        kind = (
-            auto_class(config, name, images)
-            if modules is None
-            else auto_class_with(config, name, modules)
-        )
-        model, found = kind.from_pretrained(
+        model, found = _class_of(config, name, images, modules).from_pretrained(
             name,
             revision=args.model_revision,
             dtype=dtype,
@@ -97,6 +92,13 @@ def load_model(
             frozen_weight(module, path)  # has the shape that it should have, and can be read
     model.config._commit_hash = cached_commit(name, args.model_revision)
     return quantize_experts(model) if experts_too else model
+
+
+def _class_of(config: Any, name: str, images: bool, modules: Iterable[str] | None) -> Any:
+    """The Auto class to load a base by; see `load_model`."""
+    if modules is None:
+        return auto_class(config, name, images)
+    return auto_class_with(config, name, modules)
 
 
 def check_loads(directory: Path) -> None:
