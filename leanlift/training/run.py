@@ -307,7 +307,7 @@ def _summary(
         refresh_seconds=watch.refresh_seconds,
         churn=watch.churn,
         places=places_of(job.output, Path(str(merged.output)) if merged else None),
-        commands=next_commands(job.args, job.output),
+        commands=next_commands(job.args, job.output, ready.processor is not None),
     )
 
 
