@@ -50,6 +50,7 @@ from leanlift.layers import FrozenLinear
 from leanlift.model import lift_layers, weights_of
 from leanlift.model.stacks import named_parts
 from leanlift.plan import Batch, PlanSettings
+from leanlift.plan.loss import output_over_text
 
 LIMIT = 90
 # --- one family -----------------------------------------------------------------------------
@@ -122,10 +123,10 @@ def check_step(model: Any, place: Path) -> tuple[float, float]:
     of the largest entry of a matrix's gradient, of a gradient."""
     twin = dense_twin(model, place)
     torch.manual_seed(0)  # some hash at random
-    expected = twin.train()(**batch()).loss
+    expected = output_over_text(twin.train(), batch()).loss
     expected.backward()
     torch.manual_seed(0)
-    loss = model.train()(**batch()).loss
+    loss = output_over_text(model.train(), batch()).loss
     loss.backward()
     worst, modules = 0.0, named_parts(twin)
     for name, layer in lift_layers(model).items():

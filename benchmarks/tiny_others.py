@@ -17,7 +17,7 @@ from benchmarks.tiny_families import BUILT, NOT_ALONE, _shrink, tiny_config
 TOWERS: dict[str, Any] = {
     "depth": 2, "out_hidden_size": 64, "text_hidden_size": 64, "output_dim": 64, "num_blocks": 2,
     "encoder_layers": 2, "codebook_size": 32, "embed_dim": 64, "image_embed_dim": 64,
-    "projection_dim": 64, "qformer_hidden_size": 64, "deepstack_visual_indexes": [0, 1],
+    "qformer_hidden_size": 64, "deepstack_visual_indexes": [0, 1],
     "fullatt_block_indexes": [1], "hidden_sizes": [64, 64], "num_position_embeddings": 64,
 }  # fmt: skip
 """What a tower calls its sizes."""
@@ -44,7 +44,8 @@ FITTING: dict[str, dict[str, Any]] = {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}},
     "ernie4_5_vl_moe": {"text_config.rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
-    "mistral4": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "mistral4": {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
     "mistral_large4": {"text_config.kv_source_layers": [0, 1, 2, 3]},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 1},

@@ -53,7 +53,7 @@ from leanlift.training.given import (
     rows_done,
     with_optimizer,
 )
-from leanlift.training.loss import TRAINED, MarkTrained, check_gradients, forwarded, training_loss
+from leanlift.training.loss import TRAINED, MarkTrained, forwarded, rehearse, training_loss
 from leanlift.training.overrides import TrainerOverrides
 from leanlift.training.step_guard import StepGuard
 
@@ -162,9 +162,9 @@ class LiftTrainer(TrainerOverrides):
             self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
         )
         if self._loss is not None:
-            check_gradients(self.model, self._loss, self.accelerator.autocast())
+            types = rehearse(self.model, self._loss, self.accelerator.autocast())
             self.count_next_tokens()
-            self.data_collator: Any = MarkTrained(self.data_collator)
+            self.data_collator: Any = MarkTrained(self.data_collator, types)
         self._last_finite = torch.zeros((), device=self.args.device)
         self._smooths_log = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = False

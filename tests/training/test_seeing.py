@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from seeing import SEEING, make_seeing, picture, rows_with_pictures
 from sweeps import swept
 from tiny import quantization
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlavaModel
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model, load_adapter
+from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model, load_adapter, plan_memory
 from leanlift.evaluation.verify import verify_merged
 from leanlift.export import merge_adapter
 from leanlift.model import lift_layers
@@ -93,6 +93,33 @@ def test_text_trains_the_language_model_and_the_merge_is_the_whole_checkpoint(
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card
     assert "pipeline_tag: image-text-to-text" in card
+
+
+def test_a_model_that_asks_for_the_types_of_its_tokens_is_told_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As several do, in some versions of transformers, while they train."""
+    base, stock = make_seeing(tmp_path / "base", "llava"), LlavaModel.forward
+    seen: list[Any] = []
+
+    def asks(self: Any, *args: Any, token_type_ids: Any = None, **given: Any) -> Any:
+        if self.training and token_type_ids is None:
+            raise ValueError("`token_type_ids` is required as a model input when training")
+        seen.append(token_type_ids)
+        return stock(self, *args, **given)
+
+    monkeypatch.setattr(LlavaModel, "forward", asks)
+    trained(base, rows_of_text(tmp_path), tmp_path / "run")
+    assert seen[-1].shape == seen[-1].new_zeros(4, seen[-1].shape[1]).shape
+    assert not seen[-1].any()
+    assert plan_memory(base).peak > 0
+
+    def stumbles(self: Any, *args: Any, **given: Any) -> Any:
+        return stock(self, *args, **given) if not self.training else self.nothing_of_it
+
+    monkeypatch.setattr(LlavaModel, "forward", stumbles)
+    with pytest.raises(UserError, match=r"cannot be trained on rows of text.*nothing_of_it"):
+        trained(base, rows_of_text(tmp_path), tmp_path / "again")
 
 
 @pytest.mark.parametrize("kind", swept(WITH_PROCESSOR, "llava"))
