@@ -28,6 +28,7 @@ class BaseFingerprint:
         samples: of `sampled` tensors and of trained matrices, name -> `Sample.encode()`.
         revision: the commit of a base from the hub, where it is known.
         layout: where tensors are in its checkpoint that are not under their own names.
+        new: trained matrices that the checkpoint has not, whose base is zero.
     """
 
     name: str
@@ -39,17 +40,25 @@ class BaseFingerprint:
     samples: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     layout: Layout = field(default_factory=Layout)
+    new: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> dict[str, tuple[int, int]]:
+        """The trained matrices that the checkpoint has, name -> (m, n)."""
+        return {name: shape for name, shape in self.shapes.items() if name not in self.new}
 
     @property
     def knows_matrices(self) -> bool:
-        """Whether every trained matrix is sampled."""
-        return all(name in self.samples for name in self.shapes)
+        """Whether every trained matrix of the checkpoint is sampled."""
+        return all(name in self.samples for name in self.stored)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         data = asdict(self)
-        del data["layout"]
-        return {**data, "layout": self.layout.to_dict()} if self.layout else data
+        del data["layout"], data["new"]
+        if self.layout:
+            data["layout"] = self.layout.to_dict()
+        return {**data, "new": list(self.new)} if self.new else data
 
     @classmethod
     def from_dict(cls, data: Any) -> BaseFingerprint:
@@ -80,6 +89,9 @@ class BaseFingerprint:
         _expect(revision is None or bool(is_revision), "a commit or null", revision)
         _expect(isinstance(samples, dict), "samples of tensors", samples)
         _check_samples(samples, shapes, set(sampled))
+        new = data.get("new", [])
+        is_new = isinstance(new, list) and all(isinstance(n, str) and n in shapes for n in new)
+        _expect(is_new, "names of trained matrices", new)
         try:
             layout = Layout.from_dict(data.get("layout", {}))
         except ValueError as error:
@@ -94,11 +106,13 @@ class BaseFingerprint:
             samples=samples,
             revision=revision,
             layout=layout,
+            new=tuple(new),
         )
 
 
-_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision", "layout"}
-_LATER = {"samples", "revision", "layout"}  # of format 2, of format 4
+_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision", "layout",
+         "new"}  # fmt: skip
+_LATER = {"samples", "revision", "layout", "new"}  # of formats 2, 4 and 5
 _LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
 
 
