@@ -14,7 +14,6 @@ from leanlift.fingerprint import digest_of, other_end, other_matrix, say_what_is
 from leanlift.fingerprint.cells import Cells, dense_cells, entries_of
 from leanlift.fingerprint.samples import ENDS, Comparison, Sample, spread
 from leanlift.source import (
-    SourceTensor,
     Stored,
     StoredMatrix,
     find,
@@ -147,7 +146,7 @@ def check_base(adapter: Adapter, tensors: dict[str, Stored], plan: Places, direc
 
     def read(name: str, rows: int) -> Tensor:
         tensor = ends[name]
-        assert isinstance(tensor, SourceTensor)
+        assert not isinstance(tensor, StoredMatrix)
         return tensor.sample(rows)
 
     digest = digest_of(base.sampled, read, base.dtype)
@@ -165,7 +164,7 @@ def check_base(adapter: Adapter, tensors: dict[str, Stored], plan: Places, direc
 
 
 def _end_sample(tensor: Stored) -> str:
-    assert isinstance(tensor, SourceTensor)
+    assert not isinstance(tensor, StoredMatrix)
     numel = 1
     for size in tensor.shape:
         numel *= size
