@@ -271,9 +271,8 @@ class Heard(logging.Handler):
 
 
 def _first(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[
-        :300
-    ]
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0]}"[:300]
 
 
 # --- all of them ----------------------------------------------------------------------------

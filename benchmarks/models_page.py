@@ -15,9 +15,7 @@ from benchmarks.common import RESULTS
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 LONGEST = 220
 FROZEN = re.compile(r"frozen \S+ \([^)]+ weights\): a part that text does not reach ?")
-ALL_TRAINED = re.compile(
-    r"Of the weights in the matrices of the blocks: 100\.0% trained [\w, ]*"
-)
+ALL_TRAINED = re.compile(r"Of the weights in the matrices of the blocks: 100\.0% trained [\w, ]*")
 HEAD = """# Supported models
 
 What becomes of every causal language model that transformers {transformers} registers, and of

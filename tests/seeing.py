@@ -113,7 +113,47 @@ def _qwen3_5() -> tuple[Any, Any]:
     return config, tokenizer  # its processor needs torchvision
 
 
-SEEING = {"llava": _llava, "gemma3": _gemma3, "qwen3_5": _qwen3_5}
+def _paligemma() -> tuple[Any, Any]:
+    tokenizer = tokenizer_with("<image>")
+    tokenizer.bos_token = "<unk>"
+    size = {"height": SIDE, "width": SIDE}
+    images = transformers.SiglipImageProcessor(size=size)
+    images.image_seq_length = (SIDE // PATCH) ** 2
+    processor = transformers.PaliGemmaProcessor(
+        images, tokenizer, chat_template=TEMPLATE.replace("IMAGE", "<image>")
+    )
+    config = transformers.PaliGemmaConfig(
+        text_config={**TEXT, "model_type": "gemma", "vocab_size": len(processor.tokenizer)},
+        vision_config={**TOWER, "model_type": "siglip_vision_model", "projection_dim": 64},
+        image_token_index=processor.image_token_id, projection_dim=64,
+    )  # fmt: skip
+    return config, processor
+
+
+def _idefics3() -> tuple[Any, Any]:
+    tokenizer = tokenizer_with("<image>", "<fake_token_around_image>", "<end_of_utterance>")
+    images = transformers.Idefics3ImageProcessor(
+        size={"longest_edge": SIDE},
+        max_image_size={"longest_edge": SIDE},
+        do_image_splitting=False,
+    )
+    processor = transformers.Idefics3Processor(
+        images, tokenizer, image_seq_len=1, chat_template=TEMPLATE.replace("IMAGE", "<image>")
+    )
+    config = transformers.Idefics3Config(
+        text_config={**TEXT, "model_type": "llama", "vocab_size": len(processor.tokenizer)},
+        vision_config=TOWER, image_token_id=processor.image_token_id, scale_factor=2,
+    )  # fmt: skip
+    return config, processor
+
+
+SEEING = {
+    "paligemma": _paligemma,
+    "idefics3": _idefics3,
+    "llava": _llava,
+    "gemma3": _gemma3,
+    "qwen3_5": _qwen3_5,
+}
 
 
 def make_seeing(path: Path, kind: str) -> Path:

@@ -29,7 +29,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-WITH_PROCESSOR = [kind for kind in SEEING if kind != "qwen3_5"]
+WITH_PROCESSOR = [kind for kind in SEEING if kind not in ("qwen3_5", "paligemma")]
+"""Those whose processors TRL can ask for a completion without images, and need no torchvision."""
 
 
 def rows_of_text(directory: Path) -> Path:
@@ -88,7 +89,7 @@ def test_text_trains_the_language_model_and_the_merge_is_the_whole_checkpoint(
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert len(changed) == len(names)
-    assert all("language_model" in name and ".layers." in name for name in changed)
+    assert all(".layers." in name and "vision" not in name for name in changed)
     assert verify_merged(output, report).effect > 0
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "AutoModelForImageTextToText.from_pretrained" in card
