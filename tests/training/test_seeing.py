@@ -189,11 +189,14 @@ def test_the_processor_goes_with_the_adapter_and_the_merge(tmp_path: Path) -> No
     trained(base, rows_of_text(tmp_path), output)
     assert all((output / name).read_text() == (base / name).read_text() for name in FILES)
 
-    changed = {**own, "auto_map": {"AutoImageProcessor": "evil.Evil"}, "size": 7}
+    evil = {"auto_map": {"AutoImageProcessor": "evil.Evil"}}
+    changed = {**own, **evil, "size": 7, "part": {**evil, "a": 1}}
     (output / FILES[1]).write_text(json.dumps(changed))
     (output / FILES[0]).unlink()
     merge_adapter(output, tmp_path / "merged", progress=False)
-    assert json.loads((tmp_path / "merged" / FILES[1]).read_text()) == {**own, "size": 7}
+    assert json.loads((tmp_path / "merged" / FILES[1]).read_text()) == {
+        **own, "size": 7, "part": {"a": 1},
+    }  # fmt: skip
     assert not (tmp_path / "merged" / FILES[0]).exists()  # all of them come from one source
 
     (output / FILES[1]).write_text("[]")
