@@ -1,9 +1,10 @@
-"""Every causal language model that transformers registers: trained, saved, merged, loaded again.
+"""Every language model that transformers registers: trained, saved, merged, loaded again.
 
-For each class a tiny random model in a process of its own, over NF4: attach with the default
-targets, a training step against a dense oracle (the same model with D(Q) as plain Linears, and
-torch's own gradients), a short training, save, load, merge, and the merged checkpoint in stock
-transformers. What is found is one of
+Causal language models, or with `--others` those of images or sound and text. For each class a tiny
+random model in a process of its own, over NF4: attach with the default targets, a training step
+against a dense oracle (the same model with D(Q) as plain Linears, and torch's own gradients), a
+short training, save, load, merge, and the merged checkpoint in stock transformers. What is found is
+one of
 
     ok         everything agrees
     note       likewise, and something was said (what is not trained, for one)
@@ -11,7 +12,9 @@ transformers. What is found is one of
     no model   stock transformers makes or trains no tiny model of the kind here
     FAILED     anything else
 
-    python -m benchmarks.families [family …] [--jobs 2]
+Of a model that sees or hears, the language model is trained on text, and the merge has the whole.
+
+    python -m benchmarks.families [family …] [--jobs 2] [--others]
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import multiprocessing
 import tempfile
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, environment
 from benchmarks.tiny_families import LENGTH, NOT_ALONE, tiny_config
+from benchmarks.tiny_others import NOT_OF_TEXT, tiny_whole
+from benchmarks.whole import check_whole
 from leanlift import (
     LiftConfig,
     UserError,
@@ -44,20 +50,23 @@ from leanlift.layers import FrozenLinear
 from leanlift.model import lift_layers, weights_of
 from leanlift.model.stacks import named_parts
 from leanlift.plan import Batch, PlanSettings
+from leanlift.plan.loss import output_over_text
 from leanlift.weights.kinds import is_turned_linear, matrix_of
 
 LIMIT = 90
 # --- one family -----------------------------------------------------------------------------
 
 
-def make(family: str, place: Path) -> Any:
-    """A tiny checkpoint with weights that are no two alike; the class of the model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def make(family: str, place: Path, whole: bool) -> Any:
+    """A tiny checkpoint with weights that are no two alike, `whole` or of text; its class."""
+    from transformers import AutoTokenizer
 
     from leanlift.demo.run import BASE
+    from leanlift.plan.auto import auto_class
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    config = tiny_whole(family) if whole else tiny_config(family)
+    model = auto_class(config, family, images=whole).from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
     for module in model.modules():  # some families load the row of what pads as zeros
@@ -66,11 +75,15 @@ def make(family: str, place: Path) -> Any:
     model.config.use_cache = False
     for key, value in (("eos", 1), ("bos", None), ("pad", 0)):
         setattr(model.generation_config, f"{key}_token_id", value)
-    model.eval()(**batch())  # what stock transformers cannot run is not ours to train
+    if auto_class(config, family) is auto_class(config, family, images=whole):
+        model.eval()(**batch())  # what stock transformers cannot run is not ours to train
     model.save_pretrained(place)
     loaded = load(place, quantized=False)
+    loaded.eval()(**batch())
     ends = (each.get_input_embeddings().weight for each in (loaded, model))
-    off = (logits(loaded) - logits(model)).abs()
+    off = torch.zeros(1)
+    if type(loaded) is type(model):
+        off = (logits(loaded) - logits(model)).abs()
     # where few logits are off, a router chose between equals
     if float((off > 1e-4).float().mean()) > 0.5 or not torch.equal(*ends):
         raise ValueError("stock transformers loads another model than it has saved")
@@ -84,11 +97,14 @@ def batch(labels: bool = True) -> dict[str, Tensor]:
 
 
 def load(place: Path, quantized: bool = True) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, BitsAndBytesConfig
 
+    from leanlift.plan.auto import auto_class
+
+    kind = auto_class(AutoConfig.from_pretrained(place), str(place))
     form = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                               bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
-    return AutoModelForCausalLM.from_pretrained(
+    return kind.from_pretrained(
         place, dtype=torch.float32, quantization_config=form if quantized else None
     )
 
@@ -112,10 +128,10 @@ def check_step(model: Any, place: Path) -> tuple[float, float]:
     of the largest entry of a matrix's gradient, of a gradient."""
     twin = dense_twin(model, place)
     torch.manual_seed(0)  # some hash at random
-    expected = twin.train()(**batch()).loss
+    expected = output_over_text(twin.train(), batch()).loss
     expected.backward()
     torch.manual_seed(0)
-    loss = model.train()(**batch()).loss
+    loss = output_over_text(model.train(), batch()).loss
     loss.backward()
     worst, modules = 0.0, named_parts(twin)
     for name, layer in lift_layers(model).items():
@@ -167,12 +183,13 @@ def logits(model: Any) -> Tensor:
     return out
 
 
-def one(family: str) -> dict[str, Any]:
+def one(family: str, whole: bool = False) -> dict[str, Any]:
     """What becomes of a family; see the module's docstring."""
     heard, logger = Heard(), logging.getLogger("leanlift")
     logger.addHandler(heard)
     try:
-        row = {"family": family, "found": "FAILED", "stage": "model", "said": ""} | walked(family)
+        row = {"family": family, "found": "FAILED", "stage": "model", "said": ""}
+        row |= walked(family, whole)
     finally:
         logger.removeHandler(heard)
     if row["found"] == "ok":
@@ -183,19 +200,26 @@ def one(family: str) -> dict[str, Any]:
     return row
 
 
-def walked(family: str) -> dict[str, Any]:
+def walked(family: str, whole: bool) -> dict[str, Any]:
     """The walk, and where it ends; "ok" where it goes to its end, whatever was measured."""
     row: dict[str, Any] = {"stage": "model"}
+    reasons = NOT_OF_TEXT if whole else NOT_ALONE
     with tempfile.TemporaryDirectory() as place:
         base = Path(place) / "base"
         try:
-            row["class"] = make(family, base).__name__
+            row["class"] = make(family, base, whole).__name__
             row["stage"] = "stock"
             stock = load(base)
+        except UserError as error:
+            return {**row, "found": "refused", "said": str(error)}
         except Exception as error:
-            return {**row, "found": "no model", "said": NOT_ALONE.get(family, _first(error))}
+            return {**row, "found": "no model", "said": reasons.get(family, _first(error))}
         try:
             walk(row, stock, base, Path(place))
+            if whole:
+                row["stage"] = "whole"
+                off = check_whole(base, Path(place), load, logits)
+                row["merge_off"] = max(row["merge_off"], off)
         except UserError as error:
             early = row["stage"] in ("attach", "trainer")
             return {**row, "found": "refused" if early else "FAILED", "said": str(error)[:400]}
@@ -253,9 +277,8 @@ class Heard(logging.Handler):
 
 
 def _first(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[
-        :300
-    ]
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0]}"[:300]
 
 
 # --- all of them ----------------------------------------------------------------------------
@@ -266,14 +289,14 @@ PRELOADED = ["benchmarks.families", "leanlift.training.trainer", "leanlift.demo.
              "transformers.models.auto.modeling_auto", "bitsandbytes"]  # fmt: skip
 
 
-def _send(family: str, answer: Any) -> None:
+def _send(family: str, whole: bool, answer: Any) -> None:
     torch.set_num_threads(1)
-    answer.send(one(family))
+    answer.send(one(family, whole))
 
 
-def in_a_process(family: str) -> dict[str, Any]:
+def in_a_process(family: str, whole: bool = False) -> dict[str, Any]:
     ours, theirs = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_send, args=(family, theirs), daemon=True)
+    process = PROCESSES.Process(target=_send, args=(family, whole, theirs), daemon=True)
     process.start()
     theirs.close()
     said = f"took more than {LIMIT} s"
@@ -296,25 +319,28 @@ COLUMNS = ("family", "class", "found", "stage", "targets", "trained_share", "los
 
 
 def main() -> None:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--others", action="store_true")
     args = parser.parse_args()
     PROCESSES.set_forkserver_preload(PRELOADED)
-    families = args.families or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    table = "MULTIMODAL_LM" if args.others else "CAUSAL_LM"
+    families = args.families or list(getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES"))
+    name = "families_others.csv" if args.others else "families.csv"
     with ThreadPoolExecutor(args.jobs) as pool:
-        for found in pool.map(in_a_process, families):
+        for found in pool.map(partial(in_a_process, whole=args.others), families):
             print(
                 *(str(found.get(key)) for key in ("family", "found", "stage", "said")), flush=True
             )
-            put(found)
+            put(found, RESULTS / name)
 
 
-def put(found: dict[str, Any]) -> None:
+def put(found: dict[str, Any], path: Path) -> None:
     """Put a family's row into the results, in the place of its earlier one."""
-    path, rows = RESULTS / "families.csv", {}
+    rows = {}
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             rows = {row["family"]: row for row in csv.DictReader(file)}

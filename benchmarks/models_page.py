@@ -1,4 +1,4 @@
-"""`docs/models.md` from `results/families.csv`: what becomes of every family, as a table.
+"""`docs/models.md` from the results of the sweep: what becomes of every family, as two tables.
 
 python -m benchmarks.models_page
 """
@@ -6,6 +6,7 @@ python -m benchmarks.models_page
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,21 +14,32 @@ from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 LONGEST = 220
+FROZEN = re.compile(r"frozen \S+ \([^)]+ weights\): a part that text does not reach ?")
+ALL_TRAINED = re.compile(r"Of the weights in the matrices of the blocks: 100\.0% trained [\w, ]*")
 HEAD = """# Supported models
 
-What becomes of every causal language model that transformers {transformers} registers, by
-`benchmarks/families.py`: a tiny random model of each over NF4, its gradients against torch's own
-over dense weights, two steps of the trainer and its loss against the model's own, saved, loaded,
-merged, and the merge in stock transformers again; with a plan of it. `benchmarks/models_page.py`
-makes this page.
-
-| | families |
-|---|---|
-{counts}
+What becomes of every causal language model that transformers {transformers} registers, and of
+[those that see or hear](#models-that-see-or-hear), by `benchmarks/families.py`: a tiny random model
+of each over NF4, its gradients against torch's own over dense weights, two steps of the trainer and
+its loss against the model's own, saved, loaded, merged, and the merge in stock transformers again;
+with a plan of it. `benchmarks/models_page.py` makes this page.
 
 - **ok**: everything agrees. **note**: likewise, and something is said, which stands in the table.
 - **refused**: one sentence, before anything is trained.
 - **no model**: what stock transformers makes, loads or trains no tiny model of here.
+
+"""
+OTHERS = """
+## Models that see or hear
+
+The whole model is saved, and the language model in it trained on rows of text (of a family that has
+a class for its text part, that); the merge has every tensor of the checkpoint, and those outside
+of the language model as they were. That a note names the frozen part is not shown.
+
+"""
+TABLE = """| | families |
+|---|---|
+{counts}
 
 | family | class | found | trained | said |
 |---|---|---|---|---|
@@ -36,32 +48,44 @@ WORDS = {"ok": "ok", "note": "ok with a note", "refused": "refused", "no model":
          "FAILED": "wrong"}  # fmt: skip
 
 
-def page(rows: list[dict[str, str]]) -> str:
+def page(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
     """The whole page, from the rows of the results."""
-    found = Counter(row["found"] for row in rows)
-    counts = "\n".join(f"| {word} | {found[key]} |" for key, word in WORDS.items() if found[key])
+    head = HEAD.format(transformers=rows[0]["transformers"])
+    return head + _table(rows) + OTHERS + _table(others)
+
+
+def _table(rows: list[dict[str, str]]) -> str:
+    found = Counter(_found(row) for row in rows)
+    counts = "\n".join(f"| {word} | {found[word]} |" for word in WORDS.values() if found[word])
     lines = [
-        f"| {row['family']} | {row['class']} | {WORDS[row['found']]} | {row['targets']} "
-        f"| {_said(row)} |"
+        f"| {row['family']} | {row['class']} | {_found(row)} | {row['targets']} | {_said(row)} |"
         for row in rows
     ]
-    return (
-        HEAD.format(transformers=rows[0]["transformers"], counts=counts) + "\n".join(lines) + "\n"
-    )
+    return TABLE.format(counts=counts) + "\n".join(lines) + "\n"
+
+
+def _found(row: dict[str, str]) -> str:
+    """In words; that a part which sees is frozen is no note."""
+    return WORDS["ok" if row["found"] == "note" and not _said(row) else row["found"]]
 
 
 def _said(row: dict[str, str]) -> str:
     """In one cell, without places of this machine."""
     parts = [row["stage"] if row["found"] == "FAILED" else "", row["own_loss"], row["said"]]
     words = " ".join(word for part in parts for word in part.split())
+    words = FROZEN.sub("", words)
+    words = "" if ALL_TRAINED.fullmatch(words.strip()) else words
     words = " ".join("its checkpoint" if "/tmp" in word else word for word in words.split())
     words = words.replace("|", "\\|")
     return words if len(words) <= LONGEST else words[:LONGEST].rsplit(" ", 1)[0] + " …"
 
 
 def main() -> None:
-    with (RESULTS / "families.csv").open(newline="", encoding="utf-8") as file:
-        PAGE.write_text(page(list(csv.DictReader(file))), encoding="utf-8")
+    tables = []
+    for name in ("families.csv", "families_others.csv"):
+        with (RESULTS / name).open(newline="", encoding="utf-8") as file:
+            tables.append(list(csv.DictReader(file)))
+    PAGE.write_text(page(*tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

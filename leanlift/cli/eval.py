@@ -135,7 +135,7 @@ def _measured_rows(
         found = measured(load_model(stored, device), "base as stored")
         rows.append(Row("base as stored", "as stored", base, None, "as stored", found))
     _say(f"Loading {base} …")
-    model = load_model(args, device)
+    model = load_model(args, device, modules=_modules(options))
     if options.adapter:
         load_adapter(model, options.adapter)
         if options.base:
@@ -154,6 +154,14 @@ def _measured_rows(
         found = measured(merged, "merged")
         rows.append(Row("merged", "as stored", options.merged, None, "as stored", found))
     return rows
+
+
+def _modules(options: argparse.Namespace) -> list[str] | None:
+    """The modules that an adapter wants of its base; None: there is no adapter."""
+    if not options.adapter:
+        return None
+    with open_adapter(options.adapter) as adapter:
+        return list(adapter.base.shapes)
 
 
 def _say(line: str) -> None:

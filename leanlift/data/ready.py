@@ -11,17 +11,19 @@ from typing import Any, TypeAlias
 from datasets import Dataset, IterableDataset
 
 from leanlift.data.dataset import TokenRows, token_rows
+from leanlift.data.images import ImageRows, check_image_settings, image_rows
 from leanlift.data.lengths import Cut, check_row_settings, say, skips_preparation
 from leanlift.data.stream import token_stream
 from leanlift.data.tokenizer import prepare_tokenizer
 from leanlift.data.tokens import IGNORED, Tokenization
 from leanlift.errors import UserError
 from leanlift.rows.examples import columns_of
+from leanlift.rows.images import image_column
 from leanlift.rows.source import Row
 
 logger = logging.getLogger("leanlift")
 
-Rows: TypeAlias = Dataset | IterableDataset | list[Row] | TokenRows
+Rows: TypeAlias = Dataset | IterableDataset | list[Row] | TokenRows | ImageRows
 """What is trained and evaluated on."""
 
 
@@ -34,6 +36,7 @@ class RowsForTraining:
         embedding: rows of the base's embedding; None: not known.
         ends: end tokens of the base's generation config.
         format: a function that makes a text of a row, as TRL's `formatting_func`.
+        processor: of images, which rows may have then.
 
     Raises:
         UserError: settings that exclude each other, or that the tokenizer cannot have.
@@ -46,6 +49,7 @@ class RowsForTraining:
         embedding: int | None = None,
         ends: Any = None,
         format: Callable[[Row], str] | None = None,
+        processor: Any = None,
     ) -> None:
         check_row_settings(sft)
         if format is not None and sft.completion_only_loss:
@@ -56,7 +60,8 @@ class RowsForTraining:
         prepare_tokenizer(tokenizer, sft, embedding)
         how = Tokenization.of(tokenizer, sft, embedding, ends)
         self.how = how if format is None else replace(how, text_field="text")
-        self.sft, self.format = sft, format
+        self.sft, self.format, self.processor = sft, format, processor
+        self._with_images: bool | None = None
 
     def train(self, rows: Any) -> Any:
         """Rows to train on; see `__call__`."""
@@ -76,8 +81,11 @@ class RowsForTraining:
         Raises:
             UserError: rows that cannot be used.
         """
-        if isinstance(rows, TokenRows):
+        if isinstance(rows, (TokenRows, ImageRows)):
             return rows
+        if self._have_images(rows, name):
+            check_image_settings(self.sft, self.format)
+            return image_rows(rows, self.processor, name, self.how)
         if skips_preparation(self.sft):
             _check_prepared(rows, name)
             return rows
@@ -89,6 +97,31 @@ class RowsForTraining:
         made = token_rows(rows, self.how, name, cut, self.sft.dataset_num_proc)
         say(made.report, self.how)
         return made
+
+    def _have_images(self, rows: Any, name: str) -> bool:
+        """Whether rows are such with images; one run has such rows, or others.
+
+        Raises:
+            UserError: it has both.
+        """
+        found = self.processor is not None and has_images(rows)
+        before, self._with_images = self._with_images, found
+        if before not in (None, found):
+            raise UserError(
+                f"the {name} dataset has {'' if found else 'no '}images, unlike the one before it: "
+                "expected rows of one kind."
+            )
+        return found
+
+
+def has_images(rows: Any) -> bool:
+    """Whether rows have a column of images."""
+    if isinstance(rows, ImageRows):
+        return True
+    if isinstance(rows, (Dataset, IterableDataset)):
+        return image_column(columns_of(rows)) is not None
+    plain = isinstance(rows, (list, tuple))
+    return plain and any(isinstance(row, dict) and image_column(row) for row in rows)
 
 
 def _check_prepared(rows: Any, name: str) -> None:

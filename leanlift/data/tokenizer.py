@@ -16,6 +16,8 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from leanlift.errors import UserError, first_line
+from leanlift.io.bounded import MOST_OF_A_STRANGER
+from leanlift.io.files import read_json
 from leanlift.weights.grown import check_growth
 
 logger = logging.getLogger("leanlift")
@@ -45,6 +47,25 @@ def load_tokenizer(
         raise UserError(
             f"the tokenizer of {source} cannot be loaded: {first_line(error)}"
         ) from error
+    if getattr(tokenizer, "chat_template", None) is None:
+        tokenizer.chat_template = _processor_template(path)
+    return tokenizer
+
+
+def _processor_template(directory: Path) -> str | None:
+    """The template that older versions of transformers saved with a processor, where no tokenizer
+    looks for it."""
+    file = directory / "chat_template.json"
+    data = read_json(file, MOST_OF_A_STRANGER) if file.is_file() else {}
+    found = data.get("chat_template") if isinstance(data, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = processing_class.chat_template
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from trl.data_utils import common_prefix_length
 
 from leanlift.data.dataset import a_dataset, tokenized
 from leanlift.data.positions import check_positions
+from leanlift.data.ready import has_images
 from leanlift.data.tokens import Tokenization, Tokens
 from leanlift.errors import UserError
 from leanlift.evaluation.answers import Sample, greedy_answers, pad_left, sum_of_losses
@@ -222,6 +223,11 @@ def to_samples(rows: Any, tokenizer: Any, how: Tokenization | None = None) -> li
         UserError: no rows, or rows that cannot be used.
     """
     rows, how = a_dataset(rows, "eval"), how or Tokenization.of(tokenizer)
+    if has_images(rows):
+        raise UserError(
+            "the eval dataset has images, and what is measured here is text: leave their column "
+            "out, or evaluate while training, with eval_dataset_name."
+        )
     given = list(rows["answer"]) if "answer" in rows.column_names else None
     samples: list[Sample] = []
     before = -1

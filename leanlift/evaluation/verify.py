@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from leanlift.adapters import RUN_NAME, Adapter, open_adapter
 from leanlift.data.dataset import load_rows, tokenized
+from leanlift.data.ready import has_images
 from leanlift.data.tokenizer import load_tokenizer, vocabulary_rows
 from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
@@ -29,6 +30,8 @@ from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.tensors import read_json
 from leanlift.model import grow_embedding, load_adapter, scale_adapter
 from leanlift.model.stacks import named_parts
+from leanlift.plan.auto import auto_class_with
+from leanlift.rows.images import COLUMNS, text_alone
 from leanlift.tiles import row_ranges, tile_rows
 from leanlift.training.load import load_as_trained
 from leanlift.weights.kinds import matrix_of
@@ -86,7 +89,7 @@ def verify_merged(
         make = _as_trained if merged.onto == "quantized" else _onto_original
         with torch.no_grad():
             before, reference = make(opened, merged, prompts)
-            found = _logits(_load(merged.output, merged.dtype), prompts)
+            found = _logits(_load(merged.output, merged.dtype, opened), prompts)
         coarser = [merged.dtype] + [opened.base.dtype] * (merged.onto == "quantized")
     largest = max(float(logits.abs().max()) for logits in reference)
     result = Verification(
@@ -117,7 +120,11 @@ def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
             "with, --data rows.json."
         )
     how = Tokenization.as_trained(load_tokenizer(merged), facts, vocabulary_rows(merged))
-    examples = tokenized(load_rows(data, str(split)), how, "first")
+    rows: Any = load_rows(data, str(split))
+    if has_images(rows):  # what an image becomes is the same on both sides: the text is enough
+        first = rows.remove_columns([c for c in COLUMNS if c in rows.column_names])
+        rows = [text_alone(row) for row in islice(first, PROMPTS)]
+    examples = tokenized(rows, how, "first")
     return [torch.tensor([tokens.ids[:TOKENS]]) for _, _, tokens in islice(examples, PROMPTS)]
 
 
@@ -125,7 +132,7 @@ def _onto_original(
     adapter: Adapter, merged: MergeReport, prompts: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of the base, and of the base with the offsets added to its modules."""
-    model = _load(merged.base, merged.dtype)
+    model = _load(merged.base, merged.dtype, adapter)
     if adapter.grown is not None:
         grow_embedding(model, adapter.grown.rows)
     before = _logits(model, prompts)
@@ -151,11 +158,11 @@ def _as_trained(
     return _logits(model, prompts), reference
 
 
-def _load(directory: str, dtype: str) -> Any:
+def _load(directory: str, dtype: str, adapter: Adapter) -> Any:
     """A checkpoint as stock transformers loads it; on the GPU where it has room."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype_of(dtype), trust_remote_code=False
-    )
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    kind = auto_class_with(config, directory, adapter.base.shapes)
+    model: Any = kind.from_pretrained(directory, dtype=dtype_of(dtype), trust_remote_code=False)
     needed = sum(parameter.nbytes for parameter in model.parameters())
     if torch.cuda.is_available() and 1.3 * needed < torch.cuda.mem_get_info()[0]:
         model = model.cuda()

@@ -14,6 +14,8 @@ from typing import Any
 from leanlift.adapters import RUN_NAME, Adapter
 from leanlift.errors import UserError
 from leanlift.io.bounded import MOST_OF_A_STRANGER
+from leanlift.io.hub import snapshot_of
+from leanlift.io.kinds import CAUSAL, IMAGES, auto_class_name
 from leanlift.io.tensors import read_json
 
 CARD_NAME = "README.md"
@@ -54,15 +56,29 @@ With vLLM: `vllm serve ./{name} --dtype {dtype}`
 With llama.cpp: `python convert_hf_to_gguf.py {name} --outfile {name}.gguf`
 """
 
+WITH_PROCESSOR = """## Use
+
+With transformers:
+
+```python
+from transformers import AutoProcessor, {kind}
+
+processor = AutoProcessor.from_pretrained("{name}")
+model = {kind}.from_pretrained("{name}")
+```
+
+With vLLM: `vllm serve ./{name} --dtype {dtype}`
+"""
+
 LOAD = """## Use
 
 Stock PEFT loads it, without leanlift:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {kind}
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
+base = {kind}.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base, "{name}")
 ```
 
@@ -71,7 +87,13 @@ model = PeftModel.from_pretrained(base, "{name}")
 
 
 def merged_card(
-    adapter: Adapter, base: str, dtype: str, onto: str, name: str, chat: bool = False
+    adapter: Adapter,
+    base: str,
+    dtype: str,
+    onto: str,
+    name: str,
+    chat: bool = False,
+    kind: str = CAUSAL,
 ) -> str:
     """The card of a merged checkpoint.
 
@@ -81,18 +103,20 @@ def merged_card(
         dtype, onto: how it was merged.
         name: of the output directory.
         chat: whether it has a chat template.
+        kind: transformers' Auto class that loads it whole.
     """
     prompt = '[{"role": "user", "content": "Hello"}]' if chat else '"Hello"'
     facts = {"weights": dtype, "merged onto": f"{onto}: {ONTO_WORDS[onto]}"}
+    use = SERVE if kind == CAUSAL else WITH_PROCESSOR
     lines = [
-        *_front_matter(base, "transformers"),
+        *_front_matter(base, "transformers", kind),
         f"# {name}",
         "",
         f"{_shown(base)}, fine-tuned with leanlift: a few per cent of each weight matrix, its "
         "principal weights (LIFT, arXiv 2506.00772), were trained over a frozen base.",
         "",
         *_about(adapter, base, facts),
-        SERVE.format(name=name, prompt=prompt, dtype=dtype),
+        use.format(name=name, prompt=prompt, dtype=dtype, kind=kind),
     ]
     return "\n".join(lines)
 
@@ -100,14 +124,16 @@ def merged_card(
 def peft_card(adapter: Adapter, name: str) -> str:
     """The card of an adapter in PEFT's form."""
     base = adapter.base.name
+    place = snapshot_of(base, adapter.base.revision)
+    kind = auto_class_name({} if place is None else _read(place / "config.json")) or CAUSAL
     lines = [
-        *_front_matter(base, "peft"),
+        *_front_matter(base, "peft", kind),
         f"# {name}",
         "",
         f"A sparse adapter (PEFT's SHiRA form) for {_shown(base)}, trained with leanlift.",
         "",
         *_about(adapter, base, {}),
-        LOAD.format(name=name, base=_shown(base)),
+        LOAD.format(name=name, base=_shown(base), kind=kind),
     ]
     return "\n".join(lines)
 
@@ -121,13 +147,13 @@ def _shown(base: str) -> str:
     return _plain(base if _is_hub_name(base) else Path(base).name)
 
 
-def _front_matter(base: str, library: str) -> list[str]:
+def _front_matter(base: str, library: str, kind: str) -> list[str]:
     """What the hub reads."""
     return [
         "---",
         *([f"base_model: {_plain(base)}"] if _is_hub_name(base) else []),
         f"library_name: {library}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'image-text-to-text' if kind == IMAGES else 'text-generation'}",
         "tags: [leanlift, sparse-fine-tuning]",
         "---",
     ]

@@ -42,6 +42,7 @@ from leanlift.export.requantized import Requantized
 from leanlift.export.rows import put_vocabulary, with_new_matrices, with_new_rows
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
+from leanlift.io.kinds import CAUSAL, auto_class_name
 from leanlift.io.tensors import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.source import (
     Rows,
@@ -227,9 +228,10 @@ def _write_small_files(
 def _write_card(
     output: Path, adapter: Adapter, base: str, dtype: str, onto: str, title: str
 ) -> None:
-    """The model card, which says whether there is a chat template."""
+    """The model card, which says whether there is a chat template, and what loads it whole."""
     chat = (output / "chat_template.jinja").is_file()
-    card = merged_card(adapter, base, dtype, onto, title, chat)
+    kind = auto_class_name(read_json(output / "config.json"), images=True) or CAUSAL
+    card = merged_card(adapter, base, dtype, onto, title, chat, kind)
     (output / CARD_NAME).write_text(card, encoding="utf-8")
 
 

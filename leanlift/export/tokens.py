@@ -19,6 +19,7 @@ from typing import Any
 
 from leanlift.adapters.special import SpecialTokens, as_ids, union
 from leanlift.errors import UserError
+from leanlift.export.processors import FILES, write_processor
 from leanlift.io.hub import inside
 from leanlift.io.tensors import read_json, write_json
 
@@ -41,7 +42,7 @@ LARGEST = 128 * 2**20
 
 
 def write_tokenizer(base: Path, adapter: Path, output: Path, rows: int | None) -> None:
-    """Write the tokenizer files of a merge.
+    """Write the tokenizer files of a merge, and its processor's.
 
     Args:
         base: the base checkpoint, whose small files are in `output` already.
@@ -52,6 +53,7 @@ def write_tokenizer(base: Path, adapter: Path, output: Path, rows: int | None) -
     Raises:
         UserError: a tokenizer that is larger than the embedding, damaged, or a link to elsewhere.
     """
+    write_processor(base, adapter, output)
     own = [name for name in TOKENIZER_FILES if (adapter / name).is_file()]
     if not has_tokenizer(adapter):
         copy_files(adapter, output, [name for name in own if name in TEMPLATES])
@@ -94,12 +96,13 @@ def copy_files(source: Path, output: Path, names: list[str]) -> None:
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:
-    """Copy what there is of an adapter's tokenizer and its chat template.
+    """Copy what there is of an adapter's tokenizer, its chat template and its processor.
 
     Raises:
         UserError: a file is a link to somewhere else on this machine.
     """
-    copy_files(source, output, [name for name in TOKENIZER_FILES if (source / name).is_file()])
+    files = (*TOKENIZER_FILES, *FILES)
+    copy_files(source, output, [name for name in files if (source / name).is_file()])
 
 
 def trained_tokens(adapter: Path, recorded: SpecialTokens) -> SpecialTokens:

@@ -25,10 +25,10 @@ from leanlift.fingerprint.cells import Cells, cells_of
 from leanlift.fingerprint.samples import Comparison
 from leanlift.io.hub import snapshot_of
 from leanlift.layers import FrozenLinear, LiftEmbedding
+from leanlift.model.blocks import inside_blocks
 from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
-from leanlift.model.targets import inside_blocks
 from leanlift.source import find, layout_in, open_checkpoint, plain_view, stored_cells
 from leanlift.sparse import SegmentedIndex
 from leanlift.weights.kinds import is_stored_turned

@@ -25,11 +25,18 @@ def base_of(model: Any) -> Any:
 
 
 def few_ids(model: Any) -> Tensor:
-    """Ids [2, 9] that any vocabulary has."""
-    device = next(model.parameters()).device
-    ids = torch.arange(18, device=device) * 7 + 3
-    sizes = embedding_size(model), getattr(model.config.get_text_config(), "vocab_size", None)
-    return ids.view(2, 9) % min(97, *(size for size in sizes if isinstance(size, int)))
+    """Ids [2, 9] that any vocabulary has, and that stand for nothing else than text."""
+    device, text = next(model.parameters()).device, model.config.get_text_config()
+    sizes = embedding_size(model), getattr(text, "vocab_size", None)
+    most = min(97, *(size for size in sizes if isinstance(size, int)))
+    special = {
+        value
+        for name, value in (*vars(model.config).items(), *vars(text).items())
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    plain = [number for number in range(most) if number not in special] or [0]
+    ids = [plain[(7 * place + 3) % len(plain)] for place in range(18)]
+    return torch.tensor(ids, device=device).view(2, 9)
 
 
 def is_base_of_its_part(model: Any) -> bool:

@@ -2,7 +2,7 @@
 
 The default is every one of them inside the blocks but for routers: found by walking the module
 lists of the model, so no model family is named anywhere. What lies outside (embeddings, lm_head) is
-never a target.
+never a target; blocks that text does not go through (`blocks`) are one only where they are named.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import nn
 from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
 from leanlift.layers import FrozenExperts
+from leanlift.model.blocks import inside_blocks, inside_language, other_towers, towers_lines
 from leanlift.model.presets import in_preset
 from leanlift.model.reading import read_by_parent
 from leanlift.model.stacks import named_parts
-from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
+from leanlift.weights.kinds import is_dense_linear, matrix_of
 from leanlift.weights.quantized import is_quantized
 from leanlift.weights.stacks import ExpertStack
 
@@ -47,7 +48,8 @@ def find_targets(
 
     Args:
         model: a stock model.
-        wanted: "all-linear", "attention", "mlp", or endings of module names.
+        wanted: "all-linear", "attention", "mlp", or endings of module names: in the language model
+            where they are there, else in a part that text does not reach.
         excluded: endings of names of what is not trained all the same.
         selects: a preset passes over what it says no of, as long as anything is left; what is
             named is not passed over.
@@ -59,7 +61,9 @@ def find_targets(
     names = named_parts(model)
     everything = inside_blocks(names)
     inside = _without(everything, excluded, type(model).__name__)
+    language = inside_language(names)
     if wanted in TARGET_PRESETS:
+        inside = [name for name in inside if name in language]
         found = _of_preset(names, inside, str(wanted), type(model).__name__)
         return [name for name in found if selects(_shape(names[name]), name)] or found
     endings = (wanted,) if isinstance(wanted, str) else wanted
@@ -72,7 +76,12 @@ def find_targets(
             f"target_modules={unmatched} matches nothing inside the blocks of this "
             f"{type(model).__name__}: its Linears there are called {linears}."
         )
-    found = [name for name in inside if any(ends_in(name, end) for end in endings)]
+    own = [end for end in endings if any(ends_in(name, end) for name in language)]
+    found = [
+        name
+        for name in inside
+        if any(ends_in(name, end) and (name in language or end not in own) for end in endings)
+    ]
     if not found:
         raise MaskError("exclude_modules leaves nothing of target_modules: name less, or more.")
     for name in found:
@@ -113,24 +122,6 @@ def ends_in(name: str, ending: str) -> bool:
     return name == ending or name.endswith(f".{ending}")
 
 
-def inside_blocks(names: dict[str, nn.Module]) -> list[str]:
-    """The modules inside the blocks of a model, given all of its modules by name."""
-    blocks = _block_lists(names)
-    inside = [name for name in names if any(name.startswith(f"{b}.") for b in blocks)]
-    seen: set[int] = set()
-    return [name for name in inside if not _is_again(names[name], seen)]
-
-
-def _is_again(module: nn.Module, seen: set[int]) -> bool:
-    """Whether a Linear has the weight of one before it, as in blocks that a model goes through
-    several times: it is trained, saved and stored under the first name. `seen` is added to."""
-    if not isinstance(module, nn.Linear) and not is_turned_linear(module):
-        return False
-    again = id(module.weight) in seen
-    seen.add(id(module.weight))
-    return again
-
-
 def _without(inside: list[str], excluded: str | tuple[str, ...], kind: str) -> list[str]:
     """The modules inside the blocks but for those that are excluded.
 
@@ -160,18 +151,6 @@ def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
 def _is_linear(module: nn.Module) -> bool:
     stack = isinstance(module, ExpertStack | FrozenExperts)
     return stack or is_dense_linear(module) or is_quantized(module)
-
-
-def block_lists(model: nn.Module) -> list[str]:
-    """The outermost module lists of a model: where a transformer keeps its blocks."""
-    return _block_lists(named_parts(model))
-
-
-def _block_lists(names: dict[str, nn.Module]) -> list[str]:
-    lists = [
-        name for name, module in names.items() if isinstance(module, nn.ModuleList) and len(module)
-    ]
-    return [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
 
 
 def _refuse_untrainable(names: dict[str, nn.Module], inside: list[str], found: list[str]) -> None:
@@ -271,15 +250,23 @@ def what_is_left(
     wanted: str | tuple[str, ...],
     excluded: str | tuple[str, ...] = (),
 ) -> str | None:
-    """What a preset trains inside the blocks and what it leaves, as a table; None: it leaves
-    nothing. The arguments are those of `find_targets`, and `found` is what that gave."""
-    if wanted not in TARGET_PRESETS:
-        return None
+    """What a preset trains inside the blocks and what it leaves, as a table; of what is named, what
+    text does not reach; None: there is nothing to say. The arguments are those of `find_targets`,
+    and `found` is what that gave."""
     names = named_parts(model)
+    language = inside_language(names)
+    if wanted not in TARGET_PRESETS:
+        beyond = [name for name in found if name not in language]
+        return (
+            f"Rows of text give {len(beyond)} of the matrices named no gradient, such as "
+            f"{beyond[0]}: they are in a part that text does not reach."
+            if beyond
+            else None
+        )
     inside = [name for name in _without(inside_blocks(names), excluded, "")
-              if in_preset(names, name, str(wanted))]  # fmt: skip
-    left = untrained(names, inside, found)
-    if not left:
+              if name in language and in_preset(names, name, str(wanted))]  # fmt: skip
+    left, towers = untrained(names, inside, found), other_towers(names)
+    if not left and not towers:
         return None
     kinds: dict[str, tuple[int, str]] = {}
     for part in left:
@@ -296,7 +283,9 @@ def what_is_left(
         weights = sum(count for _, (count, _) in frozen[MOST_NAMED:])
         rows.append(((1 - share) * weights / rest, "frozen   others"))
     lines = [f"  {part:6.1%}  {text}" for part, text in rows]
-    return "\n".join(["Of the weights in the matrices of the blocks:", *lines])
+    return "\n".join(
+        ["Of the weights in the matrices of the blocks:", *lines, *towers_lines(towers)]
+    )
 
 
 def _leaf(name: str) -> str:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from transformers import AutoConfig, masking_utils
 from transformers.initialization import no_init_weights
 from transformers.integrations import moe
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
 from leanlift.layers.lm_head import LIKELIHOOD, Objective
+from leanlift.plan.auto import auto_class, how_loaded
 from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.plan.planner import Known, plan_step
 from leanlift.plan.result import MemoryPlan
@@ -37,6 +38,7 @@ def plan_memory(
     objective: Objective = LIKELIHOOD,
     revision: str | None = None,
     known: Known | None = None,
+    images: bool = False,
 ) -> MemoryPlan:
     """What fine-tuning a model will need, without its weights.
 
@@ -47,15 +49,23 @@ def plan_memory(
         attn_implementation, trust_remote_code, revision: as in `from_pretrained`.
         objective: what a token costs.
         known: of earlier plans for this model and objective: what has been run is not run again.
+        images: whether rows have some: the part that sees is there then, where a kind of model has
+            a class without it. What it keeps of images is not counted.
 
     Raises:
         UserError: no such model, one without targets, or settings that cannot be planned.
     """
-    base = FakeBase.of(model, attn_implementation, trust_remote_code, revision)
+    base = FakeBase.of(model, attn_implementation, trust_remote_code, revision, images)
     planned = base.planned(config or LiftConfig(), settings or PlanSettings())
     loss = partial(loss_of_all_tokens, objective=objective)
     with without_packing_search(), grouped_products():
-        return plan_step(planned, base.name, loss, known)
+        plan = plan_step(planned, base.name, loss, known)
+    loaded = how_loaded(base.shape, images)
+    if loaded is not None:
+        plan.notes.append(loaded)
+    if images:
+        plan.notes.append("what the part that sees keeps of its images is not counted.")
+    return plan
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,7 @@ class FakeBase:
         shape: its configuration.
         stored: how its checkpoint is quantized; None: not at all.
         attn_implementation, trust_remote_code: as in `from_pretrained`.
+        images: whether rows have some: see `auto_class`.
     """
 
     name: str
@@ -74,6 +85,7 @@ class FakeBase:
     stored: dict[str, Any] | None
     attn_implementation: str | None
     trust_remote_code: bool
+    images: bool = False
 
     @classmethod
     def of(
@@ -82,6 +94,7 @@ class FakeBase:
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        images: bool = False,
     ) -> FakeBase:
         """As `plan_memory` takes and refuses it."""
         try:
@@ -89,13 +102,14 @@ class FakeBase:
                 model, revision=revision, trust_remote_code=trust_remote_code
             )
             stored = stored_quantization(shape, str(model))
+            auto_class(shape, str(model), images)
         except UserError:
             raise
         except Exception as error:  # a config.json may hold anything; each class has own checks
             raise _unplannable(str(model), error) from error
         if stored is not None:
             del shape.quantization_config
-        return cls(str(model), shape, stored, attn_implementation, trust_remote_code)
+        return cls(str(model), shape, stored, attn_implementation, trust_remote_code, images)
 
     @property
     def tied(self) -> bool:
@@ -125,7 +139,7 @@ class FakeBase:
         dtype = settings.model_dtype
         try:
             with no_init_weights(), converting_anew():  # some look at what they put in
-                model = AutoModelForCausalLM.from_config(
+                model = auto_class(self.shape, self.name, self.images).from_config(
                     self.shape,
                     dtype=dtype,
                     attn_implementation=self.attn_implementation,
@@ -133,6 +147,8 @@ class FakeBase:
                 )
             model.tie_weights()
             return model
+        except UserError:
+            raise
         except Exception as error:
             raise _unplannable(self.name, error) from error
 

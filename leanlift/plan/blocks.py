@@ -22,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leanlift.measure.live import LiveBytes
-from leanlift.model.targets import block_lists
+from leanlift.model.blocks import block_lists
 
 Mark = tuple[str, int]
 NUMBERED = ("idx", "index", "layer_id", "layer_number", "layer_num")

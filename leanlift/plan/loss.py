@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -43,9 +44,32 @@ def loss_of_all_tokens(
         given["attention_mask"] = torch.ones_like(ids)
     head, one = output_head(model), torch.tensor(1.0)
     if head is None or finish is None:
-        chosen, wanted = next_tokens(model(**given).logits, labels, places)
+        chosen, wanted = next_tokens(output_over_text(model, given).logits, labels, places)
         return whole_cost(chosen.float(), wanted, objective)
-    hidden = base_of(model)(**given).last_hidden_state  # alive beside its part, as in training
+    hidden = output_over_text(
+        base_of(model), given
+    ).last_hidden_state  # beside its part, as in a run
     states, wanted = next_tokens(hidden, labels, places)
     head = first_tiles(finish.of(head), *states.shape)
     return head_loss(states, wanted, head, one, objective=objective).loss
+
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""What some models that see want to know of each token while they train: 0 is one of text."""
+
+
+def token_types_wanted(error: Exception) -> tuple[str, ...]:
+    """Which of `TOKEN_TYPES` a model has just said to lack; none where it said something else."""
+    found = re.search(r"\b(?:mm_)?token_type_ids\b", str(error))
+    return (found[0],) if found and isinstance(error, ValueError) else ()
+
+
+def output_over_text(model: Any, given: dict[str, Any]) -> Any:
+    """What a model gives for a batch of text, told what its tokens are if it asks for that."""
+    try:
+        return model(**given)
+    except ValueError as error:
+        wanted = token_types_wanted(error)
+        if not wanted:
+            raise
+        return model(**given, **{name: torch.zeros_like(given["input_ids"]) for name in wanted})

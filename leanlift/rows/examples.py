@@ -84,6 +84,7 @@ class ExampleReader:
         chat: whether there is a chat template; alpaca rows then become chats.
         text_field: the column of plain texts.
         whole_chats: a chat is one example, `messages`, of which everything is trained.
+        images: whether contents may have places for images; they stay lists of parts then.
 
     Raises:
         UserError: the columns are of no known shape.
@@ -96,7 +97,9 @@ class ExampleReader:
         chat: bool,
         text_field: str = "text",
         whole_chats: bool = False,
+        images: bool = False,
     ) -> None:
+        self.images = images
         self.name, self.chat, self.text_field = name, chat, text_field
         self.whole_chats = whole_chats
         self.notes = Notes()
@@ -277,9 +280,11 @@ class ExampleReader:
             "null in an assistant turn with tool_calls)",
         )
 
-    def _content_text(self, content: Any, number: int, column: str) -> str:
+    def _content_text(self, content: Any, number: int, column: str) -> Any:
         """A content as a text; its parts joined where they are texts."""
         form = type(content)
+        if self.images and form is list:
+            return [self._part(part, number, column) for part in content]
         known, first = self._content = self._content or (form, number)
         if form in (str, list) and known in (str, list) and form is not known:
             forms = {str: "a text", list: "a list of parts"}
@@ -300,6 +305,19 @@ class ExampleReader:
                 )
         self.notes.add(PARTS, number)
         return "".join(self._text(part.get("text"), number, column) for part in content)
+
+    def _part(self, part: Any, number: int, column: str) -> Row:
+        """A part of a content that may have images: a text, or a place for an image."""
+        kind = part.get("type", "text") if isinstance(part, dict) else part
+        if kind == "image" and set(part) == {"type"}:
+            return {"type": "image"}
+        if kind != "text":
+            self.refuse(
+                number,
+                f"a content part {part!r:.60} in {column!r}: expected texts, and "
+                '{"type": "image"} for each image of the column images',
+            )
+        return {"type": "text", "text": self._text(part.get("text"), number, column)}
 
     def _weight(self, weight: Any, number: int, column: str) -> int:
         if weight is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from leanlift.errors import UserError
 from leanlift.rows.examples import ExampleReader
+from leanlift.rows.images import image_column
 from leanlift.rows.source import LINES, check_place, read_json_rows
 
 LOOKED_AT = 20
@@ -41,6 +42,7 @@ def _read_rows(rows: list[dict[str, Any]], name: str, text_field: str) -> None:
     columns = {column for row in rows for column in row}
     if "input_ids" in columns:
         return
-    reader = ExampleReader(name, sorted(columns), True, text_field)
+    images = image_column(columns) is not None
+    reader = ExampleReader(name, sorted(columns), True, text_field, images=images)
     for number, row in enumerate(rows[:LOOKED_AT]):
         reader({column: value for column, value in row.items() if value is not None}, number)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanlift.errors import UserError, first_line
+from leanlift.rows.images import with_places
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +47,7 @@ def load_rows(source: str, split: str = "train", name: str = "train") -> Dataset
     path, kind = check_place(source)
     try:
         if kind == "json":
-            rows = as_dataset(read_json_rows(path))
+            rows = as_dataset(with_places(read_json_rows(path), path.parent))
         elif kind:
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         else:

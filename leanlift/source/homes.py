@@ -27,7 +27,7 @@ from leanlift.fingerprint import (
 )
 from leanlift.fingerprint.cells import Cells, cells_of, dense_cells, entries_of
 from leanlift.fingerprint.samples import ENDS, Comparison, Sample, spread
-from leanlift.source.checkpoint import SourceTensor, open_checkpoint
+from leanlift.source.checkpoint import open_checkpoint
 from leanlift.source.joined import JoinedRows
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
@@ -107,8 +107,9 @@ def check_homes(base: BaseFingerprint, directory: Path) -> None:
                     "that has its tensors under the model's own names."
                 )
         located = {name: find(name, tensors, base.layout) for name in base.sampled}
-        ends = {name: found for name, found in located.items() if isinstance(found, SourceTensor)}
-        other = other_stored_end(base, ends, Comparison()) if len(ends) == len(located) else None
+        ends = {name: found for name, found in located.items() if found is not None}
+        whole = not any(isinstance(found, StoredMatrix) for found in ends.values())
+        other = other_stored_end(base, ends, Comparison()) if whole else None
         if other is not None:
             raise UserError(
                 f"the model has other numbers in {other} than {directory}, from which it was "
@@ -130,7 +131,7 @@ def other_stored_end(
 
     def read(name: str, rows: int) -> Tensor:
         tensor = ends[name]
-        assert isinstance(tensor, SourceTensor)
+        assert not isinstance(tensor, StoredMatrix)
         return tensor.sample(rows)
 
     digest = digest_of(base.sampled, read, base.dtype)
@@ -139,7 +140,7 @@ def other_stored_end(
 
 
 def _end_sample(tensor: Stored) -> str:
-    assert isinstance(tensor, SourceTensor)
+    assert not isinstance(tensor, StoredMatrix)
     flat = spread(math.prod(tensor.shape), ENDS)
     one_row = len(tensor.shape) == 1
     values = tensor.whole()[flat] if one_row else entries_of(tensor, flat)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leanlift.fingerprint import Home, overlaps
+from leanlift.fingerprint import Home, overlaps, sampled_rows
 from leanlift.source.checkpoint import SourceTensor
 
 
@@ -134,6 +134,11 @@ class JoinedRows:
     def whole(self) -> Tensor:
         """All rows."""
         return self.rows(0, self.shape[0])
+
+    def sample(self, rows: int) -> Tensor:
+        """At most that many rows, evenly spaced."""
+        chosen = sampled_rows(self.shape[0], rows)
+        return torch.cat([self.rows(row, row + 1) for row in chosen])
 
     def entries(self, flat: Tensor) -> Tensor:
         """Entries at row-major positions [s] of the model's matrix, in increasing order; of the

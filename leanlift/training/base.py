@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from leanlift.defaults import default_dtype
 from leanlift.errors import UserError, first_line
@@ -21,6 +21,7 @@ from leanlift.io.hub import cached_commit, check_name
 from leanlift.io.places import base_directory
 from leanlift.measure import is_out_of_memory
 from leanlift.model import quantize_experts
+from leanlift.plan.auto import auto_class, auto_class_with
 from leanlift.source import open_checkpoint, stored_quantization
 from leanlift.training.arguments import RunArguments
 from leanlift.weights.quantized import (
@@ -37,9 +38,18 @@ def load_model(
     device: torch.device,
     trust_remote_code: bool = False,
     experts_too: bool = True,
+    images: bool = False,
+    modules: Iterable[str] | None = None,
 ) -> Any:
-    """The base model, quantized as asked for, or as its checkpoint is, with its experts likewise
-    unless `experts_too` is false.
+    """The base model, quantized as asked for, or as its checkpoint is.
+
+    Args:
+        args: of the run.
+        device: where it goes.
+        trust_remote_code: as in `from_pretrained`.
+        experts_too: whether its experts are quantized likewise.
+        images: whether rows have some: see `auto_class`.
+        modules: names that the model has, where they are known: see `auto_class_with`.
 
     Raises:
         UserError: missing, half-downloaded or damaged checkpoint, one of another architecture than
@@ -58,7 +68,7 @@ def load_model(
             _check_request(args, own)
             _check_merge(args)
         asked = None if own is not None else quantization(args, dtype)
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = _class_of(config, name, images, modules).from_pretrained(
             name,
             revision=args.model_revision,
             dtype=dtype,
@@ -84,6 +94,13 @@ def load_model(
     return quantize_experts(model) if experts_too else model
 
 
+def _class_of(config: Any, name: str, images: bool, modules: Iterable[str] | None) -> Any:
+    """The Auto class to load a base by; see `load_model`."""
+    if modules is None:
+        return auto_class(config, name, images)
+    return auto_class_with(config, name, modules)
+
+
 def check_loads(directory: Path) -> None:
     """Whether stock transformers would read a 16-bit checkpoint whole, from its headers alone:
     what is merged onto it would be read as it is.
@@ -97,7 +114,7 @@ def check_loads(directory: Path) -> None:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if "auto_map" in config.to_dict():
             return
-        _, found = AutoModelForCausalLM.from_pretrained(
+        _, found = auto_class(config, str(directory)).from_pretrained(
             directory,
             config=config,
             device_map="meta",
@@ -105,6 +122,8 @@ def check_loads(directory: Path) -> None:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"the base {directory} cannot be loaded: {first_line(error)}") from error
     check_read_whole(found, str(directory))
@@ -181,7 +200,7 @@ def check_read_whole(found: dict[str, Any], name: str) -> None:
     ):
         if keys:
             raise UserError(
-                f"the base {name} was not read whole: it {what}: {_some(keys)}. Expected a causal "
+                f"the base {name} was not read whole: it {what}: {_some(keys)}. Expected a "
                 "language model's checkpoint that belongs to its config.json; fetch it again, or "
                 "name another one."
             )

@@ -18,6 +18,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from leanlift.data.dataset import TokenRows
+from leanlift.data.images import ImageRows
 from leanlift.data.lengths import skips_preparation
 from leanlift.data.tokens import IGNORED
 from leanlift.plan import Batch, largest_batch
@@ -29,10 +30,12 @@ FLAT = ("bfd", "bfd_split")
 
 @dataclass(frozen=True)
 class Batches:
-    """The worst micro-batches of a run; None: not known, or no evaluation."""
+    """The worst micro-batches of a run; None: not known, or no evaluation. And whether rows have
+    images."""
 
     train: Batch | None = None
     eval: Batch | None = None
+    images: bool = False
 
 
 def worst_batches(rows: Any, eval_rows: Any, sft: Any) -> Batches:
@@ -46,12 +49,15 @@ def worst_batches(rows: Any, eval_rows: Any, sft: Any) -> Batches:
     return Batches(
         worst_batch(rows, sft.per_device_train_batch_size, sft, sft.packing),
         worst_batch(eval_rows, sft.per_device_eval_batch_size, sft, eval_packing),
+        isinstance(rows, ImageRows),
     )
 
 
 def worst_batch(rows: Any, size: int, sft: Any, packing: bool) -> Batch | None:
     """The worst batch of `size` rows that can occur; None where lengths are not known: packs are
     as long as `max_length` says."""
+    if isinstance(rows, ImageRows):  # as long as the longest that were looked at
+        return Batch(min(size, len(rows.data)), rows.longest, None, padded=size > 1)
     if packing or getattr(sft, "padding_free", False) or not isinstance(rows, TokenRows):
         return None
     if skips_preparation(sft):

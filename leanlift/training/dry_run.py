@@ -76,8 +76,9 @@ def dry_run(
         ready, _, _ = look_at_input(job, plan)
         check_room(args, sft, job.plan, ready.data, job.output, card)
         with screen.phase("Looking for a place for every matrix"):
-            targets = targets_of(args, sft)
-            merges = _check_merge(args, sft, targets)
+            images = ready.processor is not None
+            targets = targets_of(args, sft, images)
+            merges = _check_merge(args, sft, targets, images)
     steps = steps_of(ready.data, sft)
     needed, free = disk_nbytes(args, sft, job.plan, steps), free_nbytes(job.output)
     checked = Checked(steps, job.plan, len(targets), merges, needed, free)
@@ -106,7 +107,10 @@ def lines_of(
 
 
 def _check_merge(
-    args: RunArguments, sft: LiftSFTConfig, targets: dict[str, tuple[int, int]]
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    targets: dict[str, tuple[int, int]],
+    images: bool,
 ) -> bool | None:
     """Whether what is trained can be merged; None: the checkpoint is not here.
 
@@ -116,7 +120,7 @@ def _check_merge(
     place = Path(args.model_name_or_path)
     if not place.is_dir():
         return None
-    check_matrix_homes(targets, place, layout_of_base(args, sft, place))
+    check_matrix_homes(targets, place, layout_of_base(args, sft, place, images))
     return True
 
 

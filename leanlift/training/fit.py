@@ -219,7 +219,8 @@ def _smaller(batches: Batches | None, sft: LiftSFTConfig) -> Batches | None:
     if batches is None:
         return None
     train = _of_rows(batches.train, sft.per_device_train_batch_size, sft.max_length)
-    return Batches(train, _of_rows(batches.eval, sft.per_device_eval_batch_size, sft.max_length))
+    evaluated = _of_rows(batches.eval, sft.per_device_eval_batch_size, sft.max_length)
+    return Batches(train, evaluated, batches.images)
 
 
 def _of_rows(batch: Batch | None, rows: int, longest: int | None) -> Batch | None:

@@ -9,11 +9,14 @@ from typing import Any
 
 from trl import SFTConfig
 
+from leanlift.data.images import load_processor, sees
+from leanlift.data.tokenizer import load_tokenizer
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
 from leanlift.model import LiftState
 from leanlift.model.base import check_checkpointing
 from leanlift.optim import SparseAdamW, check_remappable, unwrap
+from leanlift.plan.auto import how_loaded
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.checks import check_rounding
 from leanlift.training.overrides import use_one_gpu
@@ -90,15 +93,18 @@ def make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
 
 
 @contextmanager
-def rows_done(args: SFTConfig) -> Iterator[None]:
+def rows_done(args: SFTConfig, images: bool = False) -> Iterator[None]:
     """Hide from TRL's constructor what has been done by now: it would do it again, to tokenized
     rows and to an embedding that cannot grow. The auxiliary loss of a router, which is frozen, is
-    off where nothing is said; TRL takes the configuration's coefficient there."""
+    off where nothing is said; TRL takes the configuration's coefficient there. Rows with images are
+    not cut."""
     done: dict[str, Any] = {
         "chat_template_path": None,
         "eos_token": None,
         "assistant_only_loss": False,
     }
+    if images:
+        done["max_length"] = None
     if args.router_aux_loss_coef is None:
         done["router_aux_loss_coef"] = 0.0
     kept = {key: getattr(args, key) for key in done}
@@ -120,9 +126,25 @@ def as_sft_config(args: Any) -> SFTConfig:
     return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
 
 
-def tokenizer_of(processing_class: Any) -> Any:
-    """The tokenizer of a processor, with the processor's chat template; or the tokenizer itself."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = processing_class.chat_template
-    return tokenizer
+def processing_of(given: Any, model: Any, images: bool) -> tuple[Any, Any]:
+    """What TRL shall have for a processing class, and the same where it is the processor of rows
+    with images; None: they have none, or are for a model of text, which takes no notice of them.
+
+    Args:
+        given: by the user; None: that of the base.
+        model: an attached model.
+        images: whether the rows have some.
+
+    Raises:
+        UserError: they do, the model sees, and what was given is no processor.
+    """
+    images = images and how_loaded(model.config, True) is not None
+    base = model.leanlift.base
+    if given is None:
+        given = (load_processor if images else load_tokenizer)(base.name, revision=base.revision)
+    if images and not sees(given):
+        raise UserError(
+            "the rows have images, and the processing_class is no processor of images: give "
+            "AutoProcessor.from_pretrained(…) of the base."
+        )
+    return given, given if images else None

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.data.dataset import TokenRows, load_rows
-from leanlift.data.ready import RowsForTraining
+from leanlift.data.images import ImageRows, load_processor
+from leanlift.data.ready import RowsForTraining, has_images
 from leanlift.data.tokenizer import (
     end_tokens,
     load_tokenizer,
     rows_for_template,
+    tokenizer_of,
     vocabulary_rows,
 )
 from leanlift.io.places import check_merged_place, no_room
+from leanlift.plan.auto import takes_images
 from leanlift.settings import FALSE, TRUE
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing.directory import (
@@ -29,17 +32,18 @@ from leanlift.training.checkpointing.whole import Checkpoint, check_checkpoint
 @dataclass(frozen=True)
 class ReadyRows:
     """The tokenizer, and the rows to train and to evaluate on, ready for the trainer; and how many
-    rows the embedding needs for its tokens, if it has fewer."""
+    rows the embedding needs for its tokens, if it has fewer. Rows with images have a processor."""
 
     tokenizer: Any
     rows: Any
     eval_rows: Any
     embedding_rows: int | None = None
+    processor: Any = None
 
     @property
     def data(self) -> Any:
         """The dataset or stream itself."""
-        return self.rows.data if isinstance(self.rows, TokenRows) else self.rows
+        return self.rows.data if isinstance(self.rows, (TokenRows, ImageRows)) else self.rows
 
 
 def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
@@ -53,11 +57,17 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     if args.eval_dataset_name:
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
     base, revision = args.model_name_or_path, args.model_revision
-    tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
+    processor = None
+    if has_images(rows) and takes_images(base, revision, sft.trust_remote_code):
+        processor = load_processor(base, sft.trust_remote_code, revision)
+        tokenizer = tokenizer_of(processor)
+    else:
+        tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
     embedding = vocabulary_rows(base, sft.trust_remote_code, revision)
     needed = None if embedding is None else rows_for_template(tokenizer, sft, embedding)
-    ready = RowsForTraining(tokenizer, sft, needed or embedding, end_tokens(base, revision))
-    return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed)
+    ends = end_tokens(base, revision)
+    ready = RowsForTraining(tokenizer, sft, needed or embedding, ends, processor=processor)
+    return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed, processor)
 
 
 def check_merged_dir(args: RunArguments, output: Path) -> None:

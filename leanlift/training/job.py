@@ -92,6 +92,10 @@ def look_at_input(
     told = run_settings(args, ready.data)
     if found is not None:
         check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))
+    if ready.processor is not None and config.selector == "gradient":
+        raise UserError(
+            "selector=gradient goes through rows of text, and these have images: leave it out."
+        )
     first = first_row_of(ready.rows, ready.tokenizer)
     if first is not None:
         job.screen.first_row(first)

@@ -37,7 +37,7 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
     whole = adapter.config.modules_to_save  # a head is in 16 bits, whatever else is not
     chosen = [n for n in adapter.base.shapes if not any(ends_in(n, end) for end in whole)]
     formats = {adapter.base.formats[name].kind for name in chosen}
-    return load_model(args, device, experts_too=len(formats) == 1)
+    return load_model(args, device, experts_too=len(formats) == 1, modules=chosen)
 
 
 def arguments_as_trained(adapter: Adapter) -> RunArguments:

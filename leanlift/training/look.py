@@ -14,11 +14,12 @@ import numpy as np
 from transformers import AutoConfig
 
 from leanlift.data.dataset import token_rows
-from leanlift.data.ready import RowsForTraining
+from leanlift.data.ready import RowsForTraining, has_images
 from leanlift.data.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.errors import UserError, first_line
 from leanlift.format import bar, count
 from leanlift.plan import Batch
+from leanlift.plan.auto import takes_images
 from leanlift.rows.examples import ExampleReader
 from leanlift.rows.source import load_rows
 from leanlift.training.arguments import LiftSFTConfig
@@ -132,6 +133,11 @@ def look(model: str, data: str) -> Look:
         UserError: rows, tokenizer or configuration that cannot be used.
     """
     rows, positions = load_rows(data), positions_of(model)
+    if has_images(rows) and takes_images(model):
+        raise UserError(
+            f"{data} has images, and settings are proposed for rows of text: write a file of "
+            "settings yourself, and see the plan with leanlift train --dry_run."
+        )
     sft = LiftSFTConfig(output_dir="unused", use_cpu=True, max_length=None)
     ready = RowsForTraining(load_tokenizer(model), sft, vocabulary_rows(model), end_tokens(model))
     first = ExampleReader("train", rows.column_names, ready.how.chat).shape.required[0]

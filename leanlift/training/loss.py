@@ -29,6 +29,7 @@ from leanlift.errors import UserError, first_line
 from leanlift.layers.lm_head import Finish, Objective, head_loss, next_tokens, whole_cost
 from leanlift.model import output_head
 from leanlift.model.hidden import base_of, few_ids
+from leanlift.plan.loss import token_types_wanted
 from leanlift.training.own_loss import IGNORED, compared
 
 logger = logging.getLogger("leanlift")
@@ -49,21 +50,24 @@ class MarkTrained:
     """A data collator that also says which tokens are trained, as `trained_positions` does.
 
     It runs where batches are made, on the CPU: to ask the device would make the host wait for it.
-    What else is asked of it, the collator it is made around answers.
+    What else is asked of it, the collator it is made around answers. Rows of text get the `types`
+    of tokens that a model wants to have.
     """
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    def __init__(self, collator: Any, types: tuple[str, ...] = ()) -> None:
+        self.collator, self.types = collator, types
 
     def __call__(self, examples: Any) -> Any:
         batch = self.collator(examples)
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and labels.dim() == 2:
             batch[TRAINED] = trained_positions(labels)
+        if self.types:
+            batch.update(_of_text(batch, self.types))
         return batch
 
     def __getattr__(self, name: str) -> Any:
-        if name == "collator":  # not there yet: while it is unpickled
+        if name in ("collator", "types"):  # not there yet: while it is unpickled
             raise AttributeError(name)
         return getattr(self.collator, name)
 
@@ -224,22 +228,49 @@ def objective_of(args: Any) -> Objective:
     return Objective(smoothing=getattr(args, "label_smoothing_factor", 0.0))
 
 
-def check_gradients(
+def rehearse(
     model: Any, loss: TrainingLoss, autocast: AbstractContextManager[Any] | None = None
-) -> None:
-    """Refuse a model in which no gradient reaches what is trained: blocks that run as one
-    operation of autograd may ask for a gradient of their input, and embeddings are frozen.
+) -> tuple[str, ...]:
+    """Take the loss of a few tokens as training will, in training mode and with a mask.
+
+    Returns:
+        The `TOKEN_TYPES` that the model wants to have.
 
     Raises:
-        UserError: says so.
+        UserError: a model that does not run like that, or in which no gradient reaches what is
+            trained: blocks that run as one operation of autograd may ask for a gradient of their
+            input, and embeddings are frozen.
     """
-    ids = few_ids(model)
-    with torch.enable_grad(), autocast or nullcontext():
-        reached = loss(model, {"input_ids": ids, "labels": ids.clone()}).requires_grad
-    loss.last = None
+    ids, was_training, types = few_ids(model), model.training, tuple[str, ...]()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    devices = [ids.device] if ids.device.type == "cuda" else []
+    model.train()
+    try:
+        with torch.random.fork_rng(devices), torch.enable_grad(), autocast or nullcontext():
+            try:
+                reached = loss(model, dict(batch)).requires_grad
+            except ValueError as error:
+                types = token_types_wanted(error)
+                if not types:
+                    raise
+                reached = loss(model, {**batch, **_of_text(batch, types)}).requires_grad
+    except Exception as error:  # each family fails in its own way
+        raise UserError(
+            f"this {type(model).__name__} cannot be trained on rows of text, tried on a few "
+            f"tokens: {type(error).__name__}, {first_line(error)}"
+        ) from error
+    finally:
+        model.train(was_training)
+        loss.last = None
     if not reached:
         raise UserError(
             f"the loss of this {type(model).__name__} does not depend on what is trained in a way "
             "that autograd could follow: its blocks are run as one operation over frozen inputs, "
             "which leanlift does not train."
         )
+    return types
+
+
+def _of_text(batch: Any, types: tuple[str, ...]) -> dict[str, Tensor]:
+    """The types of a batch's tokens, all of them text, where it says nothing of them."""
+    return {name: torch.zeros_like(batch["input_ids"]) for name in types if name not in batch}

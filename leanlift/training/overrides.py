@@ -21,7 +21,9 @@ from trl import SFTConfig, SFTTrainer
 
 from leanlift.data.ready import drop_untrained_packs
 from leanlift.errors import UserError, first_line
-from leanlift.model import restore_adapter, save_adapter
+from leanlift.export.processors import keep_processor
+from leanlift.model import lift_state, restore_adapter, save_adapter
+from leanlift.model.base import checkpoint_of
 from leanlift.rows.examples import columns_of
 from leanlift.training.checkpointing.directory import assembled, keeping_what_was_good, rotate
 from leanlift.training.checkpointing.names import TRAINER_STATE
@@ -176,11 +178,12 @@ class TrainerOverrides(SFTTrainer):
         rotate(run, self.args.save_total_limit, final, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter and the tokenizer: never the base."""
+        """The adapter, and the tokenizer or processor: never the base."""
         directory = output_dir or self.args.output_dir
         save_adapter(self.model, directory)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
+        keep_processor(checkpoint_of(lift_state(self.model).base), Path(directory))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_optimizer(Path(output_dir), self.optimizer, self.model.named_parameters())

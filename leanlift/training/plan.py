@@ -55,6 +55,7 @@ def plan_of(
         objective_of(sft),
         args.model_revision,
         known,
+        batches is not None and batches.images,
     )
     template = sft.chat_template_path
     if template is not None and not Path(template).expanduser().is_file():
@@ -69,15 +70,19 @@ def least_of(args: RunArguments, sft: LiftSFTConfig, cuda: bool | None = None) -
     return least_nbytes(_planned(args, sft, cuda))
 
 
-def targets_of(args: RunArguments, sft: LiftSFTConfig) -> dict[str, tuple[int, int]]:
+def targets_of(
+    args: RunArguments, sft: LiftSFTConfig, images: bool = False
+) -> dict[str, tuple[int, int]]:
     """The matrices that a run trains, and their shapes."""
-    return shapes_of(_planned(args, sft, False)).targets
+    return shapes_of(_planned(args, sft, False, images)).targets
 
 
-def layout_of_base(args: RunArguments, sft: LiftSFTConfig, checkpoint: Path) -> Layout:
+def layout_of_base(
+    args: RunArguments, sft: LiftSFTConfig, checkpoint: Path, images: bool = False
+) -> Layout:
     """Where the tensors of a run's model are in its checkpoint, by a model without contents."""
     with fake_tensors():
-        model = _planned(args, sft, False).build()
+        model = _planned(args, sft, False, images).build()
         live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         turned = {
             f"{name}.weight": tuple(matrix_of(module).shape)
@@ -92,18 +97,21 @@ def is_tied(args: RunArguments, sft: LiftSFTConfig) -> bool:
     return _base(args, sft).tied
 
 
-def _base(args: RunArguments, sft: LiftSFTConfig) -> FakeBase:
+def _base(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> FakeBase:
     return FakeBase.of(
         args.model_name_or_path,
         args.attn_implementation,
         bool(sft.trust_remote_code),
         args.model_revision,
+        images,
     )
 
 
-def _planned(args: RunArguments, sft: LiftSFTConfig, cuda: bool | None) -> Planned:
+def _planned(
+    args: RunArguments, sft: LiftSFTConfig, cuda: bool | None, images: bool = False
+) -> Planned:
     settings = plan_settings(args, sft, cuda, Batches())
-    return _base(args, sft).planned(args.lift_config(), settings)
+    return _base(args, sft, images).planned(args.lift_config(), settings)
 
 
 def plan_settings(
@@ -156,7 +164,7 @@ def plan_of_what_was_measured(
     if largest is None or largest == worst.train:
         return plan
     try:
-        made = plan_of(args, sft, cuda, Batches(largest, worst.eval))
+        made = plan_of(args, sft, cuda, Batches(largest, worst.eval, worst.images))
     except Exception as error:  # whatever a model's own code does under fake tensors
         logger.warning("What was measured could not be planned: %s", first_line(error))
         return plan

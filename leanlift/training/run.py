@@ -158,7 +158,8 @@ def _attached(
     """The base, loaded, with its trained entries chosen or those of a checkpoint."""
     args, sft, config = job.args, job.sft, job.args.lift_config()
     with job.screen.phase("Loading the base"), meter.phase("load"):
-        model = load_model(args, device, sft.trust_remote_code)
+        images = ready.processor is not None
+        model = load_model(args, device, sft.trust_remote_code, images=images)
     job.phase = "select"
     what = "Loading the checkpoint" if resume else "Choosing the entries to train"
     with job.screen.phase(what), meter.phase("select", follow=True) as peak:
@@ -217,7 +218,7 @@ def _trained(
                 args=sft,
                 train_dataset=ready.rows,
                 eval_dataset=ready.eval_rows,
-                processing_class=ready.tokenizer,
+                processing_class=ready.processor or ready.tokenizer,
                 callbacks=[memory, *extra, watch, stop],
                 run_settings=told,
             )
@@ -306,7 +307,7 @@ def _summary(
         refresh_seconds=watch.refresh_seconds,
         churn=watch.churn,
         places=places_of(job.output, Path(str(merged.output)) if merged else None),
-        commands=next_commands(job.args, job.output),
+        commands=next_commands(job.args, job.output, ready.processor is not None),
     )
 
 

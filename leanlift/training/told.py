@@ -107,8 +107,11 @@ def places_of(output: Path, merged: Path | None) -> tuple[Place, ...]:
     return tuple(places)
 
 
-def next_commands(args: RunArguments, output: Path) -> tuple[str, ...]:
-    """What to run after a run."""
+def next_commands(args: RunArguments, output: Path, images: bool = False) -> tuple[str, ...]:
+    """What to run after a run; over rows with images, nothing that evaluates them."""
+    if images:
+        more = [] if args.merged_dir else [shell("leanlift", "export", output, "MERGED")]
+        return (shell("leanlift", "report", output), *more)
     own = args.eval_dataset_name is not None
     rows = ["--data", args.eval_dataset_name or args.dataset_name]
     part = args.eval_dataset_split if own else args.dataset_split

@@ -19,10 +19,11 @@ from transformers import Trainer
 from trl import SFTConfig
 
 from leanlift.data.dataset import TokenRows
+from leanlift.data.images import ImageRows
 from leanlift.data.lengths import LengthReport
 from leanlift.data.positions import check_positions
-from leanlift.data.ready import Rows, RowsForTraining
-from leanlift.data.tokenizer import load_tokenizer, tell_model
+from leanlift.data.ready import Rows, RowsForTraining, has_images
+from leanlift.data.tokenizer import tell_model, tokenizer_of
 from leanlift.errors import UserError
 from leanlift.io.tensors import replacing
 from leanlift.layers.lm_head import FrozenHead
@@ -48,11 +49,11 @@ from leanlift.training.given import (
     check_optimizer,
     make_checkpointing_safe,
     one_process,
+    processing_of,
     rows_done,
-    tokenizer_of,
     with_optimizer,
 )
-from leanlift.training.loss import TRAINED, MarkTrained, check_gradients, forwarded, training_loss
+from leanlift.training.loss import TRAINED, MarkTrained, forwarded, rehearse, training_loss
 from leanlift.training.overrides import TrainerOverrides
 from leanlift.training.step_guard import StepGuard
 
@@ -127,8 +128,8 @@ class LiftTrainer(TrainerOverrides):
             getattr(args, "max_nonfinite_steps", LiftSFTConfig.max_nonfinite_steps)
         )
         self._built = False
-        processing_class = self._tokenize_with(processing_class, model, args, kwargs)
-        with rows_done(args):
+        processing_class = self._tokenize_with(processing_class, model, args, kwargs, train_dataset)
+        with rows_done(args, images=self._rows.processor is not None):
             super().__init__(
                 model=model,
                 args=args,
@@ -144,16 +145,15 @@ class LiftTrainer(TrainerOverrides):
         self._add_callbacks()
 
     def _tokenize_with(
-        self, processing_class: Any, model: Any, args: SFTConfig, given: dict[str, Any]
+        self, processing_class: Any, model: Any, args: SFTConfig, given: dict[str, Any], rows: Any
     ) -> Any:
         """Set up how rows become tokens; what TRL shall have for a processing class."""
-        if processing_class is None:
-            base = self._lift.base
-            processing_class = load_tokenizer(base.name, revision=base.revision)
+        processing_class, processor = processing_of(processing_class, model, has_images(rows))
         tokenizer = tokenizer_of(processing_class)
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         function = given.pop("formatting_func", None)
-        self._rows = RowsForTraining(tokenizer, args, embedding_size(model), ends, function)
+        size = embedding_size(model)
+        self._rows = RowsForTraining(tokenizer, args, size, ends, function, processor)
         tell_model(model, tokenizer, args)
         return processing_class
 
@@ -163,9 +163,9 @@ class LiftTrainer(TrainerOverrides):
             self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
         )
         if self._loss is not None:
-            check_gradients(self.model, self._loss, self.accelerator.autocast())
+            types = rehearse(self.model, self._loss, self.accelerator.autocast())
             self.count_next_tokens()
-            self.data_collator: Any = MarkTrained(self.data_collator)
+            self.data_collator: Any = MarkTrained(self.data_collator, types)
         self._last_finite = torch.zeros((), device=self.args.device)
         self._smooths_log = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = False
@@ -186,6 +186,8 @@ class LiftTrainer(TrainerOverrides):
         """What TRL shall have of ready rows; their report is kept."""
         if isinstance(rows, dict):
             return {key: self._unwrapped(part, key) for key, part in rows.items()}
+        if isinstance(rows, ImageRows):
+            return rows.data
         if isinstance(rows, TokenRows):
             self.length_reports[name] = rows.report
             if self._built:

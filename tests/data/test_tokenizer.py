@@ -155,7 +155,7 @@ def test_a_template_directory_does_not_resize_the_embedding(base: Path, tmp_path
 
 
 class Unloadable:
-    """Stands for AutoModelForCausalLM where the base must not be loaded."""
+    """Stands for an Auto class where the base must not be loaded."""
 
     @staticmethod
     def from_pretrained(*args: Any, **kwargs: Any) -> None:
@@ -165,7 +165,7 @@ class Unloadable:
 def test_settings_that_cannot_be_had(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.training.base.AutoModelForCausalLM", Unloadable)
+    monkeypatch.setattr("leanlift.training.base.auto_class", lambda *args: Unloadable)
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps(CHATS[0]) + "\n")
     notes, broken, fine = (tmp_path / name for name in ("notes.txt", "broken.j2", "fine.jinja"))
@@ -211,7 +211,7 @@ def test_a_pad_token_of_ones_own(base: Path, tmp_path: Path) -> None:
 def test_rows_are_looked_at_before_the_base_is_loaded(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leanlift.training.base.AutoModelForCausalLM", Unloadable)
+    monkeypatch.setattr("leanlift.training.base.auto_class", lambda *args: Unloadable)
     template = tmp_path / "strict.jinja"
     template.write_text(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

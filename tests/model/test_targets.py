@@ -24,8 +24,8 @@ from transformers import (
 
 from leanlift import LiftConfig, UserError, get_lift_model
 from leanlift.model import lift_layers
+from leanlift.model.blocks import inside_blocks
 from leanlift.model.presets import in_preset
-from leanlift.model.targets import inside_blocks
 from leanlift.weights.kinds import is_plain_linear
 from leanlift.weights.quantized import frozen_weight
 

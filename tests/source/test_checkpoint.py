@@ -9,9 +9,11 @@ import torch
 from helpers import random_weight
 from safetensors.torch import save_file
 
+from leanlift.fingerprint import Segment, sampled_rows
 from leanlift.fingerprint.cells import entries_of
 from leanlift.measure import LiveBytes
 from leanlift.source.checkpoint import open_checkpoint
+from leanlift.source.joined import JoinedRows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -38,3 +40,14 @@ def test_entries_take_no_memory_for_the_matrix(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as tensors, LiveBytes() as live:
         entries_of(tensors["weight"], flat)
     assert 0 < live.peak < 1000
+
+
+def test_a_tensor_in_parts_is_sampled_as_the_whole_would_be(tmp_path: Path) -> None:
+    whole = random_weight(37, 6)
+    save_file({"head": whole[:5], "tail": whole[5:]}, tmp_path / "model.safetensors")
+    home = (Segment("head", 0, 5), Segment("tail", 0, 32))
+    with open_checkpoint(tmp_path) as tensors:
+        joined = JoinedRows.of("whole", home, tensors)
+        assert joined is not None
+        for rows in (1, 4, 37, 100):
+            assert torch.equal(joined.sample(rows), whole[sampled_rows(37, rows)])

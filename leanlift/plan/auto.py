@@ -1,0 +1,86 @@
+"""The Auto class of transformers that a configuration belongs to; whoever makes a model asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from leanlift.errors import UserError
+from leanlift.io.kinds import (
+    CAUSAL,
+    IMAGES,
+    SOUND,
+    auto_class_name,
+    classes_of,
+    is_known,
+    no_language_model,
+)
+
+
+def auto_class(config: Any, name: str, images: bool = False) -> Any:
+    """The Auto class that loads a model; see `leanlift.io.kinds`.
+
+    Args:
+        config: its configuration, as transformers read it.
+        name: of the base, for messages.
+        images: whether the part that sees is wanted too.
+
+    Raises:
+        UserError: transformers knows the kind, and no class with a language model in it.
+    """
+    found = _name(config, images)
+    if found is None and is_known(config.model_type):
+        raise UserError(no_language_model(name, config.model_type))
+    if found != CAUSAL and getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"the base {name} ({config.model_type}) reads with an encoder and writes with a "
+            "decoder, and leanlift trains models that go on with their own text: name one of those."
+        )
+    return getattr(transformers, found or CAUSAL)  # what somebody has registered is one of text
+
+
+def takes_images(name: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether a base, as its configuration says, is a model of images and text."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception:  # whatever is wrong with it, loading the base says so
+        return False
+    return _name(config, True) == IMAGES
+
+
+def how_loaded(config: Any, images: bool) -> str | None:
+    """What a model that sees or hears is loaded as, in words; None: it is one of text alone."""
+    kind, whole = _name(config, images), _name(config, True)
+    if kind is None or config.model_type not in {**classes_of(IMAGES), **classes_of(SOUND)}:
+        return None
+    made = classes_of(kind).get(config.model_type, config.model_type)
+    if kind != whole and made != classes_of(IMAGES).get(config.model_type):
+        return f"loaded by {kind} as {made}: the text part of the checkpoint alone."
+    return f"loaded by {kind} as {made}: the language model in it is trained, the rest is frozen."
+
+
+def auto_class_with(config: Any, name: str, modules: Iterable[str]) -> Any:
+    """The Auto class whose model has modules of these names: of a kind that is loaded with and
+    without its part that sees, an adapter's names tell how it was trained.
+
+    Raises:
+        UserError: as `auto_class`.
+    """
+    plain, seeing = (auto_class(config, name, images) for images in (False, True))
+    if plain is seeing or _name(config, True) != IMAGES:
+        return plain
+    with torch.device("meta"):
+        model: nn.Module = plain.from_config(config)
+    known = {each for each, _ in (*model.named_modules(), *model.named_parameters())}
+    return plain if known.issuperset(modules) else seeing
+
+
+def _name(config: Any, images: bool) -> str | None:
+    own = getattr(config, "auto_map", None)
+    return auto_class_name({"model_type": config.model_type, "auto_map": own}, images)
