@@ -30,6 +30,7 @@ from leanlift.io.tensors import read_json
 from leanlift.model import grow_embedding, load_adapter, scale_adapter
 from leanlift.model.stacks import named_parts
 from leanlift.tiles import row_ranges, tile_rows
+from leanlift.training.experts import load_with_experts_as_stored
 from leanlift.training.load import load_as_trained
 from leanlift.weights.quantized import dtype_of
 
@@ -152,8 +153,8 @@ def _as_trained(
 
 def _load(directory: str, dtype: str) -> Any:
     """A checkpoint as stock transformers loads it; on the GPU where it has room."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype_of(dtype), trust_remote_code=False
+    model: Any = load_with_experts_as_stored(
+        AutoModelForCausalLM, directory, dtype=dtype_of(dtype), trust_remote_code=False
     )
     needed = sum(parameter.nbytes for parameter in model.parameters())
     if torch.cuda.is_available() and 1.3 * needed < torch.cuda.mem_get_info()[0]:

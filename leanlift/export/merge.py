@@ -42,6 +42,7 @@ from leanlift.source import (
     Stored,
     StoredMatrix,
     by_rows,
+    has_mxfp4,
     open_checkpoint,
     plain_view,
 )
@@ -316,8 +317,9 @@ def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def _check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
-    """A checkpoint that is quantized itself has no 16-bit weights to add to."""
-    if config.get("quantization_config") and onto == "original":
+    """A checkpoint that is quantized itself has no 16-bit weights to add to; experts in MXFP4 are
+    16-bit numbers as they are read."""
+    if config.get("quantization_config") and onto == "original" and not has_mxfp4(config):
         raise UserError(
             f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
             "made from with --base, or take --onto quantized, which adds to what it holds."
