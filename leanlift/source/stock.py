@@ -16,14 +16,15 @@ LOADED_AT_ONCE = 4
 has placed already: its threads read ahead while one matrix is quantized."""
 
 
-def loading_nbytes(placed: int, largest: int) -> int:
-    """Peak while a model is loaded and quantized matrix by matrix.
+def loading_nbytes(placed: int, largest: int, by_tiles: int = 0) -> int:
+    """Peak while a model is loaded and quantized matrix by matrix, and stacks of experts by tiles.
 
     Args:
         placed: bytes of the model when it is there.
         largest: bytes of its largest matrix before it is quantized.
+        by_tiles: bytes that the largest stack takes while it is.
     """
-    return placed + LOADED_AT_ONCE * largest
+    return placed + max(LOADED_AT_ONCE * largest, by_tiles)
 
 
 def has_mxfp4(config: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from leanlift.errors import UserError
 from leanlift.ops import EightBit, FourBit
 from leanlift.tiles import RowTiles, makes_new_rows
+from leanlift.weights.bnb import QUANTIZED_AT_ONCE
 from leanlift.weights.quantized import (
     FLOAT_DTYPES,
     FrozenWeight,
@@ -133,6 +134,14 @@ def quantized_stack(
     held = requantize(rows, fmt, device or rows.device)
     assert isinstance(held, Weight4bit | Weight8bit)
     return QuantizedStack(held, parts, rows.dtype)
+
+
+def quantizing_nbytes(shape: tuple[int, int], fmt: WeightFormat) -> int:
+    """Bytes of tensors that `quantized_stack` takes beside what it makes: a tile in four forms of
+    at most fp32, and with double quantization all scales, and what they are off their mean by."""
+    m, n = shape
+    tiles = 4 * 4 * min(QUANTIZED_AT_ONCE, m * n)
+    return tiles + (2 * 4 * -(-m * n // fmt.blocksize) if fmt.double else 0)
 
 
 def target_weight(module: nn.Module, name: str) -> FrozenWeight:

@@ -19,9 +19,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from leanlift import UserError, load_in_few_bits, quantize_experts
 from leanlift.fingerprint import Layout
 from leanlift.layers import FrozenExperts
+from leanlift.measure import LiveBytes
+from leanlift.source import loading_nbytes
 from leanlift.training import RunArguments
 from leanlift.training.base import load_model
 from leanlift.weights.quantized import weight_tensors
+from leanlift.weights.stacks import quantizing_nbytes
 
 FILE = "model.safetensors"
 QUANTIZED = [kind for kind in FORMATS if kind != "dense"]
@@ -111,6 +114,21 @@ class Floats(TorchDispatchMode):
         if made and out.is_floating_point():
             self.numel = max(self.numel, out.numel())
         return out
+
+
+@pytest.mark.parametrize("kind", swept(QUANTIZED, "nf4+double"))
+def test_the_peak_of_loading_is_within_the_rule(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for place in ("leanlift.weights.stacks", "leanlift.weights.bnb.linear"):
+        monkeypatch.setattr(f"{place}.QUANTIZED_AT_ONCE", 64 * 64)
+    read(bases["qwen3_moe"], kind)  # what is made once
+    with LiveBytes() as live:
+        model = read(bases["qwen3_moe"], kind)
+    weights = [layer.weight_tiles for layer in experts(model).values()]
+    by_tiles = max(quantizing_nbytes(w.shape, w.format) for w in weights)  # type: ignore[attr-defined]
+    rule = loading_nbytes(live.current, model.lm_head.weight.nbytes, by_tiles)
+    assert live.peak <= rule < live.current + max(4 * w.shape[0] * w.shape[1] for w in weights)
 
 
 def test_where_the_place_of_experts_is_not_known_they_are_quantized_afterwards(
