@@ -97,7 +97,9 @@ def plan_shira(adapter: Adapter) -> ShiraPlan:
             f"{adapter.directory} was trained with an embedding of {adapter.grown.rows} rows, more "
             "than its base's, and PEFT's SHiRA has no place for them: merge it instead."
         )
-    shapes = adapter.base.shapes
+    shapes, experts = adapter.base.shapes, next(iter(adapter.base.parts), None)
+    if experts is not None:
+        raise UserError(f"PEFT's SHiRA has a place for Linears alone, not for {experts}: merge it.")
     entries = {name: _counts(adapter.layer(name)) for name in shapes}
     rank = shira_rank(shapes, {name: sum(counts) for name, counts in entries.items()})
     dtype, specs = dtype_of(adapter.config.values_dtype), []

@@ -28,6 +28,7 @@ class BaseFingerprint:
         samples: of `sampled` tensors and of trained matrices, name -> `Sample.encode()`.
         revision: the commit of a base from the hub, where it is known.
         layout: where tensors are in its checkpoint that are not under their own names.
+        parts: of trained matrices that are stacks of experts, how many each has.
     """
 
     name: str
@@ -39,6 +40,7 @@ class BaseFingerprint:
     samples: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     layout: Layout = field(default_factory=Layout)
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def knows_matrices(self) -> bool:
@@ -48,7 +50,9 @@ class BaseFingerprint:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         data = asdict(self)
-        del data["layout"]
+        del data["layout"], data["parts"]
+        if self.parts:
+            data["parts"] = dict(self.parts)
         return {**data, "layout": self.layout.to_dict()} if self.layout else data
 
     @classmethod
@@ -80,6 +84,11 @@ class BaseFingerprint:
         _expect(revision is None or bool(is_revision), "a commit or null", revision)
         _expect(isinstance(samples, dict), "samples of tensors", samples)
         _check_samples(samples, shapes, set(sampled))
+        parts = data.get("parts", {})
+        _expect(isinstance(parts, dict), "how many experts a matrix has", parts)
+        for module, count in parts.items():
+            fits = module in shapes and type(count) is int and 0 < count <= shapes[module][0]
+            _expect(fits and shapes[module][0] % count == 0, f"experts of {module}", count)
         try:
             layout = Layout.from_dict(data.get("layout", {}))
         except ValueError as error:
@@ -94,11 +103,12 @@ class BaseFingerprint:
             samples=samples,
             revision=revision,
             layout=layout,
+            parts=parts,
         )
 
 
-_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision", "layout"}
-_LATER = {"samples", "revision", "layout"}  # of format 2, of format 4
+_LATER = {"samples", "revision", "layout", "parts"}  # of format 2, of format 4
+_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest"} | _LATER
 _LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
 
 

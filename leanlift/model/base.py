@@ -30,6 +30,7 @@ from leanlift.model.surgery import outer_modules
 from leanlift.model.targets import inside_blocks
 from leanlift.source import find, layout_in, open_checkpoint, plain_view, stored_cells
 from leanlift.sparse import SegmentedIndex
+from leanlift.tiles import parts_of_stacks
 from leanlift.weights.quantized import (
     FrozenWeight,
     WeightFormat,
@@ -83,6 +84,7 @@ def live_base(model: nn.Module, wanted: Collection[str]) -> LiveBase:
         state.base,
         shapes={name: weights[name].shape for name in targets},
         formats=_formats({name: weights[name].format for name in targets}, layers, state),
+        parts=parts_of_stacks(weights, targets),
     )
     return LiveBase(weights, facts)
 
