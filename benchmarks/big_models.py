@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import write_rows
-from leanlift import UserError
+from leanlift import MemoryPlan, UserError
 from leanlift.cli.settings import read_command
 from leanlift.training import plan_of
 from leanlift.training.fit import fit
@@ -32,20 +32,30 @@ GIB = 2**30
 DOES_NOT_FIT = "no"
 
 
-def row(name: str, place: Path) -> dict[str, Any]:
-    """The plan of a model, and for each card whether it holds it, or what has to change."""
+def planned(name: str, place: Path) -> tuple[Any, MemoryPlan]:
+    """What the command is told of a model, and its plan.
+
+    Raises:
+        ValueError: the plan is of another number of weights than is published.
+    """
     facts = MODELS[name]
     (place / "config.json").write_text(json.dumps(facts["config"]))
     asked = read_command("plan", ["--model_name_or_path", str(place), "--max_length", str(TOKENS)])
-    started = time.process_time()
     plan = plan_of(asked.args, asked.sft, cuda=True)
-    seconds = time.process_time() - started
     off = plan.weights / 1e9 / facts["billions"] - 1
     if abs(off) > 0.02:
         raise ValueError(f"{name} has {plan.weights:,} weights, {off:+.1%} off what is published")
+    return asked, plan
+
+
+def row(name: str, place: Path) -> dict[str, Any]:
+    """The plan of a model, and for each card whether it holds it, or what has to change."""
+    started = time.process_time()
+    asked, plan = planned(name, place)
+    seconds = time.process_time() - started
     found = {
         "model": name,
-        "source": facts["source"],
+        "source": MODELS[name]["source"],
         "weights, 1e9": round(plan.weights / 1e9, 2),
         "trained, 1e9": round(plan.entries / 1e9, 3),
         "base GiB": round(plan.categories["base weights"] / GIB, 2),
