@@ -31,7 +31,7 @@ from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
 from leanlift.export.directory import carry_over, check_space, write_config
 from leanlift.export.identity import Part, Places, check_base, embedding_of, places
-from leanlift.export.requantized import Requantized
+from leanlift.export.requantized import LastTwo, requantized
 from leanlift.export.rows import put_vocabulary, with_new_rows
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
@@ -46,6 +46,7 @@ from leanlift.source import (
     open_checkpoint,
     plain_view,
 )
+from leanlift.sparse import LayerOffsets
 from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, row_ranges, tile_rows
 from leanlift.weights.quantized import dtype_name, dtype_of
 
@@ -117,11 +118,13 @@ def merge_adapter(
             plan = places(opened, tensors)
             specs = _specs(tensors, kept, target)
             check_space(out, sum(spec.nbytes for spec in specs))
-            again = Requantized(opened, plan)
+            again, layers = requantized(opened, plan), LastTwo(opened.layer)
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
                     for spec in tqdm(specs, desc="Merging", unit="tensor", disable=not progress):
-                        merge = _Merge(opened, plan, again, onto, spec.dtype, spec.name in kept)
+                        merge = _Merge(
+                            opened, plan, again, layers, onto, spec.dtype, spec.name in kept
+                        )
                         writer.write(spec.name, merge.pieces(tensors[spec.name]))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 _write_card(partial, opened, str(named), dtype, onto, out.name)
@@ -226,7 +229,8 @@ class _Merge:
         self,
         adapter: Adapter,
         plan: Places,
-        requantized: Requantized,
+        requantized: LastTwo[RowTiles],
+        layers: LastTwo[LayerOffsets],
         onto: str,
         dtype: torch.dtype,
         kept: bool,
@@ -234,6 +238,7 @@ class _Merge:
         self.adapter = adapter
         self.plan = plan
         self.requantized = requantized
+        self.layers = layers
         self.quantized = onto == "quantized" and not kept
         self.dtype = dtype
 
@@ -266,7 +271,7 @@ class _Merge:
     def _part_pieces(self, tensor: Stored | StackedRows, part: Part) -> Iterator[Tensor]:
         """Rows of a Linear: of its own matrix where that is quantized as a whole."""
         name = part.module
-        offsets = self.adapter.layer(name) if name in self.adapter.base.shapes else None
+        offsets = self.layers.of(name) if name in self.adapter.base.shapes else None
         rows, first = cast(RowTiles, tensor), part.first
         if isinstance(tensor, StoredMatrix):
             rows = tensor.open()

@@ -1,6 +1,13 @@
-"""The matrices of a 16-bit checkpoint as a quantized base had them."""
+"""What several tensors of a checkpoint share, made once: the stacks that its experts are.
+
+Where a checkpoint has a tensor for each expert's matrix, a merge comes back to the same stack, and
+its offsets, hundreds of times; tensors of one stack and of another come by turns.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import torch
 
@@ -10,31 +17,41 @@ from leanlift.tiles import CastTiles, RowTiles
 from leanlift.weights.quantized import dtype_of, requantize
 
 
-class Requantized:
-    """D(Q) of matrices of the checkpoint, quantized as they were at loading.
+Made = TypeVar("Made")
 
-    The last two are kept: of a mixture, tensors of one stack and of another come by turns.
+
+class LastTwo(Generic[Made]):
+    """What is made of a module, of which the last two are kept.
+
+    Args:
+        make: it, by the module's name.
+    """
+
+    def __init__(self, make: Callable[[str], Made]) -> None:
+        self.make = make
+        self._last: dict[str, Made] = {}
+
+    def of(self, module: str) -> Made:
+        """Made, or as it was made."""
+        if module not in self._last:
+            while len(self._last) > 1:
+                self._last.pop(next(iter(self._last)))
+            self._last[module] = self.make(module)
+        return self._last[module]
+
+
+def requantized(adapter: Adapter, plan: Places) -> LastTwo[RowTiles]:
+    """D(Q) of matrices of the checkpoint, quantized as they were at loading.
 
     Args:
         adapter: whose base it was.
         plan: where its matrices are.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def __init__(self, adapter: Adapter, plan: Places) -> None:
-        self.adapter = adapter
-        self.plan = plan
-        self._last: dict[str, RowTiles] = {}
+    def make(module: str) -> RowTiles:
+        matrix: RowTiles = plan.matrices[module]  # type: ignore[assignment]
+        loaded = CastTiles(matrix, dtype_of(adapter.base.dtype))
+        return requantize(loaded, adapter.base.formats[module], device)
 
-    def of(self, module: str) -> RowTiles:
-        """The matrix of a module."""
-        if module not in self._last:
-            while len(self._last) > 1:
-                self._last.pop(next(iter(self._last)))
-            self._last[module] = self._made(module)
-        return self._last[module]
-
-    def _made(self, module: str) -> RowTiles:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        matrix: RowTiles = self.plan.matrices[module]  # type: ignore[assignment]
-        loaded = CastTiles(matrix, dtype_of(self.adapter.base.dtype))
-        return requantize(loaded, self.adapter.base.formats[module], device)
+    return LastTwo(make)
