@@ -25,6 +25,7 @@ from leanlift.settings import (
     SWITCH,
     TARGET_PRESETS,
     TARGETS,
+    TOKENS,
     WHOLE,
     about,
     attributes,
@@ -42,13 +43,9 @@ if TYPE_CHECKING:
 __all__ = ["ALL_LINEAR", "TARGET_PRESETS", "LiftConfig"]
 
 SELECTORS = ("principal", "magnitude", "random", "gradient")
-LARGEST_LIMIT = 1e6  # times the trained entries: far beyond what any density leaves to retire
 VALUES_DTYPES = ("float32", "bfloat16")
-
-
-LIMIT = number(
-    f"0 or more and at most {LARGEST_LIMIT:g}", lambda value: 0 <= value <= LARGEST_LIMIT
-)
+MOST = 1e6  # times the trained entries: far beyond what any density leaves to retire
+LIMIT = number(f"0 or more and at most {MOST:g}", lambda value: 0 <= value <= MOST)
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,8 @@ class LiftConfig:
         default=0.0,
         metadata=about(
             number("0 or more", lambda value: value >= 0),
-            "how much better a newcomer must be. At a refresh the scores of active entries "
-            "count 1 + margin times, so that an entry leaves only where a newcomer beats it by the "
-            "margin. 0: the method as published; not measured.",
+            "how much better a newcomer must be. At a refresh the scores of active entries count "
+            "1 + margin times. 0: the method as published; not measured.",
         ),
     )
     retired_limit: float | None = field(
@@ -149,6 +145,22 @@ class LiftConfig:
             "of what target_modules covers, these are not trained.",
         ),
     )
+    modules_to_save: str | tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            EXCLUDED,
+            "names of Linears that are trained whole: score. As in PEFT, inside the blocks or not: "
+            "the head of a classifier or a reward model, or lm_head. Every entry is trained.",
+        ),
+    )
+    trainable_token_indices: tuple[int, ...] = field(
+        default=(),
+        metadata=about(
+            TOKENS,
+            "ids of tokens whose rows are trained: 128011. As in PEFT: of the embedding, such as "
+            "those of added tokens, and of a head that is tied to it.",
+        ),
+    )
     density_pattern: Mapping[str, float] = field(
         default_factory=dict,
         metadata=about(
@@ -191,10 +203,12 @@ class LiftConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for each in fields(LiftConfig):
+            if isinstance(getattr(self, each.name), list):
+                object.__setattr__(self, each.name, tuple(getattr(self, each.name)))
         check_fields(self)
+        if isinstance(self.modules_to_save, str):
+            object.__setattr__(self, "modules_to_save", (self.modules_to_save,))
         self._check_patterns()
         if self.block > 1 and self.selector != "principal":
             raise UserError(
@@ -318,11 +332,11 @@ class LiftConfig:
         if not isinstance(data, dict):
             raise UserError(f"expected the keys of a LiftConfig, got {data!r:.80}.")
         data = todays_names(data, "the config")
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(data) - known)
+        known = sorted(field.name for field in fields(cls))
+        unknown = sorted(set(data) - set(known))
         if unknown:
             raise UserError(
-                f"unknown LiftConfig keys {unknown!s:.200}: expected some of {sorted(known)}; "
+                f"unknown LiftConfig keys {unknown!s:.200}: expected some of {known}; "
                 "the adapter may come from a newer leanlift."
             )
         return cls(**data)

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 
 from leanlift.config import LiftConfig
+from leanlift.errors import UserError
 from leanlift.settings import AT_LEAST_1, NOT_TAKEN, SWITCH, TEXT, about, kind_of, one_of, optional
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -140,16 +141,27 @@ class RunArguments(LiftConfig, BaseAndRows):
         shell does not after `=` or in a file."""
         for each in fields(self):
             given = getattr(self, each.name)
-            if each.name in ("target_modules", "exclude_modules", "density_pattern"):
+            if each.name in TAKEN:
                 with suppress(*NOT_TAKEN):  # what cannot be taken is refused below
                     object.__setattr__(self, each.name, kind_of(each).take(given))
             elif each.name in PATHS and isinstance(given, str) and given.startswith("~"):
                 object.__setattr__(self, each.name, os.path.expanduser(given))
         super().__post_init__()
+        if self.embedding_on_cpu and self.trainable_token_indices:
+            raise UserError(
+                "embedding_on_cpu keeps an embedding where none of it is trained: leave it out, or "
+                "trainable_token_indices."
+            )
 
     def lift_config(self) -> LiftConfig:
         """The settings of the mask alone."""
         return LiftConfig(**{each.name: getattr(self, each.name) for each in fields(LiftConfig)})
 
+
+TAKEN = (
+    "target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices",
+    "density_pattern",
+)  # fmt: skip
+"""Settings that a command line has in another form."""
 
 PATHS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "merged_dir")

@@ -149,26 +149,38 @@ AT_LEAST_1 = whole("at least 1", lambda value: value >= 1)
 
 ALL_LINEAR = "all-linear"
 TARGET_PRESETS = (ALL_LINEAR, "attention", "mlp")
+MOST_TOKENS = 100_000
 MOST_PATTERNS, LONGEST_PATTERN = 64, 256  # compiled as they are read, from anyone's file
+
+
+def _names(given: Any) -> tuple[Any, ...]:
+    """One name, or several."""
+    if not isinstance(given, (str, list, tuple)):
+        raise TypeError
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _targets(given: Any) -> Any:
     """A preset by its name; else endings of names."""
-    names = [given] if isinstance(given, str) else given
-    if not isinstance(names, (list, tuple)):
-        raise TypeError
-    alone = len(names) == 1 and names[0] in TARGET_PRESETS
-    return names[0] if alone else tuple(names)
+    names = _names(given)
+    return names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
 
 
 def _excluded(given: Any) -> Any:
     """Endings of names; nothing is none."""
-    if given is None or given in NONE:
-        return ()
-    names = [given] if isinstance(given, str) else given
-    if not isinstance(names, (list, tuple)):
-        raise TypeError
-    return tuple(names)
+    return () if given is None or given in NONE else _names(given)
+
+
+def _tokens(given: Any) -> Any:
+    """Ids; nothing is none."""
+    given = [] if given is None or given in NONE else given
+    ids = given if isinstance(given, (list, tuple)) else [given]
+    return tuple(_as_whole(token) for token in ids)
+
+
+def _are_tokens(value: Any) -> bool:
+    ids = isinstance(value, tuple) and all(is_whole(i) and 0 <= i < 2**31 for i in value)
+    return ids and len(set(value)) == len(value) <= MOST_TOKENS
 
 
 def _densities(given: Any) -> Any:
@@ -198,6 +210,7 @@ def _are_densities(value: Any) -> bool:
 
 TARGETS = Kind("a name or a list of names", _are_targets, _targets, many=True)
 EXCLUDED = Kind("a name or a list of names", _are_targets, _excluded, many=True)
+TOKENS = Kind(f"at most {MOST_TOKENS} different ids of tokens", _are_tokens, _tokens, many=True)
 DENSITIES = Kind(
     'a mapping such as {"down_proj": 0.1}: at most '
     f"{MOST_PATTERNS} patterns of at most {LONGEST_PATTERN} characters, each with a density in "

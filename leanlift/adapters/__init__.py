@@ -6,7 +6,12 @@ UserError. Modules are read one at a time, so a merge never holds a whole adapte
 """
 
 from leanlift.adapters.combine import combine_adapters
-from leanlift.adapters.native import check_adapter_place, check_values, write_adapter
+from leanlift.adapters.native import (
+    AdapterMetadata,
+    check_adapter_place,
+    check_values,
+    write_adapter,
+)
 from leanlift.adapters.offsets import Adapter
 from leanlift.adapters.read import open_adapter
 from leanlift.adapters.shira import plan_shira, write_shira
@@ -18,6 +23,7 @@ __all__ = [
     "RUN_NAME",
     "WEIGHTS_NAME",
     "Adapter",
+    "AdapterMetadata",
     "check_adapter_place",
     "check_values",
     "combine_adapters",

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from leanlift.adapters.native import write_adapter
+from leanlift.adapters.native import AdapterMetadata, write_adapter
 from leanlift.adapters.offsets import Adapter
 from leanlift.adapters.read import open_adapter
 from leanlift.errors import UserError
@@ -57,15 +57,19 @@ def combine_adapters(
         opened = [stack.enter_context(open_adapter(source)) for source in adapters]
         base = _common_base(opened)
         first = opened[0]
+        shapes = {**base.shapes, **first.shapes}
         layers = {
             name: _sum_up(name, shape, opened, factors)
             for name, shape in tqdm(
-                base.shapes.items(), desc="Combining", unit="matrix", disable=not progress
+                shapes.items(), desc="Combining", unit="matrix", disable=not progress
             )
         }
         config = replace(first.config, values_dtype="float32")
         with new_directory(Path(output)) as partial:
-            write_adapter(partial, layers, config, base, 0, first.special, first.grown)
+            facts = AdapterMetadata(
+                config, base, 0, first.special, first.grown, first.task, first.embedding
+            )
+            write_adapter(partial, layers, facts)
 
 
 def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
@@ -91,6 +95,17 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
                 f"{adapters[0].directory} ({first.name}): only adapters of one base, loaded in one "
                 "format, can be combined."
             )
+        if (other.base.new, other.task) != (adapters[0].base.new, adapters[0].task):
+            raise UserError(
+                f"{other.directory} and {adapters[0].directory} have other new heads: only "
+                "adapters with the same can be combined."
+            )
+        tokens = [a.config.trainable_token_indices for a in (other, adapters[0])]
+        if set(tokens[0]) != set(tokens[1]) or other.embedding != adapters[0].embedding:
+            raise UserError(
+                f"{other.directory} and {adapters[0].directory} have trained other tokens: only "
+                "adapters of the same can be combined."
+            )
         if other.grown != adapters[0].grown:
             raise UserError(
                 f"{other.directory} and {adapters[0].directory} were trained with other numbers of "
@@ -113,7 +128,7 @@ def _sum_up(
     """One module's entries: the union of the positions, the weighted sums of the offsets."""
     flats, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
     for adapter, factor in zip(adapters, factors, strict=True):
-        for store in adapter.layer(name).stores if name in adapter.base.shapes else ():
+        for store in adapter.layer(name).stores if name in adapter.shapes else ():
             flats.append(store.index.to_flat())
             values.append(store.values.float() * factor)
     union, where = torch.cat(flats).unique(sorted=True, return_inverse=True)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from leanlift._version import __version__
+from leanlift.adapters.embedding import TrainedEmbedding
 from leanlift.adapters.offsets import Adapter
 from leanlift.adapters.special import SpecialTokens
+from leanlift.adapters.task import Task
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
@@ -34,7 +36,7 @@ from leanlift.weights.grown import Grown
 from leanlift.weights.quantized import dtype_of
 
 FORMAT_VERSION = 2
-GROWN_VERSION, LAYOUT_VERSION = 3, 4
+GROWN_VERSION, LAYOUT_VERSION, TASK_VERSION = 3, 4, 5
 PARTS = ("values", "index.columns", "index.counts")
 
 
@@ -47,10 +49,20 @@ class AdapterMetadata:
     refreshes: int
     special: SpecialTokens = field(default_factory=SpecialTokens)
     grown: Grown | None = None
+    task: Task | None = None
+    embedding: TrainedEmbedding | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of all that is trained, name -> (m, n)."""
+        own = {} if self.embedding is None else {self.embedding.module: self.embedding.shape}
+        return {**self.base.shapes, **own}
 
     @property
     def version(self) -> int:
         """The oldest format that says all of it."""
+        if self.task is not None or self.embedding is not None:
+            return TASK_VERSION
         if self.base.layout:
             return LAYOUT_VERSION
         return FORMAT_VERSION if self.grown is None else GROWN_VERSION
@@ -66,6 +78,8 @@ class AdapterMetadata:
             "base": self.base.to_dict(),
             "special_tokens": self.special.to_dict(),
             **({} if self.grown is None else self.grown.to_dict()),
+            **({} if self.task is None else {"task": self.task.to_dict()}),
+            **({} if self.embedding is None else {"embedding": self.embedding.to_dict()}),
         }
 
     def adapter(self, directory: Path, form: str, read: Callable[[str], LayerOffsets]) -> Adapter:
@@ -79,6 +93,8 @@ class AdapterMetadata:
             self.special,
             read,
             self.grown,
+            self.task,
+            self.embedding,
         )
 
     @classmethod
@@ -105,7 +121,11 @@ class AdapterMetadata:
             special = SpecialTokens()
             if "special_tokens" in data:
                 special = SpecialTokens.from_dict(data["special_tokens"])
-            return cls(config, base, refreshes, special, Grown.from_dict(data))
+            task = Task.from_dict(data["task"]) if base.new else None
+            rows = None
+            if config.trainable_token_indices:
+                rows = TrainedEmbedding.from_dict(data["embedding"])
+            return cls(config, base, refreshes, special, Grown.from_dict(data), task, rows)
         except KeyError as error:
             raise UserError(f"{path} is damaged: it lacks {error}.") from None
         except UserError as error:
@@ -113,13 +133,7 @@ class AdapterMetadata:
 
 
 def write_adapter(
-    directory: Path,
-    layers: Mapping[str, LayerOffsets],
-    config: LiftConfig,
-    base: BaseFingerprint,
-    refreshes: int,
-    special: SpecialTokens,
-    grown: Grown | None = None,
+    directory: Path, layers: Mapping[str, LayerOffsets], facts: AdapterMetadata
 ) -> None:
     """Write both files, each whole or not at all; the same content gives the same bytes.
 
@@ -132,9 +146,8 @@ def write_adapter(
         tensors |= _tensors(name, offsets.active)
         if offsets.retired is not None:
             tensors |= _tensors(name + RETIRED, offsets.retired)
-    metadata = AdapterMetadata(config, base, refreshes, special, grown).to_dict()
     write_tensors(directory / WEIGHTS_NAME, tensors)
-    write_json(directory / CONFIG_NAME, {"peft_type": WRITTEN_TYPE, **metadata})
+    write_json(directory / CONFIG_NAME, {"peft_type": WRITTEN_TYPE, **facts.to_dict()})
 
 
 def check_adapter_place(directory: str | Path) -> None:
@@ -166,7 +179,8 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
         UserError: a damaged config, or tensors that it does not name.
     """
     metadata = AdapterMetadata.from_dict(data, directory / CONFIG_NAME)
-    prefixes = {p for name in metadata.base.shapes for p in (name, name + RETIRED)}
+    shapes = metadata.shapes
+    prefixes = {p for name in shapes for p in (name, name + RETIRED)}
     for key in tensors.names:
         if not any(key.endswith(f".{p}") and key[: -len(p) - 1] in prefixes for p in PARTS):
             raise UserError(
@@ -177,7 +191,7 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
     dtype = dtype_of(metadata.config.values_dtype)
 
     def read(name: str) -> LayerOffsets:
-        shape = metadata.base.shapes[name]
+        shape = shapes[name]
         active = _read_store(tensors, name, shape, dtype)
         if not any(f"{name}{RETIRED}.{part}" in tensors.names for part in PARTS):
             return LayerOffsets(active, None)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from leanlift.adapters.embedding import TrainedEmbedding
 from leanlift.adapters.special import SpecialTokens
+from leanlift.adapters.task import Task
 from leanlift.config import LiftConfig
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.sparse import LayerOffsets
@@ -26,6 +28,8 @@ class Adapter:
         special: the special tokens that it was trained with.
         read: gives one module's offsets.
         grown: rows that its embedding has beyond the base's, if any.
+        task: what its head is for, if that is new.
+        embedding: of which tokens are trained, if any are.
     """
 
     directory: Path
@@ -36,6 +40,14 @@ class Adapter:
     special: SpecialTokens
     read: Callable[[str], LayerOffsets]
     grown: Grown | None = None
+    task: Task | None = None
+    embedding: TrainedEmbedding | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Of all that is trained, name -> (m, n): the matrices, and an embedding."""
+        own = {} if self.embedding is None else {self.embedding.module: self.embedding.shape}
+        return {**self.base.shapes, **own}
 
     def layer(self, name: str) -> LayerOffsets:
         """The offsets of one module, on the CPU.
@@ -48,4 +60,4 @@ class Adapter:
 
     def layers(self) -> dict[str, LayerOffsets]:
         """All modules at once: as much memory as the adapter is large."""
-        return {name: self.layer(name) for name in self.base.shapes}
+        return {name: self.layer(name) for name in self.shapes}

@@ -92,10 +92,14 @@ def plan_shira(adapter: Adapter) -> ShiraPlan:
     Raises:
         UserError: a damaged adapter, or entries or rows that have no room in PEFT's form.
     """
+    extra = [f"a new {name}" for name in adapter.base.new]
+    extra += ["rows of the embedding"] if adapter.embedding is not None else []
     if adapter.grown is not None:
+        extra += [f"an embedding of {adapter.grown.rows} rows, more than its base's"]
+    if extra:
         raise UserError(
-            f"{adapter.directory} was trained with an embedding of {adapter.grown.rows} rows, more "
-            "than its base's, and PEFT's SHiRA has no place for them: merge it instead."
+            f"{adapter.directory} was trained with {extra[0]}, which PEFT's SHiRA has no place "
+            "for: merge it instead."
         )
     shapes, experts = adapter.base.shapes, next(iter(adapter.base.parts), None)
     if experts is not None:
@@ -140,10 +144,8 @@ def write_shira(
             "inference_mode": True,
         },
     )
-    metadata = AdapterMetadata(
-        adapter.config, adapter.base, adapter.refreshes, adapter.special
-    ).to_dict()
-    write_json(directory / FACTS_NAME, {**metadata, "entries": plan.entries})
+    facts = AdapterMetadata(adapter.config, adapter.base, adapter.refreshes, adapter.special)
+    write_json(directory / FACTS_NAME, {**facts.to_dict(), "entries": plan.entries})
 
 
 def _counts(offsets: LayerOffsets) -> list[int]:

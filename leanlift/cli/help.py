@@ -63,6 +63,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "What is trained": (
         "density", "rank_budget", "approx_rank", "target_modules", "exclude_modules",
+        "modules_to_save", "trainable_token_indices",
         "density_pattern", "selector", "calibration_rows", "block", "refresh_interval",
         "refresh_margin", "retired_limit", "selection_seed",
     ),

@@ -130,7 +130,7 @@ def _onto_original(
         grow_embedding(model, adapter.grown.rows)
     before = _logits(model, prompts)
     parts: dict[str, Any] = dict(named_parts(model))
-    for name, (m, n) in adapter.base.shapes.items():
+    for name, (m, n) in adapter.shapes.items():
         weight, offsets = parts[name].weight.data.view(m, n), adapter.layer(name)
         for start, stop in row_ranges(m, tile_rows(n, 4)):
             rows = weight[start:stop].to("cpu", torch.float32)

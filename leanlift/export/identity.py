@@ -62,9 +62,9 @@ def places(adapter: Adapter, tensors: dict[str, Stored]) -> Places:
     """
     matrices: dict[str, Stored] = {}
     parts: dict[str, list[Part]] = {}
-    for module in adapter.base.formats:
+    for module in dict.fromkeys((*adapter.base.formats, *adapter.shapes)):
         tensor = find(f"{module}.weight", tensors, adapter.base.layout)
-        if tensor is None and module in adapter.base.shapes:
+        if tensor is None and module in adapter.shapes:
             raise UserError(
                 f"the base has no tensor {module}.weight, on which {adapter.directory} was "
                 "trained: it is another model, or its file layout differs from the loaded model's."
@@ -105,7 +105,7 @@ def _check_matrix(adapter: Adapter, module: str, tensor: Stored) -> None:
             f"{name} of the base holds {dtype_name(tensor.dtype)} numbers and nothing to read "
             "them by: name the 16-bit checkpoint with --base."
         )
-    known = adapter.base.formats[module]
+    known = adapter.base.formats.get(module)
     if isinstance(tensor, StoredMatrix) and tensor.open().format != known:
         raise UserError(
             f"{name} of the base is quantized to {tensor.open().format}; the adapter was "

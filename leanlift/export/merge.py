@@ -32,7 +32,7 @@ from leanlift.export.card import CARD_NAME, merged_card
 from leanlift.export.directory import carry_over, check_space, write_config
 from leanlift.export.identity import Part, Places, check_base, embedding_of, places
 from leanlift.export.requantized import LastTwo, requantized
-from leanlift.export.rows import put_vocabulary, with_new_rows
+from leanlift.export.rows import put_vocabulary, with_new_matrices, with_new_rows
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
 from leanlift.io.tensors import ShardedWriter, TensorSpec, new_directory, read_json
@@ -107,17 +107,18 @@ def merge_adapter(
         named = opened.base.name if base is None else base
         source_dir = resolve_base(named, opened.base.revision if base is None else revision)
         with open_checkpoint(source_dir) as files:
-            tensors = plain_view(files)
+            stored = plain_view(files)
             config = read_json(source_dir / "config.json")
             _check_form(config, onto, source_dir)
             if check is not None and "quantization_config" not in config:
                 check(source_dir)
+            tensors = with_new_matrices(opened, stored)
             check_base(opened, tensors, places(opened, tensors), source_dir)
-            kept = kept_in_fp32(tensors)
+            kept = kept_in_fp32(stored)
             tensors = with_new_rows(opened, tensors)
             plan = places(opened, tensors)
             specs = _specs(tensors, kept, target)
-            check_space(out, sum(spec.nbytes for spec in specs))
+            check_space(out, nbytes := sum(spec.nbytes for spec in specs))
             again, layers = requantized(opened, plan), LastTwo(opened.layer)
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
@@ -129,7 +130,6 @@ def merge_adapter(
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 _write_card(partial, opened, str(named), dtype, onto, out.name)
         merged = sum(1 for module in plan.matrices if module in opened.base.shapes)
-    nbytes = sum(spec.nbytes for spec in specs)
     return MergeReport(str(out), str(source_dir), onto, dtype, merged, len(specs), nbytes)
 
 
@@ -210,6 +210,8 @@ def _write_small_files(
     put_tokens(tokens, config, output)
     if adapter.grown is not None:
         put_vocabulary(adapter.grown.rows, config)
+    if adapter.task is not None:
+        adapter.task.put(config)
     write_config(config, output, dtype)
 
 
@@ -271,14 +273,16 @@ class _Merge:
     def _part_pieces(self, tensor: Stored | StackedRows, part: Part) -> Iterator[Tensor]:
         """Rows of a Linear: of its own matrix where that is quantized as a whole."""
         name = part.module
-        offsets = self.layers.of(name) if name in self.adapter.base.shapes else None
-        rows, first = cast(RowTiles, tensor), part.first
+        offsets = self.layers.of(name) if name in self.adapter.shapes else None
+        rows, first, held = cast(RowTiles, tensor), part.first, name in self.adapter.base.formats
         if isinstance(tensor, StoredMatrix):
             rows = tensor.open()
-        elif self.quantized:
+        elif self.quantized and held:
             rows, first = self.requantized.of(name), part.at
         for start, stop in _ranges(tensor, part.rows):
             piece = rows.rows(first + start, first + stop)
+            if not held:  # an embedding in 16 bits
+                piece = self._as_loaded(piece, tensor.name)
             if offsets is not None:
                 piece = piece.to(torch.float32, copy=True)
                 offsets.add_to_(piece, part.at + start, part.at + stop)

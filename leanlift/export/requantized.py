@@ -16,7 +16,6 @@ from leanlift.export.identity import Places
 from leanlift.tiles import CastTiles, RowTiles
 from leanlift.weights.quantized import dtype_of, requantize
 
-
 Made = TypeVar("Made")
 
 

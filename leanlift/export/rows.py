@@ -65,6 +65,38 @@ def with_new_rows(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, Sto
     return result
 
 
+def with_new_matrices(adapter: Adapter, tensors: dict[str, Stored]) -> dict[str, Stored]:
+    """The tensors of a base, and zeros for the trained matrices that it has not.
+
+    Raises:
+        UserError: it has one of them.
+    """
+    new: dict[str, Stored] = {}
+    for module in adapter.base.new:
+        name, shape = f"{module}.weight", adapter.base.shapes[module]
+        there = find(name, tensors, adapter.base.layout)
+        if there is not None:
+            raise UserError(
+                f"{adapter.directory} was trained with a new {module} on {adapter.base.name}, but "
+                f"the base has {there.name}: name the adapter's own base with --base."
+            )
+        dtype = dtype_of(adapter.base.dtype)
+        new[name] = SourceTensor(name, shape, dtype, _Zeros(shape, dtype))
+    return {**tensors, **new}
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """Zeros, as a slice of safetensors is asked for them."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def __getitem__(self, at: Any) -> Tensor:
+        rows = range(self.shape[0])[at] if at is not Ellipsis else range(self.shape[0])
+        return torch.zeros(len(rows), self.shape[1], dtype=self.dtype)
+
+
 def put_vocabulary(rows: int, config: dict[str, Any]) -> None:
     """Let config.json (as data, edited here) say how many rows the embedding has."""
     nested = config.get("text_config")

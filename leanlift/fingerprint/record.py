@@ -29,6 +29,7 @@ class BaseFingerprint:
         revision: the commit of a base from the hub, where it is known.
         layout: where tensors are in its checkpoint that are not under their own names.
         parts: of trained matrices that are stacks of experts, how many each has.
+        new: trained matrices that the checkpoint has not, whose base is zero.
     """
 
     name: str
@@ -41,19 +42,27 @@ class BaseFingerprint:
     revision: str | None = None
     layout: Layout = field(default_factory=Layout)
     parts: Mapping[str, int] = field(default_factory=dict)
+    new: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> dict[str, tuple[int, int]]:
+        """The trained matrices that the checkpoint has, name -> (m, n)."""
+        return {name: shape for name, shape in self.shapes.items() if name not in self.new}
 
     @property
     def knows_matrices(self) -> bool:
-        """Whether every trained matrix is sampled."""
-        return all(name in self.samples for name in self.shapes)
+        """Whether every trained matrix of the checkpoint is sampled."""
+        return all(name in self.samples for name in self.stored)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         data = asdict(self)
-        del data["layout"], data["parts"]
+        del data["layout"], data["parts"], data["new"]
+        if self.layout:
+            data["layout"] = self.layout.to_dict()
         if self.parts:
             data["parts"] = dict(self.parts)
-        return {**data, "layout": self.layout.to_dict()} if self.layout else data
+        return {**data, "new": list(self.new)} if self.new else data
 
     @classmethod
     def from_dict(cls, data: Any) -> BaseFingerprint:
@@ -89,6 +98,9 @@ class BaseFingerprint:
         for module, count in parts.items():
             fits = module in shapes and type(count) is int and 0 < count <= shapes[module][0]
             _expect(fits and shapes[module][0] % count == 0, f"experts of {module}", count)
+        new = data.get("new", [])
+        is_new = isinstance(new, list) and all(isinstance(n, str) and n in shapes for n in new)
+        _expect(is_new, "names of trained matrices", new)
         try:
             layout = Layout.from_dict(data.get("layout", {}))
         except ValueError as error:
@@ -104,10 +116,11 @@ class BaseFingerprint:
             revision=revision,
             layout=layout,
             parts=parts,
+            new=tuple(new),
         )
 
 
-_LATER = {"samples", "revision", "layout", "parts"}  # of format 2, of format 4
+_LATER = {"samples", "revision", "layout", "parts", "new"}  # of formats 2, 4 and 5
 _KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest"} | _LATER
 _LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
 

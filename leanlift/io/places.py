@@ -24,7 +24,7 @@ STATE_NAME = "trainer_state.json"
 PREDICTIONS_NAME = "predictions.jsonl"
 """Answers to rows, as `leanlift eval --predictions` writes them."""
 
-ADAPTER_FORMATS = (1, 2, 3, 4)
+ADAPTER_FORMATS = (1, 2, 3, 4, 5)
 """Of adapters that are read. 1 has no samples of the base, no revision and no special tokens. 3 has
 an embedding with more rows than the base's, which a reader of 2 would not give it; 4 has a base
 whose tensors are not under the model's names, where a reader of 3 would not find them."""

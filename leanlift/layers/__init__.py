@@ -29,15 +29,18 @@ from leanlift.layers.frozen import (
     scratch_nbytes,
 )
 from leanlift.layers.lift import EffectiveTiles, LiftLinear
+from leanlift.layers.tokens import LiftEmbedding, TiedHead
 from leanlift.layers.workspace import Scratch, Workspace
 
 __all__ = [
     "EffectiveTiles",
     "FrozenExperts",
     "FrozenLinear",
+    "LiftEmbedding",
     "LiftExperts",
     "LiftLinear",
     "Scratch",
+    "TiedHead",
     "Workspace",
     "largest_in_scratch",
     "patched_rows",

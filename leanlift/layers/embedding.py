@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanlift.tiles import RowTiles
+
 
 class FrozenEmbedding(nn.Module):
     """An embedding in 16 or 32 bits or in INT8, on the model's device or on the CPU.
@@ -16,6 +18,7 @@ class FrozenEmbedding(nn.Module):
         dtype: of what comes out.
         stays: True leaves the storage where it is, whatever the model is moved to.
         scale: scalar that rows are multiplied by, as Gemma does.
+        weight_tiles: the weight as RowTiles, where somebody needs it.
     """
 
     def __init__(
@@ -25,10 +28,12 @@ class FrozenEmbedding(nn.Module):
         dtype: torch.dtype,
         stays: bool,
         scale: Tensor | None = None,
+        weight_tiles: RowTiles | None = None,
     ) -> None:
         super().__init__()
         self._rows = rows
         self.dtype = dtype
+        self.weight_tiles = weight_tiles
         self.register_buffer("embed_scale", scale, persistent=False)
         if stays:
             self.__dict__["storage"] = storage  # unknown to nn.Module, so that .to() passes it by

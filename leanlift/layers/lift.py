@@ -74,6 +74,11 @@ class LiftLinear(FrozenLinear):
         return KeepInput.apply(x, self.values, self, self.values_gradient)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether there is nothing to choose: every entry is trained."""
+        return self.index.is_full
+
+    @property
     def learned(self) -> LayerOffsets:
         """The active and the retired offsets, scaled."""
         retired = None

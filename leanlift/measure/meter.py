@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from leanlift.layers import FrozenLinear, LiftLinear
+from leanlift.layers import FrozenLinear, LiftEmbedding, LiftLinear, TiedHead
 from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.lm_head import FrozenHead
 from leanlift.measure.live import LiveBytes
@@ -103,16 +103,19 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
 def static_categories(model: nn.Module) -> dict[str, int]:
     """Bytes that stay from step to step, by category (without the optimizer's)."""
     layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
-    linears = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    linears = [m for m in model.modules() if isinstance(m, FrozenLinear)]
+    linears = [linear for linear in linears if not isinstance(linear, LiftEmbedding)]
     frozen: list[Tensor] = [t for linear in linears for t in weight_tensors(linear.base)]
     ends: list[Tensor] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module = getattr(model, getter, lambda: None)()
+        if isinstance(module, (LiftEmbedding, TiedHead)):
+            module = module.lookup if isinstance(module, LiftEmbedding) else module.frozen
         if isinstance(module, FrozenEmbedding):
             ends.extend(weight_tensors(module.storage))
         elif isinstance(module, FrozenHead):
             ends.extend(weight_tensors(module.base))
-        elif module is not None:
+        elif module is not None and not isinstance(module, FrozenLinear):  # else it is a target
             ends.extend(parameter.data for parameter in module.parameters())
     values = [layer.values.data for layer in layers]
     retired = [layer.retired_values for layer in layers if layer.retired_values is not None]

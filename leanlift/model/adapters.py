@@ -12,11 +12,13 @@ from torch import nn
 
 from leanlift.adapters import (
     Adapter,
+    AdapterMetadata,
     check_values,
     open_adapter,
     write_adapter,
 )
 from leanlift.adapters.special import SpecialTokens
+from leanlift.adapters.task import Task
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, check_same_base
 from leanlift.layers import LiftLinear
@@ -33,6 +35,8 @@ from leanlift.model.embeddings import quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding, head_name
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.model.surgery import layers_over, replace_modules
+from leanlift.model.tokens import check_embedding, drop_tokens, lift_tokens, trained_embedding
+from leanlift.model.whole import check_new, empty, whole_modules
 from leanlift.sparse import LayerOffsets, SegmentedIndex
 from leanlift.weights.grown import Grown
 from leanlift.weights.quantized import FrozenWeight
@@ -65,7 +69,12 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     known = {f"{module}.weight" for module in (*state.base.formats, head_name(model))}
     layout = state.base.layout.of({*known, *state.base.sampled})
     base = replace(state.base, layout=layout)
-    write_adapter(Path(directory), offsets, state.config, base, state.refreshes, special, grown)
+    facts = AdapterMetadata(
+        state.config, base, state.refreshes, special, grown,
+        Task.of(model) if base.new else None,
+        trained_embedding(model),
+    )  # fmt: skip
+    write_adapter(Path(directory), offsets, facts)
 
 
 def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:
@@ -86,16 +95,20 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
     """
 
     @functools.cache
-    def base_of(names: frozenset[str]) -> LiveBase:
-        return live_base(model, names)
+    def base_of(names: frozenset[str], whole: tuple[str, ...] = ()) -> LiveBase:
+        return live_base(model, names, whole)
 
     with open_adapter(source, lambda names: base_of(frozenset(names)).sampled()) as adapter:
-        base = base_of(frozenset(adapter.base.shapes))
+        if adapter.task is not None:
+            adapter.task.check(model, str(adapter.directory))
+        base = base_of(frozenset(adapter.base.shapes), tuple(whole_modules(model, adapter.config)))
+        check_new(model, adapter.base.new)
         # before anything of the claimed shapes is made
         check_same_base(adapter.base, base.facts, base.weights.__getitem__)
         check_checkpoint(adapter, base.facts)
         check_special(adapter, model)
         check_rows(model, adapter)
+        check_embedding(model, adapter)
         offsets = adapter.layers()
         if hasattr(model, "leanlift"):
             _replace(model, adapter, offsets, base)
@@ -104,6 +117,8 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         _keep_samples(model, adapter.base)
         for name, layer in lift_layers(model).items():
             layer.put(offsets[name])
+            if name in adapter.base.new:
+                empty(layer)
         state = lift_state(model)
         state.config, state.refreshes = adapter.config, adapter.refreshes
         adapter.special.put(*configs_of(model))
@@ -121,9 +136,10 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
     """
     state, layers = lift_state(model), lift_layers(model)
     with open_adapter(directory) as adapter:
-        base = live_base(model, adapter.base.shapes)
+        base = live_base(model, adapter.base.shapes, whole_modules(model, adapter.config))
         check_same_base(adapter.base, state.base, base.weights.__getitem__)
         check_same_rows(adapter, state)
+        check_embedding(model, adapter)
         if adapter.config.values_dtype != state.config.values_dtype:
             raise UserError(
                 f"{directory} has {adapter.config.values_dtype} offsets, but the model trains "
@@ -152,8 +168,9 @@ def unload_adapter(model: nn.Module) -> nn.Module:
         UserError: there is none on it.
     """
     layers = _loaded_layers(model)
-    base = live_base(model, layers)
+    base = live_base(model, layers, layers)
     replace_modules(model, layers_over(base.weights, {}, lift_state(model).workspace))
+    drop_tokens(model)
     return model
 
 
@@ -189,7 +206,7 @@ def _keep_samples(model: nn.Module, recorded: BaseFingerprint) -> None:
     state = lift_state(model)
     ends = {name: text for name, text in state.base.samples.items() if name in state.base.sampled}
     own = {name: recorded.samples[name] for name in recorded.shapes if name in recorded.samples}
-    state.base = replace(state.base, samples={**ends, **own})
+    state.base = replace(state.base, samples={**ends, **own}, new=recorded.new)
 
 
 def _attach(
@@ -235,6 +252,9 @@ def _replace(
     dtype = getattr(torch, adapter.config.values_dtype)
     indices = _indices(offsets, base)
     replace_modules(model, layers_over(base.weights, indices, state.workspace, dtype))
+    drop_tokens(model)
+    if adapter.config.trainable_token_indices:
+        lift_tokens(model, adapter.config.trainable_token_indices, state.workspace, dtype)
     state.base = facts
 
 
@@ -243,4 +263,5 @@ def _indices(offsets: dict[str, LayerOffsets], base: LiveBase) -> dict[str, Segm
     return {
         name: learned.active.index.to(base.weights[name].device)
         for name, learned in offsets.items()
+        if name in base.weights
     }

@@ -35,6 +35,8 @@ from leanlift.model.state import LiftState, lift_layers, lift_state, print_train
 from leanlift.model.strangers import guard
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets, what_is_left
+from leanlift.model.tokens import check_tokens, lift_tokens
+from leanlift.model.whole import begin, check_growth_beside, check_new, whole_modules
 from leanlift.ops import resolve
 from leanlift.selection import selection, selection_nbytes
 from leanlift.source import check_homes
@@ -51,6 +53,10 @@ class Choice:
 
     index: SegmentedIndex
     converged: bool
+
+
+Choose = Callable[[str, FrozenWeight], Choice]
+"""Gives the positions of a target, from its name and weight."""
 
 
 def get_lift_model(
@@ -83,40 +89,61 @@ def get_lift_model(
     """
     config = config or LiftConfig()
     started = time.perf_counter()
-    check_attachable(model)
+    check_attachable(model, config.modules_to_save)
     wanted, excluded = config.target_modules, config.exclude_modules
     targets = find_targets(model, wanted, excluded, config.selects)
     left = what_is_left(model, targets, wanted, excluded)
     if left is not None:
         logger.warning("%s", left)
     config.check_patterns(targets)
-    base = stock_base(model, targets)
-    counts = {n: config.count(part_shape(base.weights[n]), n) for n in base.facts.shapes}
+    whole = whole_modules(model, config)
+    check_growth_beside(model, whole, embedding_rows)
+    check_tokens(model, config, embedding_rows)
+    targets = [name for name in targets if name not in whole]
+    base = stock_base(model, [*targets, *whole])
+    check_new(model, base.facts.new)
+    choose = _chooser(model, config, base, targets, progress, calibration, embedding_rows)
+    attach(model, config, base, choose, "Selecting", progress, embedding_rows=embedding_rows)
+    begin(model, base.facts.new)
+    lift_state(model).selection_seconds = time.perf_counter() - started
+    return model
+
+
+def _chooser(
+    model: nn.Module,
+    config: LiftConfig,
+    base: LiveBase,
+    targets: list[str],
+    progress: bool,
+    calibration: Iterable[Mapping[str, Tensor]] | None,
+    embedding_rows: int | None,
+) -> Choose:
+    """What chooses the positions of each trained matrix: as the config says of the targets, all of
+    the others; the arguments are those of `get_lift_model`."""
+    counts = {name: config.count(part_shape(base.weights[name]), name) for name in targets}
+    masks: dict[str, Tensor] = {}
     if config.selector == "gradient":
         with with_more_rows(model, embedding_rows), frozen_layers(model, base.weights) as layers:
             scored = {name: layers[name] for name in targets}
             masks = gradient_masks(model, scored, counts, calibration or (), progress=progress)
+    scorer = None if masks else config.scorer()
 
-        def choose(name: str, weight: FrozenWeight) -> Choice:
+    def choose(name: str, weight: FrozenWeight) -> Choice:
+        if name not in counts:
+            return Choice(SegmentedIndex.full(weight.shape, weight.device), converged=True)
+        if scorer is None:
             return Choice(SegmentedIndex.from_flat(masks[name], weight.shape), converged=True)
+        found = selection(weight, scorer, counts[name], name, config.selection_tile_bytes)
+        return Choice(SegmentedIndex.from_flat(found.flat, weight.shape), found.converged)
 
-    else:
-        scorer = config.scorer()
-
-        def choose(name: str, weight: FrozenWeight) -> Choice:
-            chosen = selection(weight, scorer, counts[name], name, config.selection_tile_bytes)
-            return Choice(SegmentedIndex.from_flat(chosen.flat, weight.shape), chosen.converged)
-
-    attach(model, config, base, choose, "Selecting", progress, embedding_rows=embedding_rows)
-    lift_state(model).selection_seconds = time.perf_counter() - started
-    return model
+    return choose
 
 
 def attach(
     model: nn.Module,
     config: LiftConfig,
     base: LiveBase,
-    choose: Callable[[str, FrozenWeight], Choice],
+    choose: Choose,
     what: str,
     progress: bool,
     sample: bool = True,
@@ -147,6 +174,9 @@ def attach(
     workspace = Workspace()
     make_layer = layers_over(base.weights, indices, workspace, getattr(torch, config.values_dtype))
     ends = operate(model, make_layer, int8 if config.quantize_embeddings else None, embedding_rows)
+    if config.trainable_token_indices:
+        dtype = getattr(torch, config.values_dtype)
+        lift_tokens(model, config.trainable_token_indices, workspace, dtype)
     own_base(model)
     holder: Any = model
     holder.leanlift = LiftState(
@@ -202,7 +232,7 @@ def selecting_nbytes(
         chosen = found + selection_nbytes(scorer, shape, count, tile_bytes, itemsize)
         return max(chosen, 8 * counts[name] + encoding_nbytes(counts[name]))
 
-    return max(map(of, shapes))
+    return max(map(of, shapes), default=0)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from leanlift.fingerprint import (
 from leanlift.fingerprint.cells import Cells, cells_of
 from leanlift.fingerprint.samples import Comparison
 from leanlift.io.hub import snapshot_of
-from leanlift.layers import FrozenLinear
+from leanlift.layers import FrozenLinear, LiftEmbedding
 from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
@@ -62,18 +62,25 @@ class LiveBase:
         """The fingerprint with samples of the targets, for an adapter that says nothing of its
         base."""
         none = partial(torch.empty, 0, dtype=torch.int64)
-        return with_samples(self.facts, dict.fromkeys(self.facts.shapes, none), self.cells)
+        return with_samples(self.facts, dict.fromkeys(self.facts.stored, none), self.cells)
 
 
-def live_base(model: nn.Module, wanted: Collection[str]) -> LiveBase:
+def live_base(model: nn.Module, wanted: Collection[str], whole: Collection[str] = ()) -> LiveBase:
     """The base of a model, stock or attached, with those of the wanted targets that it has in its
     blocks.
+
+    Args:
+        model: whose base it is.
+        wanted: names of targets.
+        whole: names of Linears that may lie outside the blocks.
 
     Raises:
         UserError: one that cannot be read, or, of a stock model, weights that are not numbers.
     """
     modules = dict(outer_modules(model))
-    targets = [name for name in inside_blocks(named_parts(model))
+    modules = {name: m for name, m in modules.items() if not isinstance(m, LiftEmbedding)}
+    inside = inside_blocks(named_parts(model))
+    targets = [name for name in dict.fromkeys((*inside, *whole))
                if name in wanted and name in modules]  # fmt: skip
     state = getattr(model, "leanlift", None)
     if not isinstance(state, LiftState):
@@ -105,7 +112,19 @@ def stock_base(model: nn.Module, targets: list[str]) -> LiveBase:
     check_finite(model)
     name, dtype, revision = base_name(model), base_dtype(model), base_revision(model)
     facts = fingerprint(model, weights, targets, name, dtype, revision)
-    return LiveBase(weights, replace(facts, layout=_layout(model, weights, facts)))
+    facts = replace(facts, layout=_layout(model, weights, facts))
+    outside = set(targets) - set(inside_blocks(modules))
+    return LiveBase(weights, replace(facts, new=_without_home(facts, outside)))
+
+
+def _without_home(facts: BaseFingerprint, names: Collection[str]) -> tuple[str, ...]:
+    """Of matrices outside the blocks, those that the checkpoint has not, where it is at hand."""
+    checkpoint = checkpoint_of(facts)
+    if not names or checkpoint is None:
+        return ()
+    with open_checkpoint(checkpoint) as files:
+        tensors = plain_view(files)
+        return tuple(n for n in names if find(f"{n}.weight", tensors, facts.layout) is None)
 
 
 def _layout(
@@ -156,9 +175,13 @@ def _weight(module: nn.Module, name: str) -> FrozenWeight:
     return target_weight(module, name)
 
 
-def check_attachable(model: nn.Module) -> None:
+def check_attachable(model: nn.Module, whole: Collection[str] = ()) -> None:
     """Refuse what is attached to already, what another library has patched, and what is no causal
     language model.
+
+    Args:
+        model: a stock model.
+        whole: names of what is trained whole; a head of another kind may be among them.
 
     Raises:
         UserError: says what it is.
@@ -175,11 +198,11 @@ def check_attachable(model: nn.Module) -> None:
                 "base without it."
             )
     ends = getattr(model, "get_output_embeddings", None)
-    if ends is not None and ends() is None:
+    if ends is not None and ends() is None and not whole:
         raise UserError(
             f"this {type(model).__name__} has no output head over its vocabulary, so it is no "
             "causal language model; what stands there instead would be neither trained nor saved: "
-            "load it with AutoModelForCausalLM."
+            "load it with AutoModelForCausalLM, or name it in modules_to_save (score)."
         )
 
 
@@ -271,7 +294,12 @@ def with_base_samples(
     Raises:
         UserError: the checkpoint has other weights than the model.
     """
-    masks = {name: index.to_flat for name, index in indices.items()}  # 8 bytes an entry: one by one
+    none = partial(torch.empty, 0, dtype=torch.int64)
+    masks = {  # 8 bytes an entry: one by one
+        name: none if index.is_full else index.to_flat
+        for name, index in indices.items()
+        if name not in base.facts.new
+    }
     if checkpoint is None:
         return with_samples(base.facts, masks, base.cells)
     dtype, layout = dtype_of(base.facts.dtype), base.facts.layout

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from leanlift.errors import UserError
 from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.lm_head import FrozenHead, Head
+from leanlift.layers.tokens import LiftEmbedding
 from leanlift.weights.quantized import (
     Weight8bit,
     WeightFormat,
@@ -54,7 +55,7 @@ def quantize_embeddings(model: Any, hold: Hold = int8) -> dict[str, WeightFormat
     held = hold(embedding.weight)
     base = held if tied else hold(head.weight)
     bias = None if head.bias is None else head.bias.data
-    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, False, scale)
+    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, False, scale, held)
     model.set_submodule(names[embedding], lookup)
     model.set_submodule(names[head], FrozenHead(base.module, base, bias))
     return {names[embedding]: INT8, names[head]: INT8}
@@ -68,6 +69,11 @@ def embedding_to_cpu(model: Any) -> None:
     """
     check_not_tied(model)
     embedding = model.get_input_embeddings()
+    if isinstance(embedding, LiftEmbedding):
+        raise UserError(
+            "tokens of the embedding are trained, so it is not kept on the CPU: leave out "
+            "embedding_on_cpu, or trainable_token_indices."
+        )
     name = next(name for name, module in model.named_modules() if module is embedding)
     held: nn.Module = embedding.storage if isinstance(embedding, FrozenEmbedding) else embedding
     dtype = embedding.dtype if isinstance(embedding, FrozenEmbedding) else embedding.weight.dtype
@@ -110,15 +116,20 @@ class EmbeddingBytes:
     held: int
 
 
-def embeddings_nbytes(model: Any, in_int8: bool, elsewhere: bool) -> EmbeddingBytes:
+def embeddings_nbytes(
+    model: Any, in_int8: bool, elsewhere: bool, head_is_target: bool = False
+) -> EmbeddingBytes:
     """Of a 16/32-bit model, before anything is done to its embedding and head.
 
     Args:
         model: with its own embedding and head, real or fake.
         in_int8: whether both will be held in INT8; tied ones once.
         elsewhere: whether the embedding will be on the CPU and the model is not.
+        head_is_target: whether the head is trained, and counted among what is.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head_is_target:
+        head = None
     own_head = [] if head is None or embeddings_tied(model) else [head.weight]
     bias = 0 if head is None or head.bias is None else head.bias.nbytes
     kept = own_head if elsewhere else [embedding.weight, *own_head]

@@ -70,6 +70,9 @@ def refresh_mask(
     unconverged = []
     layers = lift_layers(model)
     for name, layer in tqdm(layers.items(), "refreshing", unit="matrix", disable=not progress):
+        total += layer.index.count
+        if layer.is_fixed:
+            continue
         mask, converged = _choose(layer, name, state.config)
         if not converged:
             unconverged.append(name)
@@ -77,7 +80,6 @@ def refresh_mask(
         if optimizer is not None:
             remap_entries(optimizer, layer.values, change.source)
         replaced += int((change.source < 0).sum())
-        total += layer.index.count
         retired += change.retired_count
         retired_nbytes += layer.retired_nbytes
         held_back += mask.held_back
@@ -139,5 +141,5 @@ def refresh_nbytes(
         shapes, counts: of every target, and of its trained entries.
         parts: how many matrices a target is a stack of, of stacks.
     """
-    exchange = EXCHANGE_PER_ENTRY * max(counts.values())
+    exchange = EXCHANGE_PER_ENTRY * max((counts[name] for name in shapes), default=0)
     return max(selecting_nbytes(config, shapes, counts, 4, parts), exchange)

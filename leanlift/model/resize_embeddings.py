@@ -28,11 +28,9 @@ def embedding_size(model: Any) -> int:
 
 
 def head_name(model: Any) -> str:
-    """The path of the output head; "" for a module of one's own that has none."""
-    if not hasattr(model, "get_output_embeddings"):
-        return ""
-    head = model.get_output_embeddings()
-    return next(name for name, module in model.named_modules() if module is head)
+    """The path of the output head; "" where there is none."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((n for n, m in model.named_modules() if m is head), "") if head else ""
 
 
 def rows_to_grow_to(model: Any, rows: int | None) -> int | None:

@@ -63,7 +63,7 @@ def find_targets(
         found = _of_preset(names, inside, str(wanted), type(model).__name__)
         return [name for name in found if selects(_shape(names[name]), name)] or found
     endings = (wanted,) if isinstance(wanted, str) else wanted
-    unmatched = [end for end in endings if not any(_ends_in(name, end) for name in everything)]
+    unmatched = [end for end in endings if not any(ends_in(name, end) for name in everything)]
     if unmatched or not endings:
         linears = sorted(
             {name.rpartition(".")[2] for name in everything if _is_linear(names[name])}
@@ -72,7 +72,7 @@ def find_targets(
             f"target_modules={unmatched} matches nothing inside the blocks of this "
             f"{type(model).__name__}: its Linears there are called {linears}."
         )
-    found = [name for name in inside if any(_ends_in(name, end) for end in endings)]
+    found = [name for name in inside if any(ends_in(name, end) for end in endings)]
     if not found:
         raise MaskError("exclude_modules leaves nothing of target_modules: name less, or more.")
     for name in found:
@@ -117,7 +117,8 @@ def read_by_parent(names: Mapping[str, nn.Module], name: str) -> bool:
     return re.search(taken, source_of(kind)) is not None
 
 
-def _ends_in(name: str, ending: str) -> bool:
+def ends_in(name: str, ending: str) -> bool:
+    """Whether a module's name ends as `ending` says, at a dot."""
     return name == ending or name.endswith(f".{ending}")
 
 
@@ -146,13 +147,13 @@ def _without(inside: list[str], excluded: str | tuple[str, ...], kind: str) -> l
         UserError: an ending that none of them has.
     """
     endings = (excluded,) if isinstance(excluded, str) else excluded
-    unmatched = [end for end in endings if not any(_ends_in(name, end) for name in inside)]
+    unmatched = [end for end in endings if not any(ends_in(name, end) for name in inside)]
     if unmatched:
         raise MaskError(
             f"exclude_modules={unmatched} matches nothing inside the blocks of this {kind}: leave "
             "it out, or see how its modules are called."
         )
-    return [name for name in inside if not any(_ends_in(name, end) for end in endings)]
+    return [name for name in inside if not any(ends_in(name, end) for end in endings)]
 
 
 def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:

@@ -25,6 +25,8 @@ from leanlift.model.embeddings import INT8, embedding_to_cpu
 from leanlift.model.stacks import named_parts
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
+from leanlift.model.tokens import check_tokens, embedding_name, lift_tokens
+from leanlift.model.whole import whole_modules
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.plan.pieces import first_pieces
 from leanlift.sparse import SEGMENT, SegmentedIndex
@@ -108,14 +110,24 @@ def attach_fake(
     wanted, excluded = config.target_modules, config.exclude_modules
     targets = find_targets(model, wanted, excluded, config.selects)
     config.check_patterns(targets)
+    whole, tokens = whole_modules(model, config), config.trainable_token_indices
+    check_tokens(model, config, None)
+    embedding = tuple(model.get_input_embeddings().weight.shape)
+    targets = [*(name for name in targets if name not in whole), *whole]
     weights = planned_weights(model, fmt, targets)
     indices = {}
     for name in targets:
         parts, weight = parts_of(weights[name]), weights[name]
-        indices[name] = even_index(weight.shape, parts * config.count(part_shape(weight), name))
+        m, n = part_shape(weight)
+        count = m * n if name in whole else config.count((m, n), name)
+        indices[name] = even_index(weight.shape, parts * count)
     workspace = workspace or first_pieces("cuda")
     make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
     operate(model, make_layer, _without_numbers if config.quantize_embeddings else None)
+    if tokens:
+        index = even_index(embedding, len(tokens) * embedding[1])
+        lift_tokens(model, tokens, workspace, getattr(torch, config.values_dtype), index)
+        indices[embedding_name(model)] = index
     if embedding_on_cpu:
         embedding_to_cpu(model)
     return indices
@@ -129,9 +141,10 @@ def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[s
     for name, module in named_parts(model).items():
         if isinstance(module, ExpertStack) and (fmt.kind != "dense" or name in trained):
             weights[name] = _planned_stack(module, name, fmt)
-        if not is_plain_linear(module) or module is head:
+        if not is_plain_linear(module) or (module is head and name not in trained):
             continue
-        if fmt.kind != "dense" and type(module) is nn.Linear:  # bitsandbytes takes no other
+        quantized = type(module) is nn.Linear and module is not head  # bitsandbytes takes no other
+        if fmt.kind != "dense" and quantized:
             m, n = module.weight.shape
             weights[name] = empty_weight((m, n), fmt, module.bias)
         elif name in trained:

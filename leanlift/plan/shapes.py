@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from leanlift.config import LiftConfig
-from leanlift.layers import FrozenLinear, scratch_nbytes
+from leanlift.layers import FrozenLinear, LiftEmbedding, scratch_nbytes
+from leanlift.layers.tokens import TOKEN_NBYTES
 from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings_nbytes
 from leanlift.model.stacks import named_parts
+from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
@@ -54,6 +56,7 @@ class Shapes:
         weights: of the model, in number.
         targets, counts: shapes of the targets, and how many entries of each are trained.
         parts: how many matrices a target is a stack of, of stacks.
+        fixed: targets of which nothing is chosen.
         linears: shapes of all our layers.
         held: bytes of their weights.
         read_whole: entries of the largest matrix or stack that is whole before it is held so.
@@ -67,10 +70,16 @@ class Shapes:
     targets: dict[str, tuple[int, int]]
     counts: dict[str, int]
     parts: dict[str, int]
+    fixed: frozenset[str]
     linears: list[tuple[int, int]]
     held: int
     read_whole: int
     by_tiles: int
+
+    @property
+    def chosen(self) -> dict[str, tuple[int, int]]:
+        """Shapes of the targets of which a selection chooses entries."""
+        return {name: shape for name, shape in self.targets.items() if name not in self.fixed}
 
     @property
     def largest(self) -> int:
@@ -94,7 +103,9 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         check_not_tied(model)
     weights = sum(p.numel() for p in model.parameters())
     elsewhere = settings.embedding_on_cpu and settings.on_cuda  # else it is where the model is
-    ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere)
+    whole = [model.get_submodule(name) for name in whole_modules(model, config)]
+    head_is_target = model.get_output_embeddings() in whole
+    ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere, head_is_target)
     tensors = _tensors_outside_ends(model)
     own = {
         name: id(m.weight)
@@ -103,17 +114,22 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     }
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    layers = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, FrozenLinear) and not isinstance(m, LiftEmbedding)
+    }
     for name in layers:
         tensors.pop(own[name], None)
     shapes = Shapes(
         ends=ends,
-        other=sum(tensors.values()),
+        other=sum(tensors.values()) + TOKEN_NBYTES * len(config.trainable_token_indices),
         scratch=scratch_nbytes(layers.values(), settings.model_dtype),
         weights=weights,
         targets={name: index.shape for name, index in indices.items()},
         counts={name: index.count for name, index in indices.items()},
-        parts={n: parts_of(layers[n].weight_tiles) for n in indices},
+        parts={n: parts_of(layers[n].weight_tiles) for n in indices if n in layers},
+        fixed=frozenset((*whole_modules(model, config), *(n for n in indices if n not in layers))),
         linears=[layer.weight_tiles.shape for layer in layers.values()],
         held=sum(_held(layer.weight_tiles) for layer in layers.values()),
         read_whole=_read_whole(layers.values()),

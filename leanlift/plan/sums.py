@@ -35,7 +35,8 @@ def _retired(planned: Planned, shapes: Shapes) -> int:
     config, value = planned.config, planned.value_nbytes
     if not config.refresh_interval:
         return 0
-    bounds = {name: config.retired_bound(count) for name, count in shapes.counts.items()}
+    bounds = {name: config.retired_bound(count) for name, count in shapes.counts.items()
+              if name in shapes.chosen}  # fmt: skip
     return sum(
         retired_nbytes(shapes.targets[name], shapes.counts[name] if bound is None else bound, value)
         for name, bound in bounds.items()
@@ -57,7 +58,7 @@ def updating_nbytes(planned: Planned, shapes: Shapes, held: dict[str, int]) -> i
 def one_selection_nbytes(planned: Planned, shapes: Shapes) -> int:
     """What the largest selection before training takes."""
     item = planned.settings.model_dtype.itemsize
-    return selecting_nbytes(planned.config, shapes.targets, shapes.counts, item, shapes.parts)
+    return selecting_nbytes(planned.config, shapes.chosen, shapes.counts, item, shapes.parts)
 
 
 def before_training(planned: Planned, shapes: Shapes, held: dict[str, int]) -> dict[str, int]:
@@ -89,6 +90,6 @@ def beside_training(
         phases["evaluate"] = static + evaluating
     if config.refresh_interval:
         phases["refresh"] = static + refresh_nbytes(
-            config, shapes.targets, shapes.counts, shapes.parts
+            config, shapes.chosen, shapes.counts, shapes.parts
         )
     return phases

@@ -81,7 +81,7 @@ def check_homes(base: BaseFingerprint, directory: Path) -> None:
         UserError: a trained matrix, or a tensor by which the base is known again, that the
             checkpoint lacks or has in another shape; or a checkpoint that cannot be merged onto.
     """
-    check_matrix_homes(base.shapes, directory, base.layout)
+    check_matrix_homes(base.stored, directory, base.layout)
     with open_checkpoint(directory) as files:
         tensors = plain_view(files)
         for name in base.sampled:

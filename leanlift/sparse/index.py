@@ -89,6 +89,15 @@ class SegmentedIndex:
         return cls._of(shape, columns, counts.view(m, segments))
 
     @classmethod
+    def full(cls, shape: tuple[int, int], device: torch.device | None = None) -> SegmentedIndex:
+        """All positions of a matrix, on a device."""
+        m, n = shape
+        columns = (torch.arange(n, device=device) % SEGMENT).to(torch.uint8).repeat(m)
+        row = torch.full((-(-n // SEGMENT),), SEGMENT, device=device)
+        row[-1] = n - (len(row) - 1) * SEGMENT
+        return cls._of(shape, columns, row.to(torch.uint8).repeat(m, 1))
+
+    @classmethod
     def _of(cls, shape: tuple[int, int], columns: Tensor, counts: Tensor) -> SegmentedIndex:
         """With what follows from the counts."""
         if columns.numel() >= 2**31:
@@ -130,6 +139,11 @@ class SegmentedIndex:
     def count(self) -> int:
         """k, the number of entries."""
         return self.columns.numel()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has every position."""
+        return self.count == self.shape[0] * self.shape[1]
 
     @property
     def nbytes(self) -> int:

@@ -29,6 +29,19 @@ LEFT_OUT = object()
 """A setting that this version of the library, or this kind of config, has not."""
 
 
+def check_language_model(model: Any) -> None:
+    """Refuse a model without logits over a vocabulary, such as a classifier.
+
+    Raises:
+        UserError: it is none that LiftTrainer trains.
+    """
+    if getattr(model, "get_output_embeddings", lambda: model)() is None:
+        raise UserError(
+            f"LiftTrainer trains on the next token, which a {type(model).__name__} has no head "
+            "for: train it with transformers' Trainer, save_strategy=no and save_adapter after it."
+        )
+
+
 def check_numbers(sft: Any) -> None:
     """Hold the numbers of an SFTConfig against `NUMBERS`.
 

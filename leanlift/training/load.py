@@ -10,6 +10,7 @@ import torch
 
 from leanlift.adapters import Adapter
 from leanlift.errors import UserError
+from leanlift.model.targets import ends_in
 from leanlift.training.arguments import RunArguments
 from leanlift.training.base import load_model
 
@@ -25,10 +26,17 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
     Raises:
         UserError: as for `load_model` and `arguments_as_trained`.
     """
+    if adapter.task is not None:
+        raise UserError(
+            f"{adapter.directory} is an adapter of a {adapter.task.architecture}, which has no "
+            "logits over a vocabulary to evaluate: load it with transformers and load_adapter."
+        )
     args = arguments_as_trained(adapter)
     if base is not None:
         args = replace(args, model_name_or_path=str(base), model_revision=None)
-    formats = {adapter.base.formats[name].kind for name in adapter.base.shapes}
+    whole = adapter.config.modules_to_save  # a head is in 16 bits, whatever else is not
+    chosen = [n for n in adapter.base.shapes if not any(ends_in(n, end) for end in whole)]
+    formats = {adapter.base.formats[name].kind for name in chosen}
     return load_model(args, device, experts_too=len(formats) == 1)
 
 

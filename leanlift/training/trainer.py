@@ -41,7 +41,7 @@ from leanlift.training.checkpointing.settings import (
     settings_of,
 )
 from leanlift.training.checkpointing.whole import Checkpoint
-from leanlift.training.checks import check_numbers, check_settings
+from leanlift.training.checks import check_language_model, check_numbers, check_settings
 from leanlift.training.eval_loss import TokenMeans, trained_tokens
 from leanlift.training.given import (
     as_sft_config,
@@ -106,6 +106,7 @@ class LiftTrainer(TrainerOverrides):
     ) -> None:
         self._lift = lift_state(model)
         claim(model)
+        check_language_model(model)
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
         args = as_sft_config(args)

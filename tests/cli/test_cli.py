@@ -49,6 +49,8 @@ OWN_OPTIONS = {
     "block",
     "target_modules",
     "exclude_modules",
+    "modules_to_save",
+    "trainable_token_indices",
     "density_pattern",
     "selection_seed",
     "selection_tile_mib",

@@ -37,6 +37,8 @@ OTHER: dict[str, tuple[str, Any, Any]] = {
     "block": ("4", 4, 4),
     "target_modules": ("attention", "attention", "attention"),
     "exclude_modules": ("o_proj", "o_proj", ("o_proj",)),
+    "modules_to_save": ("lm_head", "lm_head", ("lm_head",)),
+    "trainable_token_indices": ("7", [7], (7,)),
     "density_pattern": ('{"up_proj": 0.5}', {"up_proj": 0.5}, {"up_proj": 0.5}),
     "values_dtype": ("float32", "float32", "float32"),
     "quantize_embeddings": ("yes", True, True),
@@ -56,6 +58,8 @@ NEVER: dict[str, tuple[Any, ...]] = {
     "block": (0, -4, None),
     "target_modules": (3, ["q_proj", 3], None),
     "exclude_modules": (3, ["q_proj", 3], {3}),
+    "modules_to_save": (3, ["lm_head", 3], {3}),
+    "trainable_token_indices": (-1, [3, 3], [1.5], ["x"], {3}),
     "density_pattern": (
         {"a": 2.0},
         {"a": "x"},
@@ -132,7 +136,10 @@ def test_what_it_cannot_be_is_refused_everywhere(name: str, tmp_path: Path) -> N
             with pytest.raises(UserError, match=name):
                 look([*BASIC, *in_file(tmp_path, **{name: value})])
             if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-                if name.endswith(("_modules", "quantize_embeddings")) and value in (1, 3):
+                if ("modules" in name and value == 3) or (name, value) == (
+                    "quantize_embeddings",
+                    1,
+                ):
                     continue  # as texts they are a name and a switch
                 with pytest.raises(UserError, match=name):
                     look([*BASIC, f"--{name}={value}"])

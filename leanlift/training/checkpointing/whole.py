@@ -156,9 +156,7 @@ def _check_trainer_state(path: Path) -> tuple[int, int]:
 def _check_adapter(path: Path) -> dict[str, int]:
     """Entries of each trained parameter."""
     with open_adapter(path) as adapter:
-        return {
-            f"{name}.values": adapter.layer(name).active.index.count for name in adapter.base.shapes
-        }
+        return {f"{name}.values": adapter.layer(name).active.index.count for name in adapter.shapes}
 
 
 def _check_optimizer(path: Path, counts: dict[str, int], step: int) -> None:
