@@ -48,24 +48,31 @@ from leanlift.weights.stacks import ExpertStack, quantized_stack
 logger = logging.getLogger("leanlift")
 
 
-def load_in_few_bits(auto: Any, name: str | Path, **settings: Any) -> Any:
+WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+"""Settings of `from_pretrained` that say where a configuration is."""
+
+
+def load_in_few_bits(
+    auto: Any, name: str | Path, trust_remote_code: bool = False, **settings: Any
+) -> Any:
     """`auto.from_pretrained(name, **settings)`, with the experts of a mixture held as its quantized
     Linears are, and quantized while they are read.
 
     Args:
         auto: `AutoModelForCausalLM`, or another class of transformers that loads a model.
         name: a checkpoint directory or hub name. Experts that are stored in MXFP4 are read, too.
+        trust_remote_code: whether code of the checkpoint's own may run.
         settings: of `from_pretrained`, `quantization_config` among them. Where that is missing, so
             that nothing is quantized, experts stay as they are loaded.
 
     Returns:
         What `from_pretrained` returns.
     """
-    plain = _of_mxfp4(name, settings)
+    plain = _of_mxfp4(name, trust_remote_code, settings)
     if settings.get("quantization_config") is not None and plain is not None:
         settings["config"] = plain
     with experts_as_they_are_read():
-        loaded = load_with_experts_as_stored(auto, name, **settings)
+        loaded = load_with_experts_as_stored(auto, name, trust_remote_code, **settings)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     left = [name for name, part in named_parts(model).items() if isinstance(part, ExpertStack)]
     if left and format_of_linears(model) is not None:
@@ -78,20 +85,23 @@ def load_in_few_bits(auto: Any, name: str | Path, **settings: Any) -> Any:
     return loaded
 
 
-def load_with_experts_as_stored(auto: Any, name: str | Path, **settings: Any) -> Any:
+def load_with_experts_as_stored(
+    auto: Any, name: str | Path, trust_remote_code: bool = False, **settings: Any
+) -> Any:
     """`auto.from_pretrained(name, **settings)`, with experts in 16 or 32 bits; the arguments are
     those of `load_in_few_bits`."""
-    if settings.get("quantization_config") is None and _of_mxfp4(name, settings) is not None:
+    quantized = settings.get("quantization_config") is not None
+    if not quantized and _of_mxfp4(name, trust_remote_code, settings) is not None:
         settings["quantization_config"] = Mxfp4Config(dequantize=True)
-    return auto.from_pretrained(name, **settings)
+    return auto.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
 
 
-def _of_mxfp4(name: str | Path, settings: Mapping[str, Any]) -> Any | None:
+def _of_mxfp4(name: str | Path, trust_remote_code: bool, settings: Mapping[str, Any]) -> Any | None:
     """The configuration of a checkpoint with experts in MXFP4, as that of a 16-bit one."""
     config = settings.get("config")
     if config is None:
-        known = {k: v for k, v in settings.items() if k in ("revision", "trust_remote_code")}
-        config = AutoConfig.from_pretrained(name, **known)
+        where = {key: value for key, value in settings.items() if key in WHERE}
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
     return without_mxfp4(config)
 
 
