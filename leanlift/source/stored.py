@@ -61,7 +61,7 @@ def plain_view(tensors: dict[str, SourceTensor]) -> dict[str, Stored]:
         elif name.endswith(SCALES) and (module := name.removesuffix(SCALES)) + WEIGHT in tensors:
             matrices[module + WEIGHT] = _eight_bit(tensors, module)
             parts.update((name, module + LAYOUT))
-        elif name.endswith(mxfp4.BLOCKS):
+        elif name.endswith(mxfp4.BLOCKS) and tensors[name].dtype == torch.uint8:
             scales = name.removesuffix(mxfp4.BLOCKS) + mxfp4.SCALES
             if scales in tensors:
                 matrices[name] = mxfp4.Mxfp4Stack.of(tensors[name], tensors[scales])

@@ -71,6 +71,13 @@ def test_any_rows_and_entries(place: Path, oracle: torch.Tensor, data: st.DataOb
         assert torch.equal(rows.entries(flat.long()), oracle.flatten()[flat.long()])
 
 
+def test_tensors_of_such_names_that_hold_numbers_are_what_they_are(tmp_path: Path) -> None:
+    save_file({f"{NAME}_blocks": torch.ones(3), f"{NAME}_scales": torch.ones(2)},
+              tmp_path / "model.safetensors")  # fmt: skip
+    with open_checkpoint(tmp_path) as files:
+        assert set(plain_view(files)) == set(files)
+
+
 DAMAGES = {
     "other scales": {f"{NAME}_scales": torch.zeros(E, N, M // 32 + 1, dtype=torch.uint8)},
     "no groups of 32": {f"{NAME}_blocks": torch.zeros(E, N, M // 32, 15, dtype=torch.uint8)},
