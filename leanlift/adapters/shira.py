@@ -93,6 +93,7 @@ def plan_shira(adapter: Adapter) -> ShiraPlan:
         UserError: a damaged adapter, or entries or rows that have no room in PEFT's form.
     """
     extra = [f"a new {name}" for name in adapter.base.new]
+    extra += [f"experts ({name})" for name in adapter.base.parts]
     extra += ["rows of the embedding"] if adapter.embedding is not None else []
     if adapter.grown is not None:
         extra += [f"an embedding of {adapter.grown.rows} rows, more than its base's"]
@@ -101,9 +102,7 @@ def plan_shira(adapter: Adapter) -> ShiraPlan:
             f"{adapter.directory} was trained with {extra[0]}, which PEFT's SHiRA has no place "
             "for: merge it instead."
         )
-    shapes, experts = adapter.base.shapes, next(iter(adapter.base.parts), None)
-    if experts is not None:
-        raise UserError(f"PEFT's SHiRA has a place for Linears alone, not for {experts}: merge it.")
+    shapes = adapter.base.shapes
     entries = {name: _counts(adapter.layer(name)) for name in shapes}
     rank = shira_rank(shapes, {name: sum(counts) for name, counts in entries.items()})
     dtype, specs = dtype_of(adapter.config.values_dtype), []

@@ -93,11 +93,7 @@ class BaseFingerprint:
         _expect(revision is None or bool(is_revision), "a commit or null", revision)
         _expect(isinstance(samples, dict), "samples of tensors", samples)
         _check_samples(samples, shapes, set(sampled))
-        parts = data.get("parts", {})
-        _expect(isinstance(parts, dict), "how many experts a matrix has", parts)
-        for module, count in parts.items():
-            fits = module in shapes and type(count) is int and 0 < count <= shapes[module][0]
-            _expect(fits and shapes[module][0] % count == 0, f"experts of {module}", count)
+        _check_parts(parts := data.get("parts", {}), shapes)
         new = data.get("new", [])
         is_new = isinstance(new, list) and all(isinstance(n, str) and n in shapes for n in new)
         _expect(is_new, "names of trained matrices", new)
@@ -131,6 +127,14 @@ def _expect(holds: bool, what: str, found: Any) -> None:
             f"expected {what} in the fingerprint of the base, got {found!r:.80}: the adapter's "
             "configuration is damaged; fetch it again."
         )
+
+
+def _check_parts(parts: Any, shapes: dict[str, list[int]]) -> None:
+    """Every stack is a trained matrix, whose rows its experts share."""
+    _expect(isinstance(parts, dict), "how many experts a matrix has", parts)
+    for module, count in parts.items():
+        fits = module in shapes and type(count) is int and 0 < count <= shapes[module][0]
+        _expect(fits and shapes[module][0] % count == 0, f"experts of {module}", count)
 
 
 def _check_samples(samples: dict[Any, Any], shapes: dict[str, list[int]], ends: set[str]) -> None:

@@ -85,7 +85,7 @@ def test_experts_in_few_bits_are_trained_saved_and_merged(
 def test_a_stack_is_read_and_quantized_once_in_a_merge(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import leanlift.export.requantized as room
+    import leanlift.export.shared as room
 
     model = quantize_experts(load(bases["qwen3_moe"], "nf4"))
     save_adapter(get_lift_model(model, CONFIG, progress=False), tmp_path / "adapter")

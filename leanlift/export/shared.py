@@ -7,12 +7,14 @@ its offsets, hundreds of times; tensors of one stack and of another come by turn
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
 from leanlift.adapters import Adapter
 from leanlift.export.identity import Places
+from leanlift.sparse import LayerOffsets
 from leanlift.tiles import CastTiles, RowTiles
 from leanlift.weights.quantized import dtype_of, requantize
 
@@ -39,13 +41,25 @@ class LastTwo(Generic[Made]):
         return self._last[module]
 
 
-def requantized(adapter: Adapter, plan: Places) -> LastTwo[RowTiles]:
-    """D(Q) of matrices of the checkpoint, quantized as they were at loading.
+@dataclass(frozen=True)
+class Shared:
+    """What tensors of a checkpoint share.
 
-    Args:
-        adapter: whose base it was.
-        plan: where its matrices are.
+    Attributes:
+        quantized: D(Q) of its matrices, quantized as they were at loading.
+        layers: the offsets of each.
     """
+
+    quantized: LastTwo[RowTiles]
+    layers: LastTwo[LayerOffsets]
+
+    @classmethod
+    def of(cls, adapter: Adapter, plan: Places) -> Shared:
+        """Of the checkpoint whose matrices are where `plan` says."""
+        return cls(_requantized(adapter, plan), LastTwo(adapter.layer))
+
+
+def _requantized(adapter: Adapter, plan: Places) -> LastTwo[RowTiles]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def make(module: str) -> RowTiles:
