@@ -44,6 +44,7 @@ from leanlift.layers import FrozenLinear
 from leanlift.model import lift_layers, weights_of
 from leanlift.model.stacks import named_parts
 from leanlift.plan import Batch, PlanSettings
+from leanlift.weights.kinds import is_turned_linear, matrix_of
 
 LIMIT = 90
 # --- one family -----------------------------------------------------------------------------
@@ -59,6 +60,9 @@ def make(family: str, place: Path) -> Any:
     model = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))
+    for module in model.modules():  # some families load the row of what pads as zeros
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight.data[module.padding_idx] = 0
     model.config.use_cache = False
     for key, value in (("eos", 1), ("bos", None), ("pad", 0)):
         setattr(model.generation_config, f"{key}_token_id", value)
@@ -96,7 +100,8 @@ def dense_twin(model: Any, place: Path) -> Any:
     for name, layer in model.named_modules():
         if isinstance(layer, FrozenLinear):
             weight = layer.weight_tiles.rows(0, layer.weight_tiles.shape[0]).float()
-            modules[name].weight.data.copy_(weight.view_as(modules[name].weight))
+            own = matrix_of(modules[name])
+            own.copy_(weight.view_as(own))
         elif type(layer) is torch.nn.Linear and name in modules:  # what its parent reads
             modules[name].weight.data.copy_(layer.weight)
     return twin
@@ -116,6 +121,7 @@ def check_step(model: Any, place: Path) -> tuple[float, float]:
     for name, layer in lift_layers(model).items():
         dense = modules[name].weight.grad
         dense = torch.zeros_like(modules[name].weight) if dense is None else dense
+        dense = dense.T if is_turned_linear(modules[name]) else dense
         wanted = dense.reshape(-1)[layer.index.to_flat()]
         found = torch.zeros_like(wanted) if layer.values.grad is None else layer.values.grad
         size = float(dense.abs().max())

@@ -42,6 +42,7 @@ SMALL: dict[str, Any] = {
     "attention_window_size": 16, "axial_pos_shape": [4, 6], "axial_pos_embds_dim": [32, 32],
     "num_buckets": 4, "attention_head_size": 16, "conv_L_cache": 3, "max_source_positions": 32,
     "max_target_positions": 128, "num_mel_bins": 16, "word_embed_proj_dim": 64,
+    "logits_scaling": 8.0, "lm_head_multiplier": 0.5,
     "dim_ff": 128, "dff": 128, "linear_num_heads": 4, "linear_head_dim": 16, "shape_vocab_size": 64,
     "pronunciation_vocab_size": 64, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2,
     "swa_head_dim": 16, "zero_expert_num": 2,

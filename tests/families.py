@@ -10,6 +10,7 @@ from typing import Any
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -40,6 +41,7 @@ FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "phi3, fused": (Phi3Config, {}),
     "gemma2": (Gemma2Config, {"head_dim": 32}),
     "gemma3": (Gemma3TextConfig, {"head_dim": 32, "sliding_window": 16}),
+    "gpt2, turned": (GPT2Config, {"n_inner": 192, "tie_word_embeddings": True}),
     "qwen3, experts": (
         Qwen3MoeConfig,
         {

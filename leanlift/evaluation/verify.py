@@ -32,6 +32,7 @@ from leanlift.model.stacks import named_parts
 from leanlift.tiles import row_ranges, tile_rows
 from leanlift.training.experts import load_with_experts_as_stored
 from leanlift.training.load import load_as_trained
+from leanlift.weights.kinds import matrix_of
 from leanlift.weights.quantized import dtype_of
 
 BOUNDS = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
@@ -131,9 +132,9 @@ def _onto_original(
     before = _logits(model, prompts)
     parts: dict[str, Any] = dict(named_parts(model))
     for name, (m, n) in adapter.shapes.items():
-        weight, offsets = parts[name].weight.data.view(m, n), adapter.layer(name)
+        weight, offsets = matrix_of(parts[name]).reshape(m, n), adapter.layer(name)
         for start, stop in row_ranges(m, tile_rows(n, 4)):
-            rows = weight[start:stop].to("cpu", torch.float32)
+            rows = weight[start:stop].to("cpu", torch.float32).contiguous()
             offsets.add_to_(rows, start, stop)
             weight[start:stop] = rows.to(weight.dtype)
     return before, _logits(model, prompts)

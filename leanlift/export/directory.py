@@ -9,6 +9,7 @@ from typing import Any
 from leanlift.errors import UserError
 from leanlift.io.hub import inside
 from leanlift.io.tensors import write_json
+from leanlift.source import has_mxfp4
 from leanlift.weights.quantized import dtype_name, dtype_of
 
 WEIGHT_SUFFIXES = {
@@ -80,3 +81,35 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
     for value in config.values():
         if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
             _set_dtype(value, dtype)
+
+
+def check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
+    """Refuse a checkpoint that is quantized itself, which has no 16-bit weights to add to; experts
+    in MXFP4 are 16-bit numbers as they are read.
+
+    Raises:
+        UserError: says what to name instead.
+    """
+    if config.get("quantization_config") and onto == "original" and not has_mxfp4(config):
+        raise UserError(
+            f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
+            "made from with --base, or take --onto quantized, which adds to what it holds."
+        )
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: str | int) -> int:
+    """Bytes from "2GB" (decimal) or "2GiB" (binary), as save_pretrained reads them."""
+    if isinstance(size, int):
+        return size
+    text = size.strip().upper()
+    for unit in sorted(UNITS, key=len, reverse=True):
+        number = text.removesuffix(unit)
+        if number != text:
+            try:
+                return int(float(number) * UNITS[unit])
+            except ValueError:
+                break
+    raise UserError(f'expected a shard size such as "2GB" or "500MB", got {size!r}.')

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from leanlift.adapters import Adapter
 from leanlift.errors import UserError
-from leanlift.fingerprint import digest_of, other_end, other_matrix, say_what_is_not_known
-from leanlift.fingerprint.cells import Cells, dense_cells, entries_of
-from leanlift.fingerprint.samples import ENDS, Comparison, Sample, spread
+from leanlift.fingerprint import other_matrix, say_what_is_not_known
+from leanlift.fingerprint.cells import Cells
+from leanlift.fingerprint.samples import Comparison
 from leanlift.source import (
-    SourceTensor,
     Stored,
     StoredMatrix,
     find,
     home_of,
     matrix_cells,
+    other_stored_end,
 )
 from leanlift.weights.quantized import dtype_name, dtype_of
 
@@ -30,14 +30,16 @@ class Part:
 
     Attributes:
         module: the Linear.
-        first, rows: which rows of the tensor on disk.
+        first, rows: which rows of the tensor on disk, or of its transpose.
         at: the first of them, counted in the Linear's own matrix.
+        turned: whether they are the transpose's.
     """
 
     module: str
     first: int
     rows: int
     at: int
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Places:
 
     matrices: dict[str, Stored]
     parts: dict[str, list[Part]]
+
+    def turned(self, name: str) -> bool:
+        """Whether a tensor on disk, or the one of a 16-bit checkpoint in its place, holds the
+        transpose of the rows of Linears."""
+        return any(part.turned for part in self.parts.get(name, ()))
 
 
 def places(adapter: Adapter, tensors: dict[str, Stored]) -> Places:
@@ -75,12 +82,12 @@ def places(adapter: Adapter, tensors: dict[str, Stored]) -> Places:
         matrices[module], at = tensor, 0
         for segment in home_of(f"{module}.weight", tensors, adapter.base.layout) or ():
             own = parts.setdefault(segment.name, [])
-            own.append(Part(module, segment.first, segment.rows, at))
+            own.append(Part(module, segment.first, segment.rows, at, segment.turned))
             at += segment.rows
     for name, own in parts.items():
         own.sort(key=lambda part: part.first)
         for one, two in pairwise(own):
-            if one.first + one.rows > two.first:
+            if one.first + one.rows > two.first or one.turned != two.turned:
                 raise UserError(
                     f"{adapter.directory} has {one.module} and {two.module} in the same rows of "
                     f"{name}: the adapter is damaged."
@@ -145,14 +152,7 @@ def check_base(adapter: Adapter, tensors: dict[str, Stored], plan: Places, direc
     if quantized:
         raise _other_base(adapter, directory, f"holds {quantized[0]} quantized")
 
-    def read(name: str, rows: int) -> Tensor:
-        tensor = ends[name]
-        assert isinstance(tensor, SourceTensor)
-        return tensor.sample(rows)
-
-    digest = digest_of(base.sampled, read, base.dtype)
-    samples = {name: _end_sample(tensor) for name, tensor in ends.items()}
-    other = other_end(base, base.sampled, digest, samples, comparison)
+    other = other_stored_end(base, ends, comparison)
     if other is None:
         dtype = dtype_of(base.dtype)
 
@@ -162,17 +162,6 @@ def check_base(adapter: Adapter, tensors: dict[str, Stored], plan: Places, direc
         other = other_matrix(base, cells, comparison)
     if other or comparison.is_other:
         raise _other_base(adapter, directory, f"has other weights{f' in {other}' if other else ''}")
-
-
-def _end_sample(tensor: Stored) -> str:
-    assert isinstance(tensor, SourceTensor)
-    numel = 1
-    for size in tensor.shape:
-        numel *= size
-    flat = spread(numel, ENDS)
-    one_row = len(tensor.shape) == 1
-    values = tensor.whole()[flat] if one_row else entries_of(tensor, flat)  # type: ignore[arg-type]
-    return Sample(flat, dense_cells(values, tensor.dtype)).encode()
 
 
 def _other_base(adapter: Adapter, directory: Path, what: str) -> UserError:

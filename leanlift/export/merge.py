@@ -9,7 +9,8 @@ choices of what to add to:
   quantized Linear of the base is quantized again as it was at loading; a base that is quantized on
   disk is read as it is stored.
 
-One tensor is in memory at a time, and of the merged ones only row tiles. The output appears under
+One tensor is in memory at a time, and of the merged ones only row tiles; of those that are stored
+transposed, the whole merged one. The output appears under
 its name when it is whole.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,13 @@ from tqdm.auto import tqdm
 from leanlift.adapters import Adapter, open_adapter
 from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, merged_card
-from leanlift.export.directory import carry_over, check_space, write_config
+from leanlift.export.directory import (
+    carry_over,
+    check_form,
+    check_space,
+    parse_size,
+    write_config,
+)
 from leanlift.export.identity import Part, Places, check_base, embedding_of, places
 from leanlift.export.rows import put_vocabulary, with_new_matrices, with_new_rows
 from leanlift.export.shared import Shared
@@ -37,12 +44,12 @@ from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
 from leanlift.io.tensors import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.source import (
+    Rows,
     SourceTensor,
-    StackedRows,
     Stored,
     StoredMatrix,
+    TurnedRows,
     by_rows,
-    has_mxfp4,
     open_checkpoint,
     plain_view,
 )
@@ -101,14 +108,14 @@ def merge_adapter(
     """
     if onto not in ONTO:
         raise UserError(f"expected onto to be one of {ONTO}, got {onto!r}.")
-    target, shard_bytes, out = dtype_of(dtype), _parse_size(max_shard_size), Path(output)
+    target, shard_bytes, out = dtype_of(dtype), parse_size(max_shard_size), Path(output)
     with open_adapter(adapter) as opened:
         named = opened.base.name if base is None else base
         source_dir = resolve_base(named, opened.base.revision if base is None else revision)
         with open_checkpoint(source_dir) as files:
             stored = plain_view(files)
             config = read_json(source_dir / "config.json")
-            _check_form(config, onto, source_dir)
+            check_form(config, onto, source_dir)
             if check is not None and "quantization_config" not in config:
                 check(source_dir)
             tensors = with_new_matrices(opened, stored)
@@ -116,7 +123,7 @@ def merge_adapter(
             kept = kept_in_fp32(stored)
             tensors = with_new_rows(opened, tensors)
             plan = places(opened, tensors)
-            specs = _specs(tensors, kept, target)
+            specs = _specs(tensors, plan, kept, target)
             check_space(out, nbytes := sum(spec.nbytes for spec in specs))
             shared = Shared.of(opened, plan)
             with new_directory(out) as partial:
@@ -130,12 +137,16 @@ def merge_adapter(
     return MergeReport(str(out), str(source_dir), onto, dtype, merged, len(specs), nbytes)
 
 
-def _specs(tensors: Mapping[str, Stored], kept: set[str], target: torch.dtype) -> list[TensorSpec]:
-    """What is written: everything in `target`, but for what keeps its dtype."""
-    return [
-        TensorSpec(name, t.shape, t.dtype if name in kept else target)
-        for name, t in tensors.items()
-    ]
+def _specs(
+    tensors: Mapping[str, Stored], plan: Places, kept: set[str], target: torch.dtype
+) -> list[TensorSpec]:
+    """What is written: everything in `target`, but for what keeps its dtype; as a 16-bit
+    checkpoint has it, also where a quantized one holds the transpose."""
+    specs = []
+    for name, t in tensors.items():
+        shape = t.shape[::-1] if isinstance(t, StoredMatrix) and plan.turned(name) else t.shape
+        specs.append(TensorSpec(name, shape, t.dtype if name in kept else target))
+    return specs
 
 
 def kept_in_fp32(tensors: dict[str, Stored]) -> set[str]:
@@ -159,14 +170,15 @@ def kept_in_fp32(tensors: dict[str, Stored]) -> set[str]:
     }
 
 
-def merge_nbytes(largest: int) -> int:
-    """Bytes of tensors that a merge onto the original takes, from the entries of the largest one.
+def merge_nbytes(largest: int, turned: int = 0) -> int:
+    """Bytes of tensors that a merge onto the original takes, from the entries of the largest one,
+    and of the largest of those that are stored transposed.
 
     A row tile in fp32, its cast, and what looking for overflow makes of them; files are mapped.
-    Onto the quantized weights, one matrix's quantized form and some tiles of dequantizing it come
-    on top.
+    What is stored transposed is merged as a whole, in 16 bits. Onto the quantized weights, one
+    matrix's quantized form and some tiles of dequantizing it come on top.
     """
-    return 4 * min(DEFAULT_TILE_BYTES, 4 * largest)
+    return 4 * min(DEFAULT_TILE_BYTES, 4 * largest) + 2 * turned
 
 
 def resolve_base(base: str | Path, revision: str | None = None) -> Path:
@@ -246,17 +258,33 @@ class _Merge:
         ):
             yield _cast(self._as_loaded(tensor.whole(), tensor.name), self.dtype, tensor.name)
             return
-        parts, done = self.plan.parts.get(tensor.name, ()), 0
-        rows = by_rows(tensor) if parts and isinstance(tensor, SourceTensor) else tensor
+        parts = self.plan.parts.get(tensor.name, ())
+        if self.plan.turned(tensor.name):
+            yield self._turned(
+                TurnedRows(tensor) if isinstance(tensor, SourceTensor) else tensor, parts
+            )
+        else:
+            rows = by_rows(tensor) if parts and isinstance(tensor, SourceTensor) else tensor
+            yield from self._rows(rows, parts)
+
+    def _turned(self, rows: Stored | Rows, parts: Sequence[Part]) -> Tensor:
+        """A whole tensor whose transpose has the rows of Linears, made by those rows."""
+        whole, done = torch.empty(rows.shape[::-1], dtype=self.dtype), 0
+        for piece in self._rows(rows, parts):
+            whole[:, done : done + piece.shape[0]] = piece.T
+            done += piece.shape[0]
+        return whole
+
+    def _rows(self, rows: Stored | Rows, parts: Sequence[Part]) -> Iterator[Tensor]:
+        """Consecutive row pieces of a matrix that has the rows of Linears."""
+        done = 0
         for part in parts:
             yield from self._plain_pieces(rows, done, part.first)
             yield from self._part_pieces(rows, part)
             done = part.first + part.rows
         yield from self._plain_pieces(rows, done, rows.shape[0])
 
-    def _plain_pieces(
-        self, tensor: Stored | StackedRows, first: int, last: int
-    ) -> Iterator[Tensor]:
+    def _plain_pieces(self, tensor: Stored | Rows, first: int, last: int) -> Iterator[Tensor]:
         """Rows that belong to no Linear of the adapter's base."""
         if first == last:
             return
@@ -265,7 +293,7 @@ class _Merge:
             piece = self._as_loaded(rows.rows(first + start, first + stop), tensor.name)
             yield _cast(piece, self.dtype, tensor.name)
 
-    def _part_pieces(self, tensor: Stored | StackedRows, part: Part) -> Iterator[Tensor]:
+    def _part_pieces(self, tensor: Stored | Rows, part: Part) -> Iterator[Tensor]:
         """Rows of a Linear: of its own matrix where that is quantized as a whole."""
         name = part.module
         offsets = self.shared.layers.of(name) if name in self.adapter.shapes else None
@@ -290,7 +318,7 @@ class _Merge:
         return piece
 
 
-def _ranges(tensor: Stored | StackedRows, rows: int) -> Iterator[tuple[int, int]]:
+def _ranges(tensor: Stored | Rows, rows: int) -> Iterator[tuple[int, int]]:
     """Row ranges that cover so many rows of a tensor, each a tile of it."""
     width = math.prod(tensor.shape[1:])
     return row_ranges(rows, tile_rows(width, 4))
@@ -318,31 +346,3 @@ def _cast(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             f"dtype={wider}."
         )
     return cast
-
-
-def _check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
-    """A checkpoint that is quantized itself has no 16-bit weights to add to; experts in MXFP4 are
-    16-bit numbers as they are read."""
-    if config.get("quantization_config") and onto == "original" and not has_mxfp4(config):
-        raise UserError(
-            f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
-            "made from with --base, or take --onto quantized, which adds to what it holds."
-        )
-
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _parse_size(size: str | int) -> int:
-    """Bytes from "2GB" (decimal) or "2GiB" (binary), as save_pretrained reads them."""
-    if isinstance(size, int):
-        return size
-    text = size.strip().upper()
-    for unit in sorted(UNITS, key=len, reverse=True):
-        number = text.removesuffix(unit)
-        if number != text:
-            try:
-                return int(float(number) * UNITS[unit])
-            except ValueError:
-                break
-    raise UserError(f'expected a shard size such as "2GB" or "500MB", got {size!r}.')

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from leanlift.adapters import WEIGHTS_NAME, open_adapter, plan_shira, write_shira
+from leanlift.errors import UserError
 from leanlift.export.card import CARD_NAME, peft_card
 from leanlift.export.directory import check_space
 from leanlift.export.tokens import copy_tokenizer
@@ -48,6 +49,12 @@ def export_peft(adapter: str | Path, output: str | Path, progress: bool = True) 
     """
     out = Path(output)
     with open_adapter(adapter) as opened:
+        turned = next(filter(opened.base.layout.is_turned, opened.base.shapes), None)
+        if turned is not None:
+            raise UserError(
+                f"{turned} keeps the transpose of its matrix, as a Conv1D does, and PEFT's SHiRA "
+                "takes Linears alone: merge it instead."
+            )
         plan = plan_shira(opened)
         check_space(out, plan.nbytes)
         with new_directory(out) as partial:

@@ -10,7 +10,7 @@ before anything is selected, and kept with the fingerprint; whatever goes from t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from leanlift.io.bounded import is_module_name
@@ -21,11 +21,12 @@ MOST_SEGMENTS = 4096
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows `first:first + rows` of a tensor on disk."""
+    """Rows `first:first + rows` of a tensor on disk; of its transpose where it is `turned`."""
 
     name: str
     first: int
     rows: int
+    turned: bool = False
 
 
 Home = tuple[Segment, ...]
@@ -47,6 +48,10 @@ class Layout:
     def __bool__(self) -> bool:
         return bool(self.names or self.homes)
 
+    def is_turned(self, module: str) -> bool:
+        """Whether a 16-bit checkpoint holds the transpose of a module's matrix."""
+        return any(part.turned for part in self.homes.get(f"{module}.weight", ()))
+
     def of(self, names: Collection[str]) -> Layout:
         """What it says of these tensors alone."""
         return Layout(
@@ -55,9 +60,10 @@ class Layout:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON: by tensor of the model, a name or a list of [name, first row, rows]."""
+        """JSON: by tensor of the model, a name or a list of [name, first row, rows], with `true`
+        behind them where the tensor is turned."""
         rows = {
-            name: [[part.name, part.first, part.rows] for part in home]
+            name: [[part.name, part.first, part.rows, *[True] * part.turned] for part in home]
             for name, home in self.homes.items()
         }
         return {**self.names, **rows}
@@ -85,12 +91,14 @@ def _home(data: Any) -> Home:
 
 
 def _segment(data: Any) -> Segment:
-    if not isinstance(data, list) or len(data) != 3 or not is_module_name(data[0]):
+    if not isinstance(data, list) or len(data) not in (3, 4) or not is_module_name(data[0]):
         raise ValueError("a name, a first row and a number of rows")
-    name, first, rows = data
+    name, first, rows, *turned = data
+    if any(flag is not True for flag in turned):
+        raise ValueError("true behind a number of rows, or nothing")
     if type(first) is not int or type(rows) is not int or first < 0 or rows < 1:
         raise ValueError("a first row and a number of rows")
-    return Segment(name, first, rows)
+    return Segment(name, first, rows, bool(turned))
 
 
 def overlaps(home: Home, start: int, stop: int) -> Iterator[tuple[Segment, int]]:
@@ -100,5 +108,5 @@ def overlaps(home: Home, start: int, stop: int) -> Iterator[tuple[Segment, int]]
     for part in home:
         low, high = max(start, at), min(stop, at + part.rows)
         if low < high:
-            yield Segment(part.name, part.first + low - at, high - low), low
+            yield replace(part, first=part.first + low - at, rows=high - low), low
         at += part.rows

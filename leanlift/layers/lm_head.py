@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from leanlift.tiles import RowTiles, row_ranges
+from leanlift.tiles import RangeTiles, RowTiles, row_ranges
 
 TILE_BYTES = 32 * 2**20
 
@@ -32,11 +32,13 @@ class Head:
         weight: W [V, d] by rows, dequantized as they are read.
         bias: [V] or None.
         softcap: c of c * tanh(logits / c), as Gemma 2 has it; None: no cap.
+        scale: what the product and the bias are multiplied by.
     """
 
     weight: RowTiles
     bias: Tensor | None = None
     softcap: float | None = None
+    scale: float = 1.0
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """W[start:stop] in the dtype of the computation."""
@@ -51,9 +53,33 @@ class Head:
         logits = product if product.dtype == torch.float64 else product.float()
         if self.bias is not None:
             logits = logits + self.bias[start : start + rows.shape[0]].to(logits.dtype)
+        if self.scale != 1:
+            logits = logits.mul_(self.scale)
         if self.softcap is not None:
             logits = logits.div(self.softcap).tanh_().mul_(self.softcap)
         return logits
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What a model makes of the product of its hidden states with its head's weight.
+
+    Attributes:
+        scale, softcap: as in `Head`.
+        rows: entries of the vocabulary that have logits, the first ones; None: all.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    rows: int | None = None
+
+    def of(self, head: Head) -> Head:
+        """A plain head, finished so."""
+        weight, bias = head.weight, head.bias
+        if self.rows is not None:
+            weight = RangeTiles(weight, 0, self.rows)
+            bias = None if bias is None else bias[: self.rows]
+        return Head(weight, bias, self.softcap, self.scale)
 
 
 @dataclass(frozen=True)
@@ -217,7 +243,7 @@ def _gradient(
         if head.softcap is not None:
             slope.mul_(logits.div_(head.softcap).square_().neg_().add_(1))
         del logits
-        gradient += slope.mul_(shares.unsqueeze(1)).to(hidden.dtype) @ rows
+        gradient += slope.mul_((shares * head.scale).unsqueeze(1)).to(hidden.dtype) @ rows
         del slope
     return gradient.to(hidden.dtype)
 

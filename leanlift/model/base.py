@@ -16,6 +16,7 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import (
     BaseFingerprint,
     Layout,
+    Segment,
     fingerprint,
     other_matrix,
     with_samples,
@@ -31,6 +32,7 @@ from leanlift.model.targets import inside_blocks
 from leanlift.source import find, layout_in, open_checkpoint, plain_view, stored_cells
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import parts_of_stacks
+from leanlift.weights.kinds import is_stored_turned
 from leanlift.weights.quantized import (
     FrozenWeight,
     WeightFormat,
@@ -130,14 +132,18 @@ def _without_home(facts: BaseFingerprint, names: Collection[str]) -> tuple[str, 
 def _layout(
     model: nn.Module, weights: Mapping[str, FrozenWeight], facts: BaseFingerprint
 ) -> Layout:
-    """Where the tensors of a stock model are in its checkpoint, if that is at hand."""
-    checkpoint = checkpoint_of(facts)
+    """Where the tensors of a stock model are in its checkpoint: if that is not at hand, under their
+    own names, and turned where they are kept so."""
+    checkpoint, modules = checkpoint_of(facts), named_parts(model)
+    held = {n: m.base if isinstance(m, FrozenLinear) else m for n, m in modules.items()}
+    turned = {f"{n}.weight": w.shape for n, w in weights.items() if is_stored_turned(held[n])}
     if checkpoint is None:
-        return Layout()
+        homes = {name: (Segment(name, 0, m, turned=True),) for name, (m, _) in turned.items()}
+        return Layout(homes=homes)
     live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
     stacks = stack_shapes(model)
     live |= {f"{n}.weight": weight.shape for n, weight in weights.items() if n not in stacks}
-    layout = layout_in(model, checkpoint, live, stacks)
+    layout = layout_in(model, checkpoint, live, stacks, turned)
     tied = _stored_twins(model, facts.sampled, checkpoint, layout)
     return replace(layout, names={**layout.names, **tied})
 

@@ -144,29 +144,15 @@ def _storage(tensor: Tensor) -> int:
 
 
 def output_head(model: Any) -> Head | None:
-    """What `head_loss` needs of a model's output head; None where its logits are made in a way
-    that is not known here (scaled, or by another module than a Linear)."""
+    """A model's output head as it holds it, without what else the model does to its logits; None
+    where it is another module than a Linear."""
     module = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    if any(_changes_logits(name, value) for name, value in vars(config).items()):
-        return None
-    softcap = getattr(config, "final_logit_softcapping", None)
     if isinstance(module, FrozenHead):
         bias: Any = module.bias
-        return Head(module.weight_tiles, bias, softcap)
+        return Head(module.weight_tiles, bias)
     if type(module) is nn.Linear:
-        return Head(frozen_weight(module, "the output head"), module.bias, softcap)
+        return Head(frozen_weight(module, "the output head"), module.bias)
     return None
-
-
-def _changes_logits(name: str, value: Any) -> bool:
-    """Whether a setting of a model says that more is done to its logits than to cap them as
-    Gemma 2 does."""
-    elsewhere = name == "final_logit_softcapping" or "att" in name or "router" in name
-    if elsewhere or not isinstance(value, (int, float)):
-        return False
-    kind = any(word in name for word in ("scal", "multiplier", "cap"))
-    return kind and ("logit" in name or "head" in name or "output" in name) and value != 1
 
 
 def check_embeddings(model: Any) -> tuple[nn.Embedding, nn.Linear]:

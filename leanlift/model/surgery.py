@@ -22,12 +22,12 @@ from leanlift.layers.experts import FrozenExperts, LiftExperts
 from leanlift.layers.fused_glu import use_fused_glu
 from leanlift.layers.lm_head import FrozenHead
 from leanlift.model.embeddings import Hold, quantize_embeddings
+from leanlift.model.reading import read_by_parent
 from leanlift.model.resize_embeddings import grow_embedding
 from leanlift.model.stacks import named_parts, put_part
-from leanlift.model.targets import read_by_parent
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import is_stack
-from leanlift.weights.kinds import is_plain_linear
+from leanlift.weights.kinds import is_dense_linear, is_turned_linear
 from leanlift.weights.quantized import FrozenWeight, WeightFormat, frozen_weight, is_quantized
 
 OURS = (FrozenLinear, FrozenEmbedding, FrozenHead)
@@ -83,7 +83,8 @@ def _paths_by_weight(model: nn.Module) -> dict[int | None, list[str]]:
 def _weight_id(module: nn.Module) -> int | None:
     """What tells the weight of a Linear, or of the one under a layer of ours, from others."""
     holder: Any = module.base if isinstance(module, FrozenLinear) else module
-    return id(holder.weight) if isinstance(holder, nn.Linear) else None
+    linear = isinstance(holder, nn.Linear) or is_turned_linear(holder)
+    return id(holder.weight) if linear else None
 
 
 def layers_over(
@@ -157,7 +158,7 @@ def _dense_where_read(model: nn.Module) -> MakeLayer:
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
 
     def make_layer(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) is not FrozenLinear or is_plain_linear(module.base):
+        if type(module) is not FrozenLinear or is_dense_linear(module.base):
             return None
         return dense_linear(module, dtype) if read_by_parent(names, name) else None
 

@@ -7,7 +7,6 @@ never a target.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,9 @@ from leanlift.config import ALL_LINEAR, TARGET_PRESETS
 from leanlift.errors import MaskError, UserError
 from leanlift.layers import FrozenExperts
 from leanlift.model.presets import in_preset
-from leanlift.model.stacks import named_parts, source_of
-from leanlift.weights.kinds import is_plain_linear
+from leanlift.model.reading import read_by_parent
+from leanlift.model.stacks import named_parts
+from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import is_quantized
 from leanlift.weights.stacks import ExpertStack
 
@@ -108,15 +108,6 @@ def _of_preset(names: dict[str, nn.Module], inside: list[str], preset: str, kind
     return found
 
 
-def read_by_parent(names: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether the module that holds a Linear takes its weight and computes with it itself, as the
-    scans of Mamba do: our layer in its place would not be asked."""
-    parent, _, leaf = name.rpartition(".")
-    kind: Any = type(names[parent]) if parent in names else object
-    taken = rf"\.{re.escape(leaf)}\.weight\b(?!\.(?:dtype|device|shape)\b)"
-    return re.search(taken, source_of(kind)) is not None
-
-
 def ends_in(name: str, ending: str) -> bool:
     """Whether a module's name ends as `ending` says, at a dot."""
     return name == ending or name.endswith(f".{ending}")
@@ -133,7 +124,7 @@ def inside_blocks(names: dict[str, nn.Module]) -> list[str]:
 def _is_again(module: nn.Module, seen: set[int]) -> bool:
     """Whether a Linear has the weight of one before it, as in blocks that a model goes through
     several times: it is trained, saved and stored under the first name. `seen` is added to."""
-    if not isinstance(module, nn.Linear):
+    if not isinstance(module, nn.Linear) and not is_turned_linear(module):
         return False
     again = id(module.weight) in seen
     seen.add(id(module.weight))
@@ -168,7 +159,7 @@ def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     stack = isinstance(module, ExpertStack | FrozenExperts)
-    return stack or is_plain_linear(module) or is_quantized(module)
+    return stack or is_dense_linear(module) or is_quantized(module)
 
 
 def block_lists(model: nn.Module) -> list[str]:
@@ -261,7 +252,7 @@ def _shape(module: Any) -> tuple[int, int]:
         m, n = module.weight.shape[-2:]
         return m, n
     sides = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    return sides if None not in sides else tuple(module.weight.shape)  # type: ignore[return-value]
+    return sides if None not in sides else tuple(matrix_of(module).shape)  # type: ignore[return-value]
 
 
 def _untrained(name: str, key: str, module: nn.Module, what: str) -> Untrained:
@@ -321,8 +312,6 @@ def _what(key: str, module: nn.Module, shape: tuple[int, ...]) -> str | None:
         return None
     if isinstance(module, nn.modules.conv._ConvNd):
         return f"is a convolution with weights {shape}"
-    if type(module).__name__ == "Conv1D":
-        return "is a Conv1D, whose weight is stored transposed"
     if len(shape) == 3 and "expert" in type(module).__name__.lower():
         return f"holds fused expert weights {shape}"
     return f"holds {'a matrix' if len(shape) == 2 else 'weights'} {shape} of its own"

@@ -20,11 +20,12 @@ from leanlift.config import LiftConfig
 from leanlift.errors import MaskError, UserError
 from leanlift.layers import FrozenExperts, FrozenLinear, LiftLinear
 from leanlift.model.embeddings import embeddings_tied
+from leanlift.model.reading import read_by_parent
 from leanlift.model.resize_embeddings import head_name, rows_to_grow_to
 from leanlift.model.stacks import named_parts
 from leanlift.model.state import lift_layers
-from leanlift.model.targets import ends_in, read_by_parent
-from leanlift.weights.kinds import is_plain_linear
+from leanlift.model.targets import ends_in
+from leanlift.weights.kinds import is_dense_linear
 from leanlift.weights.quantized import is_quantized
 
 
@@ -67,7 +68,7 @@ def whole_modules(model: nn.Module, config: LiftConfig) -> list[str]:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is one that can be trained whole, in any format, or a layer over one."""
     over = isinstance(module, FrozenLinear) and not isinstance(module, FrozenExperts)
-    return over or is_plain_linear(module) or is_quantized(module)
+    return over or is_dense_linear(module) or is_quantized(module)
 
 
 def _is_tied_head(model: nn.Module, module: nn.Module) -> bool:

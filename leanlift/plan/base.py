@@ -24,7 +24,8 @@ from leanlift.plan.result import MemoryPlan
 from leanlift.plan.settings import PlanSettings
 from leanlift.plan.shapes import Planned
 from leanlift.source import stored_quantization, without_mxfp4
-from leanlift.weights.quantized import WeightFormat, requested_format
+from leanlift.weights.quantized import WeightFormat
+from leanlift.weights.stored import requested_format
 
 
 def plan_memory(

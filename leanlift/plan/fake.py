@@ -10,7 +10,7 @@ whose temporaries have a rule of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from leanlift.config import LiftConfig
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace, largest_in_scratch
 from leanlift.measure.live import LiveBytes
 from leanlift.model.embeddings import INT8, embedding_to_cpu
+from leanlift.model.hidden import base_of
 from leanlift.model.stacks import named_parts
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
@@ -29,9 +30,10 @@ from leanlift.model.tokens import check_tokens, embedding_name, lift_tokens
 from leanlift.model.whole import whole_modules
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.plan.pieces import first_pieces
+from leanlift.plan.stand_ins import fused_attention, offloading
 from leanlift.sparse import SEGMENT, SegmentedIndex
 from leanlift.tiles import part_shape, parts_of
-from leanlift.weights.kinds import is_plain_linear
+from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import (
     FrozenWeight,
     Weight8bit,
@@ -141,12 +143,14 @@ def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[s
     for name, module in named_parts(model).items():
         if isinstance(module, ExpertStack) and (fmt.kind != "dense" or name in trained):
             weights[name] = _planned_stack(module, name, fmt)
-        if not is_plain_linear(module) or (module is head and name not in trained):
+        if not is_dense_linear(module) or (module is head and name not in trained):
             continue
-        quantized = type(module) is nn.Linear and module is not head  # bitsandbytes takes no other
-        if fmt.kind != "dense" and quantized:
-            m, n = module.weight.shape
-            weights[name] = empty_weight((m, n), fmt, module.bias)
+        # transformers quantizes no other
+        quantized = type(module) is nn.Linear or is_turned_linear(module)
+        if fmt.kind != "dense" and quantized and module is not head:
+            m, n = matrix_of(module).shape
+            bias: Any = module.bias
+            weights[name] = empty_weight((m, n), fmt, bias)
         elif name in trained:
             weights[name] = frozen_weight(module, name)
     return weights
@@ -207,7 +211,7 @@ def forward_peak(model: Any, loss: Loss, batch: int, length: int) -> int:
     ids = torch.zeros(batch, length, dtype=torch.long)
     with (
         in_part(model, repetition(model)),
-        _fused_attention(),
+        fused_attention(),
         torch.no_grad(),
         LiveBytes() as live,
     ):
@@ -239,14 +243,12 @@ def _laps(
     try:
         with (
             in_part(model, way),
-            _fused_attention(),
-            _offloading(offload),
+            fused_attention(),
+            offloading(offload),
             LiveBytes() as live,
         ):
             laps = Laps(live)
-            handles.append(
-                model.base_model.register_forward_hook(lambda *_: laps.mark("hidden states"))
-            )
+            handles += _at_hidden_states(model, laps)
             with laps.at_blocks(model, way):
                 computed = loss(model, ids, ids.clone())
                 laps.mark("loss")
@@ -260,9 +262,23 @@ def _laps(
     return laps.done
 
 
+def _at_hidden_states(model: Any, laps: Laps) -> list[Any]:
+    """Hooks that mark the hidden states: where the base gives them, or, of a model that asks a part
+    of it alone, where the head takes them."""
+
+    def mark(*_: Any) -> None:
+        if all(lap.mark[0] != "hidden states" for lap in laps.done):
+            laps.mark("hidden states")
+
+    head = model.get_output_embeddings()
+    at_head = [] if head is None else [head.register_forward_pre_hook(mark)]
+    return [base_of(model).register_forward_hook(mark), *at_head]
+
+
 def _take_scratch(model: Any) -> None:
     """Let the scratch be there already where it is needed, as from the step before."""
-    dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+    frozen = (p for p in model.parameters() if not p.requires_grad)  # offsets have another dtype
+    dtype = next(p.dtype for p in frozen if p.dtype.is_floating_point)
     linears = (module for module in model.modules() if isinstance(module, FrozenLinear))
     largest = largest_in_scratch(linears, dtype)
     if largest is not None:
@@ -279,59 +295,6 @@ def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:
         kept=earlier + laps[loss].end,
         backward=earlier + max(lap.peak for lap in laps[loss + 1 :]),
     )
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Fake tensors have no device whose fused kernels could be asked for: torch would fall back to
-    whole attention matrices, which neither a CPU nor a GPU makes."""
-
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if attn_mask is not None and attn_mask.requires_grad:  # which no fused kernel takes
-            return stock(  # type: ignore[no-any-return]
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-                enable_gqa=enable_gqa,
-            )  # fmt: skip
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-
-    functional: Any = torch.nn.functional
-    stock = functional.scaled_dot_product_attention
-    functional.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = stock
-
-
-OFFLOADED_FROM = 1024
-"""Bytes from which TRL's offloading moves a saved tensor."""
-
-
-def _offloading(wanted: bool) -> Any:
-    """Saved tensors cost nothing here and are made again when they are needed."""
-    if not wanted:
-        return nullcontext()
-
-    def pack(tensor: Tensor) -> Any:
-        stays = isinstance(tensor, nn.Parameter) or tensor.nbytes < OFFLOADED_FROM
-        return tensor if stays else (tensor.shape, tensor.dtype)
-
-    def unpack(held: Any) -> Tensor:
-        return held if isinstance(held, Tensor) else torch.empty(held[0], dtype=held[1])
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _look(values: Any) -> None:

@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leanlift.layers.lm_head import LIKELIHOOD, Objective, head_loss, next_tokens, whole_cost
+from leanlift.layers.lm_head import (
+    LIKELIHOOD,
+    Finish,
+    Objective,
+    head_loss,
+    next_tokens,
+    whole_cost,
+)
 from leanlift.model import output_head
+from leanlift.model.hidden import base_of
 from leanlift.plan.pieces import first_tiles
+
+PLAIN = Finish()
 
 
 def loss_of_all_tokens(
@@ -19,8 +29,10 @@ def loss_of_all_tokens(
     objective: Objective = LIKELIHOOD,
     trained: int | None = None,
     padded: bool = False,
+    finish: Finish | None = PLAIN,
 ) -> Tensor:
-    """The loss with so many tokens trained, by default every one.
+    """The loss with so many tokens trained, by default every one; `finish` as `planned_finish` has
+    it.
 
     No bytes depend on which they are, nor on what labels are. A mask makes a difference only where
     rows are padded. The first tiles of a vocabulary stand for all of them.
@@ -30,10 +42,10 @@ def loss_of_all_tokens(
     if padded:
         given["attention_mask"] = torch.ones_like(ids)
     head, one = output_head(model), torch.tensor(1.0)
-    if head is None or head.weight.shape[1] != model.config.get_text_config().hidden_size:
+    if head is None or finish is None:
         chosen, wanted = next_tokens(model(**given).logits, labels, places)
         return whole_cost(chosen.float(), wanted, objective)
-    hidden = model.base_model(**given).last_hidden_state  # alive beside its part, as in training
+    hidden = base_of(model)(**given).last_hidden_state  # alive beside its part, as in training
     states, wanted = next_tokens(hidden, labels, places)
-    head = first_tiles(head, *states.shape)
+    head = first_tiles(finish.of(head), *states.shape)
     return head_loss(states, wanted, head, one, objective=objective).loss

@@ -8,13 +8,14 @@ the peak; a test holds it against that of all pieces, to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from leanlift.layers import Workspace, patched_rows
+from leanlift.layers import FrozenLinear, Workspace, patched_rows
 from leanlift.layers.lm_head import Head, kept_columns, tile_columns
 from leanlift.ops.parts import Take
 from leanlift.ops.reference import TorchOps
@@ -39,6 +40,31 @@ class FirstPieces(TorchOps):
     ) -> None:
         tokens = PIECES * TOKENS
         super().sampled_product(left[:tokens], right[:tokens], index, out, take)
+
+
+class NoPieces(TorchOps):
+    """No piece at all: for a pass of which nothing but shapes and operations is wanted."""
+
+    whole = True
+
+    def effective_rows(
+        self, weight: RowTiles, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
+    ) -> None:
+        pass
+
+
+@contextmanager
+def no_pieces(model: nn.Module) -> Iterator[None]:
+    """The layers of ours in a model make no weights."""
+    spaces = {id(m.workspace): m.workspace for m in model.modules() if isinstance(m, FrozenLinear)}
+    before = {key: space.ops for key, space in spaces.items()}
+    try:
+        for space in spaces.values():
+            space.ops = NoPieces()
+        yield
+    finally:
+        for key, space in spaces.items():
+            space.ops = before[key]
 
 
 def first_tiles(head: Head, tokens: int, width: int) -> Head:

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
+from leanlift.layers.lm_head import Finish
 from leanlift.measure.meter import CATEGORIES
 from leanlift.model.base import check_checkpointing
 from leanlift.plan.fake import StepBytes, fake_tensors, forward_peak, step_peak
+from leanlift.plan.logits import planned_finish
 from leanlift.plan.result import CONTEXT, MemoryPlan
 from leanlift.plan.settings import PlanSettings
 from leanlift.plan.shapes import Planned, Shapes, attached, shapes_of
@@ -44,7 +46,7 @@ def plan_step(
         planned: the model and all settings.
         name: of the model, for the report.
         loss: what the step computes: `fake.Loss` that also takes how many tokens are
-            `trained`, and whether rows are `padded`.
+            `trained`, whether rows are `padded`, and the `finish` of the logits.
         known: of earlier plans for this model and loss, which are run once; added to.
 
     Raises:
@@ -109,9 +111,10 @@ def _training(
                 check_checkpointing(model)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             with _in_one_sentence(model, "training step"):
+                finish = _finish(model, known)
                 moving = step_peak(
                     model.train(),
-                    partial(loss, trained=batch.trained, padded=batch.padded),
+                    partial(loss, trained=batch.trained, padded=batch.padded, finish=finish),
                     batch.rows,
                     batch.tokens,
                     settings.optim_in_backward,
@@ -133,10 +136,19 @@ def _evaluating(planned: Planned, loss: Callable[..., Tensor], known: Known) -> 
     if key not in known:
         with fake_tensors():
             _, model = attached(planned)
-            counted = partial(loss, trained=batch.trained, padded=batch.padded)
             with _in_one_sentence(model, "evaluation"):
+                finish = _finish(model, known)
+                counted = partial(loss, trained=batch.trained, padded=batch.padded, finish=finish)
                 known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
     return int(known[key])
+
+
+def _finish(model: Any, known: Known) -> Finish | None:
+    """What a model makes of its logits, which no setting changes."""
+    if ("finish",) not in known:
+        known[("finish",)] = planned_finish(model)
+    found: Finish | None = known[("finish",)]
+    return found
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import torch
 from leanlift.defaults import default_dtype
 from leanlift.plan.batch import Batch, largest_batch
 from leanlift.run_arguments import RunArguments
-from leanlift.weights.quantized import WeightFormat, dtype_of, requested_format
+from leanlift.weights.quantized import WeightFormat, dtype_of
+from leanlift.weights.stored import requested_format
 
 
 @dataclass(frozen=True)

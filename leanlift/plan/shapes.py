@@ -18,7 +18,7 @@ from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
 from leanlift.tiles import parts_of
-from leanlift.weights.kinds import is_plain_linear
+from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import WeightFormat, dtype_of
 from leanlift.weights.stacks import ExpertStack, QuantizedStack, quantizing_nbytes
 
@@ -61,6 +61,7 @@ class Shapes:
         held: bytes of their weights.
         read_whole: entries of the largest matrix or stack that is whole before it is held so.
         by_tiles: bytes that the largest stack takes while it is quantized as it is read.
+        turned: entries of the largest of them whose transpose a 16-bit checkpoint holds.
     """
 
     ends: EmbeddingBytes
@@ -75,6 +76,7 @@ class Shapes:
     held: int
     read_whole: int
     by_tiles: int
+    turned: int
 
     @property
     def chosen(self) -> dict[str, tuple[int, int]]:
@@ -107,10 +109,11 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     head_is_target = model.get_output_embeddings() in whole
     ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere, head_is_target)
     tensors = _tensors_outside_ends(model)
+    turned = max((matrix_of(m).numel() for m in model.modules() if is_turned_linear(m)), default=0)
     own = {
         name: id(m.weight)
         for name, m in named_parts(model).items()
-        if is_plain_linear(m) or isinstance(m, ExpertStack)
+        if is_dense_linear(m) or isinstance(m, ExpertStack)
     }
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
@@ -134,6 +137,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         held=sum(_held(layer.weight_tiles) for layer in layers.values()),
         read_whole=_read_whole(layers.values()),
         by_tiles=_by_tiles(layers.values()),
+        turned=turned,
     )
     return shapes, model
 

@@ -84,7 +84,7 @@ def beside_training(
     """
     config, settings = planned.config, planned.settings
     unquantized = shapes.ends.loaded // settings.model_dtype.itemsize
-    merging = merge_nbytes(max(shapes.largest, unquantized))
+    merging = merge_nbytes(max(shapes.largest, unquantized), shapes.turned)
     phases = {"export": merging if settings.on_cuda else static + merging}
     if settings.eval_batch is not None:
         phases["evaluate"] = static + evaluating

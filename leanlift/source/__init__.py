@@ -11,9 +11,10 @@ from leanlift.source.homes import (
     find,
     home_of,
     matrix_cells,
+    other_stored_end,
     stored_cells,
 )
-from leanlift.source.joined import JoinedRows, StackedRows, by_rows
+from leanlift.source.joined import JoinedRows, Rows, TurnedRows, by_rows
 from leanlift.source.stock import (
     has_mxfp4,
     loading_nbytes,
@@ -26,10 +27,11 @@ __all__ = [
     "INDEX",
     "WEIGHTS",
     "JoinedRows",
+    "Rows",
     "SourceTensor",
-    "StackedRows",
     "Stored",
     "StoredMatrix",
+    "TurnedRows",
     "by_rows",
     "check_homes",
     "check_matrix_homes",
@@ -43,6 +45,7 @@ __all__ = [
     "matrix_cells",
     "open_checkpoint",
     "open_files",
+    "other_stored_end",
     "plain_view",
     "stored_cells",
     "stored_quantization",

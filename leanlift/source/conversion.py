@@ -32,6 +32,7 @@ def layout_of(
     disk: Mapping[str, Shape],
     live: Mapping[str, Shape],
     stacks: Mapping[str, Shape] | None = None,
+    turned: Mapping[str, Shape] | None = None,
 ) -> Layout:
     """Where the tensors of a model lie in its checkpoint.
 
@@ -41,6 +42,7 @@ def layout_of(
         live: the shapes of the model's tensors, likewise.
         stacks: names and shapes [E, m, n] of those that are stacks of matrices. Of such a one the
             home is that of all rows [E * m, n], under its name and ".weight".
+        turned: names and shapes [m, n] of matrices whose transpose a 16-bit checkpoint holds.
 
     Returns:
         What is not under its own name. A tensor that is in neither part of it, and whose name the
@@ -48,7 +50,7 @@ def layout_of(
     """
     from transformers.core_model_loading import dot_natural_key
 
-    stacks = stacks or {}
+    stacks, turned = stacks or {}, turned or {}
     live, (renamings, converters) = {**live, **stacks}, _conversions(model)
     names: dict[str, str] = {}
     groups: dict[str, _Group] = {}
@@ -69,6 +71,10 @@ def layout_of(
             home = _whole(names.get(stack, stack), live[stack], disk)
         if home is not None:
             homes[f"{stack}.weight"] = home
+    for key, (m, *_) in turned.items():
+        disk_name = names.pop(key, key)
+        if homes.pop(key, None) is None:  # what is made of several is not looked for among columns
+            homes[key] = (Segment(disk_name, 0, m, turned=True),)
     return Layout(names, homes)
 
 
@@ -82,16 +88,17 @@ def layout_in(
     directory: Path,
     live: Mapping[str, Shape],
     stacks: Mapping[str, Shape] | None = None,
+    turned: Mapping[str, Shape] | None = None,
 ) -> Layout:
     """Where the tensors of a model lie in a checkpoint; headers alone are read.
 
     Args:
-        model, live, stacks: as in `layout_of`; the model may be one without contents.
+        model, live, stacks, turned: as in `layout_of`; the model may be one without contents.
         directory: of the checkpoint.
     """
     with open_checkpoint(directory) as files:
         disk = {key: tensor.shape for key, tensor in plain_view(files).items()}
-    return layout_of(model, disk, live, stacks)
+    return layout_of(model, disk, live, stacks, turned)
 
 
 def keys_while_loading(model: Any, names: Iterable[str], live: Mapping[str, Shape]) -> set[str]:

@@ -7,6 +7,7 @@ names): that is found before a run, not after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,18 @@ import torch
 from torch import Tensor
 
 from leanlift.errors import UserError
-from leanlift.fingerprint import BaseFingerprint, Home, Layout, Read, Segment
+from leanlift.fingerprint import (
+    BaseFingerprint,
+    Home,
+    Layout,
+    Read,
+    Segment,
+    digest_of,
+    other_end,
+)
 from leanlift.fingerprint.cells import Cells, cells_of, dense_cells, entries_of
-from leanlift.source.checkpoint import open_checkpoint
+from leanlift.fingerprint.samples import ENDS, Comparison, Sample, spread
+from leanlift.source.checkpoint import SourceTensor, open_checkpoint
 from leanlift.source.joined import JoinedRows
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
@@ -30,6 +40,9 @@ def find(name: str, tensors: Mapping[str, Stored], layout: Layout = HERE) -> Sto
     layout says. A bare backbone's checkpoint lacks the prefix."""
     home = layout.homes.get(name)
     if home is not None:
+        quantized = tensors.get(home[0].name)
+        if home[0].turned and isinstance(quantized, StoredMatrix):  # which is as it lives
+            return quantized
         return JoinedRows.of(name, home, tensors)
     known = (layout.names.get(name, name), name, name.removeprefix("model."), f"model.{name}")
     return next((tensors[key] for key in known if key in tensors), None)
@@ -40,7 +53,8 @@ def home_of(name: str, tensors: Mapping[str, Stored], layout: Layout = HERE) -> 
     found = find(name, tensors, layout)
     if found is None or isinstance(found, JoinedRows):
         return None if found is None else found.home
-    return (Segment(found.name, 0, found.shape[0]),)
+    turned = layout.is_turned(name.removesuffix(".weight"))
+    return (Segment(found.name, 0, found.shape[0], turned),)
 
 
 @contextmanager
@@ -79,7 +93,8 @@ def check_homes(base: BaseFingerprint, directory: Path) -> None:
 
     Raises:
         UserError: a trained matrix, or a tensor by which the base is known again, that the
-            checkpoint lacks or has in another shape; or a checkpoint that cannot be merged onto.
+            checkpoint lacks or has in another shape or with other numbers; or a checkpoint that
+            cannot be merged onto.
     """
     check_matrix_homes(base.stored, directory, base.layout)
     with open_checkpoint(directory) as files:
@@ -91,6 +106,44 @@ def check_homes(base: BaseFingerprint, directory: Path) -> None:
                     "an adapter of this model could not be merged onto it, so name a checkpoint "
                     "that has its tensors under the model's own names."
                 )
+        located = {name: find(name, tensors, base.layout) for name in base.sampled}
+        ends = {name: found for name, found in located.items() if isinstance(found, SourceTensor)}
+        other = other_stored_end(base, ends, Comparison()) if len(ends) == len(located) else None
+        if other is not None:
+            raise UserError(
+                f"the model has other numbers in {other} than {directory}, from which it was "
+                "loaded: an adapter of it could not be merged. Save the model as it is with "
+                "save_pretrained, and load that."
+            )
+
+
+def other_stored_end(
+    base: BaseFingerprint, ends: Mapping[str, Stored], comparison: Comparison
+) -> str | None:
+    """The norm or embedding in which a checkpoint is another base; None: it is in none of them.
+
+    Args:
+        base: the fingerprint.
+        ends: its sampled tensors by name, as the checkpoint holds them.
+        comparison: counts cells.
+    """
+
+    def read(name: str, rows: int) -> Tensor:
+        tensor = ends[name]
+        assert isinstance(tensor, SourceTensor)
+        return tensor.sample(rows)
+
+    digest = digest_of(base.sampled, read, base.dtype)
+    samples = {name: _end_sample(tensor) for name, tensor in ends.items()}
+    return other_end(base, base.sampled, digest, samples, comparison)
+
+
+def _end_sample(tensor: Stored) -> str:
+    assert isinstance(tensor, SourceTensor)
+    flat = spread(math.prod(tensor.shape), ENDS)
+    one_row = len(tensor.shape) == 1
+    values = tensor.whole()[flat] if one_row else entries_of(tensor, flat)  # type: ignore[arg-type]
+    return Sample(flat, dense_cells(values, tensor.dtype)).encode()
 
 
 def check_matrix_homes(

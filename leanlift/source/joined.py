@@ -49,6 +49,47 @@ class StackedRows:
         return self.tensor.entries(flat)
 
 
+@dataclass(frozen=True)
+class TurnedRows:
+    """The transpose of a matrix of a checkpoint."""
+
+    tensor: SourceTensor
+
+    @property
+    def name(self) -> str:
+        """Of the tensor."""
+        return self.tensor.name
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Of the tensors of the file that it is made of."""
+        return self.tensor.stored_names
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, m = self.tensor.shape
+        return m, n
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.tensor.whole()[:, start:stop].T.contiguous()
+
+    def entries(self, flat: Tensor) -> Tensor:
+        """Entries at row-major positions [s] of the transpose."""
+        m, n = self.shape
+        return self.tensor.entries(flat % n * m + flat // n)
+
+
+Rows = SourceTensor | StackedRows | TurnedRows
+
+
 def by_rows(tensor: SourceTensor) -> SourceTensor | StackedRows:
     """A tensor of a checkpoint as a matrix, where it is one or a stack of them."""
     return StackedRows(tensor) if len(tensor.shape) == 3 else tensor
@@ -68,14 +109,16 @@ class JoinedRows:
     shape: tuple[int, ...]
     dtype: torch.dtype
     home: Home
-    parts: Mapping[str, SourceTensor | StackedRows]
+    parts: Mapping[str, Rows]
 
     @classmethod
     def of(cls, name: str, home: Home, tensors: Mapping[str, object]) -> JoinedRows | None:
         """None where the checkpoint lacks a part of it, or has one in another shape."""
-        parts = {part.name: tensors.get(part.name) for part in home}
+        parts = {part.name: (tensors.get(part.name), part.turned) for part in home}
         found = {
-            key: by_rows(part) for key, part in parts.items() if isinstance(part, SourceTensor)
+            key: TurnedRows(part) if turned else by_rows(part)
+            for key, (part, turned) in parts.items()
+            if isinstance(part, SourceTensor) and (not turned or len(part.shape) == 2)
         }
         kinds = {(part.shape[1:], part.dtype) for part in found.values()}
         if len(found) < len(parts) or len(kinds) != 1:

@@ -28,8 +28,8 @@ from leanlift.weights.quantized import (
     dtype_of,
     frozen_weight,
     is_quantized,
-    requested_format,
 )
+from leanlift.weights.stored import requested_format
 
 
 def load_model(

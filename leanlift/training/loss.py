@@ -2,9 +2,9 @@
 
 TRL's own fused head wants a dense weight and works in buffers of 32,768 vocabulary entries per
 token. The tiled loss takes a head in any storage format, and only the tokens that are trained.
-It holds for models whose logits are the last hidden states times the head's weight, capped at
-most. Whether a model is one of those is not told from its name: one tiny batch has to give the
-model's own logits, once as they are and once with hidden states so large that a cap, a scale or
+It holds for models whose logits are the last hidden states times the head's weight, scaled and
+capped at most. Whether a model is one of those is not told from its name: one tiny batch has to
+give the model's own logits, once as they are and once with hidden states so large that a cap or
 another norm must show. Where it does not, whole logits are made, by the model itself. What is
 trained on is the cost of the next tokens, as in TRL; a model whose own loss is another (some do
 not shift their labels, some add to it) is told apart on the same batch, and that is said.
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from leanlift.errors import UserError, first_line
-from leanlift.layers.lm_head import Objective, head_loss, next_tokens, whole_cost
+from leanlift.layers.lm_head import Finish, Objective, head_loss, next_tokens, whole_cost
 from leanlift.model import output_head
-from leanlift.training.own_loss import IGNORED, compared, few_ids
+from leanlift.model.hidden import base_of, few_ids
+from leanlift.training.own_loss import IGNORED, compared
 
 logger = logging.getLogger("leanlift")
 
@@ -92,20 +93,27 @@ class TrainingLoss(Protocol):
 
 
 class TiledLoss:
-    """Cost of the next tokens over the trained ones, from a model's hidden states."""
+    """Cost of the next tokens over the trained ones, from a model's hidden states.
 
-    def __init__(self, objective: Objective) -> None:
+    Args:
+        objective: what a token costs.
+        finish: what the model makes of its head's product.
+    """
+
+    def __init__(self, objective: Objective, finish: Finish) -> None:
         self.objective = objective
+        self.finish = finish
         self.last: LossParts | None = None
 
     def __call__(self, model: Any, inputs: dict[str, Any], items: Any = None) -> Tensor:
-        hidden = model.base_model(**forwarded(inputs)).last_hidden_state
+        hidden = base_of(model)(**forwarded(inputs)).last_hidden_state
         states, wanted = _trained(hidden, inputs)
         trained = max(1, wanted.numel())
         head = output_head(model)
         assert head is not None
         divisor = trained if items is None else items
-        parts = head_loss(states, wanted, head, divisor, objective=self.objective)
+        finished = self.finish.of(head)
+        parts = head_loss(states, wanted, finished, divisor, objective=self.objective)
         self.last = LossParts(parts.entropy / trained, parts.correct / trained)
         return parts.loss
 
@@ -165,7 +173,7 @@ def training_loss(
     head = output_head(model)
     found = compared(model, head, autocast)
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        _check_router_loss(model, found.same_logits)
+        _check_router_loss(model, found.finish)
         return None
     objective, kind = objective_of(args), type(model).__name__
     if not found.same_loss:
@@ -174,8 +182,8 @@ def training_loss(
             "that cost is what is trained on.",
             kind,
         )
-    if found.same_logits:
-        return TiledLoss(objective)
+    if found.finish is not None:
+        return TiledLoss(objective, found.finish)
     logger.warning(
         "The logits of this %s are not its hidden states times its head's weight: they are made "
         "whole, which takes more memory.",
@@ -184,14 +192,15 @@ def training_loss(
     return WholeLoss(objective)
 
 
-def _check_router_loss(model: Any, same_logits: bool) -> None:
+def _check_router_loss(model: Any, finish: Finish | None) -> None:
     """Refuse an auxiliary loss that was asked for and that TRL, or the model itself, cannot make.
 
     Raises:
         UserError: says why, and how to go without.
     """
     kind, without = type(model).__name__, "set router_aux_loss_coef=0, or leave it out"
-    if not same_logits:
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if finish not in (Finish(), Finish(softcap=cap)):  # what TRL makes of them itself
         raise UserError(
             f"the logits of this {kind} are not its hidden states times its head's weight, which "
             f"the auxiliary loss of its router cannot be trained with: {without}."

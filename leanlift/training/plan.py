@@ -26,6 +26,7 @@ from leanlift.source import layout_in
 from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
 from leanlift.training.batches import Batches, largest_allowed
 from leanlift.training.loss import objective_of
+from leanlift.weights.kinds import is_turned_linear, matrix_of
 
 logger = logging.getLogger("leanlift")
 
@@ -78,7 +79,12 @@ def layout_of_base(args: RunArguments, sft: LiftSFTConfig, checkpoint: Path) -> 
     with fake_tensors():
         model = _planned(args, sft, False).build()
         live = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return layout_in(model, checkpoint, live, stack_shapes(model))
+        turned = {
+            f"{name}.weight": tuple(matrix_of(module).shape)
+            for name, module in model.named_modules()
+            if is_turned_linear(module)
+        }
+    return layout_in(model, checkpoint, live, stack_shapes(model), turned)
 
 
 def is_tied(args: RunArguments, sft: LiftSFTConfig) -> bool:

@@ -2,8 +2,9 @@
 
 Whatever stock transformers loaded a Linear as, `frozen_weight(module)` gives its dequantized
 rows: `bnb.nn.Linear4bit` (NF4 or FP4, double quantization or not, any block size),
-`bnb.nn.Linear8bitLt` (INT8), a plain 16/32-bit `nn.Linear`, or a class of those that computes what
-it computes. The tiles read the module at each call, so they stay right after `model.to(device)`.
+`bnb.nn.Linear8bitLt` (INT8), a plain 16/32-bit `nn.Linear`, or a class that computes what it
+computes, also where that keeps the transpose of the matrix (Conv1D). The tiles read the module at
+each call, so they stay right after `model.to(device)`.
 
 D(Q) is taken in the dtype in which bitsandbytes itself would dequantize (the dtype that the
 weight had when it was quantized; fp32 for INT8), so an untouched leanlift layer computes with
@@ -23,7 +24,7 @@ from leanlift.errors import UserError
 from leanlift.ops import EightBit, FourBit, Scales
 from leanlift.tiles import CastTiles, RowTiles, as_tiles
 from leanlift.weights import bnb
-from leanlift.weights.kinds import is_plain_linear
+from leanlift.weights.kinds import computes_turned, is_dense_linear, is_turned_linear, matrix_of
 
 NESTED_BLOCK = 256
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,11 +58,6 @@ class WeightFormat:
         return dtype_of(self.dtype)
 
     @property
-    def fresh(self) -> bool:
-        """Whether rows are new tensors of their own: of the 4-bit formats they are."""
-        return self.kind in ("nf4", "fp4")
-
-    @property
     def tables_nbytes(self) -> int:
         """Bytes of the lookup tables that bitsandbytes keeps beside each 4-bit matrix: 16 fp32
         codes, and with double quantization 256 for the scales."""
@@ -83,29 +79,6 @@ class WeightFormat:
         blocks = -(-numel // self.blocksize)
         scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if self.double else 4 * blocks
         return -(-numel // 2) + scales
-
-
-def requested_format(
-    load_in_4bit: bool, load_in_8bit: bool, quant_type: str, double: bool, dtype: str
-) -> WeightFormat:
-    """How bitsandbytes holds a Linear that is loaded under these settings of its configuration.
-
-    Args:
-        load_in_4bit, load_in_8bit: what is asked for; 8 bits where both are.
-        quant_type: of 4 bits, "nf4" or "fp4".
-        double: whether 4-bit weights have their scales quantized.
-        dtype: name of the dtype that a weight has before it is quantized.
-
-    Raises:
-        UserError: another type of 4-bit weights.
-    """
-    if load_in_8bit:
-        return WeightFormat("int8", "float32")
-    if not load_in_4bit:
-        return WeightFormat("dense", dtype)
-    if quant_type not in ("nf4", "fp4"):
-        raise UserError(f"expected bnb_4bit_quant_type nf4 or fp4, got {quant_type!r}.")
-    return WeightFormat(quant_type, dtype, 64, double)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -211,27 +184,37 @@ class Weight8bit:
 class WeightDense:
     """A plain `nn.Linear` weight in 16 or 32 bits; rows are views."""
 
-    module: nn.Linear
+    module: nn.Module
 
     @property
     def shape(self) -> tuple[int, int]:
-        m, n = self.module.weight.shape
+        m, n = matrix_of(self.module).shape
         return m, n
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.module.weight.dtype
+        return matrix_of(self.module).dtype
 
     @property
     def device(self) -> torch.device:
-        return self.module.weight.device
+        return matrix_of(self.module).device
 
     @property
     def format(self) -> WeightFormat:
         return WeightFormat("dense", dtype_name(self.dtype))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.module.weight.detach()[start:stop]
+        return matrix_of(self.module)[start:stop]
+
+
+@dataclass(frozen=True)
+class WeightTurned(WeightDense):
+    """The transpose [m, n] of a 16/32-bit weight [n, m], as a Conv1D has it; rows are copies."""
+
+    fresh: ClassVar[bool] = True
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return super().rows(start, stop).clone(memory_format=torch.contiguous_format)
 
 
 def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
@@ -252,10 +235,10 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
             "stores in its own way: load the 16-bit checkpoint, or quantize it with bitsandbytes."
         )
     source = getattr(module, "source_cls", nn.Linear)
-    if source is not nn.Linear:
+    if source is not nn.Linear and not computes_turned(source):
         raise UserError(
-            f"{name} was a {source.__name__} before it was quantized; its checkpoint is "
-            "transposed, which leanlift does not support: leave it out with exclude_modules."
+            f"{name} was a {source.__name__} before it was quantized, which computes otherwise "
+            "than a Linear: leave it out with exclude_modules."
         )
     if bnb.is_linear4bit(module):
         problem = bnb.problem_4bit(module)
@@ -269,13 +252,14 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
                 "BitsAndBytesConfig(load_in_8bit=True) and move it to its device first."
             )
         return _of_its_shape(Weight8bit(module), module, name)
-    if is_plain_linear(module):
-        if module.weight.dtype not in FLOAT_DTYPES:
+    if is_dense_linear(module):
+        dtype = module.weight.dtype
+        if dtype not in FLOAT_DTYPES:
             raise UserError(
-                f"{name} is a Linear with a weight of dtype {module.weight.dtype}; expected "
-                "float32, bfloat16, float16 or a bitsandbytes layer."
+                f"{name} is a Linear with a weight of dtype {dtype}; expected float32, bfloat16, "
+                "float16 or a bitsandbytes layer."
             )
-        return WeightDense(module)
+        return WeightTurned(module) if is_turned_linear(module) else WeightDense(module)
     raise UserError(
         f"{name} is a {type(module).__name__}; leanlift trains nn.Linear, bnb.nn.Linear4bit and "
         "bnb.nn.Linear8bitLt: leave it out with exclude_modules."

@@ -1,11 +1,13 @@
-"""Weights as a bitsandbytes checkpoint holds them: the parts of each, and what they make."""
+"""Weights as bitsandbytes is asked to hold them, and as its checkpoints do: the parts of each, and
+what they make."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from leanlift.errors import UserError
 from leanlift.weights import bnb
-from leanlift.weights.quantized import FrozenWeight, Weight4bit, Weight8bit
+from leanlift.weights.quantized import FrozenWeight, Weight4bit, Weight8bit, WeightFormat
 
 STORED_STATE = bnb.STATE_4BIT
 STORED_PARTS = bnb.PARTS_4BIT
@@ -34,3 +36,26 @@ def stored_weight(weight: Tensor, parts: dict[str, Tensor]) -> FrozenWeight:
     if "SCB" in parts:
         return Weight8bit(bnb.stored_8bit(weight, parts["SCB"]))
     return Weight4bit(bnb.stored_4bit(weight, parts))
+
+
+def requested_format(
+    load_in_4bit: bool, load_in_8bit: bool, quant_type: str, double: bool, dtype: str
+) -> WeightFormat:
+    """How bitsandbytes holds a Linear that is loaded under these settings of its configuration.
+
+    Args:
+        load_in_4bit, load_in_8bit: what is asked for; 8 bits where both are.
+        quant_type: of 4 bits, "nf4" or "fp4".
+        double: whether 4-bit weights have their scales quantized.
+        dtype: name of the dtype that a weight has before it is quantized.
+
+    Raises:
+        UserError: another type of 4-bit weights.
+    """
+    if load_in_8bit:
+        return WeightFormat("int8", "float32")
+    if not load_in_4bit:
+        return WeightFormat("dense", dtype)
+    if quant_type not in ("nf4", "fp4"):
+        raise UserError(f"expected bnb_4bit_quant_type nf4 or fp4, got {quant_type!r}.")
+    return WeightFormat(quant_type, dtype, 64, double)

@@ -10,6 +10,7 @@ import pytest
 from leanlift.fingerprint import Layout, Segment, overlaps
 
 HOME = (Segment("a", 3, 4), Segment("b", 0, 2), Segment("a", 0, 3))
+TURNED = (Segment("a", 3, 4, turned=True),)
 
 
 @pytest.mark.parametrize(
@@ -26,10 +27,15 @@ def test_rows_are_found_in_their_segments(start: int, stop: int, found: list[Any
 
 
 def test_a_layout_survives_json() -> None:
-    layout = Layout({"x": "y.z"}, {"m.weight": HOME})
+    layout = Layout({"x": "y.z"}, {"m.weight": HOME, "n.weight": TURNED})
+    assert [layout.is_turned(name) for name in ("m", "n", "x")] == [False, True, False]
     assert Layout.from_dict(json.loads(json.dumps(layout.to_dict()))) == layout
     assert layout.of({"x"}) == Layout({"x": "y.z"})
     assert not Layout.from_dict({})
+
+
+def test_a_part_of_what_is_turned_is_turned() -> None:
+    assert list(overlaps(TURNED, 1, 3)) == [(Segment("a", 4, 2, turned=True), 1)]
 
 
 @pytest.mark.parametrize(
@@ -46,9 +52,14 @@ def test_a_layout_survives_json() -> None:
         {"x": [[1, 0, 1]]},
         {"x": 3},
         {"x": [["a", 0, 1]] * 5000},
+        {"x": [["a", 0, 1, False]]},
+        {"x": [["a", 0, 1, 1]]},
+        {"x": [["a", 0, 1, True, True]]},
     ],
     ids=str,
 )
 def test_a_layout_of_anyone_is_checked(data: Any) -> None:
-    with pytest.raises(ValueError, match=r"names of tensors|rows of tensors|a first row"):
+    with pytest.raises(
+        ValueError, match=r"names of tensors|rows of tensors|a first row|true behind"
+    ):
         Layout.from_dict(data)

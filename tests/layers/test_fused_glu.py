@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from leanlift.layers.fused_glu import use_fused_glu
 from leanlift.measure import LiveBytes
 
-OF_THE_KIND = [name for name in FAMILIES if "fused" not in name and "experts" not in name]
+OTHERS = ("fused", "turned", "experts")
+OF_THE_KIND = [name for name in FAMILIES if not any(word in name for word in OTHERS)]
 
 
 def build(family: str, dtype: torch.dtype) -> Any:

@@ -11,7 +11,7 @@ from helpers import make_base, relative_error
 from torch import Tensor, nn
 
 from leanlift.layers.embedding import FrozenEmbedding
-from leanlift.layers.lm_head import FrozenHead, Head, Objective, head_loss
+from leanlift.layers.lm_head import Finish, FrozenHead, Head, Objective, head_loss
 from leanlift.measure import LiveBytes
 from leanlift.tiles import DenseTiles
 from leanlift.weights.quantized import WeightFormat, embedding_rows, frozen_weight, requantize
@@ -41,11 +41,13 @@ def plain(
     labels: Tensor,
     cap: float | None,
     objective: Objective = OBJECTIVES["likelihood"],
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     hidden = hidden.detach().clone().requires_grad_()
     logits = F.linear(hidden, weight, bias)
     if logits.dtype != torch.float64:
         logits = logits.float()
+    logits = logits * scale
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     cost = F.cross_entropy(logits, labels, reduction="none", label_smoothing=objective.smoothing)
@@ -58,21 +60,28 @@ def plain(
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
-@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (None, 0.3), (3.0, 2.5)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile_bytes", [1, 50_000, 4 * T * V, 2**25])  # the last two keep logits
 def test_loss_and_gradient_are_those_of_whole_logits(
-    kind: str, cap: float | None, with_bias: bool, dtype: torch.dtype, tile_bytes: int
+    kind: str,
+    cap: float | None,
+    scale: float,
+    with_bias: bool,
+    dtype: torch.dtype,
+    tile_bytes: int,
 ) -> None:
     hidden, weight, bias, labels = problem(dtype)
     objective = OBJECTIVES[kind]
     used = bias if with_bias else None
     wide_bias = bias.double() if with_bias else None
-    exact, exact_grad = plain(hidden.double(), weight.double(), wide_bias, labels, cap, objective)
-    stock, stock_grad = plain(hidden, weight, used, labels, cap, objective)
+    rest = labels, cap, objective, scale
+    exact, exact_grad = plain(hidden.double(), weight.double(), wide_bias, *rest)
+    stock, stock_grad = plain(hidden, weight, used, *rest)
     ours = hidden.clone().requires_grad_()
-    got = head_loss(ours, labels, Head(DenseTiles(weight), used, cap), 7, tile_bytes, objective)
+    head = Head(DenseTiles(weight), used, cap, scale)
+    got = head_loss(ours, labels, head, 7, tile_bytes, objective)
     (4 * got.loss).backward()
     assert ours.grad is not None
     assert ours.grad.dtype == dtype
@@ -93,6 +102,15 @@ def test_entropy_and_correct_tokens() -> None:
     got = head_loss(hidden, labels, Head(DenseTiles(weight), bias), 1, 40_000)
     torch.testing.assert_close(got.entropy.double(), -(chance * chance.log()).sum())
     assert got.correct == (logits.argmax(1) == labels).sum()
+
+
+def test_a_finish_is_that_of_the_first_rows() -> None:
+    hidden, weight, bias, _ = problem()
+    head = Finish(2.0, 5.0, 100).of(Head(DenseTiles(weight), bias))
+    assert head.weight.shape == (100, D)
+    logits = head.logits(hidden, head.rows(0, 100, hidden.dtype), 0)
+    wanted = 5 * torch.tanh(2 * (hidden @ weight.T + bias) / 5)
+    torch.testing.assert_close(logits, wanted[:, :100])
 
 
 def test_no_token_gives_zero() -> None:

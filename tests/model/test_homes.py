@@ -65,6 +65,30 @@ def test_what_has_no_home_is_refused_before_anything_slow(
     assert not lift_layers(model)
 
 
+CHANGED = {
+    "norm": ("model.norm.weight", 3),
+    "embedding": ("model.embed_tokens.weight", 0),
+    "target": ("model.layers.1.mlp.up_proj.weight", slice(None)),
+}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_model_that_is_no_longer_its_checkpoint_is_refused(
+    tmp_path: Path, case: str, kind: str
+) -> None:
+    """As where loading makes zeros of a row: a merge would look for the base that was trained."""
+    base = make_checkpoint(tmp_path / "base")
+    model = load(base, kind)
+    tensors = load_file(base / "model.safetensors")
+    name, rows = CHANGED[case]
+    tensors[name][rows] += 0.25
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"the model has other .* could not be merged"):
+        get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+    assert not lift_layers(model)
+
+
 def test_targets_that_have_a_home_can_be_trained_alone(tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base")
     model = load(base, "nf4")

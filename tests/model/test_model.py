@@ -13,8 +13,6 @@ from torch import nn
 from trained import KINDS, logits
 from transformers import (
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
 )
 
 from leanlift import LiftConfig, UserError, get_lift_model, save_adapter
@@ -221,12 +219,6 @@ def test_nan_weights_are_counted_and_named(base: Path) -> None:
     ):
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
     assert not lift_layers(model)
-
-
-def test_conv1d_is_named() -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=50))
-    with pytest.raises(UserError, match=r"transformer\.h\.0\.\w+\.\w+ is a Conv1D"):
-        get_lift_model(gpt2, LiftConfig(), progress=False)
 
 
 def test_a_model_without_linears_is_refused() -> None:

@@ -24,6 +24,7 @@ MODELS: dict[str, Any] = {
     "mistral": config_of("mistral", **WIDE),
     "gemma2": config_of("gemma2", **WIDE),
     "phi3, fused": config_of("phi3, fused", **WIDE),
+    "gpt2, turned": config_of("gpt2, turned", **WIDE),
     "qwen3, experts": config_of("qwen3, experts", **WIDE),
 }
 

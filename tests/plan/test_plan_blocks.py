@@ -19,7 +19,6 @@ from leanlift.plan import blocks
 from leanlift.plan.base import without_packing_search
 from leanlift.plan.fake import (
     StepBytes,
-    _fused_attention,
     attach_fake,
     even_index,
     fake_tensors,
@@ -28,6 +27,7 @@ from leanlift.plan.fake import (
 )
 from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.plan.pieces import first_pieces, first_tiles
+from leanlift.plan.stand_ins import fused_attention
 from leanlift.tiles import DenseTiles
 from leanlift.weights.quantized import WeightDense, WeightFormat, empty_weight
 
@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[Any, int | None]] = {
     "gemma2": (config_of("gemma2", num_hidden_layers=11), 7),
     "gemma3": (config_of("gemma3", num_hidden_layers=26), 20),
     "qwen3, experts": (config_of("qwen3, experts", num_hidden_layers=6), 4),
+    "gpt2, turned": (config_of("gpt2, turned", num_hidden_layers=6), 4),
     "no pattern": (
         config_of("gemma2", num_hidden_layers=5, layer_types=[SLIDING, FULL, FULL, SLIDING, FULL]),
         None,
@@ -192,7 +193,7 @@ def test_gradients_that_are_there_already_count_like_an_earlier_pass() -> None:
         attach_fake(model, lift, fmt)
         model.train()
         ids = torch.zeros(1, 32, dtype=torch.long)
-        with _fused_attention(), LiveBytes() as live:
+        with fused_attention(), LiveBytes() as live:
             for _ in range(2):
                 loss_of_all_tokens(model, ids, ids.clone()).backward()
             live.peak = live.current

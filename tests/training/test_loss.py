@@ -41,12 +41,17 @@ RECURRENT = {
     "lru_width": 64,
     "attention_window_size": 16,
 }
+MINICPM = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 16, "dim_model_base": 6,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any], type]] = {
     "llama": ("llama", {}, TiledLoss),
     "gemma2: capped": ("gemma2", {}, TiledLoss),
-    "granite: scaled": ("granite", {"logits_scaling": 8.0}, WholeLoss),
-    "cohere: scaled": ("cohere", {}, WholeLoss),
-    "recurrent_gemma: a cap of another name": ("recurrent_gemma", RECURRENT, WholeLoss),
+    "granite: scaled": ("granite", {"logits_scaling": 13.0}, TiledLoss),
+    "cohere: scaled": ("cohere", {}, TiledLoss),
+    "minicpm3: a scale before the head": ("minicpm3", MINICPM, TiledLoss),
+    "recurrent_gemma: a cap of another name": ("recurrent_gemma", RECURRENT, TiledLoss),
     "modernbert-decoder: a layer before the head": ("modernbert-decoder", {}, WholeLoss),
     "phi: a bias": ("phi", {}, TiledLoss),
     "opt: the decoder in the base is asked": (

@@ -23,7 +23,6 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from leanlift.errors import UserError
 from leanlift.tiles import RowTiles
@@ -262,9 +261,9 @@ def _repacked() -> Linear4bit:
     return module
 
 
-def _was_conv1d() -> Linear4bit:
+def _was_another() -> Linear4bit:
     module = make_linear4bit(64, 64)
-    module.source_cls = Conv1D
+    module.source_cls = nn.Bilinear
     return module
 
 
@@ -279,9 +278,9 @@ def _integers() -> nn.Linear:
     [
         (partial(Linear4bit, 64, 64), "not quantized yet"),
         (_repacked, "repacked"),
-        (_was_conv1d, "was a Conv1D"),
+        (_was_another, "was a Bilinear"),
         (partial(Linear8bitLt, 8, 8, has_fp16_weights=False), "holds no INT8 weight yet"),
-        (partial(Conv1D, 8, 4), "is a Conv1D"),
+        (partial(nn.Conv1d, 8, 4, 1), "is a Conv1d"),
         (_integers, "torch.int32"),
         (partial(nn.Linear, 4, 4, dtype=torch.float64), "torch.float64"),
         (partial(nn.Linear, 4, 4, device="meta"), "meta device"),
@@ -289,7 +288,7 @@ def _integers() -> nn.Linear:
         (nn.ReLU, "is a ReLU"),
     ],
     ids=[
-        *("unquantized-4bit", "repacked", "from-conv1d", "unquantized-8bit", "conv1d"),
+        *("unquantized-4bit", "repacked", "from-another", "unquantized-8bit", "conv1d"),
         *("integer", "fp64", "meta", "embedding", "no-weight"),
     ],
 )
