@@ -1,4 +1,5 @@
-"""`docs/models.md` from the results of the sweep: what becomes of every family, as two tables.
+"""`docs/models.md` from results: what becomes of every family, as two tables, and which cards the
+larger models need.
 
 python -m benchmarks.models_page
 """
@@ -80,12 +81,47 @@ def _said(row: dict[str, str]) -> str:
     return words if len(words) <= LONGEST else words[:LONGEST].rsplit(" ", 1)[0] + " …"
 
 
+CARDS_HEAD = """
+## Cards for the larger ones
+
+What `leanlift plan` says, and for smaller cards `leanlift plan --fit`, from the configurations that
+these are published with, by `benchmarks/big_models.py`: NF4 with double quantization, experts too,
+5 % of every matrix, 1 × 2048 tokens. *yes*: as it is; *changed*: with what is below the table.
+
+| model | weights, 10⁹ | trained, 10⁹ | base, GiB | needs, GiB | {cards} |
+|---|---|---|---|---|{rules}|
+"""
+
+
+def cards_of(rows: list[dict[str, str]]) -> str:
+    """The section on large models, from the rows of their results."""
+    cards = [key for key in rows[0] if key.endswith(" GB")]
+    head = CARDS_HEAD.format(cards=" | ".join(cards), rules="|".join("---" for _ in cards))
+    lines, changes = [], []
+    for row in rows:
+        words = [CARD_WORDS.get(row[card], "changed") for card in cards]
+        facts = [row[key] for key in ("weights, 1e9", "trained, 1e9", "base GiB", "needed GiB")]
+        lines.append("| " + " | ".join([row["model"], *facts, *words]) + " |")
+        changes += [
+            f"- {row['model']} on {card}: `{row[card]}`"
+            for card, word in zip(cards, words, strict=True)
+            if word == "changed"
+        ]
+    return head + "\n".join(lines) + "\n\n" + "\n".join(changes) + "\n"
+
+
+CARD_WORDS = {"as it is": "yes", "no": "no"}
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a result."""
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def main() -> None:
-    tables = []
-    for name in ("families.csv", "families_others.csv"):
-        with (RESULTS / name).open(newline="", encoding="utf-8") as file:
-            tables.append(list(csv.DictReader(file)))
-    PAGE.write_text(page(*tables), encoding="utf-8")
+    tables = page(read("families"), read("families_others"))
+    PAGE.write_text(tables + cards_of(read("big_models")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, plan_memory
     from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
     from leanlift.tiles import RowTiles
-    from leanlift.training import LiftSFTConfig, LiftTrainer
+    from leanlift.training import LiftSFTConfig, LiftTrainer, load_in_few_bits
     from leanlift.weights.quantized import WeightFormat
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "export_peft",
     "get_lift_model",
     "load_adapter",
+    "load_in_few_bits",
     "merge_adapter",
     "plan_memory",
     "push_to_hub",
@@ -117,6 +118,7 @@ _NAMES = {
     "leanlift.training": (
         "LiftSFTConfig",
         "LiftTrainer",
+        "load_in_few_bits",
     ),
     "leanlift.weights.quantized": ("WeightFormat",),
 }

@@ -10,7 +10,7 @@ Shapes: a matrix is m x n (out_features x in_features), row-major; a tile is `ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -144,6 +144,11 @@ def parts_of(tiles: RowTiles) -> int:
     """How many matrices a matrix is a stack of; one is a stack of itself."""
     parts: int = getattr(tiles, "parts", 1)
     return parts
+
+
+def parts_of_stacks(matrices: Mapping[str, RowTiles], names: Iterable[str]) -> dict[str, int]:
+    """How many matrices each of those named is a stack of, without those that are none."""
+    return {name: parts_of(matrices[name]) for name in names if is_stack(matrices[name])}
 
 
 def part_shape(tiles: RowTiles) -> tuple[int, int]:

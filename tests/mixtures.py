@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import load, make_tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -63,6 +65,30 @@ def make_mixture(config: Any, place: Path) -> Path:
         parameter.data.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(place)
     make_tokenizer().save_pretrained(place)
+    return place
+
+
+def make_mxfp4(place: Path, experts: int = EXPERTS) -> Path:
+    """A GPT-OSS as it is published, its experts in MXFP4: random codes, scales about 2^-7."""
+    sizes = {**SIZES, "intermediate_size": 96, "num_local_experts": experts}
+    make_mixture(GptOssConfig(**sizes, sliding_window=16), place)
+    tensors, generator = load_file(place / "model.safetensors"), torch.Generator().manual_seed(5)
+    for name in [name for name, tensor in tensors.items() if tensor.dim() == 3]:
+        _, m, n = tensors.pop(name).shape
+        for part, shape, low, high in (
+            ("blocks", (experts, n, m // 32, 16), 0, 256),
+            ("scales", (experts, n, m // 32), 116, 123),
+        ):
+            codes = torch.randint(low, high, shape, generator=generator, dtype=torch.uint8)
+            tensors[f"{name}_{part}"] = codes
+    save_file({n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()},
+              place / "model.safetensors", {"format": "pt"})  # fmt: skip
+    config = json.loads((place / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head", "model.embed_tokens"],
+    }
+    (place / "config.json").write_text(json.dumps(config))
     return place
 
 

@@ -116,7 +116,10 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
         {name: disk for one in layouts for name, disk in one.names.items()},
         {name: home for one in layouts for name, home in one.homes.items()},
     )
-    return replace(first, shapes=shapes, formats=formats, samples=samples, layout=layout)
+    parts = {name: count for adapter in adapters for name, count in adapter.base.parts.items()}
+    return replace(
+        first, shapes=shapes, formats=formats, samples=samples, layout=layout, parts=parts
+    )
 
 
 def _sum_up(

@@ -93,6 +93,7 @@ def plan_shira(adapter: Adapter) -> ShiraPlan:
         UserError: a damaged adapter, or entries or rows that have no room in PEFT's form.
     """
     extra = [f"a new {name}" for name in adapter.base.new]
+    extra += [f"experts ({name})" for name in adapter.base.parts]
     extra += ["rows of the embedding"] if adapter.embedding is not None else []
     if adapter.grown is not None:
         extra += [f"an embedding of {adapter.grown.rows} rows, more than its base's"]

@@ -33,6 +33,7 @@ from leanlift.model.stacks import named_parts
 from leanlift.plan.auto import auto_class_with
 from leanlift.rows.images import COLUMNS, text_alone
 from leanlift.tiles import row_ranges, tile_rows
+from leanlift.training.experts import load_with_experts_as_stored
 from leanlift.training.load import load_as_trained
 from leanlift.weights.kinds import matrix_of
 from leanlift.weights.quantized import dtype_of
@@ -162,7 +163,9 @@ def _load(directory: str, dtype: str, adapter: Adapter) -> Any:
     """A checkpoint as stock transformers loads it; on the GPU where it has room."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     kind = auto_class_with(config, directory, adapter.base.shapes)
-    model: Any = kind.from_pretrained(directory, dtype=dtype_of(dtype), trust_remote_code=False)
+    model: Any = load_with_experts_as_stored(
+        kind, directory, dtype=dtype_of(dtype), trust_remote_code=False
+    )
     needed = sum(parameter.nbytes for parameter in model.parameters())
     if torch.cuda.is_available() and 1.3 * needed < torch.cuda.mem_get_info()[0]:
         model = model.cuda()

@@ -9,6 +9,7 @@ from typing import Any
 from leanlift.errors import UserError
 from leanlift.io.hub import inside
 from leanlift.io.tensors import write_json
+from leanlift.source import has_mxfp4
 from leanlift.weights.quantized import dtype_name, dtype_of
 
 WEIGHT_SUFFIXES = {
@@ -83,12 +84,13 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 
 def check_form(config: dict[str, Any], onto: str, directory: Path) -> None:
-    """Refuse a checkpoint that is quantized itself, which has no 16-bit weights to add to.
+    """Refuse a checkpoint that is quantized itself, which has no 16-bit weights to add to; experts
+    in MXFP4 are 16-bit numbers as they are read.
 
     Raises:
         UserError: says what to name instead.
     """
-    if config.get("quantization_config") and onto == "original":
+    if config.get("quantization_config") and onto == "original" and not has_mxfp4(config):
         raise UserError(
             f"{directory} is itself a quantized checkpoint: name the 16-bit checkpoint it was "
             "made from with --base, or take --onto quantized, which adds to what it holds."

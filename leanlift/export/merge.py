@@ -38,8 +38,8 @@ from leanlift.export.directory import (
     write_config,
 )
 from leanlift.export.identity import Part, Places, check_base, embedding_of, places
-from leanlift.export.requantized import Requantized
 from leanlift.export.rows import put_vocabulary, with_new_matrices, with_new_rows
+from leanlift.export.shared import Shared
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
 from leanlift.io.kinds import CAUSAL, auto_class_name
@@ -126,11 +126,11 @@ def merge_adapter(
             plan = places(opened, tensors)
             specs = _specs(tensors, plan, kept, target)
             check_space(out, nbytes := sum(spec.nbytes for spec in specs))
-            again = Requantized(opened, plan)
+            shared = Shared.of(opened, plan)
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
                     for spec in tqdm(specs, desc="Merging", unit="tensor", disable=not progress):
-                        merge = _Merge(opened, plan, again, onto, spec.dtype, spec.name in kept)
+                        merge = _Merge(opened, plan, shared, onto, spec.dtype, spec.name in kept)
                         writer.write(spec.name, merge.pieces(tensors[spec.name]))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 _write_card(partial, opened, str(named), dtype, onto, out.name)
@@ -242,14 +242,14 @@ class _Merge:
         self,
         adapter: Adapter,
         plan: Places,
-        requantized: Requantized,
+        shared: Shared,
         onto: str,
         dtype: torch.dtype,
         kept: bool,
     ) -> None:
         self.adapter = adapter
         self.plan = plan
-        self.requantized = requantized
+        self.shared = shared
         self.quantized = onto == "quantized" and not kept
         self.dtype = dtype
 
@@ -298,12 +298,12 @@ class _Merge:
     def _part_pieces(self, tensor: Stored | Rows, part: Part) -> Iterator[Tensor]:
         """Rows of a Linear: of its own matrix where that is quantized as a whole."""
         name = part.module
-        offsets = self.adapter.layer(name) if name in self.adapter.shapes else None
+        offsets = self.shared.layers.of(name) if name in self.adapter.shapes else None
         rows, first, held = cast(RowTiles, tensor), part.first, name in self.adapter.base.formats
         if isinstance(tensor, StoredMatrix):
             rows = tensor.open()
         elif self.quantized and held:
-            rows, first = self.requantized.of(name), part.at
+            rows, first = self.shared.quantized.of(name), part.at
         for start, stop in _ranges(tensor, part.rows):
             piece = rows.rows(first + start, first + stop)
             if not held:  # an embedding in 16 bits

@@ -28,6 +28,7 @@ class BaseFingerprint:
         samples: of `sampled` tensors and of trained matrices, name -> `Sample.encode()`.
         revision: the commit of a base from the hub, where it is known.
         layout: where tensors are in its checkpoint that are not under their own names.
+        parts: of trained matrices that are stacks of experts, how many each has.
         new: trained matrices that the checkpoint has not, whose base is zero.
     """
 
@@ -40,6 +41,7 @@ class BaseFingerprint:
     samples: Mapping[str, str] = field(default_factory=dict)
     revision: str | None = None
     layout: Layout = field(default_factory=Layout)
+    parts: Mapping[str, int] = field(default_factory=dict)
     new: tuple[str, ...] = ()
 
     @property
@@ -55,9 +57,11 @@ class BaseFingerprint:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         data = asdict(self)
-        del data["layout"], data["new"]
+        del data["layout"], data["parts"], data["new"]
         if self.layout:
             data["layout"] = self.layout.to_dict()
+        if self.parts:
+            data["parts"] = dict(self.parts)
         return {**data, "new": list(self.new)} if self.new else data
 
     @classmethod
@@ -89,6 +93,7 @@ class BaseFingerprint:
         _expect(revision is None or bool(is_revision), "a commit or null", revision)
         _expect(isinstance(samples, dict), "samples of tensors", samples)
         _check_samples(samples, shapes, set(sampled))
+        _check_parts(parts := data.get("parts", {}), shapes)
         new = data.get("new", [])
         is_new = isinstance(new, list) and all(isinstance(n, str) and n in shapes for n in new)
         _expect(is_new, "names of trained matrices", new)
@@ -106,13 +111,13 @@ class BaseFingerprint:
             samples=samples,
             revision=revision,
             layout=layout,
+            parts=parts,
             new=tuple(new),
         )
 
 
-_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest", "samples", "revision", "layout",
-         "new"}  # fmt: skip
-_LATER = {"samples", "revision", "layout", "new"}  # of formats 2, 4 and 5
+_LATER = {"samples", "revision", "layout", "parts", "new"}  # of formats 2, 4 and 5
+_KEYS = {"name", "dtype", "shapes", "formats", "sampled", "digest"} | _LATER
 _LONGEST_NAME = 4096  # of a path; it is looked up and printed, so it may hold no control characters
 
 
@@ -122,6 +127,14 @@ def _expect(holds: bool, what: str, found: Any) -> None:
             f"expected {what} in the fingerprint of the base, got {found!r:.80}: the adapter's "
             "configuration is damaged; fetch it again."
         )
+
+
+def _check_parts(parts: Any, shapes: dict[str, list[int]]) -> None:
+    """Every stack is a trained matrix, whose rows its experts share."""
+    _expect(isinstance(parts, dict), "how many experts a matrix has", parts)
+    for module, count in parts.items():
+        fits = module in shapes and type(count) is int and 0 < count <= shapes[module][0]
+        _expect(fits and shapes[module][0] % count == 0, f"experts of {module}", count)
 
 
 def _check_samples(samples: dict[Any, Any], shapes: dict[str, list[int]], ends: set[str]) -> None:

@@ -107,7 +107,8 @@ def positions(numel: int, mask: Tensor, targets: int) -> Tensor:
     """
     share = min(1.0, IN_ALL / (targets * (SPREAD + CHOSEN)))
     chosen = max(6, int(share * CHOSEN))
-    at = torch.linspace(0, mask.numel() - 1, min(chosen, mask.numel())).round().long()
+    wanted, last = min(chosen, mask.numel()), mask.numel() - 1
+    at = torch.linspace(0, last, wanted, dtype=torch.float64).round().long()
     return torch.cat([spread(numel, max(2, int(share * SPREAD))), mask.cpu()[at]]).unique()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from leanlift.fingerprint.cells import Cells, dense_cells
 from leanlift.fingerprint.record import BaseFingerprint
 from leanlift.fingerprint.samples import ENDS, Sample, positions, spread
+from leanlift.tiles import parts_of_stacks
 from leanlift.weights.quantized import FrozenWeight, dtype_name, dtype_of
 
 SAMPLED_ROWS = 64
@@ -50,6 +51,7 @@ def fingerprint(
         ),
         samples={key: _sample_end(parameters[key]) for key in sampled},
         revision=revision,
+        parts=parts_of_stacks(weights, targets),
     )
 
 

@@ -40,7 +40,7 @@ from leanlift.model.whole import begin, check_growth_beside, check_new, whole_mo
 from leanlift.ops import resolve
 from leanlift.selection import selection, selection_nbytes
 from leanlift.source import check_homes
-from leanlift.sparse import SegmentedIndex
+from leanlift.sparse import SegmentedIndex, encoding_nbytes
 from leanlift.tiles import part_shape
 from leanlift.weights.quantized import FrozenWeight
 
@@ -229,7 +229,8 @@ def selecting_nbytes(
         (rows, n), stacked = shapes[name], (parts or {}).get(name, 1)
         shape, count = (rows // stacked, n), counts[name] // stacked
         found = 8 * counts[name] if stacked > 1 else 0  # positions of the others
-        return found + selection_nbytes(scorer, shape, count, tile_bytes, itemsize)
+        chosen = found + selection_nbytes(scorer, shape, count, tile_bytes, itemsize)
+        return max(chosen, 8 * counts[name] + encoding_nbytes(counts[name]))
 
     return max(map(of, shapes), default=0)
 

@@ -31,6 +31,7 @@ from leanlift.model.state import LiftState
 from leanlift.model.surgery import outer_modules
 from leanlift.source import find, layout_in, open_checkpoint, plain_view, stored_cells
 from leanlift.sparse import SegmentedIndex
+from leanlift.tiles import parts_of_stacks
 from leanlift.weights.kinds import is_stored_turned
 from leanlift.weights.quantized import (
     FrozenWeight,
@@ -92,6 +93,7 @@ def live_base(model: nn.Module, wanted: Collection[str], whole: Collection[str] 
         state.base,
         shapes={name: weights[name].shape for name in targets},
         formats=_formats({name: weights[name].format for name in targets}, layers, state),
+        parts=parts_of_stacks(weights, targets),
     )
     return LiveBase(weights, facts)
 

@@ -17,8 +17,14 @@ from typing import Any
 from torch import nn
 
 from leanlift.layers import FrozenExperts, FrozenLinear, Workspace
-from leanlift.weights.quantized import frozen_weight, is_quantized
-from leanlift.weights.stacks import ExpertStack, StackWeight, quantized_stack, target_weight
+from leanlift.weights.quantized import WeightFormat, frozen_weight, is_quantized
+from leanlift.weights.stacks import (
+    ExpertStack,
+    QuantizedStack,
+    StackWeight,
+    quantized_stack,
+    target_weight,
+)
 
 GROUPED = "grouped_mm"
 """How transformers calls computing with experts in groups."""
@@ -53,7 +59,8 @@ def quantize_experts(model: Any) -> Any:
     bitsandbytes quantizes Linears alone, so stock transformers loads experts in 16 bits. Here each
     stack is quantized by row tiles where it is, one stack at a time, and computed with by experts
     that have tokens. Call it before `get_lift_model` or `load_adapter`, as for the base that an
-    adapter was trained over.
+    adapter was trained over. `load_in_few_bits` has the same result, and never has a stack in 16
+    bits.
 
     Args:
         model: as stock transformers loaded it, with bitsandbytes; one without experts, or without
@@ -62,15 +69,28 @@ def quantize_experts(model: Any) -> Any:
     Returns:
         The same model object.
     """
-    parts = named_parts(model)
-    fmt = next((frozen_weight(m, n).format for n, m in parts.items() if is_quantized(m)), None)
+    parts, fmt = named_parts(model), format_of_linears(model)
     workspace = Workspace()
     for name in [name for name, part in parts.items() if isinstance(part, ExpertStack)]:
         weight = target_weight(parts.pop(name), name)
         if fmt is not None and isinstance(weight, StackWeight):
-            held = quantized_stack(weight, fmt)
-            put_part(model, name, FrozenExperts(held.module, held, workspace).train(model.training))
+            put_frozen(model, name, quantized_stack(weight, weight.parts, fmt), workspace)
     return model
+
+
+def format_of_linears(model: nn.Module) -> WeightFormat | None:
+    """How the quantized Linears of a model are held, so its experts; None where it has none."""
+    modules = model.named_modules()
+    return next((frozen_weight(m, name).format for name, m in modules if is_quantized(m)), None)
+
+
+def put_frozen(
+    model: nn.Module, name: str, held: QuantizedStack, workspace: Workspace
+) -> FrozenExperts:
+    """Put quantized experts in the place of a stack, or where it was."""
+    experts = FrozenExperts(held.module, held, workspace).train(model.training)
+    put_part(model, name, experts)
+    return experts
 
 
 def _stacks(prefix: str, module: nn.Module) -> Iterator[tuple[str, ExpertStack]]:

@@ -24,7 +24,7 @@ from leanlift.plan.planner import Known, plan_step
 from leanlift.plan.result import MemoryPlan
 from leanlift.plan.settings import PlanSettings
 from leanlift.plan.shapes import Planned
-from leanlift.source import stored_quantization
+from leanlift.source import stored_quantization, without_mxfp4
 from leanlift.weights.quantized import WeightFormat
 from leanlift.weights.stored import requested_format
 
@@ -107,6 +107,7 @@ class FakeBase:
             raise
         except Exception as error:  # a config.json may hold anything; each class has own checks
             raise _unplannable(str(model), error) from error
+        shape = without_mxfp4(shape) or shape
         if stored is not None:
             del shape.quantization_config
         return cls(str(model), shape, stored, attn_implementation, trust_remote_code, images)

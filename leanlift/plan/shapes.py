@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from leanlift.config import LiftConfig
-from leanlift.layers import FrozenExperts, FrozenLinear, LiftEmbedding, scratch_nbytes
+from leanlift.layers import FrozenLinear, LiftEmbedding, scratch_nbytes
 from leanlift.layers.tokens import TOKEN_NBYTES
 from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings_nbytes
 from leanlift.model.stacks import named_parts
@@ -20,7 +20,7 @@ from leanlift.plan.settings import PlanSettings
 from leanlift.tiles import parts_of
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import WeightFormat, dtype_of
-from leanlift.weights.stacks import ExpertStack
+from leanlift.weights.stacks import ExpertStack, QuantizedStack, quantizing_nbytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Shapes:
         fixed: targets of which nothing is chosen.
         linears: shapes of all our layers.
         held: bytes of their weights.
-        loaded: by how much more these are while they are loaded: experts come in 16 bits.
+        read_whole: entries of the largest matrix or stack that is whole before it is held so.
+        by_tiles: bytes that the largest stack takes while it is quantized as it is read.
         turned: entries of the largest of them whose transpose a 16-bit checkpoint holds.
     """
 
@@ -73,7 +74,8 @@ class Shapes:
     fixed: frozenset[str]
     linears: list[tuple[int, int]]
     held: int
-    loaded: int
+    read_whole: int
+    by_tiles: int
     turned: int
 
     @property
@@ -133,7 +135,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         fixed=frozenset((*whole_modules(model, config), *(n for n in indices if n not in layers))),
         linears=[layer.weight_tiles.shape for layer in layers.values()],
         held=sum(_held(layer.weight_tiles) for layer in layers.values()),
-        loaded=sum(map(_loaded, layers.values())),
+        read_whole=_read_whole(layers.values()),
+        by_tiles=_by_tiles(layers.values()),
         turned=turned,
     )
     return shapes, model
@@ -144,13 +147,18 @@ def _held(weight: Any) -> int:
     return nbytes
 
 
-def _loaded(layer: FrozenLinear) -> int:
-    """By how much a layer's weight is larger before it is quantized, where it is so after it was
-    loaded."""
-    if not isinstance(layer, FrozenExperts):
-        return 0
-    m, n = layer.weight_tiles.shape
-    return layer.dtype.itemsize * m * n - _held(layer.weight_tiles)
+def _read_whole(layers: Iterable[FrozenLinear]) -> int:
+    """Entries of the largest weight that is whole before it is held as it will be."""
+    weights = [layer.weight_tiles for layer in layers]
+    shapes = [w.shape for w in weights if not isinstance(w, QuantizedStack)]
+    return max((m * n for m, n in shapes), default=0)
+
+
+def _by_tiles(layers: Iterable[FrozenLinear]) -> int:
+    """What the largest stack of experts takes while it is quantized, as it is read."""
+    weights = [layer.weight_tiles for layer in layers]
+    stacks = [w for w in weights if isinstance(w, QuantizedStack)]
+    return max((quantizing_nbytes(w.shape, w.format) for w in stacks), default=0)
 
 
 def _tensors_outside_ends(model: Any) -> dict[int, int]:

@@ -65,10 +65,9 @@ def before_training(planned: Planned, shapes: Shapes, held: dict[str, int]) -> d
     """Peaks of loading and of the first selection."""
     base = held["base weights"] + shapes.ends.loaded + shapes.other
     selecting = one_selection_nbytes(planned, shapes)
+    item = planned.settings.model_dtype.itemsize
     return {
-        "load": loading_nbytes(
-            base + shapes.loaded, planned.settings.model_dtype.itemsize * shapes.largest
-        ),
+        "load": loading_nbytes(base, item * shapes.read_whole, shapes.by_tiles),
         "select": base + held["index"] + held["values"] + selecting,
     }
 

@@ -107,13 +107,15 @@ def selection(
     tiles = as_tiles(tiles)
     if not is_stack(tiles):
         return _selection(tiles, scorer, count, name, tile_bytes)
-    m, n = part_shape(tiles)
-    chosen = [
-        _selection(RangeTiles(tiles, e * m, (e + 1) * m), scorer, count, f"{name}[{e}]", tile_bytes)
-        for e in range(parts_of(tiles))
-    ]
-    flat = torch.cat([one.flat + e * m * n for e, one in enumerate(chosen)])
-    return Selection(flat, all(one.converged for one in chosen), chosen[-1].scores)
+    (m, n), area, converged = part_shape(tiles), scorer.block**2, True
+    each = count // area * area
+    flat = torch.empty(parts_of(tiles) * each, dtype=torch.int64, device=tiles.device)
+    for e in range(parts_of(tiles)):
+        part = RangeTiles(tiles, e * m, (e + 1) * m)
+        one = _selection(part, scorer, count, f"{name}[{e}]", tile_bytes)
+        flat[e * each : (e + 1) * each] = one.flat + e * m * n
+        converged &= one.converged
+    return Selection(flat, converged, one.scores)
 
 
 def _selection(

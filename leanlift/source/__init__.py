@@ -3,8 +3,8 @@
 transformers is known to `conversion` alone, which follows what it renames while it loads.
 """
 
-from leanlift.source.checkpoint import INDEX, WEIGHTS, SourceTensor, open_checkpoint
-from leanlift.source.conversion import layout_in
+from leanlift.source.checkpoint import INDEX, WEIGHTS, SourceTensor, open_checkpoint, open_files
+from leanlift.source.conversion import keys_while_loading, layout_in, layout_of
 from leanlift.source.homes import (
     check_homes,
     check_matrix_homes,
@@ -15,7 +15,12 @@ from leanlift.source.homes import (
     stored_cells,
 )
 from leanlift.source.joined import JoinedRows, Rows, TurnedRows, by_rows
-from leanlift.source.stock import loading_nbytes, stored_quantization
+from leanlift.source.stock import (
+    has_mxfp4,
+    loading_nbytes,
+    stored_quantization,
+    without_mxfp4,
+)
 from leanlift.source.stored import Stored, StoredMatrix, plain_view
 
 __all__ = [
@@ -31,13 +36,18 @@ __all__ = [
     "check_homes",
     "check_matrix_homes",
     "find",
+    "has_mxfp4",
     "home_of",
+    "keys_while_loading",
     "layout_in",
+    "layout_of",
     "loading_nbytes",
     "matrix_cells",
     "open_checkpoint",
+    "open_files",
     "other_stored_end",
     "plain_view",
     "stored_cells",
     "stored_quantization",
+    "without_mxfp4",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,17 @@ class SourceTensor:
     def rows(self, start: int, stop: int) -> Tensor:
         return self._slice[start:stop]
 
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """The tensors of the file that it is made of: itself."""
+        return (self.name,)
+
+    def matrix_rows(self, start: int, stop: int) -> Tensor:
+        """Of a 3-D tensor [E, m, n], rows `start:stop` of those of all its matrices, [E * m, n]."""
+        m = self.shape[1]
+        first, last = start // m, -(-stop // m)
+        return self.rows(first, last).flatten(0, 1)[start - first * m : stop - first * m]
+
     def whole(self) -> Tensor:
         """The whole tensor, mapped from its file."""
         return self._slice[...]
@@ -76,18 +87,29 @@ def open_checkpoint(directory: Path) -> Iterator[dict[str, SourceTensor]]:
         raise UserError(
             f"{directory} holds no checkpoint: expected {WEIGHTS} or {INDEX} with its shards."
         )
-    tensors: dict[str, SourceTensor] = {}
-    with ExitStack() as stack:
-        for file in files:
-            handle = stack.enter_context(open_tensors(directory / file))
-            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                tensors[name] = _source(handle, name, directory / file)
+    with open_files(directory / file for file in files) as tensors:
         missing = sorted(set(weight_map or ()) - set(tensors))
         if missing:
             raise UserError(
                 f"{directory / INDEX} names {missing[0]}, which no shard holds: the checkpoint is "
                 "only half there; fetch it again."
             )
+        yield tensors
+
+
+@contextmanager
+def open_files(files: Iterable[Path]) -> Iterator[dict[str, SourceTensor]]:
+    """All tensors of some safetensors files, by name, in the files' order.
+
+    Raises:
+        UserError: a file that is missing or cut off.
+    """
+    tensors: dict[str, SourceTensor] = {}
+    with ExitStack() as stack:
+        for file in files:
+            handle = stack.enter_context(open_tensors(file))
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                tensors[name] = _source(handle, name, file)
         yield tensors
 
 

@@ -9,7 +9,7 @@ merged into the checkpoint row by row, and is refused as a target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
@@ -99,6 +99,18 @@ def layout_in(
     with open_checkpoint(directory) as files:
         disk = {key: tensor.shape for key, tensor in plain_view(files).items()}
     return layout_of(model, disk, live, stacks, turned)
+
+
+def keys_while_loading(model: Any, names: Iterable[str], live: Mapping[str, Shape]) -> set[str]:
+    """By which keys loading knows these tensors of a checkpoint, whether or not the model has a
+    place for them.
+
+    Args:
+        model, live: as in `layout_of`.
+        names: of tensors on disk.
+    """
+    renamings, converters = _conversions(model)
+    return {_renamed(name, model, renamings, converters, live)[0] for name in names}
 
 
 def _conversions(model: Any) -> tuple[list[Any], list[Any]]:

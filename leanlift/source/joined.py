@@ -24,6 +24,11 @@ class StackedRows:
         return self.tensor.name
 
     @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Of the tensors of the file that it is made of."""
+        return self.tensor.stored_names
+
+    @property
     def shape(self) -> tuple[int, int]:
         parts, m, n = self.tensor.shape
         return parts * m, n
@@ -37,9 +42,7 @@ class StackedRows:
         return self.tensor.device
 
     def rows(self, start: int, stop: int) -> Tensor:
-        m = self.tensor.shape[1]
-        first, last = start // m, -(-stop // m)
-        return self.tensor.rows(first, last).flatten(0, 1)[start - first * m : stop - first * m]
+        return self.tensor.matrix_rows(start, stop)
 
     def entries(self, flat: Tensor) -> Tensor:
         """Entries at row-major positions [s]; of the file, the pages that hold them."""
@@ -56,6 +59,11 @@ class TurnedRows:
     def name(self) -> str:
         """Of the tensor."""
         return self.tensor.name
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Of the tensors of the file that it is made of."""
+        return self.tensor.stored_names
 
     @property
     def shape(self) -> tuple[int, int]:

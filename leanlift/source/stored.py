@@ -1,8 +1,8 @@
-"""A checkpoint that bitsandbytes has quantized, seen as one of plain tensors.
+"""A checkpoint that is quantized on disk, seen as one of plain tensors.
 
-A 4-bit matrix is several tensors of such a checkpoint (packed codes, scales, tables, a
-description), an INT8 one is two. Here each is one matrix that is read by rows, D(Q), so that a
-merge onto it needs no other form of the base.
+What bitsandbytes holds as a 4-bit matrix is several tensors of a checkpoint (packed codes, scales,
+tables, a description), an INT8 one is two, and so is a stack of experts in MXFP4. Here each is one
+matrix, or stack, that is read by rows, so that a merge onto it needs no other form of the base.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from leanlift.errors import UserError, first_line
+from leanlift.source import mxfp4
 from leanlift.source.checkpoint import SourceTensor
 from leanlift.source.joined import JoinedRows
 from leanlift.weights.quantized import FrozenWeight
@@ -48,21 +49,25 @@ def plain_view(tensors: dict[str, SourceTensor]) -> dict[str, Stored]:
         UserError: a quantized matrix that is not whole.
     """
     parts: set[str] = set()
-    matrices: dict[str, StoredMatrix] = {}
+    matrices: dict[str, Stored] = {}
     for name in tensors:
         state = next((s for s in STORED_STATE if name.endswith(f"{WEIGHT}.{s}")), None)
         if state is not None:
             weight = name.removesuffix(f".{state}")
-            found = {part: f"{weight}.{part}" for part in STORED_PARTS}
-            found = {part: key for part, key in found.items() if key in tensors}
-            matrices[weight] = _four_bit(tensors, weight, found, state)
-            parts.update(found.values())
+            held = {part: f"{weight}.{part}" for part in STORED_PARTS}
+            held = {part: key for part, key in held.items() if key in tensors}
+            matrices[weight] = _four_bit(tensors, weight, held, state)
+            parts.update(held.values())
         elif name.endswith(SCALES) and (module := name.removesuffix(SCALES)) + WEIGHT in tensors:
             matrices[module + WEIGHT] = _eight_bit(tensors, module)
             parts.update((name, module + LAYOUT))
-    return {
-        name: matrices.get(name, tensor) for name, tensor in tensors.items() if name not in parts
-    }
+        elif name.endswith(mxfp4.BLOCKS) and tensors[name].dtype == torch.uint8:
+            scales = name.removesuffix(mxfp4.BLOCKS) + mxfp4.SCALES
+            if scales in tensors:
+                matrices[name] = mxfp4.Mxfp4Stack.of(tensors[name], tensors[scales])
+                parts.add(scales)
+    found = (matrices.get(name, tensor) for name, tensor in tensors.items() if name not in parts)
+    return {tensor.name: tensor for tensor in found}
 
 
 def _four_bit(

@@ -2,7 +2,7 @@
 change."""
 
 from leanlift.sparse.bound import BoundedMask, bounded_mask, retired_nbytes
-from leanlift.sparse.index import SEGMENT, SegmentedIndex, index_nbytes
+from leanlift.sparse.index import SEGMENT, SegmentedIndex, encoding_nbytes, index_nbytes
 from leanlift.sparse.offsets import LayerOffsets, Offsets, add_offsets_, common, find_positions
 from leanlift.sparse.update import MaskChange, change_mask
 
@@ -17,6 +17,7 @@ __all__ = [
     "bounded_mask",
     "change_mask",
     "common",
+    "encoding_nbytes",
     "find_positions",
     "index_nbytes",
     "retired_nbytes",

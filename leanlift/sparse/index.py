@@ -32,6 +32,8 @@ from torch import Tensor
 SEGMENT = 255
 ANCHOR_ROWS = 64
 DECODE_ROWS = 1024
+ENCODED_AT_ONCE = 2**20
+"""Positions; of as many there are a few int64 forms at once."""
 NO_ANCHORS = torch.empty(0, dtype=torch.int64)
 
 
@@ -66,17 +68,25 @@ class SegmentedIndex:
         m, n = shape
         if flat.dim() != 1 or flat.dtype != torch.int64:
             raise ValueError(f"expected 1-D int64 positions, got {flat.dtype} {tuple(flat.shape)}")
+        starts = range(0, flat.numel(), ENCODED_AT_ONCE)
         if flat.numel() and not (
-            flat[0] >= 0 and flat[-1] < m * n and bool((flat.diff() > 0).all())
+            flat[0] >= 0
+            and flat[-1] < m * n
+            and all(bool((flat[a : a + ENCODED_AT_ONCE + 1].diff() > 0).all()) for a in starts)
         ):
             raise ValueError(f"expected strictly increasing positions in 0..{m * n - 1}")
         segments = -(-n // SEGMENT)
-        row = flat // n
-        column = flat - row * n
-        segment = column // SEGMENT
-        counts = torch.bincount(row * segments + segment, minlength=m * segments)
-        columns = (column - segment * SEGMENT).to(torch.uint8)
-        return cls._of(shape, columns, counts.to(torch.uint8).view(m, segments))
+        columns = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+        counts = torch.zeros(m * segments, dtype=torch.uint8, device=flat.device)
+        for start in starts:
+            row = flat[start : start + ENCODED_AT_ONCE] // n
+            column = flat[start : start + ENCODED_AT_ONCE] - row * n
+            place = row.mul_(segments).add_(column // SEGMENT)
+            columns[start : start + ENCODED_AT_ONCE] = column.remainder_(SEGMENT)
+            first = int(place[0])
+            found = torch.bincount(place.sub_(first))
+            counts[first : first + found.numel()] += found.to(torch.uint8)
+        return cls._of(shape, columns, counts.view(m, segments))
 
     @classmethod
     def full(cls, shape: tuple[int, int], device: torch.device | None = None) -> SegmentedIndex:
@@ -214,6 +224,11 @@ def _anchors_of(ends: Tensor) -> Tensor:
 
 def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def encoding_nbytes(count: int) -> int:
+    """Bytes of tensors that `from_flat` takes beside the positions and what it makes of them."""
+    return 6 * 8 * min(count, ENCODED_AT_ONCE)
 
 
 def index_nbytes(shape: tuple[int, int], count: int) -> int:

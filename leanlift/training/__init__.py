@@ -2,6 +2,7 @@
 
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing.directory import last_whole_checkpoint
+from leanlift.training.experts import load_in_few_bits
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.plan import plan_of
 from leanlift.training.run import RunResult, run
@@ -14,6 +15,7 @@ __all__ = [
     "RunArguments",
     "RunResult",
     "last_whole_checkpoint",
+    "load_in_few_bits",
     "plan_of",
     "run",
 ]

@@ -20,10 +20,10 @@ from leanlift.errors import UserError, first_line
 from leanlift.io.hub import cached_commit, check_name
 from leanlift.io.places import base_directory
 from leanlift.measure import is_out_of_memory
-from leanlift.model import quantize_experts
 from leanlift.plan.auto import auto_class, auto_class_with
 from leanlift.source import open_checkpoint, stored_quantization
 from leanlift.training.arguments import RunArguments
+from leanlift.training.experts import load_in_few_bits, load_with_experts_as_stored
 from leanlift.weights.quantized import (
     dtype_name,
     dtype_of,
@@ -68,7 +68,9 @@ def load_model(
             _check_request(args, own)
             _check_merge(args)
         asked = None if own is not None else quantization(args, dtype)
-        model, found = _class_of(config, name, images, modules).from_pretrained(
+        load = load_in_few_bits if experts_too else load_with_experts_as_stored
+        model, found = load(
+            _class_of(config, name, images, modules),
             name,
             revision=args.model_revision,
             dtype=dtype,
@@ -91,7 +93,7 @@ def load_model(
         if is_quantized(module):
             frozen_weight(module, path)  # has the shape that it should have, and can be read
     model.config._commit_hash = cached_commit(name, args.model_revision)
-    return quantize_experts(model) if experts_too else model
+    return model
 
 
 def _class_of(config: Any, name: str, images: bool, modules: Iterable[str] | None) -> Any:

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leanlift.errors import UserError
 from leanlift.ops import EightBit, FourBit
-from leanlift.tiles import makes_new_rows
+from leanlift.tiles import RowTiles, makes_new_rows
+from leanlift.weights.bnb import QUANTIZED_AT_ONCE
 from leanlift.weights.quantized import (
     FLOAT_DTYPES,
     FrozenWeight,
@@ -119,11 +120,28 @@ class QuantizedStack:
         return self.held.stored()
 
 
-def quantized_stack(stack: StackWeight, fmt: WeightFormat) -> QuantizedStack:
-    """Quantize experts as bitsandbytes would Linears, by row tiles, on their device."""
-    held = requantize(stack, fmt, stack.device)
+def quantized_stack(
+    rows: RowTiles, parts: int, fmt: WeightFormat, device: torch.device | None = None
+) -> QuantizedStack:
+    """Quantize experts as bitsandbytes would Linears, by row tiles.
+
+    Args:
+        rows: of all experts, [E * m, n], in the dtype in which their family computes.
+        parts: E.
+        fmt: 4 bits or INT8.
+        device: where they go; None: where they are.
+    """
+    held = requantize(rows, fmt, device or rows.device)
     assert isinstance(held, Weight4bit | Weight8bit)
-    return QuantizedStack(held, stack.parts, stack.dtype)
+    return QuantizedStack(held, parts, rows.dtype)
+
+
+def quantizing_nbytes(shape: tuple[int, int], fmt: WeightFormat) -> int:
+    """Bytes of tensors that `quantized_stack` takes beside what it makes: a tile in four forms of
+    at most fp32, and with double quantization all scales, and what they are off their mean by."""
+    m, n = shape
+    tiles = 4 * 4 * min(QUANTIZED_AT_ONCE, m * n)
+    return tiles + (2 * 4 * -(-m * n // fmt.blocksize) if fmt.double else 0)
 
 
 def target_weight(module: nn.Module, name: str) -> FrozenWeight:

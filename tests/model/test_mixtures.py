@@ -26,6 +26,8 @@ from transformers.core_model_loading import Transpose
 from leanlift import (
     LiftConfig,
     UserError,
+    combine_adapters,
+    export_peft,
     get_lift_model,
     load_adapter,
     merge_adapter,
@@ -33,8 +35,9 @@ from leanlift import (
     save_adapter,
     unload_adapter,
 )
+from leanlift.adapters import open_adapter
 from leanlift.layers import LiftLinear
-from leanlift.model import lift_layers
+from leanlift.model import lift_layers, lift_state
 from leanlift.model.stacks import named_parts
 from leanlift.optim import SparseAdamW
 from leanlift.selection import Principal, select
@@ -184,6 +187,21 @@ def test_adapters_come_back_and_are_merged_into_what_is_on_disk(
         torch.testing.assert_close(logits(load(tmp_path / onto, "dense")), wanted)
 
 
+def test_experts_have_no_place_in_pefts_form(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = attached(bases["qwen3_moe"])
+    parts = lift_state(model).base.parts
+    assert parts == dict.fromkeys(experts_of(model), EXPERTS)
+    save_adapter(model, tmp_path / "adapter")
+    with open_adapter(tmp_path / "adapter") as adapter:
+        assert adapter.base.parts == parts
+    with pytest.raises(UserError, match=r"with experts .*, which PEFT's SHiRA has no place"):
+        export_peft(tmp_path / "adapter", tmp_path / "peft", progress=False)
+    assert not (tmp_path / "peft").exists()
+    config = LiftConfig(density=0.1, approx_rank=8, target_modules="attention")
+    save_adapter(attached(bases["qwen3_moe"], config=config), tmp_path / "attention")
+    export_peft(tmp_path / "attention", tmp_path / "peft", progress=False)
+
+
 def test_an_adapter_with_experts_takes_the_place_of_one_without(
     bases: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -198,7 +216,12 @@ def test_an_adapter_with_experts_takes_the_place_of_one_without(
     save_adapter(model, tmp_path / "part")
     part = logits(model)
     assert torch.equal(logits(load_adapter(model, tmp_path / "whole")), logits(whole))
+    assert lift_state(model).base.parts == lift_state(whole).base.parts
     assert torch.equal(logits(load_adapter(model, tmp_path / "part")), part)
+    assert not lift_state(model).base.parts
+    combine_adapters([tmp_path / "part", tmp_path / "whole"], tmp_path / "both", progress=False)
+    with open_adapter(tmp_path / "both") as adapter:
+        assert adapter.base.parts == lift_state(whole).base.parts
 
 
 @pytest.mark.parametrize("limit", [None, 0.1])

@@ -30,6 +30,7 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
+from leanlift.adapters import Adapter
 from leanlift.layers import FrozenLinear
 from leanlift.model import freeze_quantized, lift_layers
 from leanlift.model.stacks import named_parts
@@ -81,10 +82,10 @@ def test_experts_in_few_bits_are_trained_saved_and_merged(
     torch.testing.assert_close(logits(load(tmp_path / "merged", "dense")), logits(model))
 
 
-def test_a_stack_is_quantized_once_in_a_merge(
+def test_a_stack_is_read_and_quantized_once_in_a_merge(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import leanlift.export.requantized as room
+    import leanlift.export.shared as room
 
     model = quantize_experts(load(bases["qwen3_moe"], "nf4"))
     save_adapter(get_lift_model(model, CONFIG, progress=False), tmp_path / "adapter")
@@ -94,9 +95,17 @@ def test_a_stack_is_quantized_once_in_a_merge(
         shapes.append(weight.shape)
         return original(weight, *rest)
 
+    read, layer = [], Adapter.layer
+
+    def noted(self: Adapter, name: str) -> Any:
+        read.append(name)
+        return layer(self, name)
+
     monkeypatch.setattr(room, "requantize", counted)
+    monkeypatch.setattr(Adapter, "layer", noted)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", onto="quantized", progress=False)
     assert len(shapes) == len(lift_layers(model))
+    assert sorted(read) == sorted(lift_layers(model))
 
 
 def test_experts_stay_where_nothing_is_quantized_and_where_there_are_none(

@@ -34,7 +34,7 @@ from leanlift.selection import (
 )
 from leanlift.selection.blocks import tile_nbytes
 from leanlift.selection.topk import StreamedTopK, topk_nbytes
-from leanlift.tiles import DEFAULT_TILE_BYTES, DenseTiles
+from leanlift.tiles import DEFAULT_TILE_BYTES, DenseTiles, StackTiles
 from leanlift.weights.quantized import frozen_weight
 
 SCORES = st.sampled_from([0.0, -0.0, 1e-45, 3e-45, 1e-38, 0.5, 1.0, 1.0000001, 3e38])
@@ -138,6 +138,20 @@ def test_a_selection_stays_within_its_rule(
         selection(tiles, scorer, count, tile_bytes=1 << bits)
     rule = selection_nbytes(scorer, shape, count, 1 << bits)
     assert live.peak <= rule <= 3 * live.peak
+
+
+def test_the_masks_of_a_stack_are_all_that_is_kept_of_its_matrices() -> None:
+    """Not the factors that each was chosen by."""
+    experts, shape, scorer = 12, (300, 256), Principal(rank=32)
+    count = count_by_density(shape, 0.02)
+    matrix = trained_like(*shape)
+    with LiveBytes() as one:
+        selection(matrix, scorer, count)
+    with LiveBytes() as all_:
+        found = selection(StackTiles.of(torch.stack([matrix] * experts)), scorer, count)
+    assert found.flat.numel() == experts * count
+    stack, positions = experts * matrix.nbytes, 8 * experts * count
+    assert all_.peak <= one.peak + stack + positions + 2 * 4 * 32 * sum(shape)
 
 
 class NarrowTiles(DenseTiles):

@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from leanlift.measure import LiveBytes
 from leanlift.sparse import (
     LayerOffsets,
     Offsets,
     SegmentedIndex,
     add_offsets_,
     change_mask,
+    encoding_nbytes,
     index_nbytes,
 )
 
@@ -119,6 +121,37 @@ def test_a_real_sized_index() -> None:
     assert held == index.nbytes == index_nbytes((m, n), index.count)
     assert held <= 1.25 * index.count
     assert torch.equal(index.decode(1000, 1704), _flat(mask[1000:1704]))
+
+
+@examples(40)
+@given(mask=masks(), at_once=st.sampled_from([1000, 4093, 2**16]))
+def test_positions_that_are_encoded_in_pieces_give_the_same_index(
+    mask: Tensor, at_once: int
+) -> None:
+    whole = _encode(mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leanlift.sparse.index.ENCODED_AT_ONCE", at_once)
+        pieces = _encode(mask)
+    for part in ("columns", "counts", "ends", "anchors"):
+        assert torch.equal(getattr(pieces, part), getattr(whole, part)), part
+
+
+def test_encoding_takes_what_the_rule_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanlift.sparse.index.ENCODED_AT_ONCE", 2**12)
+    for shape in ((2000, 800), (70, 5000)):
+        flat = random_flat(*shape, shape[0] * shape[1] // 10)
+        with LiveBytes() as live:
+            index = SegmentedIndex.from_flat(flat, shape)
+        assert live.peak <= index.nbytes + encoding_nbytes(flat.numel()) < 8 * flat.numel()
+
+
+def test_a_position_out_of_order_is_seen_between_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanlift.sparse.index.ENCODED_AT_ONCE", 4)
+    for at in range(11):
+        flat = torch.arange(0, 24, 2)
+        flat[at + 1] = flat[at]
+        with pytest.raises(ValueError, match="strictly increasing"):
+            SegmentedIndex.from_flat(flat, (3, 8))
 
 
 @pytest.mark.parametrize(
