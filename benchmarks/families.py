@@ -37,14 +37,7 @@ from benchmarks.common import RESULTS, environment
 from benchmarks.tiny_families import LENGTH, NOT_ALONE, tiny_config
 from benchmarks.tiny_others import NOT_OF_TEXT, tiny_whole
 from benchmarks.whole import check_whole
-from leanlift import (
-    LiftConfig,
-    UserError,
-    get_lift_model,
-    load_adapter,
-    merge_adapter,
-    plan_memory,
-)
+from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, merge_adapter, plan_memory
 from leanlift.io.tensors import replacing
 from leanlift.layers import FrozenLinear
 from leanlift.model import lift_layers, weights_of

@@ -82,10 +82,8 @@ def load_model(
             # None would erase the checkpoint's own
             **({} if asked is None else {"quantization_config": asked}),
         )
-    except UserError:
-        raise
     except Exception as error:  # each config class and quantizer has its own ways to refuse
-        if is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
     check_read_whole({**found, "mismatched_keys": _other_shapes(model, found)}, name)
