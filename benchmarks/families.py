@@ -203,10 +203,10 @@ def walked(family: str, whole: bool) -> dict[str, Any]:
             row["class"] = make(family, base, whole).__name__
             row["stage"] = "stock"
             stock = load(base)
-        except UserError as error:
-            return {**row, "found": "refused", "said": str(error)}
         except Exception as error:
-            return {**row, "found": "no model", "said": reasons.get(family, _first(error))}
+            known = isinstance(error, UserError) and family not in reasons
+            said = str(error) if known else reasons.get(family, _first(error))
+            return {**row, "found": "refused" if known else "no model", "said": said}
         try:
             walk(row, stock, base, Path(place))
             if whole:

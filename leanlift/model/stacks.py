@@ -126,9 +126,11 @@ def put_part(model: nn.Module, name: str, part: nn.Module) -> None:
     Parameter again."""
     parent, _, leaf = name.rpartition(".")
     owner = model.get_submodule(parent)
-    if hasattr(owner, leaf):
-        delattr(owner, leaf)  # torch puts no module where a Parameter is
-    setattr(owner, leaf, part.weight if isinstance(part, ExpertStack) else part)
+    new: Any = part.weight if isinstance(part, ExpertStack) else part
+    there = getattr(owner, leaf, None)
+    if there is not None and isinstance(there, nn.Module) != isinstance(new, nn.Module):
+        delattr(owner, leaf)  # torch puts no module where a Parameter is, and none in its place
+    setattr(owner, leaf, new)  # where a module was: a sequence goes through them in their order
     config: Any = getattr(owner, "config", None)
     if isinstance(part, FrozenExperts) and hasattr(config, "_experts_implementation"):
         config._experts_implementation = GROUPED

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sweeps import swept
 
 from benchmarks.big_models import GIB, MODELS, planned
 
 
-@pytest.mark.parametrize("name", swept(MODELS, "gpt-oss-20b"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", MODELS)
 def test_a_plan_has_the_weights_that_are_published(name: str, tmp_path: Path) -> None:
     _, plan = planned(name, tmp_path)
     in_16_bits = 2 * plan.weights

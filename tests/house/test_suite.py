@@ -16,6 +16,7 @@ from processes import ROOT
 TESTS = ROOT / "tests"
 LONGEST = 350
 THOROUGH_ALONE: dict[str, str] = {
+    "benchmarks/test_big_models.py": "plans of large models take seconds each",
     "training/test_kill.py": "kills processes; test_every_kill.py has what they leave on the disk",
 }
 """Test files without a test in `make test` -> why."""

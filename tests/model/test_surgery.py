@@ -237,3 +237,24 @@ def test_one_layer_stands_wherever_a_weight_is_used_again() -> None:
     for name, layer in layers.items():
         dense = twin.get_submodule(name).weight.grad.reshape(-1)[layer.index.to_flat()]
         assert torch.allclose(layer.values.grad, dense, atol=1e-6)
+
+
+def test_modules_keep_their_order(base: Path) -> None:
+    """A sequence computes in the order of its modules."""
+    model = load(base, "dense")
+    model.config._name_or_path = "made here"
+    for block in model.model.layers:
+        mlp = block.mlp
+        mlp.inner = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 64))
+        mlp.forward = mlp.inner.forward
+    model.eval().requires_grad_(False)
+    ids = torch.arange(9)[None]
+    expected, names = model(ids).logits, [name for name, _ in model.named_modules()]
+    config = LiftConfig(selector="magnitude", target_modules=("inner.0", "inner.2", "q_proj"))
+    get_lift_model(model, config, progress=False)
+    kept = [name for name, _ in model.named_modules() if name in names]
+    assert kept == names
+    assert torch.equal(model(ids).logits, expected)
+    unload_adapter(model)
+    assert [name for name, _ in model.named_modules() if name in names] == names
+    assert torch.equal(model(ids).logits, expected)

@@ -42,7 +42,7 @@ IDS[:, 3], IDS[:, 7] = 5, 98
 TOKENS = LiftConfig(density=0.1, approx_rank=8, trainable_token_indices=(98, 5))
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=swept([True, False], True), ids=["tied", "untied"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("base") / "base", tied=request.param)
 
@@ -176,7 +176,7 @@ def test_another_adapter_takes_the_place(base: Path, tmp_path: Path) -> None:
         export_peft(tmp_path / "one", tmp_path / "peft", progress=False)
 
 
-@pytest.mark.parametrize("ends", [False, True], ids=["plain", "int8"])
+@pytest.mark.parametrize("ends", swept([False, True], True), ids=["plain", "int8"])
 def test_a_plan_counts_trained_tokens(base: Path, ends: bool) -> None:
     config = changed(quantize_embeddings=ends)
     real = static_categories(get_lift_model(load(base), config, progress=False))

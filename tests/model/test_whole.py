@@ -149,7 +149,11 @@ def test_gradients_of_a_whole_head_are_dense_ones(base: Path) -> None:
     torch.testing.assert_close(found.view(-1, 64), stock.lm_head.weight.grad, atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("modules", ["lm_head", "q_proj", ("lm_head", "down_proj")], ids=str)
+@pytest.mark.parametrize(
+    "modules",
+    swept(["lm_head", "q_proj", ("lm_head", "down_proj")], ("lm_head", "down_proj"), whole=True),
+    ids=str,
+)
 def test_a_plan_counts_what_is_trained_whole(base: Path, modules: Any) -> None:
     config = LiftConfig(density=0.1, approx_rank=8, modules_to_save=modules)
     real = static_categories(get_lift_model(load(base), config, progress=False))

@@ -119,7 +119,7 @@ def test_the_numbers_that_are_measured_are_those_of_the_configuration() -> None:
             parameter.data.add_(0.05 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("kind", swept(KINDS, "scaled", "a transform before the head"))
+@pytest.mark.parametrize("kind", swept(KINDS, "a transform before the head"))
 def test_whole_logits_are_planned_where_they_are_made(kind: str, tmp_path: Path) -> None:
     model = get_lift_model(
         made(kind), LiftConfig(selector="magnitude", density=0.2), progress=False
