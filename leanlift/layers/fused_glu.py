@@ -35,7 +35,7 @@ def use_fused_glu(model: nn.Module) -> list[str]:
     """
     found = []
     for name, module in model.named_modules():
-        if _is_stock(type(module).forward):
+        if "forward" not in vars(module) and _is_stock(type(module).forward):
             module.forward = partial(_forward, module)  # type: ignore[method-assign]
             found.append(name)
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from planned import arguments
-from sweeps import swept
+from sweeps import swept, thorough
 from tiny import make_checkpoint
 
 from leanlift import LiftTrainer, UserError
@@ -172,7 +172,11 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. More."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."),
+        thorough(
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."
+            )
+        ),
     ],
     ids=["cuda", "cpu"],
 )

@@ -67,7 +67,7 @@ def like(finish: Finish | None) -> Finish | None:
     return Finish(softcap=None if finish.softcap is None else SOME, rows=finish.rows)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", swept(KINDS, *list(KINDS)[::2]))
 def test_a_plan_follows_what_a_run_measures(kind: str) -> None:
     model, wanted = made(kind), KINDS[kind][2]
     assert compared(model, output_head(model)).finish == wanted
@@ -89,7 +89,7 @@ UNSEEN = "a factor that nothing says"
 """A plan sees that it is a factor, not that a run does not know it."""
 
 
-@pytest.mark.parametrize("case", FORWARDS)
+@pytest.mark.parametrize("case", swept(FORWARDS, "scaled, then capped", "cut", "shifted", UNSEEN))
 @pytest.mark.parametrize("dtype", swept([torch.float32, torch.bfloat16], torch.float32), ids=str)
 def test_whatever_a_family_makes_of_them(
     case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -76,7 +76,7 @@ def test_a_default_run_needs_what_the_default_plan_says(
     assert abs(plan.phases["train"] / memory.peak - 1) <= 0.05, (plan.categories, measured)
 
 
-@pytest.mark.parametrize("answer", [True, False])
+@pytest.mark.parametrize("answer", swept([True, False], True))
 def test_one_function_says_whether_the_scratch_is_needed(
     checkpoints: dict[str, Path], answer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

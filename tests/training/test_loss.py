@@ -313,7 +313,9 @@ def test_outputs_are_there_for_metrics(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", swept(["llama", "granite: scaled"], "llama"))
-@pytest.mark.parametrize("name", ["label_smoothing_factor", "loss_type"])
+@pytest.mark.parametrize(
+    "name", swept(["label_smoothing_factor", "loss_type"], "label_smoothing_factor")
+)
 def test_the_plan_has_the_loss_that_is_trained(family: str, name: str, tmp_path: Path) -> None:
     kind, changes, loss = FAMILIES[family]
     config = AutoConfig.for_model(kind, **{**SIZES, **changes, "vocab_size": 30_000})
