@@ -49,10 +49,10 @@ from leanlift.source import (
     SourceTensor,
     Stored,
     StoredMatrix,
-    TurnedRows,
     by_rows,
     open_checkpoint,
     plain_view,
+    turned_rows,
 )
 from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles, row_ranges, tile_rows
 from leanlift.weights.quantized import dtype_name, dtype_of
@@ -262,20 +262,27 @@ class _Merge:
             return
         parts = self.plan.parts.get(tensor.name, ())
         if self.plan.turned(tensor.name):
-            yield self._turned(
-                TurnedRows(tensor) if isinstance(tensor, SourceTensor) else tensor, parts
-            )
+            matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
+            rows = turned_rows(tensor) if isinstance(tensor, SourceTensor) else tensor
+            yield from self._turned(rows, parts, matrices)
         else:
-            rows = by_rows(tensor) if parts and isinstance(tensor, SourceTensor) else tensor
-            yield from self._rows(rows, parts)
+            plain = by_rows(tensor) if parts and isinstance(tensor, SourceTensor) else tensor
+            yield from self._rows(plain, parts)
 
-    def _turned(self, rows: Stored | Rows, parts: Sequence[Part]) -> Tensor:
-        """A whole tensor whose transpose has the rows of Linears, made by those rows."""
-        whole, done = torch.empty(rows.shape[::-1], dtype=self.dtype), 0
+    def _turned(
+        self, rows: Stored | Rows, parts: Sequence[Part], matrices: int
+    ) -> Iterator[Tensor]:
+        """Whole matrices whose transposes have the rows of Linears, made by those rows."""
+        m, n = rows.shape[0] // matrices, rows.shape[1]
+        whole, done = torch.empty(n, m, dtype=self.dtype), 0
         for piece in self._rows(rows, parts):
-            whole[:, done : done + piece.shape[0]] = piece.T
-            done += piece.shape[0]
-        return whole
+            while len(piece):
+                now, piece = piece[: m - done], piece[m - done :]
+                whole[:, done : done + len(now)] = now.T
+                done += len(now)
+                if done == m:
+                    yield whole
+                    whole, done = torch.empty(n, m, dtype=self.dtype), 0
 
     def _rows(self, rows: Stored | Rows, parts: Sequence[Part]) -> Iterator[Tensor]:
         """Consecutive row pieces of a matrix that has the rows of Linears."""

@@ -14,7 +14,7 @@ from leanlift.source.homes import (
     other_stored_end,
     stored_cells,
 )
-from leanlift.source.joined import JoinedRows, Rows, TurnedRows, by_rows
+from leanlift.source.joined import JoinedRows, Rows, by_rows, turned_rows
 from leanlift.source.stock import (
     has_mxfp4,
     loading_nbytes,
@@ -31,7 +31,6 @@ __all__ = [
     "SourceTensor",
     "Stored",
     "StoredMatrix",
-    "TurnedRows",
     "by_rows",
     "check_homes",
     "check_matrix_homes",
@@ -49,5 +48,6 @@ __all__ = [
     "plain_view",
     "stored_cells",
     "stored_quantization",
+    "turned_rows",
     "without_mxfp4",
 ]

@@ -69,6 +69,8 @@ def layout_of(
         home = homes.pop(stack, None)
         if stack not in groups:
             home = _whole(names.get(stack, stack), live[stack], disk)
+        elif home is None:
+            home = groups[stack].turned(live[stack], disk)
         if home is not None:
             homes[f"{stack}.weight"] = home
     for key, (m, *_) in turned.items():
@@ -182,12 +184,28 @@ class _Group:
     def __init__(self, converter: Any) -> None:
         self.converter = converter
         self.found: dict[str, list[Home]] = {}
+        self.names: list[str] = []
 
     def add(self, pattern: str, name: str, shape: Shape) -> None:
         """A tensor on disk that matches one of the converter's patterns; only matrices have a home
         of rows."""
         home = (Segment(name, 0, shape[0]),) if len(shape) == 2 else ()
+        self.names.append(name)
         self.found.setdefault(pattern, []).append(home)
+
+    def turned(self, stack: Shape, disk: Mapping[str, Shape]) -> Home | None:
+        """The home of a stack [E, m, n] whose matrices one tensor holds transposed; where the
+        converter looks at shapes first, and they are the stack's, as they are."""
+        operation, (parts, m, n) = self.converter.operations[0], stack
+        alone = len(self.names) == len(self.converter.operations) == 1
+        if not alone or type(operation).__name__ != "Transpose":
+            return None
+        if {operation.dim0, operation.dim1} != {1, 2}:
+            return None
+        if operation.check_dims and disk[self.names[0]] == stack:
+            return _whole(self.names[0], stack, disk)
+        fits = disk[self.names[0]] == (parts, n, m)
+        return (Segment(self.names[0], 0, parts * m, turned=True),) if fits else None
 
     def homes(self, key: str, live: Mapping[str, Shape]) -> dict[str, Home]:
         """Homes of the matrices, or of the stack's rows, that come out; `key` is the first of

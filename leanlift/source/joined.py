@@ -87,7 +87,37 @@ class TurnedRows:
         return self.tensor.entries(flat % n * m + flat // n)
 
 
+@dataclass(frozen=True)
+class TurnedStackedRows(TurnedRows):
+    """A tensor [E, n, m] of a checkpoint, seen as the rows [E * m, n] of the transposes of its
+    matrices."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        parts, n, m = self.tensor.shape
+        return parts * m, n
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        m = self.tensor.shape[2]
+        pieces = [
+            self.tensor.rows(part, part + 1)[0, :, max(start - part * m, 0) : stop - part * m].T
+            for part in range(start // m, -(-stop // m))
+        ]
+        return torch.cat(pieces).contiguous()
+
+    def entries(self, flat: Tensor) -> Tensor:
+        """Entries at row-major positions [s] of those rows."""
+        _, n, m = self.tensor.shape
+        part, row, column = flat // (m * n), flat // n % m, flat % n
+        return self.tensor.entries((part * n + column) * m + row)
+
+
 Rows = SourceTensor | StackedRows | TurnedRows
+
+
+def turned_rows(tensor: SourceTensor) -> TurnedRows:
+    """The rows of the transpose of a matrix of a checkpoint, or of those of a stack of them."""
+    return (TurnedStackedRows if len(tensor.shape) == 3 else TurnedRows)(tensor)
 
 
 def by_rows(tensor: SourceTensor) -> SourceTensor | StackedRows:
@@ -116,9 +146,9 @@ class JoinedRows:
         """None where the checkpoint lacks a part of it, or has one in another shape."""
         parts = {part.name: (tensors.get(part.name), part.turned) for part in home}
         found = {
-            key: TurnedRows(part) if turned else by_rows(part)
+            key: turned_rows(part) if turned else by_rows(part)
             for key, (part, turned) in parts.items()
-            if isinstance(part, SourceTensor) and (not turned or len(part.shape) == 2)
+            if isinstance(part, SourceTensor) and (not turned or len(part.shape) in (2, 3))
         }
         kinds = {(part.shape[1:], part.dtype) for part in found.values()}
         if len(found) < len(parts) or len(kinds) != 1:
