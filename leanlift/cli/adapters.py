@@ -143,6 +143,10 @@ def _merge(options: argparse.Namespace) -> int:
         raise UserError("--base_revision belongs to a --base: give both, or neither.")
     if options.data is not None and not options.verify:
         raise UserError("--data names rows to verify with: give --verify too.")
+    if options.verify:
+        from leanlift.evaluation.verify import check_verifiable, verify_merged
+
+        check_verifiable(options.adapter, options.data)
     meter = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with meter.phase("export", follow=True) as peak:
         merged = merge_adapter(
@@ -162,8 +166,6 @@ def _merge(options: argparse.Namespace) -> int:
         f"peak {human(peak.tensors)} of tensors, {peak.seconds:.1f} s."
     )
     if options.verify:
-        from leanlift.evaluation.verify import verify_merged
-
         print(f"Verified: {verify_merged(options.adapter, merged, options.data)}.")
     return 0
 

@@ -72,6 +72,22 @@ class Verification:
         )
 
 
+def check_verifiable(adapter: str | Path, data: str | None = None) -> None:
+    """Refuse before a merge what could not be verified after it; the arguments are those of
+    `verify_merged`.
+
+    Raises:
+        UserError: no rows to take prompts from, or a head that is not over a vocabulary.
+    """
+    with open_adapter(adapter) as opened:
+        if opened.task is not None:
+            raise UserError(
+                f"{opened.directory} is an adapter of a {opened.task.architecture}: --verify "
+                "compares logits of language models alone; leave it out."
+            )
+        _rows(opened, data)
+
+
 def verify_merged(
     adapter: str | Path, merged: MergeReport, data: str | None = None
 ) -> Verification:
@@ -110,6 +126,21 @@ def verify_merged(
 
 def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
     """Token ids [1, T] of the first examples that the adapter was trained on, cut to `TOKENS`."""
+    rows, facts = _rows(adapter, data)
+    how = Tokenization.as_trained(load_tokenizer(merged), facts, vocabulary_rows(merged))
+    if has_images(rows):  # what an image becomes is the same on both sides: the text is enough
+        first = rows.remove_columns([c for c in COLUMNS if c in rows.column_names])
+        rows = [text_alone(row) for row in islice(first, PROMPTS)]
+    examples = tokenized(rows, how, "first")
+    return [torch.tensor([tokens.ids[:TOKENS]]) for _, _, tokens in islice(examples, PROMPTS)]
+
+
+def _rows(adapter: Adapter, data: str | None) -> tuple[Any, dict[str, Any]]:
+    """The rows to take prompts from, and what the adapter's run was told.
+
+    Raises:
+        UserError: nobody says which rows, or they cannot be read.
+    """
     run = adapter.directory / RUN_NAME
     facts = read_json(run, MOST_OF_A_STRANGER) if run.is_file() else {}
     facts, split = facts if isinstance(facts, dict) else {}, "train"
@@ -120,13 +151,7 @@ def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
             f"{adapter.directory} does not say which data it was trained on: name rows to verify "
             "with, --data rows.json."
         )
-    how = Tokenization.as_trained(load_tokenizer(merged), facts, vocabulary_rows(merged))
-    rows: Any = load_rows(data, str(split))
-    if has_images(rows):  # what an image becomes is the same on both sides: the text is enough
-        first = rows.remove_columns([c for c in COLUMNS if c in rows.column_names])
-        rows = [text_alone(row) for row in islice(first, PROMPTS)]
-    examples = tokenized(rows, how, "first")
-    return [torch.tensor([tokens.ids[:TOKENS]]) for _, _, tokens in islice(examples, PROMPTS)]
+    return load_rows(data, str(split)), facts
 
 
 def _onto_original(

@@ -55,8 +55,8 @@ def find_targets(
             named is not passed over.
 
     Raises:
-        UserError: nothing matches, or an ending does not, or the blocks hold weights that leanlift
-            cannot train.
+        UserError: nothing matches, or an ending does not, or something is named that is no matrix,
+            or the blocks hold weights that leanlift cannot train.
     """
     names = named_parts(model)
     everything = inside_blocks(names)
@@ -85,6 +85,7 @@ def find_targets(
     if not found:
         raise MaskError("exclude_modules leaves nothing of target_modules: name less, or more.")
     for name in found:
+        _refuse_no_matrix(names, name)
         if read_by_parent(names, name):
             parent = type(names[name.rpartition(".")[0]]).__name__
             raise UserError(
@@ -146,6 +147,24 @@ def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:
                 f"{name} is a {type(names[name]).__name__} with packed weights, which leanlift "
                 "cannot read: load the 16-bit checkpoint, quantized by bitsandbytes."
             )
+
+
+def _refuse_no_matrix(names: dict[str, nn.Module], name: str) -> None:
+    """Refuse what is named and is neither a Linear nor a stack of experts.
+
+    Raises:
+        MaskError: says what it is, and what in it can be named.
+    """
+    if _is_linear(names[name]):
+        return
+    _refuse_packed(names, [name])
+    inside = (each for each, part in names.items() if _is_linear(part))
+    parts = sorted({_leaf(e) for e in inside if e.startswith(f"{name}.")} - {_leaf(name)})
+    how = f"name what is in it ({', '.join(parts)})" if parts else "leave it out"
+    raise MaskError(
+        f"target_modules names {name}, a {type(names[name]).__name__}: leanlift trains Linears and "
+        f"stacks of experts alone; {how}."
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -299,3 +299,14 @@ def test_without_a_table_the_classes_say_it(
     ):
         assert message in complaint(capsys, "train", *BASIC, *argv)
     assert "needs rows" in complaint(capsys, "train", *BASIC[:2])
+
+
+def test_the_package_is_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import runpy
+
+    monkeypatch.setattr("sys.argv", ["leanlift", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("leanlift", run_name="__main__")
+    assert capsys.readouterr().out.startswith("leanlift ")

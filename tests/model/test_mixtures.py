@@ -25,17 +25,20 @@ from transformers.core_model_loading import Transpose
 
 from leanlift import (
     LiftConfig,
+    PlanSettings,
     UserError,
     combine_adapters,
     export_peft,
     get_lift_model,
     load_adapter,
     merge_adapter,
+    plan_memory,
     refresh_mask,
     save_adapter,
     unload_adapter,
 )
 from leanlift.adapters import open_adapter
+from leanlift.errors import MaskError
 from leanlift.layers import LiftLinear
 from leanlift.model import lift_layers, lift_state
 from leanlift.model.stacks import named_parts
@@ -89,6 +92,23 @@ def test_a_router_that_is_a_linear_is_trained_if_it_is_named() -> None:
     del model.leanlift
     found = lift_layers(get_lift_model(model, LiftConfig(**rank), progress=False))
     assert list(found) == [f"layers.0.experts.{e}" for e in range(4)]
+
+
+@each_family
+@pytest.mark.parametrize("part", ["experts", "self_attn", "router"])
+def test_what_is_named_and_is_no_matrix_is_refused_before_anything_is_loaded(
+    bases: dict[str, Path], family: str, part: str
+) -> None:
+    model = load(bases[family], "dense")
+    if part == "router":
+        part = next(n for n, m in model.named_modules() if n.endswith((".gate", ".router")))
+    config = LiftConfig(target_modules=("q_proj", part))
+    with pytest.raises(MaskError, match="leanlift trains Linears and stacks") as refused:
+        plan_memory(bases[family], config, PlanSettings(max_length=8, cuda=False))
+    assert ("name what is in it" in str(refused.value)) == (part in ("experts", "self_attn"))
+    with pytest.raises(MaskError) as too:
+        get_lift_model(model, config, progress=False)
+    assert str(too.value) == str(refused.value)
 
 
 @pytest.mark.parametrize("inside", ["wg", "layer"])
