@@ -240,6 +240,12 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
             f"{name} was a {source.__name__} before it was quantized, which computes otherwise "
             "than a Linear: leave it out with exclude_modules."
         )
+    if is_quantized(module) and type(parameter) is nn.Parameter and parameter.is_floating_point():
+        raise UserError(
+            f"{name} is a {type(module).__name__} with numbers that bitsandbytes has not quantized, "
+            "as transformers makes one for a head that the checkpoint has not: load the model with "
+            f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{name.rpartition('.')[2]!r}])."
+        )
     if bnb.is_linear4bit(module):
         problem = bnb.problem_4bit(module)
         if problem:

@@ -11,7 +11,11 @@ import torch
 from runs import settings, trainer_for
 from sweeps import swept
 from tiny import FORMATS, load, make_checkpoint, quantization
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from leanlift import (
     LiftConfig,
@@ -196,6 +200,23 @@ def test_a_new_head_with_a_bias_is_refused(base: Path) -> None:
     model.score = torch.nn.Linear(64, 3)
     with pytest.raises(UserError, match=r"score is new.* and it has a bias"):
         get_lift_model(model, SCORE, progress=False)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "dense"])
+def test_a_new_head_that_is_not_quantized_where_the_rest_is_says_how_to_load_it(
+    base: Path, kind: str
+) -> None:
+    how = quantization(kind)
+    options = {"quantization_config": how, "dtype": torch.float32, "num_labels": 3}
+    model = AutoModelForTokenClassification.from_pretrained(base, **options)
+    with pytest.raises(UserError, match=r"llm_int8_skip_modules=\['score'\]\)") as refused:
+        get_lift_model(model, SCORE, progress=False)
+    assert "that bitsandbytes has not quantized" in str(refused.value)
+    assert how is not None
+    how.llm_int8_skip_modules = ["score"]
+    model = AutoModelForTokenClassification.from_pretrained(base, **options)
+    model.score.bias = None
+    assert lift_layers(get_lift_model(model, SCORE, progress=False))["score"].index.is_full
 
 
 def test_a_classifier_is_refused_where_a_language_model_is_wanted(
