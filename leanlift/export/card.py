@@ -7,6 +7,7 @@ goes into the card.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ ONTO_WORDS = {
     "quantized": "exactly the model that was trained: the weights of the base as they were "
     "quantized for training, plus what was learned",
 }
+
+HEADS = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+"""Auto classes of models with a head that is not over a vocabulary, and what the hub calls it."""
+
+MOST_TOKENS = 8
+"""Ids of trained tokens that are listed."""
 
 TRAINING_KEYS = (
     "learning_rate",
@@ -70,6 +81,19 @@ model = {kind}.from_pretrained("{name}")
 With vLLM: `vllm serve ./{name} --dtype {dtype}`
 """
 
+WITH_HEAD = """## Use
+
+With transformers:
+
+```python
+from transformers import AutoTokenizer, {kind}
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {kind}.from_pretrained("{name}")
+print(model(**tokenizer("Hello", return_tensors="pt")))
+```
+"""
+
 LOAD = """## Use
 
 Stock PEFT loads it, without leanlift:
@@ -84,6 +108,17 @@ model = PeftModel.from_pretrained(base, "{name}")
 
 `leanlift export {name} MERGED` merges it, as it does leanlift's own adapters.
 """
+
+
+def write_card(
+    output: Path, adapter: Adapter, base: str, dtype: str, onto: str, title: str
+) -> None:
+    """Put the card of a merged checkpoint beside its files, which say whether there is a chat
+    template, and what loads it whole; the arguments are those of `merged_card`."""
+    chat = (output / "chat_template.jinja").is_file()
+    kind = loaded_by(read_json(output / "config.json"))
+    card = merged_card(adapter, base, dtype, onto, title, chat, kind)
+    (output / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def merged_card(
@@ -107,7 +142,7 @@ def merged_card(
     """
     prompt = '[{"role": "user", "content": "Hello"}]' if chat else '"Hello"'
     facts = {"weights": dtype, "merged onto": f"{onto}: {ONTO_WORDS[onto]}"}
-    use = SERVE if kind == CAUSAL else WITH_PROCESSOR
+    use = SERVE if kind == CAUSAL else WITH_HEAD if kind in HEADS else WITH_PROCESSOR
     lines = [
         *_front_matter(base, "transformers", kind),
         f"# {name}",
@@ -125,7 +160,7 @@ def peft_card(adapter: Adapter, name: str) -> str:
     """The card of an adapter in PEFT's form."""
     base = adapter.base.name
     place = snapshot_of(base, adapter.base.revision)
-    kind = auto_class_name({} if place is None else _read(place / "config.json")) or CAUSAL
+    kind = loaded_by({} if place is None else _read(place / "config.json"), images=False)
     lines = [
         *_front_matter(base, "peft", kind),
         f"# {name}",
@@ -136,6 +171,20 @@ def peft_card(adapter: Adapter, name: str) -> str:
         LOAD.format(name=name, base=_shown(base), kind=kind),
     ]
     return "\n".join(lines)
+
+
+def loaded_by(config: Mapping[str, Any], images: bool = True) -> str:
+    """Transformers' Auto class that loads a checkpoint whole, or, but for `images`, its text part;
+    with the head that it has.
+
+    Args:
+        config: its config.json.
+        images: whether the part that sees is wanted too.
+    """
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else ""
+    head = (kind for kind in HEADS if architecture.endswith(kind.removeprefix("AutoModel")))
+    return next(head, None) or auto_class_name(config, images) or CAUSAL
 
 
 def _is_hub_name(base: str) -> bool:
@@ -149,11 +198,12 @@ def _shown(base: str) -> str:
 
 def _front_matter(base: str, library: str, kind: str) -> list[str]:
     """What the hub reads."""
+    task = "image-text-to-text" if kind == IMAGES else HEADS.get(kind, "text-generation")
     return [
         "---",
         *([f"base_model: {_plain(base)}"] if _is_hub_name(base) else []),
         f"library_name: {library}",
-        f"pipeline_tag: {'image-text-to-text' if kind == IMAGES else 'text-generation'}",
+        f"pipeline_tag: {task}",
         "tags: [leanlift, sparse-fine-tuning]",
         "---",
     ]
@@ -167,11 +217,15 @@ def _about(adapter: Adapter, base: str, facts: dict[str, str]) -> list[str]:
     if config.rank_budget is not None:
         budget = f"r = {config.rank_budget}, that is r · (m + n) entries per matrix"
     formats = sorted({str(adapter.base.formats[name]) for name in shapes})
+    ends = tuple(f".{name}" for name in config.modules_to_save)
+    whole = [name for name in shapes if f".{name}".endswith(ends)]
     table = {
         "base": _shown(base),
         "trained over": f"{', '.join(formats)}, computed in {adapter.base.dtype}",
-        "trained": f"{budget} of {len(shapes)} matrices, chosen by {config.selector} "
+        "trained": f"{budget} of {len(shapes) - len(whole)} matrices, chosen by {config.selector} "
         f"(R = {config.approx_rank}), {adapter.refreshes} mask refreshes",
+        **({"trained whole": ", ".join(whole)} if whole else {}),
+        **_tokens(config.trainable_token_indices),
         **facts,
     }
     data = run.get("dataset_name")
@@ -182,6 +236,14 @@ def _about(adapter: Adapter, base: str, facts: dict[str, str]) -> list[str]:
     if settings:
         lines += ["## Training", "", ", ".join(settings), ""]
     return lines + _memory(adapter.directory)
+
+
+def _tokens(ids: Sequence[int]) -> dict[str, str]:
+    """Which tokens were trained, if some were."""
+    if not ids:
+        return {}
+    more = f" and {len(ids) - MOST_TOKENS} more" if len(ids) > MOST_TOKENS else ""
+    return {"trained tokens": ", ".join(map(str, ids[:MOST_TOKENS])) + more}
 
 
 def _memory(directory: Path) -> list[str]:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from leanlift.adapters import Adapter, open_adapter
 from leanlift.errors import UserError
-from leanlift.export.card import CARD_NAME, merged_card
+from leanlift.export.card import write_card
 from leanlift.export.directory import (
     carry_over,
     check_form,
@@ -42,7 +42,6 @@ from leanlift.export.rows import put_vocabulary, with_new_matrices, with_new_row
 from leanlift.export.shared import Shared
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
 from leanlift.io.hub import local_copy
-from leanlift.io.kinds import CAUSAL, auto_class_name
 from leanlift.io.tensors import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.source import (
     Rows,
@@ -133,7 +132,7 @@ def merge_adapter(
                         merge = _Merge(opened, plan, shared, onto, spec.dtype, spec.name in kept)
                         writer.write(spec.name, merge.pieces(tensors[spec.name]))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
-                _write_card(partial, opened, str(named), dtype, onto, out.name)
+                write_card(partial, opened, str(named), dtype, onto, out.name)
         merged = sum(1 for module in plan.matrices if module in opened.base.shapes)
     return MergeReport(str(out), str(source_dir), onto, dtype, merged, len(specs), nbytes)
 
@@ -223,16 +222,6 @@ def _write_small_files(
     if adapter.task is not None:
         adapter.task.put(config)
     write_config(config, output, dtype)
-
-
-def _write_card(
-    output: Path, adapter: Adapter, base: str, dtype: str, onto: str, title: str
-) -> None:
-    """The model card, which says whether there is a chat template, and what loads it whole."""
-    chat = (output / "chat_template.jinja").is_file()
-    kind = auto_class_name(read_json(output / "config.json"), images=True) or CAUSAL
-    card = merged_card(adapter, base, dtype, onto, title, chat, kind)
-    (output / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 class _Merge:

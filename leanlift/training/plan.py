@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from leanlift.errors import first_line
+from leanlift.errors import UserError, first_line
 from leanlift.fingerprint import Layout
 from leanlift.format import size
 from leanlift.model.stacks import stack_shapes
+from leanlift.model.whole import check_growth_beside, whole_modules
 from leanlift.plan import (
     Batch,
     FakeBase,
@@ -75,6 +76,26 @@ def targets_of(
 ) -> dict[str, tuple[int, int]]:
     """The matrices that a run trains, and their shapes."""
     return shapes_of(_planned(args, sft, False, images)).targets
+
+
+def check_growth(
+    args: RunArguments, sft: LiftSFTConfig, rows: int | None, images: bool = False
+) -> None:
+    """Refuse a vocabulary that grows to so many rows under a head that is trained whole; where the
+    model cannot be made without its weights, attaching to it says so.
+
+    Raises:
+        UserError: it would.
+    """
+    config = args.lift_config()
+    if rows is None or not config.modules_to_save:
+        return
+    with fake_tensors():
+        try:
+            model = _planned(args, sft, False, images).build()
+        except UserError:
+            return
+        check_growth_beside(model, whole_modules(model, config), rows)
 
 
 def layout_of_base(

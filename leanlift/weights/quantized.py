@@ -242,7 +242,7 @@ def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
         )
     if is_quantized(module) and type(parameter) is nn.Parameter and parameter.is_floating_point():
         raise UserError(
-            f"{name} is a {type(module).__name__} with numbers that bitsandbytes has not quantized, "
+            f"{name} is a {type(module).__name__} with numbers that bitsandbytes did not quantize, "
             "as transformers makes one for a head that the checkpoint has not: load the model with "
             f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{name.rpartition('.')[2]!r}])."
         )

@@ -136,6 +136,8 @@ def test_an_embedding_that_multiplies_its_rows(tmp_path: Path) -> None:
     )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(IDS).logits, expected, atol=2e-5, rtol=1e-5)
+    ids = ", ".join(map(str, model.leanlift.config.trainable_token_indices))
+    assert f"| trained tokens | {ids} |" in (tmp_path / "merged" / "README.md").read_text()
 
 
 def test_a_run_trains_resumes_and_verifies(base: Path, tmp_path: Path) -> None:

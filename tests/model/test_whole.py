@@ -102,6 +102,12 @@ def test_a_classifier_is_trained_saved_loaded_and_merged(
     assert merged.config.architectures == ["LlamaForSequenceClassification"]
     assert merged.config.num_labels == 3
     assert report.merged == 15
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "AutoModelForSequenceClassification.from_pretrained" in card
+    assert "text-generation" not in card
+    assert "of 14 matrices" in card
+    assert "| trained whole | score |" in card
 
 
 def test_a_classifier_that_is_a_base_has_its_head(base: Path, tmp_path: Path) -> None:
@@ -211,7 +217,7 @@ def test_a_new_head_that_is_not_quantized_where_the_rest_is_says_how_to_load_it(
     model = AutoModelForTokenClassification.from_pretrained(base, **options)
     with pytest.raises(UserError, match=r"llm_int8_skip_modules=\['score'\]\)") as refused:
         get_lift_model(model, SCORE, progress=False)
-    assert "that bitsandbytes has not quantized" in str(refused.value)
+    assert "that bitsandbytes did not quantize" in str(refused.value)
     assert how is not None
     how.llm_int8_skip_modules = ["score"]
     model = AutoModelForTokenClassification.from_pretrained(base, **options)

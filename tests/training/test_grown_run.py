@@ -29,6 +29,8 @@ from leanlift import (
 from leanlift.cli import main
 from leanlift.model import lift_layers
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
+from leanlift.training.dry_run import dry_run
+from leanlift.training.screens import QuietScreen
 
 
 def settings(output: Path, **changes: Any) -> LiftSFTConfig:
@@ -120,6 +122,22 @@ def test_a_trainer_asks_for_the_rows_that_a_tokenizer_needs(
     model = get_lift_model(load(base, "dense"), LIFT, progress=False, embedding_rows=ROWS)
     build(model, make_tokenizer(), chat_template_path=str(template), save_strategy="no").train()
     assert model.config.vocab_size == ROWS
+
+
+def test_a_head_that_grows_is_not_trained_whole_and_that_is_known_before_the_load(
+    base: Path, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # whoever loads it fails
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    args = RunArguments(str(base), str(data), approx_rank=4, modules_to_save="lm_head")
+    sft = settings(tmp_path / "run", chat_template_path=str(template))
+    tied = bool(json.loads((base / "config.json").read_text())["tie_word_embeddings"])
+    said = "tied to the embedding" if tied else f"grows to {ROWS} rows, and lm_head is in modules"
+    for look in run, lambda args, sft: dry_run(args, sft, lambda _: None, QuietScreen()):
+        with pytest.raises(UserError, match=said):
+            look(args, sft)
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
 
 
 def test_a_plan_says_that_it_does_not_count_the_rows(
