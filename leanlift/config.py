@@ -150,7 +150,7 @@ class LiftConfig:
         metadata=about(
             EXCLUDED,
             "names of Linears that are trained whole: score. As in PEFT, inside the blocks or not: "
-            "the head of a classifier or a reward model, or lm_head. Every entry is trained.",
+            "a classifier's or reward model's head; or lm_head, with logits that take more memory.",
         ),
     )
     trainable_token_indices: tuple[int, ...] = field(
@@ -158,7 +158,7 @@ class LiftConfig:
         metadata=about(
             TOKENS,
             "ids of tokens whose rows are trained: 128011. As in PEFT: of the embedding, such as "
-            "those of added tokens, and of a head that is tied to it.",
+            "those of added tokens, and of a tied head, whose logits then take more memory.",
         ),
     )
     density_pattern: Mapping[str, float] = field(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from leanlift.errors import UserError, first_line
+from leanlift.layers import LiftLinear, TiedHead
 from leanlift.layers.lm_head import Finish, Objective, head_loss, next_tokens, whole_cost
 from leanlift.model import output_head
 from leanlift.model.hidden import base_of, few_ids
@@ -188,12 +189,18 @@ def training_loss(
         )
     if found.finish is not None:
         return TiledLoss(objective, found.finish)
-    logger.warning(
-        "The logits of this %s are not its hidden states times its head's weight: they are made "
-        "whole, which takes more memory.",
-        kind,
-    )
+    logger.warning("%s they are made whole, which takes more memory.", _why_whole(model))
     return WholeLoss(objective)
+
+
+def _why_whole(model: Any) -> str:
+    """Why the logits of a model are no product that can be made by tiles, up to a colon."""
+    head, logits = model.get_output_embeddings(), f"The logits of this {type(model).__name__}"
+    if isinstance(head, LiftLinear):
+        return f"{logits} come from a head that is trained (modules_to_save):"
+    if isinstance(head, TiedHead):
+        return f"{logits} come from a tied head with trained rows (trainable_token_indices):"
+    return f"{logits} are not its hidden states times its head's weight:"
 
 
 def _check_router_loss(model: Any, finish: Finish | None) -> None:
