@@ -153,11 +153,16 @@ MOST_TOKENS = 100_000
 MOST_PATTERNS, LONGEST_PATTERN = 64, 256  # compiled as they are read, from anyone's file
 
 
+def _listed(given: Any) -> tuple[Any, ...]:
+    """One value, or several; nothing is none."""
+    many = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+    return () if [str(one).lower() for one in many] in ([""], *([word] for word in NONE)) else many
+
+
 def _names(given: Any) -> tuple[Any, ...]:
-    """One name, or several."""
     if not isinstance(given, (str, list, tuple)):
         raise TypeError
-    return (given,) if isinstance(given, str) else tuple(given)
+    return _listed(given)
 
 
 def _targets(given: Any) -> Any:
@@ -166,16 +171,8 @@ def _targets(given: Any) -> Any:
     return names[0] if len(names) == 1 and names[0] in TARGET_PRESETS else names
 
 
-def _excluded(given: Any) -> Any:
-    """Endings of names; nothing is none."""
-    return () if given is None or given in NONE else _names(given)
-
-
 def _tokens(given: Any) -> Any:
-    """Ids; nothing is none."""
-    given = [] if given is None or given in NONE else given
-    ids = given if isinstance(given, (list, tuple)) else [given]
-    return tuple(_as_whole(token) for token in ids)
+    return tuple(_as_whole(token) for token in _listed(given))
 
 
 def _are_tokens(value: Any) -> bool:
@@ -194,9 +191,7 @@ def _densities(given: Any) -> Any:
 
 
 def _are_targets(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, tuple) and all(isinstance(name, str) for name in value)
-    )
+    return all(isinstance(n, str) and n for n in (value if isinstance(value, tuple) else (value,)))
 
 
 def _are_densities(value: Any) -> bool:
@@ -209,8 +204,13 @@ def _are_densities(value: Any) -> bool:
 
 
 TARGETS = Kind("a name or a list of names", _are_targets, _targets, many=True)
-EXCLUDED = Kind("a name or a list of names", _are_targets, _excluded, many=True)
-TOKENS = Kind(f"at most {MOST_TOKENS} different ids of tokens", _are_tokens, _tokens, many=True)
+EXCLUDED = Kind("a name or a list of names", _are_targets, _names, many=True)
+TOKENS = Kind(
+    f"at most {MOST_TOKENS} different ids of tokens, with spaces between them (4 7) or as a list",
+    _are_tokens,
+    _tokens,
+    many=True,
+)
 DENSITIES = Kind(
     'a mapping such as {"down_proj": 0.1}: at most '
     f"{MOST_PATTERNS} patterns of at most {LONGEST_PATTERN} characters, each with a density in "

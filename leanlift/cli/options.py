@@ -71,7 +71,9 @@ def run_options() -> dict[str, Option]:
     found = {}
     for each in fields(RunArguments):
         default = each.default if each.default_factory is MISSING else each.default_factory()
-        written = None if default is MISSING else "none" if default in (None, {}) else str(default)
+        written = (
+            None if default is MISSING else "none" if default in (None, {}, ()) else str(default)
+        )
         text = each.metadata["help"]
         found[each.name] = Option(each.name, kind_of(each), written, text.rstrip("."), brief(text))
     return found

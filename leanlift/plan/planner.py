@@ -201,6 +201,10 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "base": "as stored" if fmt.kind == "dense" else fmt.kind,
         "bnb_4bit_use_double_quant": fmt.double,
         "dtype": settings.dtype_name,
+        "exclude_modules": _listed(config.exclude_modules),
+        "modules_to_save": _listed(config.modules_to_save),
+        "trainable_token_indices": list(config.trainable_token_indices),
+        "density_pattern": dict(config.density_pattern),
         "values_dtype": config.values_dtype,
         "optim": settings.optim,
         "gradient_checkpointing": settings.gradient_checkpointing,
@@ -212,3 +216,7 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "per_device_eval_batch_size": 0 if evaluated is None else evaluated.rows,
         "cuda": settings.on_cuda,
     }
+
+
+def _listed(names: str | tuple[str, ...]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

@@ -76,6 +76,10 @@ NEVER: dict[str, tuple[Any, ...]] = {
 }
 
 
+LISTS = {"exclude_modules": "q_proj", "modules_to_save": "q_proj", "trainable_token_indices": 7}
+"""Settings that list something, and of what."""
+
+
 def in_file(place: Path, **settings: Any) -> list[str]:
     """The arguments that name a file of these settings, a new one each time."""
     file = place / f"{len(list(place.iterdir()))}.yaml"
@@ -310,3 +314,27 @@ def test_the_package_is_the_command(
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("leanlift", run_name="__main__")
     assert capsys.readouterr().out.startswith("leanlift ")
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("nothing", ["none", "None", "null", ""])
+def test_nothing_is_an_empty_list(name: str, nothing: str, tmp_path: Path) -> None:
+    for argv in ([f"--{name}", nothing], in_file(tmp_path, **{name: nothing})):
+        assert getattr(parse_train([*BASIC, *argv])[0].lift_config(), name) == ()
+    argv = [f"--{name}", str(LISTS[name])]
+    assert getattr(parse_train([*BASIC, *argv])[0].lift_config(), name) == (LISTS[name],)
+    assert run_options()[name].default == "none"
+
+
+@pytest.mark.parametrize("given", ["4,7", "5 6"])
+def test_ids_in_one_text_say_how_they_are_written(given: str, tmp_path: Path) -> None:
+    name = "trainable_token_indices"
+    for argv in ([f"--{name}", given], in_file(tmp_path, **{name: given})):
+        with pytest.raises(UserError, match=r"with spaces between them \(4 7\) or as a list"):
+            parse_train([*BASIC, *argv])
+
+
+@pytest.mark.parametrize("name", [*LISTS, "target_modules"])
+def test_a_name_has_letters(name: str) -> None:
+    with pytest.raises(UserError, match=f"expected {name} as "):
+        LiftConfig(**{name: ""})

@@ -72,6 +72,10 @@ def test_json_is_the_plan_and_what_was_changed(
 ) -> None:
     small = write_config(SMALL, tmp_path / "small")
     flags = ["--max_length", "64", "--approx_rank", "8", "--eval_dataset_name", "rows.json"]
+    chosen = {"exclude_modules": ["o_proj"], "modules_to_save": ["q_proj"],
+              "trainable_token_indices": [5, 7], "density_pattern": {"k_proj": 0.5}}  # fmt: skip
+    for name, value in chosen.items():
+        flags += [f"--{name}", *(map(str, value) if type(value) is list else [json.dumps(value)])]
     flags += ["--refresh_interval", "9", "--optim", "adamw_torch", "--density", "0.9"]
     card = f"{0.999 * of(small, *flags).needed / GIB}GB"
     argv = ["plan", "--model_name_or_path", str(small), "--json", *flags, "--fit", card]
@@ -80,6 +84,7 @@ def test_json_is_the_plan_and_what_was_changed(
     documented = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     for key in (*data, *data["holds_for"], *data["categories"], *data["phases"], *data["step"]):
         assert f"`{key}`" in documented, f"docs/plan.md has no {key}"
+    assert {key: data["holds_for"][key] for key in chosen} == chosen
     assert [change["keys"] for change in data["changed"]] == [{"optim": "sparse_adamw_8bit"}]
     assert data["needed"] == data["peak"] + data["context"]
     assert data["peak_moment"] in MOMENTS
