@@ -121,7 +121,10 @@ class AdapterMetadata:
             special = SpecialTokens()
             if "special_tokens" in data:
                 special = SpecialTokens.from_dict(data["special_tokens"])
+            _check_parts(data, {"task": base.new, "embedding": config.trainable_token_indices})
             task = Task.from_dict(data["task"]) if base.new else None
+            if task is not None:
+                task.check_rows({name: base.shapes[name][0] for name in base.new})
             rows = None
             if config.trainable_token_indices:
                 rows = TrainedEmbedding.from_dict(data["embedding"])
@@ -130,6 +133,21 @@ class AdapterMetadata:
             raise UserError(f"{path} is damaged: it lacks {error}.") from None
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _check_parts(data: Mapping[str, Any], wanted: Mapping[str, object]) -> None:
+    """Refuse what is there without what it is about.
+
+    Args:
+        data: of an adapter.
+        wanted: a key, and what it is about; nothing: the key may not be there.
+
+    Raises:
+        UserError: it is.
+    """
+    for key, about in wanted.items():
+        if key in data and not about:
+            raise UserError(f"it has {key!r}, and nothing that this is about.")
 
 
 def write_adapter(

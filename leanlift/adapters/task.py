@@ -7,6 +7,7 @@ stock transformers loads what was trained.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,9 @@ from leanlift.errors import UserError
 
 MOST_LABELS, LONGEST_LABEL = 100_000, 256
 KINDS = (None, "regression", "single_label_classification", "multi_label_classification")
+CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+HEAD = "score"
+"""Ends of the names of classes whose head has a row per label, and what the head is called."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,23 @@ class Task:
         ):
             raise UserError(f"expected the class of a model and its labels, got {data!r:.80}.")
         return cls(data["architecture"], tuple(data["labels"]), data["problem_type"])
+
+    def check_rows(self, rows: Mapping[str, int]) -> None:
+        """Refuse labels of which a classifier's head has more or fewer.
+
+        Args:
+            rows: of the new matrices, by name.
+
+        Raises:
+            UserError: the head has not a row per label.
+        """
+        for name, count in rows.items():
+            head = self.architecture.endswith(CLASSIFIERS) and name.rpartition(".")[2] == HEAD
+            if head and count != len(self.labels):
+                raise UserError(
+                    f"expected {name} to have a row for each of {len(self.labels)} labels, got "
+                    f"{count} rows."
+                )
 
     def put(self, config: dict[str, Any]) -> None:
         """Let config.json (as data, edited here) say so."""

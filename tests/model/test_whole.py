@@ -286,6 +286,16 @@ def test_names_of_new_matrices_are_checked(base: Path, tmp_path: Path) -> None:
         place.write_text(json.dumps({**data, "base": {**data["base"], "new": new}}))
         with pytest.raises(UserError, match="expected names of trained matrices"):
             load_adapter(classifier(base), tmp_path)
+    for labels in [], ["no", "yes"], list("abcd"):
+        place.write_text(json.dumps({**data, "task": {**data["task"], "labels": labels}}))
+        with pytest.raises(UserError, match="damaged: expected score to have a row for each of"):
+            load_adapter(classifier(base), tmp_path)
+    place.write_text(json.dumps({**data, "base": {**data["base"], "new": []}}))
+    with pytest.raises(UserError, match="damaged: it has 'task', and nothing"):
+        load_adapter(classifier(base), tmp_path)
+    place.write_text(json.dumps({**data, "embedding": {"module": "a", "shape": [1, 1]}}))
+    with pytest.raises(UserError, match="damaged: it has 'embedding', and nothing"):
+        load_adapter(classifier(base), tmp_path)
     del data["task"]
     place.write_text(json.dumps(data))
     with pytest.raises(UserError, match="it lacks 'task'"):
