@@ -296,18 +296,18 @@ class LiftConfig:
             budget, count = f"density={self.density}", count_by_density(shape, self.density)
         return budget, count - count % self.block**2
 
-    def check_patterns(self, targets: Iterable[str]) -> None:
-        """Refuse a density of its own for something that is not trained.
+    def check_patterns(self, targets: Iterable[str], whole: Iterable[str]) -> None:
+        """Refuse a density of its own for something that is not trained, or is trained whole.
 
         Raises:
-            UserError: a pattern that matches none of the targets.
+            UserError: a pattern that matches none of the targets but for those.
         """
-        names = list(targets)
+        names = set(targets).difference(whole)
         for pattern in self.density_pattern:
             if not any(re.match(_whole_name(pattern), name) for name in names):
                 raise MaskError(
                     f"the density_pattern {pattern!r:.200} matches none of the {len(names)} "
-                    "modules that are trained: leave it out, or see target_modules."
+                    "modules of which a share is trained: see target_modules and modules_to_save."
                 )
 
     def retired_bound(self, count: int) -> int | None:

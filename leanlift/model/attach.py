@@ -95,8 +95,8 @@ def get_lift_model(
     left = what_is_left(model, targets, wanted, excluded)
     if left is not None:
         logger.warning("%s", left)
-    config.check_patterns(targets)
     whole = whole_modules(model, config)
+    config.check_patterns(targets, whole)
     check_growth_beside(model, whole, embedding_rows)
     check_tokens(model, config, embedding_rows)
     targets = [name for name in targets if name not in whole]

@@ -193,6 +193,16 @@ def test_what_cannot_be_trained_whole_is_said_and_changes_nothing(
     get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
 
 
+@pytest.mark.parametrize("name", ["lm_head", "q_proj"])
+def test_what_is_trained_whole_has_no_density(base: Path, name: str) -> None:
+    config = LiftConfig(approx_rank=8, modules_to_save=name, density_pattern={name: 0.5})
+    said = f"'{name}' matches none of the .* of which a share is trained.* modules_to_save"
+    with pytest.raises(UserError, match=said):
+        get_lift_model(load(base), config, progress=False)
+    with pytest.raises(UserError, match=said):
+        plan_memory(base, config, PlanSettings(max_length=8, cuda=False))
+
+
 def test_a_head_that_is_tied_or_grows_is_not_trained_whole(base: Path, tmp_path: Path) -> None:
     model = load(base)
     with pytest.raises(UserError, match="the vocabulary grows to 120 rows"):
