@@ -59,7 +59,6 @@ from leanlift.training.step_guard import StepGuard
 
 logger = logging.getLogger("leanlift")
 
-
 LOGGED_MEANS = ("entropy", "mean_token_accuracy")
 """What is logged beside the loss as a mean over tokens."""
 
