@@ -62,6 +62,15 @@ def with_placeholders(turns: list[Row], count: int) -> list[Row]:
     return made
 
 
+def texts_of(example: Row) -> list[str]:
+    """The texts in the turns of a chat's prompt, completion or messages."""
+    turns = [turn for held in example.values() if isinstance(held, list) for turn in held]
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    parts = [part for each in contents if isinstance(each, list) for part in each]
+    texts = [part.get("text") for part in parts] + contents
+    return [text for text in texts if isinstance(text, str)]
+
+
 def text_alone(row: Row) -> Row:
     """A row without its images, and without the places for them."""
     found = {key: value for key, value in row.items() if key not in COLUMNS}

@@ -19,7 +19,7 @@ from transformers import Trainer
 from trl import SFTConfig
 
 from leanlift.data.dataset import TokenRows
-from leanlift.data.images import ImageRows
+from leanlift.data.images import ImageRows, naming_collator
 from leanlift.data.lengths import LengthReport
 from leanlift.data.positions import check_positions
 from leanlift.data.ready import Rows, RowsForTraining, has_images
@@ -58,7 +58,6 @@ from leanlift.training.overrides import TrainerOverrides
 from leanlift.training.step_guard import StepGuard
 
 logger = logging.getLogger("leanlift")
-
 
 LOGGED_MEANS = ("entropy", "mean_token_accuracy")
 """What is logged beside the loss as a mean over tokens."""
@@ -138,6 +137,7 @@ class LiftTrainer(TrainerOverrides):
                 processing_class=processing_class,
                 **kwargs,
             )
+        self.data_collator: Any = naming_collator(self.data_collator, self._rows.processor)
         self._built = True
         for name in self.length_reports:
             self._check_positions(name)
@@ -148,12 +148,12 @@ class LiftTrainer(TrainerOverrides):
         self, processing_class: Any, model: Any, args: SFTConfig, given: dict[str, Any], rows: Any
     ) -> Any:
         """Set up how rows become tokens; what TRL shall have for a processing class."""
-        processing_class, processor = processing_of(processing_class, model, has_images(rows))
+        processing_class, processor, sees = processing_of(processing_class, model, has_images(rows))
         tokenizer = tokenizer_of(processing_class)
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         function = given.pop("formatting_func", None)
         size = embedding_size(model)
-        self._rows = RowsForTraining(tokenizer, args, size, ends, function, processor)
+        self._rows = RowsForTraining(tokenizer, args, size, ends, function, processor, sees)
         tell_model(model, tokenizer, args)
         return processing_class
 
@@ -165,7 +165,7 @@ class LiftTrainer(TrainerOverrides):
         if self._loss is not None:
             types = rehearse(self.model, self._loss, self.accelerator.autocast())
             self.count_next_tokens()
-            self.data_collator: Any = MarkTrained(self.data_collator, types)
+            self.data_collator = MarkTrained(self.data_collator, types)
         self._last_finite = torch.zeros((), device=self.args.device)
         self._smooths_log = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = False

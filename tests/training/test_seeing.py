@@ -241,7 +241,7 @@ def test_rows_with_pictures_that_cannot_be_meant(
     refused("an image in an answer", {**good, "messages": [CHAT[0], {
         "role": "assistant", "content": [{"type": "image"}]}]})  # fmt: skip
     refused("tools or chat_template_kwargs", {**good, "tools": [{"type": "function"}]})
-    refused("cannot be put through", {"image": "0.png", "prompt": "no place", "completion": "b"})
+    refused("0 times <image>", {"image": "0.png", "prompt": "no place", "completion": "b"})
     refused("trained with packing", good, packing=True)
     refused("trained with padding_free", good, padding_free=True, max_length=None)
     refused("assistant_only_loss", good, assistant_only_loss=True)
