@@ -148,43 +148,6 @@ def _wanted(turns: Any) -> int | None:
     return None if isinstance(turns, str) else placeholders(turns)
 
 
-def naming_collator(collate: Any, processor: Any) -> Any:
-    """A collator as it is, or of rows with images, which a processor is there for, one whose
-    failures say which rows they are about."""
-    return collate if processor is None else NamingCollator(collate)
-
-
-class NamingCollator:
-    """A collator over examples with images, whose failures say which they are.
-
-    Args:
-        collate: the one that makes the batch.
-    """
-
-    def __init__(self, collate: Any) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: list[Row]) -> Any:
-        """A batch.
-
-        Raises:
-            UserError: the processor, or a template, cannot have these rows.
-        """
-        try:
-            return self.collate(examples)
-        except UserError:
-            raise
-        except Exception as error:  # a template or an image may be anything
-            images = [one for row in examples for one in row.get(IMAGES) or ()]
-            files = [name for one in images if (name := getattr(one, "filename", ""))]
-            first = next(iter(examples[0].values()), "") if examples else ""
-            which = f"of {', '.join(files[:3])}" if files else f"that begin with {first!s:.120}"
-            raise UserError(
-                f"rows with images, {which}, cannot be put through the model's processor: "
-                f"{first_line(error)}"
-            ) from error
-
-
 def image_rows(rows: Any, processor: Any, name: str, how: Any) -> ImageRows:
     """Examples of rows with images.
 
@@ -237,8 +200,8 @@ def _examples(
         made = [_finished(one, counts[number], how, reader, number) for one in reader(row, number)]
         turns = made[-1].get("prompt", made[-1].get("messages")) if made else ""
         if isinstance(turns, list) and placeholders(turns) != counts[number]:
-            places = placeholders(turns)
-            reader.refuse(number, f"{counts[number]} images, and {places} places for them")
+            there = placeholders(turns)
+            reader.refuse(number, f"{counts[number]} images, and {there} places for them")
         for one in made:
             _check_places(one, counts[number], places, reader, number)
         numbers += [number] * len(made)
@@ -327,6 +290,11 @@ def _tried(
         except UserError as error:
             raise UserError(f"row {numbers[at]} of the {name} dataset: {error}") from error
         except Exception as error:  # a template or an image may be anything
+            if not whole and not _takes_text_alone(processor):
+                raise UserError(
+                    f"the model's {type(processor).__name__} takes no text without an image, and "
+                    "TRL gives it answers alone: this model is trained on rows of text only."
+                ) from error
             raise UserError(
                 f"row {numbers[at]} of the {name} dataset cannot be put through the model's "
                 f"{type(processor).__name__}: {first_line(error)}"
@@ -336,3 +304,12 @@ def _tried(
     if not trained:
         raise UserError(f"none of the {name} rows that were tried has a token to train on.")
     return ImageRows(data, max(lengths), len(lengths))
+
+
+def _takes_text_alone(processor: Any) -> bool:
+    """Whether a processor takes a text without images, as TRL gives it an answer."""
+    try:
+        processor(text=["a"])
+    except Exception:  # whatever it is, it does not
+        return False
+    return True

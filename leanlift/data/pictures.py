@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Image, List
 
 from leanlift.errors import UserError, first_line
 from leanlift.rows.images import image_column
-from leanlift.rows.source import as_dataset
+from leanlift.rows.source import Row, as_dataset
 
 IMAGES = "images"
 
@@ -130,3 +130,40 @@ def opened(stored: Any) -> Any:
         raise UserError(
             f"the image {where:.200} cannot be read as one: {first_line(error)}"
         ) from error
+
+
+def naming_collator(collate: Any, images: bool) -> Any:
+    """A collator as it is; of rows with images, one whose failures say which rows they are
+    about."""
+    return NamingCollator(collate) if images else collate
+
+
+class NamingCollator:
+    """A collator over examples with images, whose failures say which they are.
+
+    Args:
+        collate: the one that makes the batch.
+    """
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[Row]) -> Any:
+        """A batch.
+
+        Raises:
+            UserError: the processor, or a template, cannot have these rows.
+        """
+        try:
+            return self.collate(examples)
+        except UserError:
+            raise
+        except Exception as error:  # a template or an image may be anything
+            images = [one for row in examples for one in row.get(IMAGES) or ()]
+            files = [name for one in images if (name := getattr(one, "filename", ""))]
+            first = next(iter(examples[0].values()), "") if examples else ""
+            which = f"of {', '.join(files[:3])}" if files else f"that begin with {first!s:.120}"
+            raise UserError(
+                f"rows with images, {which}, cannot be put through the model's processor: "
+                f"{first_line(error)}"
+            ) from error

@@ -66,6 +66,11 @@ class RowsForTraining:
         self._sees = sees or processor is not None
         self._with_images: bool | None = None
 
+    @property
+    def images(self) -> bool:
+        """Whether rows with images can be among these."""
+        return self.processor is not None
+
     def train(self, rows: Any) -> Any:
         """Rows to train on; see `__call__`."""
         return self(rows, "train", self.sft.packing)

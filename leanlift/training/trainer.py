@@ -19,8 +19,9 @@ from transformers import Trainer
 from trl import SFTConfig
 
 from leanlift.data.dataset import TokenRows
-from leanlift.data.images import ImageRows, naming_collator
+from leanlift.data.images import ImageRows
 from leanlift.data.lengths import LengthReport
+from leanlift.data.pictures import naming_collator
 from leanlift.data.positions import check_positions
 from leanlift.data.ready import Rows, RowsForTraining, has_images
 from leanlift.data.tokenizer import tell_model, tokenizer_of
@@ -128,7 +129,7 @@ class LiftTrainer(TrainerOverrides):
         )
         self._built = False
         processing_class = self._tokenize_with(processing_class, model, args, kwargs, train_dataset)
-        with rows_done(args, images=self._rows.processor is not None):
+        with rows_done(args, images=self._rows.images):
             super().__init__(
                 model=model,
                 args=args,
@@ -137,7 +138,7 @@ class LiftTrainer(TrainerOverrides):
                 processing_class=processing_class,
                 **kwargs,
             )
-        self.data_collator: Any = naming_collator(self.data_collator, self._rows.processor)
+        self.data_collator: Any = naming_collator(self.data_collator, self._rows.images)
         self._built = True
         for name in self.length_reports:
             self._check_positions(name)
@@ -163,7 +164,7 @@ class LiftTrainer(TrainerOverrides):
             self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
         )
         if self._loss is not None:
-            types = rehearse(self.model, self._loss, self.accelerator.autocast())
+            types = rehearse(self.model, self._loss, self.accelerator.autocast(), self._rows.images)
             self.count_next_tokens()
             self.data_collator = MarkTrained(self.data_collator, types)
         self._last_finite = torch.zeros((), device=self.args.device)
@@ -291,9 +292,8 @@ class LiftTrainer(TrainerOverrides):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Our own loss, but where only TRL's way will do: a loss function of the user's, or the
-        auxiliary loss of a router. Outputs, where they are asked for, take a second forward pass,
-        as TRL's do."""
+        """Our own loss, but under a loss function of the user's or the auxiliary loss of a router,
+        which is TRL's. Outputs, where they are asked for, take a second forward pass, as there."""
         if self._loss is None or "shift_labels" in inputs:
             if isinstance(model.get_output_embeddings(), FrozenHead):
                 raise UserError(
