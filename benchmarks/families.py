@@ -146,7 +146,8 @@ def trainer_for(model: Any, output: Path) -> Any:
     rows = [{"input_ids": ids, "labels": ids} for ids in batch()["input_ids"].tolist()]
     args = LiftSFTConfig(
         str(output), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False,
-        learning_rate=1e-2, report_to=[], save_strategy="no", gradient_checkpointing=False,
+        learning_rate=1e-2, report_to=[], save_strategy="steps", save_steps=1, save_total_limit=1,
+        gradient_checkpointing=False,
         logging_steps=1, disable_tqdm=True, max_length=LENGTH,
     )  # fmt: skip
     return LiftTrainer(model=model, args=args, train_dataset=rows)

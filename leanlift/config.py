@@ -141,8 +141,8 @@ class LiftConfig:
         default=(),
         metadata=about(
             EXCLUDED,
-            "names of Linears that stay as they are: o_proj. Endings of module names, as in PEFT; "
-            "of what target_modules covers, these are not trained.",
+            "names of modules that stay as they are: o_proj. Endings of module names, as in PEFT; "
+            "of what target_modules covers, these and all in them are not trained.",
         ),
     )
     modules_to_save: str | tuple[str, ...] = field(

@@ -64,7 +64,8 @@ def combine_adapters(
                 shapes.items(), desc="Combining", unit="matrix", disable=not progress
             )
         }
-        config = replace(first.config, values_dtype="float32")
+        whole = dict.fromkeys(n for one in opened for n in one.config.modules_to_save)
+        config = replace(first.config, values_dtype="float32", modules_to_save=tuple(whole))
         with new_directory(Path(output)) as partial:
             facts = AdapterMetadata(
                 config, base, 0, first.special, first.grown, first.task, first.embedding

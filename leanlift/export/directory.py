@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.errors import UserError
-from leanlift.io.hub import inside
+from leanlift.io.hub import inside, local_copy
 from leanlift.io.tensors import write_json
 from leanlift.source import has_mxfp4
 from leanlift.weights.quantized import dtype_name, dtype_of
@@ -23,6 +23,20 @@ WEIGHT_SUFFIXES = {
     ".onnx",
     ".ckpt",
 }
+
+BASE_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+"""What is wanted of a base on the hub."""
+
+
+def resolve_base(base: str | Path, revision: str | None = None) -> Path:
+    """A local directory, or the local snapshot of a hub name at a revision.
+
+    Raises:
+        UserError: neither.
+    """
+    return local_copy(
+        base, BASE_FILES, "the base", "name the base checkpoint with --base", revision
+    )
 
 
 def check_space(output: Path, needed: int) -> None:

@@ -35,13 +35,13 @@ from leanlift.export.directory import (
     check_form,
     check_space,
     parse_size,
+    resolve_base,
     write_config,
 )
 from leanlift.export.identity import Part, Places, check_base, embedding_of, places
 from leanlift.export.rows import put_vocabulary, with_new_matrices, with_new_rows
 from leanlift.export.shared import Shared
 from leanlift.export.tokens import put_tokens, trained_tokens, write_tokenizer
-from leanlift.io.hub import local_copy
 from leanlift.io.kinds import CAUSAL, auto_class_name
 from leanlift.io.tensors import ShardedWriter, TensorSpec, new_directory, read_json
 from leanlift.source import (
@@ -60,7 +60,6 @@ from leanlift.weights.quantized import dtype_name, dtype_of
 logger = logging.getLogger("leanlift")
 
 ONTO = ("original", "quantized")
-BASE_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -180,17 +179,6 @@ def merge_nbytes(largest: int, turned: int = 0) -> int:
     matrix's quantized form and some tiles of dequantizing it come on top.
     """
     return 4 * min(DEFAULT_TILE_BYTES, 4 * largest) + 2 * turned
-
-
-def resolve_base(base: str | Path, revision: str | None = None) -> Path:
-    """A local directory, or the local snapshot of a hub name at a revision.
-
-    Raises:
-        UserError: neither.
-    """
-    return local_copy(
-        base, BASE_FILES, "the base", "name the base checkpoint with --base", revision
-    )
 
 
 def _write_small_files(

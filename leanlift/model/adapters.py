@@ -168,6 +168,12 @@ def unload_adapter(model: nn.Module) -> nn.Module:
         UserError: there is none on it.
     """
     layers = _loaded_layers(model)
+    new = lift_state(model).base.new
+    if new:
+        raise UserError(
+            f"{new[0]} is new, so there is no base to go back to: scale_adapter(model, 0) takes "
+            "all else back and leaves it."
+        )
     base = live_base(model, layers, layers)
     replace_modules(model, layers_over(base.weights, {}, lift_state(model).workspace))
     drop_tokens(model)
@@ -177,7 +183,8 @@ def unload_adapter(model: nn.Module) -> nn.Module:
 def scale_adapter(model: nn.Module, factor: float) -> nn.Module:
     """Multiply all offsets of the live model by `factor`; it is set, not accumulated.
 
-    1 is the adapter as trained, 0 the base. The stored offsets are not changed.
+    1 is the adapter as trained, 0 the base. The stored offsets are not changed; a head that the
+    base has not stays as it is.
 
     Raises:
         UserError: no adapter is on the model, or the factor is no finite number.
@@ -185,8 +192,8 @@ def scale_adapter(model: nn.Module, factor: float) -> nn.Module:
     layers = _loaded_layers(model)
     if not math.isfinite(factor):
         raise UserError(f"expected a finite factor such as 0.5, got {factor}.")
-    for layer in layers.values():
-        layer.scale = float(factor)
+    for name, layer in layers.items():
+        layer.scale = 1.0 if name in lift_state(model).base.new else float(factor)
     return model
 
 

@@ -225,6 +225,16 @@ def check_checkpointing(model: Any) -> None:
         )
 
 
+def without_input_gradients(model: Any) -> None:
+    """Take back that embeddings give what requires a gradient, which transformers does where it
+    enables checkpointing: blocks need none of their input, and a frozen tower would be gone through
+    backwards for it.
+    """
+    for part in model.modules():
+        if getattr(part, "_require_grads_hooks", None):
+            part.disable_input_require_grads()
+
+
 PIECE = 2**21
 """Numbers that are looked at at once: torch takes some seven bytes for each."""
 

@@ -129,13 +129,19 @@ def _without(inside: list[str], excluded: str | tuple[str, ...], kind: str) -> l
         UserError: an ending that none of them has.
     """
     endings = (excluded,) if isinstance(excluded, str) else excluded
-    unmatched = [end for end in endings if not any(ends_in(name, end) for name in inside)]
+    unmatched = [end for end in endings if not any(_is_under(name, end) for name in inside)]
     if unmatched:
         raise MaskError(
             f"exclude_modules={unmatched} matches nothing inside the blocks of this {kind}: leave "
             "it out, or see how its modules are called."
         )
-    return [name for name in inside if not any(ends_in(name, end) for end in endings)]
+    return [name for name in inside if not any(_is_under(name, end) for end in endings)]
+
+
+def _is_under(name: str, ending: str) -> bool:
+    """Whether a module, or one that it is in, has a name that ends so."""
+    parts = name.split(".")
+    return any(ends_in(".".join(parts[:depth]), ending) for depth in range(1, len(parts) + 1))
 
 
 def _refuse_packed(names: dict[str, nn.Module], inside: list[str]) -> None:

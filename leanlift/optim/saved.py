@@ -27,7 +27,8 @@ class SavedState:
 
     Attributes:
         tensors: "<parameter>.<key>" -> tensor; no two share storage.
-        facts: JSON-ready: "optimizer", "groups" (names of parameters, options), "numbers".
+        facts: JSON-ready: "optimizer", "groups" (names of parameters, options), "numbers", and
+            "unstarted", the parameters that never had a gradient, where others had.
     """
 
     tensors: dict[str, Tensor]
@@ -47,6 +48,7 @@ def saved_state(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -> Sa
     numbers: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     shared: set[int] = set()
+    begun = {names.get(id(p)) for p, state in optimizer.state.items() if state}
     for group in optimizer.param_groups:
         if any(id(parameter) not in names for parameter in group["params"]):
             return None
@@ -67,6 +69,9 @@ def saved_state(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -> Sa
                 else:
                     return None
     facts = {"optimizer": kind_of(optimizer), "groups": groups, "numbers": numbers}
+    unstarted = [name for name, held in numbers.items() if not held and name not in begun]
+    if begun and unstarted:
+        facts["unstarted"] = unstarted
     return SavedState(tensors, facts)
 
 

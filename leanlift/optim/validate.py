@@ -65,6 +65,9 @@ def check_facts(facts: Any) -> None:
         named += group["params"]
     if not all(isinstance(name, str) for name in named) or len(set(named)) != len(named):
         raise _damaged("its groups do not name each parameter once")
+    unstarted = facts.get("unstarted", [])
+    if not isinstance(unstarted, list) or not all(name in named for name in unstarted):
+        raise _damaged("it speaks of parameters that its groups do not name")
     if set(numbers) != set(named) or not all(isinstance(held, dict) for held in numbers.values()):
         raise _damaged("its numbers belong to other parameters than its groups")
 
@@ -93,6 +96,10 @@ def check_tensors(
             break  # before the first step that was applied
         if name not in counts:
             raise _damaged(f"the model trains no parameter {name!r:.120}")
+        if name in facts.get("unstarted", ()):
+            if state:
+                raise _damaged(f"{name} has a state, and is said to have none")
+            continue
         _check_keys(facts["optimizer"], name, state, moments[name])
         for key, value in state.items():
             _check_value(f"{name}.{key}", key, value, counts[name], steps)

@@ -113,7 +113,7 @@ def attach_fake(
     targets = find_targets(model, wanted, excluded, config.selects)
     config.check_patterns(targets)
     whole, tokens = whole_modules(model, config), config.trainable_token_indices
-    check_tokens(model, config, None)
+    check_tokens(model, config, max(tokens, default=0) + 1)  # a template may add rows
     embedding = tuple(model.get_input_embeddings().weight.shape)
     targets = [*(name for name in targets if name not in whole), *whole]
     weights = planned_weights(model, fmt, targets)

@@ -18,7 +18,7 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
 from leanlift.layers.lm_head import Finish
 from leanlift.measure.meter import CATEGORIES
-from leanlift.model.base import check_checkpointing
+from leanlift.model.base import check_checkpointing, without_input_gradients
 from leanlift.plan.fake import StepBytes, fake_tensors, forward_peak, step_peak
 from leanlift.plan.logits import planned_finish
 from leanlift.plan.result import CONTEXT, MemoryPlan
@@ -110,6 +110,7 @@ def _training(
             if settings.gradient_checkpointing:
                 check_checkpointing(model)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
+                without_input_gradients(model)
             with _in_one_sentence(model, "training step"):
                 finish = _finish(model, known)
                 moving = step_peak(

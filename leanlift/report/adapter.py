@@ -123,6 +123,8 @@ def read_adapter(directory: Path, offsets: bool = True) -> AdapterFacts:
         raise UserError(f"{path} is damaged: expected {wrong}; fetch it again.")
     base, lift = data["base"], data["lift"]
     shapes = {name: (m, n) for name, (m, n) in base["shapes"].items()}
+    if lift.get("trainable_token_indices"):
+        shapes[data["embedding"]["module"]] = tuple(data["embedding"]["shape"])
     with open_by_numpy(directory / WEIGHTS_NAME) as tensors:
         _check_names(tensors, shapes)
         read = _matrix if offsets else _counted
@@ -177,6 +179,14 @@ def _wrong_in(data: dict[str, Any]) -> str | None:
         ),
         "values_dtype and selector as words": lambda: all(
             is_line(lift.get(key, "")) for key in ("values_dtype", "selector")
+        ),
+        "an embedding of which tokens are trained, and its shape": lambda: (
+            not lift.get("trainable_token_indices")
+            or (
+                isinstance(rows_of := data.get("embedding"), dict)
+                and is_module_name(rows_of.get("module"))
+                and is_shape(rows_of.get("shape"))
+            )
         ),
         "embedding_rows as a number": lambda: (
             rows is None or (type(rows) is int and 0 < rows <= LARGEST_SIDE)

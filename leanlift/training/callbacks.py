@@ -18,6 +18,7 @@ from transformers import (
 from leanlift.errors import UserError
 from leanlift.layers import LiftLinear
 from leanlift.model import RefreshReport, lift_layers, refresh_mask
+from leanlift.model.base import without_input_gradients
 from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, unwrap
 from leanlift.training.checkpointing.directory import last_checkpoint
 from leanlift.training.step_guard import GradientHooks, StepGuard
@@ -100,6 +101,17 @@ class Guard(TrainerCallback):
                 "auto_find_batch_size would begin again with the offsets that they have trained: "
                 "set per_device_train_batch_size, or let --fit choose."
             )
+
+
+class FrozenInputs(TrainerCallback):
+    """Lets no gradient be formed of what embeddings give, but where the reentrant kind of
+    checkpointing needs it."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False):
+            without_input_gradients(kwargs["model"])
 
 
 class LastEvaluation(TrainerCallback):

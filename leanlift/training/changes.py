@@ -144,13 +144,14 @@ def _smaller_micro_batch(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> 
 
 
 def _embeddings_in_int8(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
-    if not args.quantize_embeddings:
+    if not args.quantize_embeddings and not args.modules_to_save:
         cost = "embedding and head in INT8 while training: a little rounding"
         yield Change({"quantize_embeddings": True}, cost)
 
 
 def _embedding_on_cpu(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
-    if cuda and not args.embedding_on_cpu and not is_tied(args, sft):
+    here = args.embedding_on_cpu or args.trainable_token_indices
+    if cuda and not here and not is_tied(args, sft):
         yield Change({"embedding_on_cpu": True}, "rows are looked up on the CPU: a little time")
 
 

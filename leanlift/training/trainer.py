@@ -32,7 +32,7 @@ from leanlift.measure import resident_peak
 from leanlift.model import RefreshReport, claim, embedding_size, lift_state
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
-from leanlift.training.callbacks import Guard, Refresh
+from leanlift.training.callbacks import FrozenInputs, Guard, Refresh
 from leanlift.training.checkpointing.directory import checkpoint_to_resume, clean
 from leanlift.training.checkpointing.lock import OutputLock, make_output
 from leanlift.training.checkpointing.names import TRAINER_STATE
@@ -178,6 +178,7 @@ class LiftTrainer(TrainerOverrides):
             config.refresh_interval, config.retired_limit, partial(Trainer.log, self)
         )
         self.refreshes: list[RefreshReport] = self._refreshing.reports
+        self.add_callback(FrozenInputs())
         self.add_callback(self._guarding)
         self.add_callback(self._refreshing)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import config_of
+from grown import CHATS, make_tokens
 from helpers import bits
 from runs import trainer_for
 from sweeps import swept
@@ -31,11 +32,13 @@ from leanlift import (
     scale_adapter,
     unload_adapter,
 )
+from leanlift.cli import main
 from leanlift.evaluation.verify import verify_merged
 from leanlift.layers import LiftEmbedding
 from leanlift.measure.meter import static_categories
 from leanlift.model import lift_layers
-from leanlift.training import RunArguments
+from leanlift.training import LiftSFTConfig, RunArguments
+from leanlift.training.changes import changes
 
 IDS = torch.arange(36).view(4, 9) % 90
 IDS[:, 3], IDS[:, 7] = 5, 98
@@ -223,3 +226,45 @@ def test_adapters_that_lie_are_refused(
     with pytest.raises(UserError, match=said):
         load_adapter(model, tmp_path)
     assert not hasattr(model, "leanlift")
+
+
+def test_they_are_described_and_reported(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_adapter(get_lift_model(load(base), TOKENS, progress=False), tmp_path)
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    modules = {m["module"]: m["entries"] for m in json.loads(capsys.readouterr().out)["modules"]}
+    assert modules["model.embed_tokens"] == 2 * 64
+    place = tmp_path / "adapter_config.json"
+    data = json.loads(place.read_text())
+    for embedding in None, {"module": "a", "shape": 3}:
+        place.write_text(json.dumps({**data, "embedding": embedding}))
+        assert main(["info", str(tmp_path)]) == 2
+        assert "tokens are trained" in capsys.readouterr().err
+
+
+def test_tokens_that_a_template_adds_are_trained_from_the_command_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(CHATS[0]) + "\n")
+    make_tokens().save_pretrained(tmp_path / "template")
+    argv = ["train", "--model_name_or_path", str(base), "--dataset_name", str(rows)]
+    argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--approx_rank", "4"]
+    argv += ["--chat_template_path", str(tmp_path / "template"), "--use_cpu", "true"]
+    assert main([*argv, "--trainable_token_indices", "99", "500"]) == 2
+    assert "trainable_token_indices has 500" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*argv, "--trainable_token_indices", "99", "--dry_run"]) == 0
+    assert main([*argv, "--trainable_token_indices", "99", "--learning_rate", "0.01"]) == 0
+    adapter = load_adapter(load(base), tmp_path / "run")
+    assert lift_layers(adapter)["model.embed_tokens"].values.abs().max() > 0
+
+
+@pytest.mark.parametrize("more", [{"trainable_token_indices": (5,)}, {"modules_to_save": "q_proj"}])
+def test_no_change_is_proposed_that_these_rule_out(base: Path, more: dict[str, Any]) -> None:
+    args = RunArguments(str(base), "rows", approx_rank=8, **more)
+    keys = [next(iter(change.keys)) for _, change in changes(args, LiftSFTConfig("x"))]
+    assert "density" in keys
+    assert ("embedding_on_cpu" in keys) <= ("modules_to_save" in more)
+    assert ("quantize_embeddings" in keys) == ("modules_to_save" not in more)

@@ -26,6 +26,8 @@ from leanlift import (
     plan_memory,
     refresh_mask,
     save_adapter,
+    scale_adapter,
+    unload_adapter,
 )
 from leanlift.adapters.task import Task
 from leanlift.measure.meter import static_categories
@@ -261,3 +263,29 @@ def test_names_of_new_matrices_are_checked(base: Path, tmp_path: Path) -> None:
     place.write_text(json.dumps(data))
     with pytest.raises(UserError, match="it lacks 'task'"):
         load_adapter(classifier(base), tmp_path)
+
+
+def test_a_head_that_is_new_has_no_base_to_go_back_to(base: Path) -> None:
+    model = get_lift_model(classifier(base), SCORE, progress=False)
+    stock = model.eval()(IDS).logits
+    train(model, labels=torch.tensor([0, 1, 2, 1]))
+    head = lift_layers(model)["score"].values.detach().clone()
+    scale_adapter(model, 0.0)
+    assert torch.equal(lift_layers(model)["score"].learned.active.values, head)
+    assert model(IDS).logits.abs().max() > 0.1 * stock.abs().max()
+    with pytest.raises(UserError, match="score is new, so there is no base to go back to"):
+        unload_adapter(model)
+
+
+def test_what_any_of_several_trains_whole_is_whole_in_their_sum(base: Path, tmp_path: Path) -> None:
+    plain = LiftConfig(density=0.1, approx_rank=8)
+    for name, config in {"plain": plain, "whole": HEAD}.items():
+        model = get_lift_model(load(base), config, progress=False)
+        train(model, labels=IDS)
+        save_adapter(model, tmp_path / name)
+    for first, second in ("plain", "whole"), ("whole", "plain"):
+        out = tmp_path / f"{first}-{second}"
+        combine_adapters([tmp_path / first, tmp_path / second], out, [0.5, 0.5])
+        summed = lift_layers(load_adapter(load(base), out))["lm_head"].values
+        half = lift_layers(model)["lm_head"].values / 2
+        torch.testing.assert_close(summed, half)

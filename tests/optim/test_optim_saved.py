@@ -72,6 +72,32 @@ def test_a_run_continues_bit_for_bit_from_tensors_and_json(kind: str) -> None:
         assert torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_without_a_gradient_so_far_has_no_state(kind: str) -> None:
+    """Such as one of a part that no batch has reached yet."""
+    named, optimizer = build(kind)
+    reached = [named[0], named[2]]
+    train(reached, optimizer, range(3))
+    saved = saved_state(optimizer, named)
+    assert saved is not None
+    counts = {name: parameter.numel() for name, parameter in named}
+    check_saved(saved, counts)
+    tensors = {name: tensor.clone() for name, tensor in saved.tensors.items()}
+    facts = json.loads(json.dumps(saved.facts))
+    values = [parameter.detach().clone() for _, parameter in named]
+    train(named, optimizer, range(3, 6))
+    again, fresh = build(kind)
+    for (_, parameter), value in zip(again, values, strict=True):
+        parameter.data.copy_(value)
+    restore_state(fresh, again, SavedState(tensors, facts))
+    train(again, fresh, range(3, 6))
+    for (name, one), (_, other) in zip(named, again, strict=True):
+        assert torch.equal(one, other), name
+    for unstarted in [], ["layer.0.values"], ["other"], "layer.1.values":
+        with pytest.raises(UserError, match="optimizer state is damaged"):
+            check_saved(SavedState(tensors, {**facts, "unstarted": unstarted}), counts)
+
+
 def test_another_optimizer_or_other_parameters_are_refused() -> None:
     named, optimizer = build("torch")
     train(named, optimizer, range(1))

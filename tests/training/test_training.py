@@ -262,3 +262,26 @@ def test_a_checkpoint_holds_the_adapter_and_never_the_base(base: Path, tmp_path:
     assert config["base_model_name_or_path"] == str(base)
     model = load_adapter(load(base), tmp_path / "checkpoint-6")
     assert_same_layers(model, trainer.model)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+def test_no_gradient_of_the_input_is_formed_that_nobody_needs(
+    base: Path, tmp_path: Path, reentrant: bool
+) -> None:
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    trainer = trainer_for(
+        base,
+        tmp_path,
+        LiftConfig(approx_rank=8),
+        max_steps=2,
+        gradient_checkpointing=True,
+        **options,
+    )
+    seen = []
+    embedding = trainer.model.get_input_embeddings()
+    norm = trainer.model.model.layers[0].input_layernorm
+    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
+    trainer.train()
+    assert embedding.weight.requires_grad is False
+    assert any(seen) == reentrant
+    assert all(layer.values.abs().max() > 0 for layer in lift_layers(trainer.model).values())
