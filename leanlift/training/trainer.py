@@ -188,14 +188,12 @@ class LiftTrainer(TrainerOverrides):
         """What TRL shall have of ready rows; their report is kept."""
         if isinstance(rows, dict):
             return {key: self._unwrapped(part, key) for key, part in rows.items()}
-        if isinstance(rows, ImageRows):
-            return rows.data
         if isinstance(rows, TokenRows):
             self.length_reports[name] = rows.report
             if self._built:
                 self._check_positions(name)
             return rows.data
-        return rows
+        return rows.data if isinstance(rows, ImageRows) else rows
 
     def _check_positions(self, name: str) -> None:
         longest, what = self.length_reports[name].kept, f"the longest row of the {name} dataset"
