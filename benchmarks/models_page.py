@@ -15,7 +15,9 @@ from benchmarks.common import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 LONGEST = 220
-FROZEN = re.compile(r"frozen \S+ \([^)]+ weights\): a part that text does not reach ?")
+FROZEN = re.compile(
+    r"frozen \S+ \([^)]+ weights\): (?:beside the language model|a part that text does not reach) ?"
+)
 ALL_TRAINED = re.compile(r"Of the weights in the matrices of the blocks: 100\.0% trained [\w, ]*")
 HEAD = """# Supported models
 
@@ -24,6 +26,8 @@ What becomes of every causal language model that transformers {transformers} reg
 of each over NF4, its gradients against torch's own over dense weights, two steps of the trainer and
 its loss against the model's own, saved, loaded, merged, and the merge in stock transformers again;
 with a plan of it. `benchmarks/models_page.py` makes this page.
+
+All of it is over rows of text.
 
 - **ok**: everything agrees. **note**: likewise, and something is said, which stands in the table.
 - **refused**: one sentence, before anything is trained.

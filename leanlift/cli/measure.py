@@ -138,6 +138,11 @@ def _eval(options: argparse.Namespace) -> int:
         check_adapter_place(options.adapter)
     if options.model_name_or_path is not None:
         base_directory(options.model_name_or_path)
+    elif options.adapter is None and options.merged is not None:
+        raise UserError(
+            "--merged is measured beside others: give --model_name_or_path or --adapter too, or "
+            f"measure it alone with --model_name_or_path {options.merged}."
+        )
     elif options.adapter is None:
         raise UserError(
             "there is nothing to evaluate: give --model_name_or_path, --adapter, or both."

@@ -17,22 +17,27 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Image, IterableDataset, List
+from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from leanlift.data.pictures import IMAGES, apart, opened
 from leanlift.data.tokens import IGNORED
 from leanlift.errors import UserError, first_line
 from leanlift.rows.examples import ExampleReader
-from leanlift.rows.images import image_column, placeholders, with_placeholders
-from leanlift.rows.source import Row, as_dataset, plain_rows
+from leanlift.rows.images import placeholders, texts_of, with_placeholders
+from leanlift.rows.source import Row, plain_rows
 
 logger = logging.getLogger("leanlift")
 
-IMAGES = "images"
-
 TRIED = 16
-"""Rows that are put through the processor beforehand, spread evenly over all of them."""
+"""Rows that are put through the processor beforehand: half of them spread over all, by a step that
+falls in with no turns; the others those with the longest texts, and with the most images."""
+
+GOLDEN = (5**0.5 - 1) / 2
+
+PLACES = ("image_token", "boi_token", "fake_image_token", "image_placeholder_token")
+"""What processors call the token that stands for an image in a text."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,11 @@ def check_image_settings(sft: Any, format: Any) -> None:
     wrong = [name for name, found in problems.items() if found]
     if wrong:
         raise UserError(f"rows with images cannot be trained with {wrong[0]}: leave it out.")
+    if getattr(sft, "chat_template_path", None):
+        raise UserError(
+            "chat_template_path is a tokenizer's, and rows with images are put into the template "
+            "of the processor: leave it out, or put the template into the base's files."
+        )
 
 
 class Decoded:
@@ -122,7 +132,7 @@ class Decoded:
             lists = [self._listed(each) for each in batch[IMAGES]]
             before = made.get("prompt") or made.get("messages") or [""] * len(lists)
             made[IMAGES] = [
-                found if isinstance(turns, str) else found[: placeholders(turns)]
+                [opened(one) for one in found[: _wanted(turns)]]
                 for found, turns in zip(lists, before, strict=True)
             ]
         return made
@@ -131,6 +141,11 @@ class Decoded:
         if found is None:
             return []
         return [found] if self.single else list(found)
+
+
+def _wanted(turns: Any) -> int | None:
+    """How many of a row's images an example has places for; None: all of them."""
+    return None if isinstance(turns, str) else placeholders(turns)
 
 
 def image_rows(rows: Any, processor: Any, name: str, how: Any) -> ImageRows:
@@ -151,10 +166,10 @@ def image_rows(rows: Any, processor: Any, name: str, how: Any) -> ImageRows:
             f"the {name} dataset is a stream with images, which have to be looked at before: give "
             "it as a Dataset."
         )
-    texts, pictures = _apart(rows, name)
+    texts, pictures = apart(rows, name)
     whole = how.completion_only is False
     reader = ExampleReader(name, texts.column_names, how.chat, how.text_field, whole, images=True)
-    numbers, examples = _examples(texts, reader, pictures.counts, how)
+    numbers, examples = _examples(texts, reader, pictures.counts, how, places_of(processor))
     made = Dataset.from_dict(
         {key: [json.dumps(each[key]) for each in examples] for key in examples[0]}
     )
@@ -166,11 +181,12 @@ def image_rows(rows: Any, processor: Any, name: str, how: Any) -> ImageRows:
     lines = reader.lines(len(texts))
     if lines:
         logger.warning("%s: %s.", name, "; ".join(lines))
-    return _tried(data, numbers, processor, name, whole)
+    lengths = [len(json.dumps(each)) for each in examples]
+    return _tried(data, numbers, tried(lengths, pictures.counts, numbers), processor, name, whole)
 
 
 def _examples(
-    texts: Dataset, reader: ExampleReader, counts: list[int], how: Any
+    texts: Dataset, reader: ExampleReader, counts: list[int], how: Any, places: tuple[str, ...]
 ) -> tuple[list[int], list[Row]]:
     """The rows' numbers and examples."""
     if reader.shape.required == (how.text_field,):
@@ -184,8 +200,10 @@ def _examples(
         made = [_finished(one, counts[number], how, reader, number) for one in reader(row, number)]
         turns = made[-1].get("prompt", made[-1].get("messages")) if made else ""
         if isinstance(turns, list) and placeholders(turns) != counts[number]:
-            places = placeholders(turns)
-            reader.refuse(number, f"{counts[number]} images, and {places} places for them")
+            there = placeholders(turns)
+            reader.refuse(number, f"{counts[number]} images, and {there} places for them")
+        for one in made:
+            _check_places(one, counts[number], places, reader, number)
         numbers += [number] * len(made)
         examples += made
     if not examples:
@@ -193,6 +211,32 @@ def _examples(
     if len({tuple(each) for each in examples}) > 1:
         reader.refuse(0, "another form than others: expected all of them in one")
     return numbers, examples
+
+
+def places_of(processor: Any) -> tuple[str, ...]:
+    """The tokens that may stand for an image in a text."""
+    found = (getattr(processor, name, None) for name in PLACES)
+    return tuple(dict.fromkeys(str(token) for token in found if token))
+
+
+def _check_places(
+    example: Row, count: int, places: tuple[str, ...], reader: ExampleReader, number: int
+) -> None:
+    """Refuse a token for an image where no image is meant, or none where one is."""
+    if not places:
+        return
+    plain = isinstance(example.get("prompt"), str)
+    if plain and not any(example["prompt"].count(token) == count for token in places):
+        there = max(example["prompt"].count(token) for token in places)
+        reader.refuse(number, f"{count} images, and {there} times {places[0]} in its prompt")
+    texts = [example["completion"]] if plain else texts_of(example)
+    wrong = next((token for token in places for text in texts if token in text), None)
+    if wrong is not None:
+        reader.refuse(
+            number,
+            f"{wrong} in a text, which stands for an image: expected a part "
+            '{"type": "image"} for it, or nothing, which puts images first',
+        )
 
 
 def _finished(example: Row, count: int, how: Any, reader: ExampleReader, number: int) -> Row:
@@ -213,85 +257,44 @@ def _finished(example: Row, count: int, how: Any, reader: ExampleReader, number:
     }
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """The images of rows: a dataset of one column, whether each is one image or a list of them, and
-    how many each row has."""
+def tried(lengths: list[int], counts: list[int], numbers: list[int]) -> list[int]:
+    """Which examples are put through the processor.
 
-    data: Dataset
-    single: bool
-    counts: list[int]
-
-
-def _apart(rows: Any, name: str) -> tuple[Dataset, _Pictures]:
-    """Rows without their images, and these."""
-    if isinstance(rows, (list, tuple)):
-        column = image_column({key for row in rows for key in row}) or IMAGES
-        texts = as_dataset({k: v for k, v in row.items() if k != column} for row in rows)
-        return texts, _encoded([row.get(column) for row in rows], name)
-    column = image_column(rows.column_names) or IMAGES
-    texts, feature = rows.remove_columns(column), rows.features[column]
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    if not _holds_images(feature) and not _holds_images(inner):
-        return texts, _encoded(list(rows[column]), name)
-    alone = rows.with_format(None).select_columns(column).rename_columns({column: IMAGES})
-    kind = Image() if _holds_images(feature) else List(Image())
-    return texts, _counted(alone.cast_column(IMAGES, kind), name)
+    Args:
+        lengths: of each example's text.
+        counts: images of each row.
+        numbers: the row of each example.
+    """
+    every = range(len(lengths))
+    if len(lengths) <= TRIED:
+        return list(every)
+    spread = [int(len(lengths) * (n * GOLDEN % 1)) for n in range(TRIED // 2)]
+    longest = sorted(every, key=lambda at: -lengths[at])[: TRIED // 4]
+    fullest = sorted(every, key=lambda at: (-counts[numbers[at]], -lengths[at]))[: TRIED // 4]
+    return sorted({*spread, *longest, *fullest})
 
 
-def _holds_images(feature: Any) -> bool:
-    """Whether a column is of images, or of what `datasets` stores them as."""
-    return isinstance(feature, Image) or (
-        isinstance(feature, dict) and {"bytes", "path"} == set(feature)
-    )
-
-
-def _encoded(values: list[Any], name: str) -> _Pictures:
-    """Images that were given as paths or as they are."""
-    lists = [[] if v is None else list(v) if isinstance(v, (list, tuple)) else [v] for v in values]
-    try:
-        made = Dataset.from_dict({IMAGES: lists}, features=Features({IMAGES: List(Image())}))
-    except Exception as error:  # pyarrow and each kind of object fail in their own way
-        raise UserError(
-            f"the {name} dataset has something else than images in its column of images: expected "
-            f"paths of files, or images ({first_line(error)})."
-        ) from error
-    return _counted(made, name)
-
-
-def _counted(data: Dataset, name: str) -> _Pictures:
-    """Counts, and looks for the files that are named."""
-    single = isinstance(data.features[IMAGES], Image)
-    counts: list[int] = []
-    for chunk in data.with_format("arrow")[:].column(IMAGES).chunks:
-        held = chunk if single else chunk.flatten()
-        if single:
-            counts += [int(there) for there in chunk.is_valid().to_pylist()]
-        else:
-            counts += [count or 0 for count in chunk.value_lengths().to_pylist()]
-        without = held.filter(held.field("bytes").is_null())
-        for path in without.field("path").to_pylist():
-            if path is not None and not Path(path).is_file():
-                raise UserError(
-                    f"the {name} dataset names the image {path:.200}, which is no file on this "
-                    "machine: expected a path from the directory of the rows' file, or a whole one."
-                )
-    return _Pictures(data, single, counts)
-
-
-def _tried(data: Dataset, numbers: list[int], processor: Any, name: str, whole: bool) -> ImageRows:
+def _tried(
+    data: Dataset, numbers: list[int], which: list[int], processor: Any, name: str, whole: bool
+) -> ImageRows:
     """Some of the examples, put through the processor as TRL will put them.
 
     Raises:
         UserError: one cannot be, or none of them trains anything.
     """
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=not whole)
-    every = -(-len(data) // TRIED)
     lengths, trained = [], 0
-    for at in range(0, len(data), every):
+    for at in which:
         try:
             batch = collate([data[at]])
+        except UserError as error:
+            raise UserError(f"row {numbers[at]} of the {name} dataset: {error}") from error
         except Exception as error:  # a template or an image may be anything
+            if not whole and not _takes_text_alone(processor):
+                raise UserError(
+                    f"the model's {type(processor).__name__} takes no text without an image, and "
+                    "TRL gives it answers alone: this model is trained on rows of text only."
+                ) from error
             raise UserError(
                 f"row {numbers[at]} of the {name} dataset cannot be put through the model's "
                 f"{type(processor).__name__}: {first_line(error)}"
@@ -301,3 +304,12 @@ def _tried(data: Dataset, numbers: list[int], processor: Any, name: str, whole: 
     if not trained:
         raise UserError(f"none of the {name} rows that were tried has a token to train on.")
     return ImageRows(data, max(lengths), len(lengths))
+
+
+def _takes_text_alone(processor: Any) -> bool:
+    """Whether a processor takes a text without images, as TRL gives it an answer."""
+    try:
+        processor(text=["a"])
+    except Exception:  # whatever it is, it does not
+        return False
+    return True

@@ -37,6 +37,7 @@ class RowsForTraining:
         ends: end tokens of the base's generation config.
         format: a function that makes a text of a row, as TRL's `formatting_func`.
         processor: of images, which rows may have then.
+        sees: whether the model takes images, so that rows of text beside it are another kind.
 
     Raises:
         UserError: settings that exclude each other, or that the tokenizer cannot have.
@@ -50,6 +51,7 @@ class RowsForTraining:
         ends: Any = None,
         format: Callable[[Row], str] | None = None,
         processor: Any = None,
+        sees: bool = False,
     ) -> None:
         check_row_settings(sft)
         if format is not None and sft.completion_only_loss:
@@ -61,7 +63,13 @@ class RowsForTraining:
         how = Tokenization.of(tokenizer, sft, embedding, ends)
         self.how = how if format is None else replace(how, text_field="text")
         self.sft, self.format, self.processor = sft, format, processor
+        self._sees = sees or processor is not None
         self._with_images: bool | None = None
+
+    @property
+    def images(self) -> bool:
+        """Whether rows with images can be among these."""
+        return self.processor is not None
 
     def train(self, rows: Any) -> Any:
         """Rows to train on; see `__call__`."""
@@ -104,7 +112,7 @@ class RowsForTraining:
         Raises:
             UserError: it has both.
         """
-        found = self.processor is not None and has_images(rows)
+        found = self._sees and has_images(rows)
         before, self._with_images = self._with_images, found
         if before not in (None, found):
             raise UserError(

@@ -123,6 +123,6 @@ def _weights(module: Any) -> int:
 def towers_lines(towers: Mapping[str, int]) -> list[str]:
     """What is said of them beside the table of what is trained."""
     return [
-        f"  frozen   {name} ({count(weights)} weights): a part that text does not reach"
+        f"  frozen   {name} ({count(weights)} weights): beside the language model"
         for name, weights in towers.items()
     ]

@@ -78,7 +78,8 @@ def embedding_to_cpu(model: Any) -> None:
     held: nn.Module = embedding.storage if isinstance(embedding, FrozenEmbedding) else embedding
     dtype = embedding.dtype if isinstance(embedding, FrozenEmbedding) else embedding.weight.dtype
     scale = embed_scale(embedding)
-    held.cpu()
+    if any(tensor.device.type != "cpu" for tensor in (*held.parameters(), *held.buffers())):
+        held.cpu()
     if is_quantized(held):
         weight_tensors(held)  # reading them once brings the scales along, and frees the old ones
     model.set_submodule(name, FrozenEmbedding(held, embedding_rows, dtype, True, scale))

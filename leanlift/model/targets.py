@@ -7,7 +7,7 @@ never a target; blocks that text does not go through (`blocks`) are one only whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -281,13 +281,7 @@ def what_is_left(
     names = named_parts(model)
     language = inside_language(names)
     if wanted not in TARGET_PRESETS:
-        beyond = [name for name in found if name not in language]
-        return (
-            f"Rows of text give {len(beyond)} of the matrices named no gradient, such as "
-            f"{beyond[0]}: they are in a part that text does not reach."
-            if beyond
-            else None
-        )
+        return beyond_text(model, found)
     inside = [name for name in _without(inside_blocks(names), excluded, "")
               if name in language and in_preset(names, name, str(wanted))]  # fmt: skip
     left, towers = untrained(names, inside, found), other_towers(names)
@@ -310,6 +304,18 @@ def what_is_left(
     lines = [f"  {part:6.1%}  {text}" for part, text in rows]
     return "\n".join(
         ["Of the weights in the matrices of the blocks:", *lines, *towers_lines(towers)]
+    )
+
+
+def beyond_text(model: nn.Module, found: Iterable[str]) -> str | None:
+    """What is said of trained matrices that text does not reach; None: there is none."""
+    language = inside_language(named_parts(model))
+    beyond = [name for name in found if name not in language]
+    if not beyond:
+        return None
+    return (
+        f"Rows of text give {len(beyond)} of the matrices named no gradient, such as "
+        f"{beyond[0]}: they are in a part that text does not reach."
     )
 
 

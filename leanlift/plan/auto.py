@@ -81,6 +81,31 @@ def auto_class_with(config: Any, name: str, modules: Iterable[str]) -> Any:
     return plain if known.issuperset(modules) else seeing
 
 
+def parts_left_out(config: Any, name: str, model: nn.Module) -> set[str]:
+    """What the modules and tensors beside the language model are called, of a kind that was loaded
+    as its text part alone; none where a model is the whole of its checkpoint.
+
+    Args:
+        config: of the checkpoint.
+        name: of the base, for messages.
+        model: what was loaded of it.
+    """
+    whole = auto_class(config, name, images=True)
+    made = classes_of(IMAGES).get(config.model_type)
+    if whole is auto_class(config, name) or type(model).__name__ == made:
+        return set()
+    with torch.device("meta"):
+        seeing: nn.Module = whole.from_config(config)
+    embedding = seeing.get_input_embeddings()  # type: ignore[operator]
+    path = next(each for each, module in seeing.named_modules() if module is embedding).split(".")
+    beside: set[str] = set()
+    for depth in range(len(path)):
+        parent = seeing.get_submodule(".".join(path[:depth]))
+        beside |= {key for key, _ in parent.named_children()} - {path[depth]}
+        beside |= {key for key, _ in parent.named_parameters(recurse=False)}
+    return beside.difference(*(key.split(".") for key, _ in model.named_modules()))
+
+
 def _name(config: Any, images: bool) -> str | None:
     own = getattr(config, "auto_map", None)
     return auto_class_name({"model_type": config.model_type, "auto_map": own}, images)

@@ -28,6 +28,8 @@ from leanlift.source import stored_quantization, without_mxfp4
 from leanlift.weights.quantized import WeightFormat
 from leanlift.weights.stored import requested_format
 
+NOT_COUNTED = "what the part that sees keeps of its images is not counted."
+
 
 def plan_memory(
     model: str | Path,
@@ -64,7 +66,7 @@ def plan_memory(
     if loaded is not None:
         plan.notes.append(loaded)
     if images:
-        plan.notes.append("what the part that sees keeps of its images is not counted.")
+        plan.notes.append(NOT_COUNTED)
     return plan
 
 

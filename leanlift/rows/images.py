@@ -26,6 +26,35 @@ def with_places(rows: Iterable[Row], directory: Path) -> Iterator[Row]:
         yield row if column is None else {**row, column: _placed(row[column], directory)}
 
 
+def stored_with_places(rows: Any, directory: Path) -> Any:
+    """A `Dataset` of a file, likewise; a column that holds images themselves stays as it is."""
+    column = image_column(rows.column_names)
+    if column is None:
+        return rows
+    held = rows.with_format("arrow")[:].column(column)
+    if not all(map(_names_files, held.chunks)):
+        return rows
+    placed = [_placed(_path(value), directory) for value in held.to_pylist()]
+    return rows.remove_columns(column).add_column(column, placed)
+
+
+def _names_files(values: Any) -> bool:
+    """Whether an array of Arrow's is of paths, or lists of them, and of no bytes."""
+    while "list" in str(values.type).split("<")[0]:
+        values = values.flatten()
+    kind = str(values.type)
+    if kind.startswith("struct<") and {"bytes", "path"} == {field.name for field in values.type}:
+        return bool(values.field("bytes").null_count == len(values))
+    return kind in ("string", "large_string")
+
+
+def _path(value: Any) -> Any:
+    """What Arrow holds of an image in a file, as JSON has it."""
+    if isinstance(value, list):
+        return [_path(each) for each in value]
+    return value["path"] if isinstance(value, dict) else value
+
+
 def _placed(value: Any, directory: Path) -> Any:
     if isinstance(value, list):
         return [_placed(each, directory) for each in value]
@@ -60,6 +89,15 @@ def with_placeholders(turns: list[Row], count: int) -> list[Row]:
             missing = 0
         made.append(turn)
     return made
+
+
+def texts_of(example: Row) -> list[str]:
+    """The texts in the turns of a chat's prompt, completion or messages."""
+    turns = [turn for held in example.values() if isinstance(held, list) for turn in held]
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    parts = [part for each in contents if isinstance(each, list) for part in each]
+    texts = [part.get("text") for part in parts] + contents
+    return [text for text in texts if isinstance(text, str)]
 
 
 def text_alone(row: Row) -> Row:

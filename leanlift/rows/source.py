@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanlift.errors import UserError, first_line
-from leanlift.rows.images import with_places
+from leanlift.rows.images import stored_with_places, with_places
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,6 +50,7 @@ def load_rows(source: str, split: str = "train", name: str = "train") -> Dataset
             rows = as_dataset(with_places(read_json_rows(path), path.parent))
         elif kind:
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+            rows = stored_with_places(rows, path.parent)
         else:
             rows = datasets.load_dataset(source, split=split)
     except UserError:

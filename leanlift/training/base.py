@@ -20,7 +20,7 @@ from leanlift.errors import UserError, first_line
 from leanlift.io.hub import cached_commit, check_name
 from leanlift.io.places import base_directory
 from leanlift.measure import is_out_of_memory
-from leanlift.plan.auto import auto_class, auto_class_with
+from leanlift.plan.auto import auto_class, auto_class_with, parts_left_out
 from leanlift.source import open_checkpoint, stored_quantization
 from leanlift.training.arguments import RunArguments
 from leanlift.training.experts import load_in_few_bits, load_with_experts_as_stored
@@ -86,7 +86,8 @@ def load_model(
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
-    check_read_whole({**found, "mismatched_keys": _other_shapes(model, found)}, name)
+    found = {**found, "mismatched_keys": _other_shapes(model, found)}
+    check_read_whole(_of_what_is_loaded(found, config, name, model), name)
     for path, module in model.named_modules():
         if is_quantized(module):
             frozen_weight(module, path)  # has the shape that it should have, and can be read
@@ -114,7 +115,7 @@ def check_loads(directory: Path) -> None:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         if "auto_map" in config.to_dict():
             return
-        _, found = auto_class(config, str(directory)).from_pretrained(
+        model, found = auto_class(config, str(directory)).from_pretrained(
             directory,
             config=config,
             device_map="meta",
@@ -126,7 +127,7 @@ def check_loads(directory: Path) -> None:
         raise
     except Exception as error:
         raise UserError(f"the base {directory} cannot be loaded: {first_line(error)}") from error
-    check_read_whole(found, str(directory))
+    check_read_whole(_of_what_is_loaded(found, config, str(directory), model), str(directory))
 
 
 def check_base_place(args: RunArguments) -> None:
@@ -176,6 +177,16 @@ def _other_shapes(model: Any, found: dict[str, Any]) -> set[Any]:
         name = next(n for n, parameter in model.named_parameters() if parameter is weight)
         mismatched.add((name, weight.shape, (expected, *weight.shape[1:])))
     return mismatched
+
+
+def _of_what_is_loaded(found: dict[str, Any], config: Any, name: str, model: Any) -> dict[str, Any]:
+    """Loading info without the tensors of parts that a text part alone has no place for."""
+    unexpected = found.get("unexpected_keys", ())
+    if not unexpected:
+        return found
+    left_out = parts_left_out(config, name, model)
+    left = [key for key in unexpected if left_out.isdisjoint(str(key).split("."))]
+    return {**found, "unexpected_keys": left}
 
 
 def check_read_whole(found: dict[str, Any], name: str) -> None:

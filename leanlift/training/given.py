@@ -126,9 +126,10 @@ def as_sft_config(args: Any) -> SFTConfig:
     return SFTConfig(**{**args.to_dict(), "hub_token": args.hub_token})
 
 
-def processing_of(given: Any, model: Any, images: bool) -> tuple[Any, Any]:
-    """What TRL shall have for a processing class, and the same where it is the processor of rows
-    with images; None: they have none, or are for a model of text, which takes no notice of them.
+def processing_of(given: Any, model: Any, images: bool) -> tuple[Any, Any, bool]:
+    """What TRL shall have for a processing class; the same where it is the processor of rows with
+    images (None: they have none, or are for a model of text, which takes no notice of them); and
+    whether the model takes more than text.
 
     Args:
         given: by the user; None: that of the base.
@@ -138,7 +139,8 @@ def processing_of(given: Any, model: Any, images: bool) -> tuple[Any, Any]:
     Raises:
         UserError: they do, the model sees, and what was given is no processor.
     """
-    images = images and how_loaded(model.config, True) is not None
+    more_than_text = how_loaded(model.config, True) is not None
+    images = images and more_than_text
     base = model.leanlift.base
     if given is None:
         given = (load_processor if images else load_tokenizer)(base.name, revision=base.revision)
@@ -147,4 +149,4 @@ def processing_of(given: Any, model: Any, images: bool) -> tuple[Any, Any]:
             "the rows have images, and the processing_class is no processor of images: give "
             "AutoProcessor.from_pretrained(…) of the base."
         )
-    return given, given if images else None
+    return given, given if images else None, more_than_text

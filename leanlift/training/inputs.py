@@ -58,8 +58,9 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     if args.eval_dataset_name:
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
     base, revision = args.model_name_or_path, args.model_revision
-    processor = None
-    if has_images(rows) and takes_images(base, revision, sft.trust_remote_code):
+    processor, images = None, (has_images(rows), has_images(eval_rows))
+    sees = any(images) and takes_images(base, revision, sft.trust_remote_code)
+    if sees and images[0]:
         processor = load_processor(base, sft.trust_remote_code, revision)
         tokenizer = tokenizer_of(processor)
     else:
@@ -68,7 +69,9 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     needed = None if embedding is None else rows_for_template(tokenizer, sft, embedding)
     _check_tokens(args, needed or embedding)
     ends = end_tokens(base, revision)
-    ready = RowsForTraining(tokenizer, sft, needed or embedding, ends, processor=processor)
+    ready = RowsForTraining(
+        tokenizer, sft, needed or embedding, ends, processor=processor, sees=sees
+    )
     return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed, processor)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from leanlift.errors import UserError
 from leanlift.export import ONTO
 from leanlift.plan import MemoryPlan
+from leanlift.plan.base import NOT_COUNTED
 from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
 from leanlift.training.base import check_base_place, quantization
 from leanlift.training.batches import Batches, worst_batches
@@ -24,6 +26,8 @@ from leanlift.training.room import check_room, check_writable
 from leanlift.training.screens import Screen
 from leanlift.training.told import first_row_of
 from leanlift.weights.quantized import dtype_of
+
+logger = logging.getLogger("leanlift")
 
 
 @dataclass
@@ -105,5 +109,7 @@ def look_at_input(
     if plan is not None:
         with job.screen.phase("Planning the memory"):
             job.plan = plan(job.worst)
+        if job.plan is not None and job.worst.images:
+            logger.warning("In this plan %s", NOT_COUNTED)
     check_room(args, sft, job.plan, ready.data, job.output, card_nbytes(job.cuda))
     return ready, told, None if found is None else str(found.path)

@@ -28,8 +28,9 @@ from torch import Tensor
 from leanlift.errors import UserError, first_line
 from leanlift.layers import LiftLinear, TiedHead
 from leanlift.layers.lm_head import Finish, Objective, head_loss, next_tokens, whole_cost
-from leanlift.model import output_head
+from leanlift.model import lift_layers, output_head
 from leanlift.model.hidden import base_of, few_ids
+from leanlift.model.targets import beyond_text
 from leanlift.plan.loss import token_types_wanted
 from leanlift.training.own_loss import IGNORED, compared
 
@@ -236,9 +237,18 @@ def objective_of(args: Any) -> Objective:
 
 
 def rehearse(
-    model: Any, loss: TrainingLoss, autocast: AbstractContextManager[Any] | None = None
+    model: Any,
+    loss: TrainingLoss,
+    autocast: AbstractContextManager[Any] | None = None,
+    images: bool = False,
 ) -> tuple[str, ...]:
     """Take the loss of a few tokens as training will, in training mode and with a mask.
+
+    Args:
+        model: attached.
+        loss: what is trained on.
+        autocast: what training runs under.
+        images: whether rows have some: they reach more than these tokens do.
 
     Returns:
         The `TOKEN_TYPES` that the model wants to have.
@@ -269,7 +279,10 @@ def rehearse(
     finally:
         model.train(was_training)
         loss.last = None
-    if not reached:
+    if not reached and not images:
+        beyond = beyond_text(model, lift_layers(model))
+        if beyond is not None:
+            raise UserError(f"{beyond} Name others, or train on rows with images.")
         raise UserError(
             f"the loss of this {type(model).__name__} does not depend on what is trained in a way "
             "that autograd could follow: its blocks are run as one operation over frozen inputs, "

@@ -21,6 +21,7 @@ from trl import SFTConfig
 from leanlift.data.dataset import TokenRows
 from leanlift.data.images import ImageRows
 from leanlift.data.lengths import LengthReport
+from leanlift.data.pictures import naming_collator
 from leanlift.data.positions import check_positions
 from leanlift.data.ready import Rows, RowsForTraining, has_images
 from leanlift.data.tokenizer import tell_model, tokenizer_of
@@ -128,7 +129,7 @@ class LiftTrainer(TrainerOverrides):
         )
         self._built = False
         processing_class = self._tokenize_with(processing_class, model, args, kwargs, train_dataset)
-        with rows_done(args, images=self._rows.processor is not None):
+        with rows_done(args, images=self._rows.images):
             super().__init__(
                 model=model,
                 args=args,
@@ -137,6 +138,7 @@ class LiftTrainer(TrainerOverrides):
                 processing_class=processing_class,
                 **kwargs,
             )
+        self.data_collator: Any = naming_collator(self.data_collator, self._rows.images)
         self._built = True
         for name in self.length_reports:
             self._check_positions(name)
@@ -147,12 +149,12 @@ class LiftTrainer(TrainerOverrides):
         self, processing_class: Any, model: Any, args: SFTConfig, given: dict[str, Any], rows: Any
     ) -> Any:
         """Set up how rows become tokens; what TRL shall have for a processing class."""
-        processing_class, processor = processing_of(processing_class, model, has_images(rows))
+        processing_class, processor, sees = processing_of(processing_class, model, has_images(rows))
         tokenizer = tokenizer_of(processing_class)
         ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
         function = given.pop("formatting_func", None)
         size = embedding_size(model)
-        self._rows = RowsForTraining(tokenizer, args, size, ends, function, processor)
+        self._rows = RowsForTraining(tokenizer, args, size, ends, function, processor, sees)
         tell_model(model, tokenizer, args)
         return processing_class
 
@@ -162,9 +164,9 @@ class LiftTrainer(TrainerOverrides):
             self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
         )
         if self._loss is not None:
-            types = rehearse(self.model, self._loss, self.accelerator.autocast())
+            types = rehearse(self.model, self._loss, self.accelerator.autocast(), self._rows.images)
             self.count_next_tokens()
-            self.data_collator: Any = MarkTrained(self.data_collator, types)
+            self.data_collator = MarkTrained(self.data_collator, types)
         self._last_finite = torch.zeros((), device=self.args.device)
         self._smooths_log = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = False
@@ -186,14 +188,12 @@ class LiftTrainer(TrainerOverrides):
         """What TRL shall have of ready rows; their report is kept."""
         if isinstance(rows, dict):
             return {key: self._unwrapped(part, key) for key, part in rows.items()}
-        if isinstance(rows, ImageRows):
-            return rows.data
         if isinstance(rows, TokenRows):
             self.length_reports[name] = rows.report
             if self._built:
                 self._check_positions(name)
             return rows.data
-        return rows
+        return rows.data if isinstance(rows, ImageRows) else rows
 
     def _check_positions(self, name: str) -> None:
         longest, what = self.length_reports[name].kept, f"the longest row of the {name} dataset"
@@ -291,9 +291,8 @@ class LiftTrainer(TrainerOverrides):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Our own loss, but where only TRL's way will do: a loss function of the user's, or the
-        auxiliary loss of a router. Outputs, where they are asked for, take a second forward pass,
-        as TRL's do."""
+        """Our own loss, but under a loss function of the user's or the auxiliary loss of a router,
+        which is TRL's. Outputs, where they are asked for, take a second forward pass, as there."""
         if self._loss is None or "shift_labels" in inputs:
             if isinstance(model.get_output_embeddings(), FrozenHead):
                 raise UserError(

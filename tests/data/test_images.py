@@ -32,15 +32,15 @@ def test_pictures_are_not_passed_over_where_text_is_measured_or_proposed_for(
 
 @pytest.mark.thorough
 def test_pictures_are_trained_on_from_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A dry run: rows are read, put through the processor, planned and found a place."""
     base, data = make_seeing(tmp_path / "base", "gemma3"), rows_with_pictures(tmp_path / "rows")
     flags = ["--use_cpu", "true", "--bf16", "false", "--dtype", "float32", "--dry_run"]
     places = ["--model_name_or_path", str(base), "--dataset_name", str(data)]
     assert main(["train", *places, "--output_dir", str(tmp_path / "run"), *flags]) == 0
-    said = capsys.readouterr().out
-    assert "all 14 trained matrices have a place" in said
+    assert "all 14 trained matrices have a place" in capsys.readouterr().out
+    assert "keeps of its images is not counted" in caplog.text
 
 
 def test_paths_are_meant_from_the_directory_of_their_file(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_mistakes(
         return complaint(capsys, "eval", "--data", str(data), *argv)
 
     assert "nothing to evaluate" in refused()
+    assert "--merged is measured beside others" in refused("--merged", "M")
     model = ("--model_name_or_path", str(base))
     assert "exclude each other" in refused(*model, "--load_in_4bit", "--load_in_8bit")
     assert "expected a dtype" in refused(*model, "--dtype", "int3")

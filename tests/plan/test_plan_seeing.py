@@ -46,3 +46,14 @@ def test_a_step_over_text_needs_what_was_planned(kind: str, tmp_path: Path) -> N
     assert abs(planned.phases["train"] / memory.peak - 1) <= 0.05
     whole = "text part" if kind == "qwen3_5" else "the rest is frozen"
     assert whole in " ".join(planned.notes)
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+def test_an_embedding_that_is_on_the_cpu_is_planned(cuda: bool, tmp_path: Path) -> None:
+    path = make_seeing(tmp_path / "base", "llava")
+    plain, moved = (
+        plan_memory(path, CONFIG, PlanSettings(cuda=cuda, dtype="bfloat16", embedding_on_cpu=moves))
+        for moves in (False, True)
+    )
+    embeddings = [plan.categories["embeddings and head"] for plan in (plain, moved)]
+    assert (embeddings[1] < embeddings[0]) == cuda

@@ -241,7 +241,7 @@ def test_rows_with_pictures_that_cannot_be_meant(
     refused("an image in an answer", {**good, "messages": [CHAT[0], {
         "role": "assistant", "content": [{"type": "image"}]}]})  # fmt: skip
     refused("tools or chat_template_kwargs", {**good, "tools": [{"type": "function"}]})
-    refused("cannot be put through", {"image": "0.png", "prompt": "no place", "completion": "b"})
+    refused("0 times <image>", {"image": "0.png", "prompt": "no place", "completion": "b"})
     refused("trained with packing", good, packing=True)
     refused("trained with padding_free", good, padding_free=True, max_length=None)
     refused("assistant_only_loss", good, assistant_only_loss=True)
@@ -249,6 +249,17 @@ def test_rows_with_pictures_that_cannot_be_meant(
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"messages": CHAT}) + "\n")
     refused("eval dataset has no images", good, args={"eval_dataset_name": str(texts)})
+    pictures = tmp_path / "pictures.jsonl"
+    pictures.write_text(json.dumps(good) + "\n")
+    plain = {"prompt": "a", "completion": "b"}
+    refused("eval dataset has images", plain, args={"eval_dataset_name": str(pictures)})
+    refused("chat_template_path", good, chat_template_path=str(base))
+    refused("<image> in a text", good, {**good, "messages": [
+        {"role": "user", "content": "<image>q"}, CHAT[1]]})  # fmt: skip
+    refused("<image> in a text", {**good, "messages": [CHAT[0], {
+        "role": "assistant", "content": "<image>"}]})  # fmt: skip
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:400])
+    refused(r"cut\.png, which cannot be read", *[good] * 40, {**good, "images": ["cut.png"]})
     (base / "processor_config.json").unlink()
     refused("the processor of .* cannot be loaded|no processor of images", good)
     monkeypatch.setattr("leanlift.data.images.find_spec", lambda name: None)
