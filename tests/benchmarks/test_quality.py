@@ -118,6 +118,7 @@ def test_the_whole_table_is_made_once_and_shown(
     assert (tmp_path / "tiny_skills_headline.png").is_file()
 
 
+@pytest.mark.thorough
 def test_a_sweep_goes_on_where_the_best_is_at_an_end(
     domain, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

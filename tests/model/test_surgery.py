@@ -95,7 +95,7 @@ def _look(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", swept(FORMATS, "nf4+double", "dense"))
+@pytest.mark.parametrize("kind", swept(FORMATS, "nf4+double"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_has_the_modules_of_what_attaches(
     checkpoints: dict[str, Path], family: str, kind: str, way: str

@@ -211,6 +211,7 @@ def test_running_out_of_memory_says_where_and_what_helps(
     assert "checkpoint-2" in message
 
 
+@pytest.mark.thorough
 def test_out_of_memory_names_what_would_fit_the_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
