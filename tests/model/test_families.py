@@ -33,7 +33,7 @@ FAMILIES: dict[str, str] = {
     "zamba": "note",  # blocks that are gone through several times
 }
 """What is found, by family; nothing where it depends on how experts are held."""
-CHEAP = ("falcon", "camembert")
+CHEAP = ("camembert",)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the families' own code

@@ -107,7 +107,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-USUAL = ("bf16 values", "gemma2", "experts")
+USUAL = ("bf16 values", "experts")
 
 
 @pytest.mark.parametrize("case", swept(CASES, *USUAL))

@@ -48,6 +48,7 @@ def test_what_is_evaluated_by_default_is_what_a_run_evaluates(
     assert run.phases["evaluate"] > 0
 
 
+@pytest.mark.thorough
 def test_a_default_run_needs_what_the_default_plan_says(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
