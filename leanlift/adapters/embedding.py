@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from leanlift.errors import UserError
+from leanlift.fingerprint import BaseFingerprint
 from leanlift.io.bounded import is_module_name, is_shape
 
 
@@ -37,3 +38,11 @@ class TrainedEmbedding:
             raise UserError(f"expected an embedding and its shape, got {data!r:.80}.")
         m, n = data["shape"]
         return cls(data["module"], (m, n))
+
+
+def all_shapes(
+    base: BaseFingerprint, embedding: TrainedEmbedding | None
+) -> dict[str, tuple[int, int]]:
+    """Of all that an adapter trains, name -> (m, n): matrices of its base, and an embedding."""
+    own = {} if embedding is None else {embedding.module: embedding.shape}
+    return {**base.shapes, **own}

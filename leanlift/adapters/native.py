@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from leanlift._version import __version__
-from leanlift.adapters.embedding import TrainedEmbedding
+from leanlift.adapters.embedding import TrainedEmbedding, all_shapes
 from leanlift.adapters.offsets import Adapter
 from leanlift.adapters.special import SpecialTokens
 from leanlift.adapters.task import Task
@@ -51,12 +51,6 @@ class AdapterMetadata:
     grown: Grown | None = None
     task: Task | None = None
     embedding: TrainedEmbedding | None = None
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of all that is trained, name -> (m, n)."""
-        own = {} if self.embedding is None else {self.embedding.module: self.embedding.shape}
-        return {**self.base.shapes, **own}
 
     @property
     def version(self) -> int:
@@ -197,7 +191,7 @@ def read_native(directory: Path, data: dict[str, Any], tensors: TensorFile) -> A
         UserError: a damaged config, or tensors that it does not name.
     """
     metadata = AdapterMetadata.from_dict(data, directory / CONFIG_NAME)
-    shapes = metadata.shapes
+    shapes = all_shapes(metadata.base, metadata.embedding)
     prefixes = {p for name in shapes for p in (name, name + RETIRED)}
     for key in tensors.names:
         if not any(key.endswith(f".{p}") and key[: -len(p) - 1] in prefixes for p in PARTS):

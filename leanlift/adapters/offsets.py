@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from leanlift.adapters.embedding import TrainedEmbedding
+from leanlift.adapters.embedding import TrainedEmbedding, all_shapes
 from leanlift.adapters.special import SpecialTokens
 from leanlift.adapters.task import Task
 from leanlift.config import LiftConfig
@@ -46,8 +46,7 @@ class Adapter:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Of all that is trained, name -> (m, n): the matrices, and an embedding."""
-        own = {} if self.embedding is None else {self.embedding.module: self.embedding.shape}
-        return {**self.base.shapes, **own}
+        return all_shapes(self.base, self.embedding)
 
     def layer(self, name: str) -> LayerOffsets:
         """The offsets of one module, on the CPU.

@@ -32,6 +32,20 @@ def embedding_name(model: Any) -> str:
     return next(name for name, module in model.named_modules() if module is embedding)
 
 
+def check_token_ids(ids: tuple[int, ...], rows: int) -> None:
+    """Refuse tokens that an embedding of so many rows has not.
+
+    Raises:
+        MaskError: there are some.
+    """
+    largest = max(ids, default=-1)
+    if largest >= rows:
+        raise MaskError(
+            f"trainable_token_indices has {largest}, but the embedding has {rows} rows: expected "
+            "ids below that."
+        )
+
+
 def check_tokens(model: Any, config: LiftConfig, rows: int | None) -> None:
     """Refuse tokens that a model has no row for, or whose embedding cannot be trained.
 
@@ -45,12 +59,7 @@ def check_tokens(model: Any, config: LiftConfig, rows: int | None) -> None:
     """
     if not config.trainable_token_indices:
         return
-    have = max(embedding_size(model), rows or 0)
-    if max(config.trainable_token_indices) >= have:
-        raise MaskError(
-            f"trainable_token_indices has {max(config.trainable_token_indices)}, but the embedding "
-            f"has {have} rows: expected ids below that."
-        )
+    check_token_ids(config.trainable_token_indices, max(embedding_size(model), rows or 0))
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, (nn.Embedding, FrozenEmbedding, LiftEmbedding)):
         raise MaskError(

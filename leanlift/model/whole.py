@@ -45,23 +45,28 @@ def whole_modules(model: nn.Module, config: LiftConfig) -> list[str]:
             f"{', '.join(last) or 'none'}."
         )
     means = {name for named in found.values() for name in named}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for name in means:
         if not is_linear(names[name]):
             raise MaskError(
                 f"modules_to_save={name} is a {type(names[name]).__name__}: leanlift trains whole "
                 "Linears alone; of an embedding, tokens, with trainable_token_indices."
             )
-        if _is_tied_head(model, names[name]):
+        if names[name] is head and embeddings_tied(model):
             raise MaskError(
                 f"{name} is tied to the embedding, so it is not trained alone: leave it out of "
                 "modules_to_save, and train tokens with trainable_token_indices."
+            )
+        if names[name] is head and config.quantize_embeddings:
+            raise MaskError(
+                f"{name} cannot be trained whole and held in INT8: leave out quantize_embeddings, "
+                "or modules_to_save."
             )
         if read_by_parent(names, name):
             raise MaskError(
                 f"the weight of {name} is read past any layer in its place, so it would be trained "
                 "nowhere: leave it out of modules_to_save."
             )
-    _check_head(model, names, means, config)
     return [name for name in names if name in means]
 
 
@@ -69,11 +74,6 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module is one that can be trained whole, in any format, or a layer over one."""
     over = isinstance(module, FrozenLinear) and not isinstance(module, FrozenExperts)
     return over or is_dense_linear(module) or is_quantized(module)
-
-
-def _is_tied_head(model: nn.Module, module: nn.Module) -> bool:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return module is head and embeddings_tied(model)
 
 
 def check_growth_beside(model: nn.Module, whole: Iterable[str], rows: int | None) -> None:
@@ -88,18 +88,6 @@ def check_growth_beside(model: nn.Module, whole: Iterable[str], rows: int | None
             "leanlift trains no head of which the base has a part alone; leave it out, or save "
             "the base with its new rows first (resize_token_embeddings, save_pretrained)."
         )
-
-
-def _check_head(
-    model: nn.Module, names: dict[str, nn.Module], means: Iterable[str], config: LiftConfig
-) -> None:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    for name in means:
-        if names[name] is head and config.quantize_embeddings:
-            raise MaskError(
-                f"{name} cannot be trained whole and held in INT8: leave out quantize_embeddings, "
-                "or modules_to_save."
-            )
 
 
 def check_new(model: nn.Module, new: Iterable[str]) -> None:
@@ -119,8 +107,9 @@ def check_new(model: nn.Module, new: Iterable[str]) -> None:
 @torch.no_grad()
 def begin(model: nn.Module, new: Iterable[str]) -> None:
     """Let attached Linears that are new have what they hold as offsets, over a base of zeros."""
+    layers = lift_layers(model)
     for name in new:
-        layer = lift_layers(model)[name]
+        layer = layers[name]
         layer.values.copy_(layer.base.weight.reshape(-1))  # type: ignore[operator,arg-type]
         empty(layer)
 

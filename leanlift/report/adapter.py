@@ -159,6 +159,7 @@ def _wrong_in(data: dict[str, Any]) -> str | None:
         return "a base and a LiftConfig"
     shapes, formats = base.get("shapes"), base.get("formats")
     version, refreshes = data.get("format_version"), data.get("refreshes", 0)
+    embedding = data.get("embedding")
     tests: dict[str, Callable[[], bool]] = {
         f"adapter format {ADAPTER_FORMATS[0]} to {ADAPTER_FORMATS[-1]}": lambda: (
             type(version) is int and version in ADAPTER_FORMATS
@@ -183,9 +184,9 @@ def _wrong_in(data: dict[str, Any]) -> str | None:
         "an embedding of which tokens are trained, and its shape": lambda: (
             not lift.get("trainable_token_indices")
             or (
-                isinstance(rows_of := data.get("embedding"), dict)
-                and is_module_name(rows_of.get("module"))
-                and is_shape(rows_of.get("shape"))
+                isinstance(embedding, dict)
+                and is_module_name(embedding.get("module"))
+                and is_shape(embedding.get("shape"))
             )
         ),
         "embedding_rows as a number": lambda: (

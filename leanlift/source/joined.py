@@ -13,8 +13,8 @@ from leanlift.source.checkpoint import SourceTensor
 
 
 @dataclass(frozen=True)
-class StackedRows:
-    """A tensor [E, m, n] of a checkpoint, seen as the rows [E * m, n] of its matrices."""
+class _View:
+    """A tensor of a checkpoint, seen as a matrix in another shape than it has there."""
 
     tensor: SourceTensor
 
@@ -29,17 +29,22 @@ class StackedRows:
         return self.tensor.stored_names
 
     @property
-    def shape(self) -> tuple[int, int]:
-        parts, m, n = self.tensor.shape
-        return parts * m, n
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
     @property
     def device(self) -> torch.device:
         return self.tensor.device
+
+
+@dataclass(frozen=True)
+class StackedRows(_View):
+    """A tensor [E, m, n] of a checkpoint, seen as the rows [E * m, n] of its matrices."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        parts, m, n = self.tensor.shape
+        return parts * m, n
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.tensor.matrix_rows(start, stop)
@@ -50,33 +55,13 @@ class StackedRows:
 
 
 @dataclass(frozen=True)
-class TurnedRows:
+class TurnedRows(_View):
     """The transpose of a matrix of a checkpoint."""
-
-    tensor: SourceTensor
-
-    @property
-    def name(self) -> str:
-        """Of the tensor."""
-        return self.tensor.name
-
-    @property
-    def stored_names(self) -> tuple[str, ...]:
-        """Of the tensors of the file that it is made of."""
-        return self.tensor.stored_names
 
     @property
     def shape(self) -> tuple[int, int]:
         n, m = self.tensor.shape
         return m, n
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensor.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.tensor.whole()[:, start:stop].T.contiguous()

@@ -16,8 +16,8 @@ from leanlift.data.tokenizer import (
     tokenizer_of,
     vocabulary_rows,
 )
-from leanlift.errors import UserError
 from leanlift.io.places import check_merged_place, no_room
+from leanlift.model.tokens import check_token_ids
 from leanlift.plan.auto import takes_images
 from leanlift.settings import FALSE, TRUE
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
@@ -67,26 +67,13 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
         tokenizer = load_tokenizer(base, sft.trust_remote_code, revision)
     embedding = vocabulary_rows(base, sft.trust_remote_code, revision)
     needed = None if embedding is None else rows_for_template(tokenizer, sft, embedding)
-    _check_tokens(args, needed or embedding)
+    if embedding is not None:
+        check_token_ids(args.trainable_token_indices, needed or embedding)
     ends = end_tokens(base, revision)
     ready = RowsForTraining(
         tokenizer, sft, needed or embedding, ends, processor=processor, sees=sees
     )
     return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed, processor)
-
-
-def _check_tokens(args: RunArguments, rows: int | None) -> None:
-    """Refuse tokens to train that the embedding will have no row for.
-
-    Raises:
-        UserError: there are some.
-    """
-    largest = max(args.trainable_token_indices, default=-1)
-    if rows is not None and largest >= rows:
-        raise UserError(
-            f"trainable_token_indices has {largest}, but the embedding will have {rows} rows: "
-            "expected ids below that."
-        )
 
 
 def check_merged_dir(args: RunArguments, output: Path) -> None:

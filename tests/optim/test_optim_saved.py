@@ -35,6 +35,19 @@ def build(kind: str) -> tuple[list[tuple[str, nn.Parameter]], torch.optim.Optimi
     return named, KINDS[kind](groups)
 
 
+def rebuilt(kind: str, values: list[torch.Tensor]) -> Any:
+    """A fresh optimizer over parameters with these values, and the parameters."""
+    again, fresh = build(kind)
+    for (_, parameter), value in zip(again, values, strict=True):
+        parameter.data.copy_(value)
+    return again, fresh
+
+
+def assert_same(named: Any, again: Any) -> None:
+    for (name, one), (_, other) in zip(named, again, strict=True):
+        assert torch.equal(one, other), name
+
+
 def train(named: Any, optimizer: Any, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
@@ -56,9 +69,7 @@ def test_a_run_continues_bit_for_bit_from_tensors_and_json(kind: str) -> None:
     values = [parameter.detach().clone() for _, parameter in named]
     train(named, optimizer, range(3, 6))
 
-    again, fresh = build(kind)
-    for (_, parameter), value in zip(again, values, strict=True):
-        parameter.data.copy_(value)
+    again, fresh = rebuilt(kind, values)
     for group in fresh.param_groups:
         group["lr"] = 5.0  # the saved one counts
     restore_state(fresh, again, SavedState(tensors, facts))
@@ -68,8 +79,7 @@ def test_a_run_continues_bit_for_bit_from_tensors_and_json(kind: str) -> None:
                 assert restored[key] == value
                 assert type(restored[key]) is type(value), key
     train(again, fresh, range(3, 6))
-    for (name, one), (_, other) in zip(named, again, strict=True):
-        assert torch.equal(one, other), name
+    assert_same(named, again)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -86,13 +96,10 @@ def test_a_parameter_without_a_gradient_so_far_has_no_state(kind: str) -> None:
     facts = json.loads(json.dumps(saved.facts))
     values = [parameter.detach().clone() for _, parameter in named]
     train(named, optimizer, range(3, 6))
-    again, fresh = build(kind)
-    for (_, parameter), value in zip(again, values, strict=True):
-        parameter.data.copy_(value)
+    again, fresh = rebuilt(kind, values)
     restore_state(fresh, again, SavedState(tensors, facts))
     train(again, fresh, range(3, 6))
-    for (name, one), (_, other) in zip(named, again, strict=True):
-        assert torch.equal(one, other), name
+    assert_same(named, again)
     for unstarted in [], ["layer.0.values"], ["other"], "layer.1.values":
         with pytest.raises(UserError, match="optimizer state is damaged"):
             check_saved(SavedState(tensors, {**facts, "unstarted": unstarted}), counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from itertools import product
 from pathlib import Path
@@ -143,6 +144,14 @@ def test_where_the_place_of_experts_is_not_known_they_are_quantized_afterwards(
 
 def test_nothing_is_quantized_where_nothing_was_asked_to_be(bases: dict[str, Path]) -> None:
     assert not experts(read(bases["mixtral"], "dense"))
+
+
+def test_the_private_function_that_loads_is_still_what_is_replaced() -> None:
+    parameters = list(inspect.signature(PreTrainedModel._load_pretrained_model).parameters)
+    assert parameters[:4] == ["model", "state_dict", "checkpoint_files", "load_config"], (
+        "transformers' _load_pretrained_model has changed: look at leanlift/training/experts.py, "
+        "which was written for the former one"
+    )
 
 
 def test_loading_is_as_it_was_afterwards_also_where_it_fails(tmp_path: Path) -> None:
