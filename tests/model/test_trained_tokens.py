@@ -246,7 +246,10 @@ def test_they_are_described_and_reported(
 
 
 def test_tokens_that_a_template_adds_are_trained_from_the_command_line(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps(CHATS[0]) + "\n")
@@ -254,7 +257,9 @@ def test_tokens_that_a_template_adds_are_trained_from_the_command_line(
     argv = ["train", "--model_name_or_path", str(base), "--dataset_name", str(rows)]
     argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--approx_rank", "4"]
     argv += ["--chat_template_path", str(tmp_path / "template"), "--use_cpu", "true"]
-    assert main([*argv, "--trainable_token_indices", "99", "500"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("leanlift.training.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+        assert main([*argv, "--trainable_token_indices", "99", "500"]) == 2
     assert "trainable_token_indices has 500" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*argv, "--trainable_token_indices", "99", "--dry_run"]) == 0
