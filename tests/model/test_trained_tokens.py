@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,8 @@ def test_tokens_that_a_template_adds_are_trained_from_the_command_line(
     argv += ["--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--approx_rank", "4"]
     argv += ["--chat_template_path", str(tmp_path / "template"), "--use_cpu", "true"]
     with monkeypatch.context() as patch:
-        patch.setattr("leanlift.training.run.load_model", lambda *a, **k: pytest.fail("loaded"))
+        run = importlib.import_module("leanlift.training.run")  # a function has its name
+        patch.setattr(run, "load_model", lambda *a, **k: pytest.fail("loaded"))
         assert main([*argv, "--trainable_token_indices", "99", "500"]) == 2
     assert "trainable_token_indices has 500" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
