@@ -19,7 +19,7 @@ from leanlift.optim import SparseAdamW, check_remappable, unwrap
 from leanlift.plan.auto import how_loaded
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.checks import check_rounding
-from leanlift.training.overrides import use_one_gpu
+from leanlift.training.run_overrides import use_one_gpu
 
 logger = logging.getLogger("leanlift")
 

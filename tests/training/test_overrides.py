@@ -1,6 +1,6 @@
 """The private parts of TRL and transformers that leanlift replaces are still what they were.
 
-They are named in `leanlift/training/overrides.py` alone. Where one of these tests fails, a release
+They are named in `leanlift/training/overrides.py` and `run_overrides.py` alone. Where one of these tests fails, a release
 of theirs has changed it: see what the override must do now, then the table here.
 """
 
@@ -22,6 +22,7 @@ from trl import SFTTrainer
 
 import leanlift
 from leanlift.training.overrides import TrainerOverrides
+from leanlift.training.run_overrides import RunOverrides
 
 SIGNATURES = {
     "_clip_grad_norm": "model",
@@ -56,7 +57,7 @@ FIELDS = {
 }
 """Private fields that are read or set -> the module that uses them."""
 
-LOOK = "look at leanlift/training/overrides.py, which was written for the former one"
+LOOK = "look at leanlift/training/overrides.py or run_overrides.py, which was written for the former one"
 UPSTREAM = (transformers.trainer, trl.trainer.base_trainer, trl.trainer.sft_trainer)
 
 
@@ -101,7 +102,8 @@ def test_a_private_field_is_still_there(name: str) -> None:
 def test_the_tables_are_whole() -> None:
     own = {
         name
-        for name, value in vars(TrainerOverrides).items()
+        for kind in (TrainerOverrides, RunOverrides)
+        for name, value in vars(kind).items()
         if name.startswith("_") and not name.startswith("__") and hasattr(SFTTrainer, name)
         if callable(value)
     }
@@ -146,4 +148,7 @@ def test_they_are_named_in_one_file() -> None:
         path.relative_to(package).as_posix(): list(private_of_theirs(ast.parse(path.read_text())))
         for path in package.rglob("*.py")
     }
-    assert [path for path, places in found.items() if places] == ["training/overrides.py"]
+    assert [path for path, places in found.items() if places] == [
+        "training/overrides.py",
+        "training/run_overrides.py",
+    ]
