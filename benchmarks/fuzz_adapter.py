@@ -52,7 +52,7 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
-from leanlift.adapters import open_adapter, plan_shira, write_shira
+from leanlift.adapters import FORMS, open_adapter, plan_peft, write_peft
 from leanlift.model import lift_layers
 
 MEMORY = 2 * 2**30
@@ -123,7 +123,7 @@ def valid_adapters(base: Path, work: Path) -> dict[str, Files]:
     peft = work / "peft"
     peft.mkdir()
     with open_adapter(work / "own") as adapter:
-        write_shira(peft, adapter, plan_shira(adapter), lambda modules: modules)
+        write_peft(peft, adapter, plan_peft(adapter, FORMS["shira"]), lambda modules: modules)
     forms = {"leanlift": files_of(work / "own"), "PEFT": files_of(peft)}
     forms["PEFT alone"] = {k: v for k, v in forms["PEFT"].items() if k != "leanlift.json"}
     return forms

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from leanlift.adapters import RUN_NAME, Adapter
+from leanlift.adapters import RUN_NAME, Adapter, PeftForm
 from leanlift.errors import UserError
 from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.hub import snapshot_of
@@ -156,8 +156,8 @@ def merged_card(
     return "\n".join(lines)
 
 
-def peft_card(adapter: Adapter, name: str) -> str:
-    """The card of an adapter in PEFT's form."""
+def peft_card(adapter: Adapter, name: str, form: PeftForm) -> str:
+    """The card of an adapter in a form of PEFT's."""
     base = adapter.base.name
     place = snapshot_of(base, adapter.base.revision)
     kind = loaded_by({} if place is None else _read(place / "config.json"), images=False)
@@ -165,7 +165,7 @@ def peft_card(adapter: Adapter, name: str) -> str:
         *_front_matter(base, "peft", kind),
         f"# {name}",
         "",
-        f"A sparse adapter (PEFT's SHiRA form) for {_shown(base)}, trained with leanlift.",
+        f"A sparse adapter (PEFT's {form.words} form) for {_shown(base)}, trained with leanlift.",
         "",
         *_about(adapter, base, {}),
         LOAD.format(name=name, base=_shown(base), kind=kind),

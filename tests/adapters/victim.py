@@ -23,7 +23,7 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
-from leanlift.adapters import open_adapter, plan_shira, write_shira
+from leanlift.adapters import FORMS, open_adapter, plan_peft, write_peft
 from leanlift.model import lift_layers
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -48,7 +48,9 @@ class Victim:
         save_adapter(self.attached, work / "own")
         (work / "peft").mkdir()
         with open_adapter(work / "own") as adapter:
-            write_shira(work / "peft", adapter, plan_shira(adapter), lambda modules: modules)
+            write_peft(
+                work / "peft", adapter, plan_peft(adapter, FORMS["shira"]), lambda modules: modules
+            )
         self.files = {
             form: {file.name: file.read_bytes() for file in (work / form).iterdir()}
             for form in ("own", "peft")
