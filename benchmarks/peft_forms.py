@@ -4,10 +4,11 @@
     python -m benchmarks.peft_forms [--steps 12 60] [--base DIRECTORY]
 
 The base and the training are those of `real_weights`: SmolLM2-135M-Instruct in NF4 with double
-quantization, 5 % of every matrix, a few steps on two made-up facts, and five times as many. The adapter is written as SHiRA
-and as Super-Tuning, and stock PEFT loads it. The trained model, leanlift's own, is what each is
-compared with, at every position of six prompts; all logits are computed in fp32, over a base whose
-16-bit weights are read as fp32, so that what differs is the weights alone.
+quantization, 5 % of every matrix, a few steps on two made-up facts, and five times as many. The
+adapter is written as SHiRA and as Super-Tuning, and stock PEFT loads it. The trained model,
+leanlift's own, is what each is compared with, at every position of six prompts; all logits are
+computed in fp32, over a base whose 16-bit weights are read as fp32, so that what differs is the
+weights alone.
 
 * `shira over nf4`: the base as it was trained over.
 * `shira over 16 bits`, `super-tuning over 16 bits`: the base without its quantization error.

@@ -14,6 +14,7 @@ from typing import Any
 
 from leanlift.adapters import RUN_NAME, Adapter, PeftForm
 from leanlift.errors import UserError
+from leanlift.export.card_peft import peft_use
 from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.hub import snapshot_of
 from leanlift.io.kinds import CAUSAL, IMAGES, auto_class_name
@@ -94,21 +95,6 @@ print(model(**tokenizer("Hello", return_tensors="pt")))
 ```
 """
 
-LOAD = """## Use
-
-Stock PEFT loads it, without leanlift:
-
-```python
-from peft import PeftModel
-from transformers import {kind}
-
-base = {kind}.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, "{name}")
-```
-
-`leanlift export {name} MERGED` merges it, as it does leanlift's own adapters.
-"""
-
 
 def write_card(
     output: Path, adapter: Adapter, base: str, dtype: str, onto: str, title: str
@@ -168,7 +154,7 @@ def peft_card(adapter: Adapter, name: str, form: PeftForm) -> str:
         f"A sparse adapter (PEFT's {form.words} form) for {_shown(base)}, trained with leanlift.",
         "",
         *_about(adapter, base, {}),
-        LOAD.format(name=name, base=_shown(base), kind=kind),
+        *peft_use(adapter, name, _shown(base), kind, form),
     ]
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ in how many there must be, and in what else their configuration may ask for: a `
 What PEFT has no place for goes to `leanlift.json` beside its files: the fingerprint of the base,
 the LiftConfig, and how many entries of each module are active and retired (they come in that order,
 each sorted). Of an adapter without that file, trained by PEFT itself, the base is asked what it is:
-a live model, or the checkpoint that its configuration names.
+a live model, or the checkpoint on this machine that its configuration names.
 
 Shapes: m rows, n columns, e entries of a module, padding included.
 """
