@@ -18,28 +18,31 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 class PeftForm(Protocol):
-    """A form.
-
-    Attributes:
-        name: what it is called in a command.
-        words: what it is called in a sentence.
-        peft_type: what an adapter_config.json calls it.
-        positions, offsets: what the tensors are called, after the module's name.
-        holds_quantized: whether PEFT has it over a quantized base.
-    """
+    """A form."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What it is called in a command."""
+
     @property
-    def words(self) -> str: ...
+    def words(self) -> str:
+        """What it is called in a sentence."""
+
     @property
-    def peft_type(self) -> str: ...
+    def peft_type(self) -> str:
+        """What an adapter_config.json calls it."""
+
     @property
-    def positions(self) -> str: ...
+    def positions(self) -> str:
+        """What the tensors of positions are called, after the module's name."""
+
     @property
-    def offsets(self) -> str: ...
+    def offsets(self) -> str:
+        """What those of offsets are called."""
+
     @property
-    def holds_quantized(self) -> bool: ...
+    def holds_quantized(self) -> bool:
+        """Whether PEFT has it over a quantized base."""
 
     def settings(self, shapes: Shapes, entries: Mapping[str, int]) -> dict[str, Any]:
         """The keys of an adapter_config.json that give every module room for its entries.
