@@ -7,7 +7,7 @@ is taken to have been loaded as it is stored, in the dtype that its configuratio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,15 +42,16 @@ def stored_base(
         UserError: transformers cannot make the model, or tensors by which it is known lack.
     """
     model, dtype = empty_model(directory, modules)
+    head = model.get_output_embeddings()
     with open_checkpoint(directory) as files:
         tensors = plain_view(files)
-        layout = _layout(model, tensors)
         sampled = sampled_names(model)
+        layout = _layout(model, tensors, sampled)
         ends = {key: _end(find(key, tensors, layout), key, directory) for key in sampled}
         homes = {
             path: tensor
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+            if isinstance(module, nn.Linear) and module is not head
             and (tensor := find(f"{path}.weight", tensors, layout)) is not None
             and tensor.shape == tuple(module.weight.shape)
         }  # fmt: skip
@@ -77,12 +78,13 @@ def stored_base(
 
         none = partial(torch.empty, 0, dtype=torch.int64)
         facts = with_samples(facts, dict.fromkeys(trained, none), cells)
-    known = {f"{path}.weight" for path in formats}
+    heads = [path for path, module in model.named_modules() if module is head]
+    known = {f"{path}.weight" for path in (*formats, *heads)}
     return replace(facts, layout=layout.of({*known, *sampled}))
 
 
-def _layout(model: Any, tensors: dict[str, Stored]) -> Layout:
-    """Where the model's tensors lie, those that are tied to another one included."""
+def _layout(model: Any, tensors: dict[str, Stored], sampled: Collection[str]) -> Layout:
+    """Where the model's tensors lie; of sampled ones that are not there, what they are tied to."""
     disk = {key: tensor.shape for key, tensor in tensors.items()}
     live = {key: tuple(tensor.shape) for key, tensor in model.state_dict(keep_vars=True).items()}
     layout = layout_of(model, disk, live)
@@ -91,9 +93,10 @@ def _layout(model: Any, tensors: dict[str, Stored]) -> Layout:
         twins.setdefault(id(parameter), []).append(key)
     names = dict(layout.names)
     for keys in twins.values():
-        stored = next((t for key in keys if (t := find(key, tensors, layout)) is not None), None)
+        found = {key: find(key, tensors, layout) for key in keys}
+        stored = next((tensor for tensor in found.values() if tensor is not None), None)
         if stored is not None:
-            lacking = (key for key in keys if find(key, tensors, layout) is None)
+            lacking = (key for key in keys if key in sampled and found[key] is None)
             names |= dict.fromkeys(lacking, stored.name)
     return replace(layout, names=names)
 

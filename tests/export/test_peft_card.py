@@ -37,7 +37,7 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
         assert rows["super-tuning over 16 bits"][key] == rows["shira over 16 bits"][key]
 
 
-@pytest.mark.parametrize("kind", swept(FORMATS, "nf4", "dense"))
+@pytest.mark.parametrize("kind", swept(FORMATS, "nf4"))
 @pytest.mark.parametrize("form", FORMS)
 def test_what_the_card_says_to_run_is_the_trained_model(
     base: Path, tmp_path: Path, form: str, kind: str, monkeypatch: pytest.MonkeyPatch
