@@ -14,7 +14,6 @@ hybrid with a low-rank part ("Supra", r) is no set of offsets at positions. Both
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,9 @@ from leanlift.errors import UserError
 
 SPARSITY = 0.99
 """PEFT's own, where a configuration has none."""
+
+STEP = 2.0**-53
+"""The least that 1 - sparsity can change by, in PEFT's arithmetic; at 0 all entries have room."""
 
 MOST_POSITIONS = 2**31
 """Of a matrix, beyond which int32 does not reach."""
@@ -59,8 +61,7 @@ class _SuperTuning:
         density = max(wanted[name] / (m * n) for name, (m, n) in shapes.items())
         settings = {"sparsity": 1 - density, "select_top": True, "save_precomputed_indices": True}
         while any(self.room(settings, shape) < wanted[name] for name, shape in shapes.items()):
-            density = math.nextafter(density, 1)
-            settings["sparsity"] = 1 - density
+            settings["sparsity"] = max(0.0, settings["sparsity"] - STEP)
         return settings
 
     def room(self, settings: Mapping[str, Any], shape: tuple[int, int]) -> int:
