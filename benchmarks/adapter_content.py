@@ -79,6 +79,11 @@ def plain_reading(tensor_file: bytes, shapes: dict[str, tuple[int, int]]) -> dic
             weight = floats(f"base_model.model.{name}.shira_weight")
             np.add.at(dense[name], (rows, columns), weight)
             continue
+        if f"base_model.model.{name}.supertuning_values" in tensors:
+            flat = tensors[f"base_model.model.{name}.supertuning_indices"][1]
+            values = floats(f"base_model.model.{name}.supertuning_values")
+            np.add.at(dense[name].reshape(-1), flat, values)
+            continue
         for prefix in (name, f"{name}.settled"):
             if f"{prefix}.values" in tensors:
                 counts = tensors[f"{prefix}.index.counts"][1]

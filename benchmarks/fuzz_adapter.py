@@ -2,11 +2,11 @@
 
     python -m benchmarks.fuzz_adapter [--count 5000] [--seed 0] [--only NUMBER]
 
-An adapter is a file from the internet. Three valid ones (leanlift's own form, PEFT's SHiRA with
-leanlift.json and without) of a tiny NF4 model are mutated: values, types and keys of the
-configuration, header and bytes of the tensor file, lengths, truncations, splices, and well-formed
-files with wrong content. Each is read; every fifth is also loaded onto a live model, stock and
-attached in turn, and every tenth merged.
+An adapter is a file from the internet. Five valid ones (leanlift's own form, PEFT's SHiRA and
+Super-Tuning, each with leanlift.json and without) of a tiny NF4 model are mutated: values, types
+and keys of the configuration, header and bytes of the tensor file, lengths, truncations, splices,
+and well-formed files with wrong content. Each is read; every fifth is also loaded onto a live
+model, stock and attached in turn, and every tenth merged.
 
 Claim: each outcome is a `UserError`, or a load whose content passes a check of its own: positions
 sorted, distinct and inside the matrix, active and retired ones disjoint, finite offsets, counts
@@ -52,12 +52,15 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
-from leanlift.adapters import open_adapter, plan_shira, write_shira
+from leanlift.adapters import FORMS, open_adapter, plan_peft, write_peft
 from leanlift.model import lift_layers, lifted
 
 MEMORY = 2 * 2**30
 SECONDS = 20
 LIVE_EVERY, MERGE_EVERY = 5, 10
+ALONE = " by PEFT"
+"""After the name of a form: without what leanlift says of itself beside it."""
+
 OUTCOMES = ("loaded", "refused", "failed")
 
 
@@ -115,18 +118,20 @@ def files_of(directory: Path) -> Files:
 
 
 def valid_adapters(base: Path, work: Path) -> dict[str, Files]:
-    """The three forms of one adapter, some of whose entries are retired."""
+    """The forms of one adapter, some of whose entries are retired."""
     model = get_lift_model(load(base), LiftConfig(density=0.08, approx_rank=4), progress=False)
     for layer in lift_layers(model).values():
         layer.values.data.normal_(std=0.05)
     refresh_mask(model)
     save_adapter(model, work / "own")
-    peft = work / "peft"
-    peft.mkdir()
-    with open_adapter(work / "own") as adapter:
-        write_shira(peft, adapter, plan_shira(adapter), lambda modules: modules)
-    forms = {"leanlift": files_of(work / "own"), "PEFT": files_of(peft)}
-    forms["PEFT alone"] = {k: v for k, v in forms["PEFT"].items() if k != "leanlift.json"}
+    forms = {"leanlift": files_of(work / "own")}
+    for name, form in FORMS.items():
+        place = work / name
+        place.mkdir()
+        with open_adapter(work / "own") as adapter:
+            write_peft(place, adapter, plan_peft(adapter, form), lambda modules: modules)
+        files = forms[form.words] = files_of(place)
+        forms[f"{form.words}{ALONE}"] = {k: v for k, v in files.items() if k != "leanlift.json"}
     return forms
 
 
@@ -255,7 +260,7 @@ def fuzz(count: int, seed: int, only: int | None, work: Path) -> tuple[list[dict
             if {WEIGHTS, "adapter_config.json"} <= set(files):  # else nothing is left to damage
                 mutate(chance, files)
         ways = ["read"]
-        ways += ["load"] if number % LIVE_EVERY == 0 or form == "PEFT alone" else []
+        ways += ["load"] if number % LIVE_EVERY == 0 or form.endswith(ALONE) else []
         ways += ["merge"] if number % MERGE_EVERY == 0 else []
         for way in ways:
             outcome = "loaded"

@@ -9,6 +9,7 @@ import torch
 from tiny import FORMATS, load
 
 from leanlift import LiftConfig, LiftModel, get_lift_model, save_adapter
+from leanlift.adapters import open_adapter
 from leanlift.model import lift_layers, lifted, refresh_mask
 
 KINDS = list(FORMATS)
@@ -26,6 +27,17 @@ def trained(base: Path, adapter: Path, kind: str = "nf4+double", **config: Any) 
         layer.values.data.add_(0.02 * torch.randn_like(layer.values))
     save_adapter(model, adapter)
     return model.eval()
+
+
+def dense_offsets(directory: Path) -> dict[str, torch.Tensor]:
+    """What an adapter adds to each matrix, dense, in fp64."""
+    found = {}
+    with open_adapter(directory) as adapter:
+        for name, (m, n) in adapter.base.shapes.items():
+            found[name] = torch.zeros(m, n, dtype=torch.float64)
+            for store in adapter.layer(name).stores:
+                found[name].view(-1)[store.index.to_flat()] += store.values.double()
+    return found
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ class Adapter:
 
     Attributes:
         directory: where it is.
-        form: "leanlift" or "shira" (a PEFT adapter).
+        form: "leanlift", or "shira" or "super-tuning" (adapters of PEFT's).
         config: what was trained, and how it was chosen.
         base: the base it belongs to; its `shapes` name the adapter's modules.
         refreshes: mask refreshes it went through.

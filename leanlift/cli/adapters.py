@@ -9,7 +9,7 @@ from typing import Any
 
 from leanlift.errors import UserError
 from leanlift.io.files import check_new
-from leanlift.io.places import check_adapter_place
+from leanlift.io.places import FACTS_NAME, check_adapter_place, look_at
 
 EXPORT_TEXT = """Write what an adapter has learned in a form that other tools load.
 
@@ -21,9 +21,15 @@ checkpoint. There are two things to add them to, and both are honest:
   --onto quantized  the weights as they were quantized for training. Exactly the model that was
                     trained and measured, quantization error included.
 
---format peft writes a SHiRA adapter, which stock PEFT loads without leanlift."""
+--format peft writes a SHiRA adapter, which stock PEFT loads without leanlift, over a base in 16
+bits or in the format that was trained over. --format super-tuning writes one of PEFT's
+Super-Tuning: two thirds of the bytes and no padding at one density, but over 16-bit bases alone."""
 
-MERGED_ONLY = ("base", "base_revision", "dtype", "onto", "max_shard_size", "verify", "data")
+PEFT_FORMATS = {"peft": "shira", "super-tuning": "super-tuning"}
+"""Formats of PEFT's, and what they are called in `leanlift.adapters`."""
+
+FORMATS = ("merged", *PEFT_FORMATS)
+MERGED_ONLY = ("base_revision", "dtype", "onto", "max_shard_size", "verify", "data")
 
 
 def add_export(commands: Any) -> None:
@@ -46,7 +52,9 @@ def _add_export(commands: Any) -> None:
         help="an adapter: a run's output_dir, a checkpoint, or a hub name",
     )
     export.add_argument("output", type=expanduser, help="new directory for what is written")
-    export.add_argument("--format", default="merged", help="merged (default) or peft")
+    export.add_argument(
+        "--format", default="merged", help="merged (default), peft or super-tuning, see above"
+    )
     export.add_argument(
         "--base", type=expanduser, help="the base checkpoint; default: the one trained on"
     )
@@ -106,28 +114,52 @@ def export_command(options: argparse.Namespace) -> int:
     """Merge, verify where asked for, or write PEFT's form."""
     check_adapter_place(options.adapter)
     check_new(Path(options.output))
-    if options.format not in ("merged", "peft"):
-        raise UserError(f"expected --format merged or peft, got {options.format!r}.")
+    if options.format not in FORMATS:
+        raise UserError(
+            f"expected --format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {options.format!r}."
+        )
     if options.format == "merged":
         return _merge(options)
-    given = [f"--{name}" for name in MERGED_ONLY if getattr(options, name) is not None]
+    wrong = MERGED_ONLY if _is_strangers(options.adapter) else ("base", *MERGED_ONLY)
+    given = [f"--{name}" for name in wrong if getattr(options, name) is not None]
     if given:
         raise UserError(
-            f"{', '.join(given)} cannot go with --format peft, which holds no weights of the base."
+            f"{', '.join(given)} cannot go with --format {options.format}, which holds no weights "
+            "of the base."
         )
+    return _write_for_peft(options)
+
+
+def _is_strangers(adapter: str) -> bool:
+    """Whether an adapter is one that PEFT has trained, which does not say what its base is."""
+    place = Path(adapter)
+    own = look_at(place).words.startswith("a leanlift adapter")
+    return place.is_dir() and not own and not (place / FACTS_NAME).is_file()
+
+
+def _write_for_peft(options: argparse.Namespace) -> int:
+    from leanlift.adapters import FORMS
     from leanlift.export import export_peft
     from leanlift.measure import human
 
-    done = export_peft(options.adapter, options.output)
+    form = PEFT_FORMATS[options.format]
+    done = export_peft(options.adapter, options.output, form=form, base=options.base)
+    budget = f"sparsity={done.sparsity:g}" if done.rank is None else f"r={done.rank}"
     print(
-        f"Wrote {done.output}: a SHiRA adapter with r={done.rank}, {done.entries:,} entries, "
-        f"{human(done.nbytes)} (leanlift's own form: {human(done.source_nbytes)})."
+        f"Wrote {done.output}: a {FORMS[form].words} adapter with {budget}, {done.entries:,} "
+        f"entries, {human(done.nbytes)} (its source: {human(done.source_nbytes)})."
     )
     if done.padding:
         share = done.padding / (done.entries + done.padding)
         print(
-            f"PEFT has one r for all modules, so {done.padding:,} zeros were added ({share:.1%} of "
-            "the file)."
+            f"PEFT has one {budget.partition('=')[0]} for all modules, so {done.padding:,} zeros "
+            f"were added ({share:.1%} of the file)."
+        )
+    if done.only_plain:
+        print(
+            f"It was trained over {done.only_plain}, and PEFT has this form over 16-bit bases "
+            "alone: there it computes what a merge --onto original does, not bit for bit the model "
+            "that was trained."
         )
     return 0
 
@@ -146,7 +178,7 @@ def _merge(options: argparse.Namespace) -> int:
     if options.verify:
         from leanlift.evaluation.verify import check_verifiable, verify_merged
 
-        check_verifiable(options.adapter, options.data)
+        check_verifiable(options.adapter, options.data, options.base)
     meter = MemoryMeter(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with meter.phase("export", follow=True) as peak:
         merged = merge_adapter(

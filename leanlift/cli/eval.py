@@ -160,7 +160,7 @@ def _modules(options: argparse.Namespace) -> list[str] | None:
     """The modules that an adapter wants of its base; None: there is no adapter."""
     if not options.adapter:
         return None
-    with open_adapter(options.adapter) as adapter:
+    with open_adapter(options.adapter, base=options.model_name_or_path) as adapter:
         return list(adapter.base.shapes)
 
 
@@ -188,7 +188,7 @@ def _check_compared(options: argparse.Namespace, args: RunArguments) -> None:
             "not: --base (with an adapter) measures it as it is stored."
         )
     if options.base_as_stored and options.adapter:
-        with open_adapter(options.adapter) as adapter:
+        with open_adapter(options.adapter, base=options.model_name_or_path) as adapter:
             if adapter.grown is not None:
                 raise UserError(
                     f"{options.adapter} was trained with {adapter.grown.rows} rows in the "
@@ -235,7 +235,7 @@ def arguments_of(options: argparse.Namespace) -> RunArguments:
     if options.dtype is not None:
         dtype_of(options.dtype)
     if options.adapter:
-        with open_adapter(options.adapter) as adapter:
+        with open_adapter(options.adapter, base=options.model_name_or_path) as adapter:
             args = arguments_as_trained(adapter)
     elif options.model_name_or_path:
         args = RunArguments(options.model_name_or_path, options.data, load_in_4bit=False)
@@ -268,7 +268,7 @@ def tokenization_of(
     source, facts = base, {}
     rows = vocabulary_rows(base, revision=revision)
     if options.adapter:
-        with open_adapter(options.adapter) as adapter:
+        with open_adapter(options.adapter, base=options.model_name_or_path) as adapter:
             directory = adapter.directory
             rows = rows if adapter.grown is None else adapter.grown.rows
         if (directory / "tokenizer_config.json").is_file():

@@ -133,7 +133,7 @@ def format_info(data: dict[str, Any]) -> str:
     from leanlift.report.text import chosen_words, format_words, labelled
 
     modules = sorted(data["modules"], key=lambda module: -module["norm"])
-    kind = "a leanlift adapter" if data["form"] == "leanlift" else "a SHiRA adapter of PEFT's"
+    kind = _kind(data["form"])
     retired = ""
     if data["retired"]:
         retired = f"; {count(data['retired'])} retired: no longer trained, their offsets kept"
@@ -165,6 +165,15 @@ def format_info(data: dict[str, Any]) -> str:
             "On a model in Python:    leanlift.load_adapter(model, directory)",
         ]
     return "\n".join(lines)
+
+
+def _kind(form: str) -> str:
+    """What an adapter of this form is called."""
+    if form == "leanlift":
+        return "a leanlift adapter"
+    from leanlift.adapters import FORMS
+
+    return f"a {FORMS[form].words} adapter of PEFT's"
 
 
 def _rows(rows: int | None) -> list[str]:

@@ -72,14 +72,14 @@ class Verification:
         )
 
 
-def check_verifiable(adapter: str | Path, data: str | None = None) -> None:
+def check_verifiable(adapter: str | Path, data: str | None = None, base: str | None = None) -> None:
     """Refuse before a merge what could not be verified after it; the arguments are those of
-    `verify_merged`.
+    `verify_merged`, and the base that is merged onto, where it is not the adapter's own.
 
     Raises:
         UserError: no rows to take prompts from, or a head that is not over a vocabulary.
     """
-    with open_adapter(adapter) as opened:
+    with open_adapter(adapter, base=base) as opened:
         if opened.task is not None:
             raise UserError(
                 f"{opened.directory} is an adapter of a {opened.task.architecture}: --verify "
@@ -101,7 +101,7 @@ def verify_merged(
     Raises:
         UserError: no prompts, or the logits differ by more than rounding explains.
     """
-    with open_adapter(adapter) as opened:
+    with open_adapter(adapter, base=merged.base) as opened:
         prompts = _prompts(opened, merged.output, data)
         make = _as_trained if merged.onto == "quantized" else _onto_original
         with torch.no_grad():

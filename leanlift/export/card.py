@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from leanlift.adapters import RUN_NAME, Adapter
+from leanlift.adapters import RUN_NAME, Adapter, PeftForm
 from leanlift.errors import UserError
+from leanlift.export.card_peft import peft_use
 from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.hub import snapshot_of
 from leanlift.io.kinds import CAUSAL, IMAGES, auto_class_name
@@ -94,21 +95,6 @@ print(model(**tokenizer("Hello", return_tensors="pt")))
 ```
 """
 
-LOAD = """## Use
-
-Stock PEFT loads it, without leanlift:
-
-```python
-from peft import PeftModel
-from transformers import {kind}
-
-base = {kind}.from_pretrained({base!r})
-model = PeftModel.from_pretrained(base, "{name}")
-```
-
-`leanlift export {name} MERGED` merges it, as it does leanlift's own adapters.
-"""
-
 
 def write_card(
     output: Path, adapter: Adapter, base: str, dtype: str, onto: str, title: str
@@ -156,8 +142,8 @@ def merged_card(
     return "\n".join(lines)
 
 
-def peft_card(adapter: Adapter, name: str) -> str:
-    """The card of an adapter in PEFT's form."""
+def peft_card(adapter: Adapter, name: str, form: PeftForm) -> str:
+    """The card of an adapter in a form of PEFT's."""
     base = adapter.base.name
     place = snapshot_of(base, adapter.base.revision)
     kind = loaded_by({} if place is None else _read(place / "config.json"), images=False)
@@ -165,10 +151,10 @@ def peft_card(adapter: Adapter, name: str) -> str:
         *_front_matter(base, "peft", kind),
         f"# {name}",
         "",
-        f"A sparse adapter (PEFT's SHiRA form) for {_shown(base)}, trained with leanlift.",
+        f"A sparse adapter (PEFT's {form.words} form) for {_shown(base)}, trained with leanlift.",
         "",
         *_about(adapter, base, {}),
-        LOAD.format(name=name, base=_shown(base), kind=kind),
+        *peft_use(adapter, name, _shown(base), kind, form),
     ]
     return "\n".join(lines)
 

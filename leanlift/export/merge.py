@@ -108,7 +108,7 @@ def merge_adapter(
     if onto not in ONTO:
         raise UserError(f"expected onto to be one of {ONTO}, got {onto!r}.")
     target, shard_bytes, out = dtype_of(dtype), parse_size(max_shard_size), Path(output)
-    with open_adapter(adapter) as opened:
+    with open_adapter(adapter, base=base) as opened:
         named = opened.base.name if base is None else base
         source_dir = resolve_base(named, opened.base.revision if base is None else revision)
         with open_checkpoint(source_dir) as files:

@@ -23,7 +23,14 @@ from leanlift.fingerprint.compare import (
 )
 from leanlift.fingerprint.layout import Home, Layout, Segment, overlaps
 from leanlift.fingerprint.record import BaseFingerprint
-from leanlift.fingerprint.take import Read, digest_of, fingerprint, sampled_rows, with_samples
+from leanlift.fingerprint.take import (
+    Read,
+    digest_of,
+    fingerprint,
+    sampled_names,
+    sampled_rows,
+    with_samples,
+)
 
 __all__ = [
     "BaseFingerprint",
@@ -38,6 +45,7 @@ __all__ = [
     "other_end",
     "other_matrix",
     "overlaps",
+    "sampled_names",
     "sampled_rows",
     "say_what_is_not_known",
     "with_samples",

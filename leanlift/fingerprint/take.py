@@ -38,7 +38,7 @@ def fingerprint(
         name, revision: where the model was loaded from.
         dtype: in which.
     """
-    sampled = _sampled_names(model)
+    sampled = sampled_names(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return BaseFingerprint(
         name=name,
@@ -100,9 +100,10 @@ def sampled_rows(size: int, rows: int) -> list[int]:
     return sorted({round(i * (size - 1) / max(1, rows - 1)) for i in range(min(rows, size))})
 
 
-def _sampled_names(model: nn.Module) -> tuple[str, ...]:
-    """All 1-D weights (norms) and the input embedding, sorted. What is tied to the embedding is on
-    disk under the embedding's own name, whichever comes first in the model."""
+def sampled_names(model: nn.Module) -> tuple[str, ...]:
+    """By which tensors a model is known: all 1-D weights (norms) and the input embedding, sorted.
+    What is tied to the embedding is on disk under the embedding's own name, whichever comes first
+    in the model."""
     names = [
         name
         for name, parameter in model.named_parameters()

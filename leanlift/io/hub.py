@@ -99,12 +99,12 @@ def cached_commit(name: str, revision: str | None = None) -> str | None:
 def snapshot_of(name: str, revision: str | None = None) -> Path | None:
     """Where a checkpoint lies on this machine: a directory, or a hub name's snapshot, if it has
     been fetched; nothing is fetched now."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
     try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
         found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except (HFValidationError, OSError, ValueError):
+    except (HFValidationError, OSError, ValueError, RuntimeError):  # no name that there can be
         return None
     return Path(found).parent if isinstance(found, str) else None
 

@@ -32,7 +32,10 @@ whose tensors are not under the model's names, where a reader of 3 would not fin
 RETIRED = ".settled"
 """After a target's name: where its retired entries are, by the word of the first format."""
 
-OWN_TYPE, PEFT_TYPE = "LEANLIFT", "SHIRA"
+OWN_TYPE = "LEANLIFT"
+PEFT_TYPES = {"SHIRA": "SHiRA", "SUPERTUNING": "Super-Tuning"}
+"""The forms of PEFT's that are read, by its names, and what they are called in a sentence."""
+
 WRITTEN_TYPE = (
     f"{OWN_TYPE}: no adapter of PEFT's; load it with leanlift.load_adapter(model, directory), or "
     "merge it with leanlift export"
@@ -198,15 +201,15 @@ def _an_adapter(directory: Path) -> Place:
     named = base if isinstance(base, str) and base.isprintable() and len(base) < 300 else None
     if kind == OWN_TYPE:
         return Place("adapter", "a leanlift adapter", named)
-    if kind == PEFT_TYPE:
-        return Place("adapter", "a SHiRA adapter of PEFT's", named)
+    if isinstance(kind, str) and kind in PEFT_TYPES:
+        return Place("adapter", f"a {PEFT_TYPES[kind]} adapter of PEFT's", named)
     shown = str(data.get("peft_type")) if isinstance(data.get("peft_type"), str) else "unknown"
     shown = shown[:40] if shown.isprintable() else "unknown"
     return Place("foreign adapter", f"an adapter of PEFT's of type {shown}", named)
 
 
 def adapter_type(data: Any) -> Any:
-    """`OWN_TYPE` or `PEFT_TYPE` for the content of an adapter_config.json that leanlift reads;
-    whatever else it says of itself otherwise."""
+    """`OWN_TYPE` or one of `PEFT_TYPES` for the content of an adapter_config.json that leanlift
+    reads; whatever else it says of itself otherwise."""
     found = data.get("peft_type") if isinstance(data, dict) else None
     return OWN_TYPE if isinstance(found, str) and found.startswith(OWN_TYPE) else found

@@ -88,7 +88,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
 
     Args:
         model: the adapter's base, in the format that it was trained over.
-        source: a directory or hub name; leanlift's own form or PEFT's SHiRA.
+        source: a directory or hub name; leanlift's own form or one of PEFT's.
         progress: whether to show a bar over the matrices.
 
     Raises:

@@ -1,8 +1,10 @@
 """A base checkpoint on disk, read by rows; where the tensors of a live model are in it.
 
-transformers is known to `conversion` alone, which follows what it renames while it loads.
+transformers is known to `conversion`, which follows what it renames while it loads, and to `empty`,
+which asks it how it calls things, alone.
 """
 
+from leanlift.source.base import stored_base
 from leanlift.source.checkpoint import INDEX, WEIGHTS, SourceTensor, open_checkpoint, open_files
 from leanlift.source.conversion import keys_while_loading, layout_in, layout_of
 from leanlift.source.homes import (
@@ -46,6 +48,7 @@ __all__ = [
     "open_files",
     "other_stored_end",
     "plain_view",
+    "stored_base",
     "stored_cells",
     "stored_quantization",
     "turned_rows",

@@ -135,11 +135,12 @@ def other_stored_end(
         return tensor.sample(rows)
 
     digest = digest_of(base.sampled, read, base.dtype)
-    samples = {name: _end_sample(tensor) for name, tensor in ends.items()}
+    samples = {name: stored_end_sample(tensor) for name, tensor in ends.items()}
     return other_end(base, base.sampled, digest, samples, comparison)
 
 
-def _end_sample(tensor: Stored) -> str:
+def stored_end_sample(tensor: Stored) -> str:
+    """The sample of a norm or an embedding, as `BaseFingerprint.samples` has it."""
     assert not isinstance(tensor, StoredMatrix)
     flat = spread(math.prod(tensor.shape), ENDS)
     one_row = len(tensor.shape) == 1

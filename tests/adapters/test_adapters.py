@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, ShiraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import load, make_checkpoint
-from trained import KINDS, logits, trained
+from trained import KINDS, dense_offsets, logits, trained
 
 from leanlift import (
     LiftConfig,
@@ -25,21 +25,9 @@ from leanlift import (
     scale_adapter,
     unload_adapter,
 )
-from leanlift.adapters import open_adapter
 from leanlift.model import lift_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # PEFT's own
-
-
-def dense_offsets(directory: Path) -> dict[str, torch.Tensor]:
-    """What an adapter adds to each matrix, dense, in fp64."""
-    found = {}
-    with open_adapter(directory) as adapter:
-        for name, (m, n) in adapter.base.shapes.items():
-            found[name] = torch.zeros(m, n, dtype=torch.float64)
-            for store in adapter.layer(name).stores:
-                found[name].view(-1)[store.index.to_flat()] += store.values.double()
-    return found
 
 
 def assert_same_offsets(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -97,7 +85,7 @@ def test_a_budget_by_rank_needs_no_padding(base: Path, tmp_path: Path) -> None:
 def test_entries_that_have_no_room_in_pefts_form_are_refused(base: Path, tmp_path: Path) -> None:
     config = LiftConfig(density=0.02, density_pattern={"down_proj": 0.9}, selector="magnitude")
     save_adapter(get_lift_model(load(base), config, progress=False), tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"has no PEFT form; merge it instead"):
+    with pytest.raises(UserError, match=r"has no SHiRA form; merge it instead"):
         export_peft(tmp_path / "adapter", tmp_path / "peft", progress=False)
     assert not (tmp_path / "peft").exists()
 
@@ -117,8 +105,9 @@ def test_an_adapter_that_peft_trained_is_loaded(base: Path, tmp_path: Path) -> N
     assert (logits(model.eval()) - expected).abs().max() <= 1e-5 * expected.abs().max()
     save_adapter(model, tmp_path / "ours")
     merge_adapter(tmp_path / "ours", tmp_path / "merged", dtype="float32", progress=False)
-    with pytest.raises(UserError, match="does not say what exactly its base is"):
-        merge_adapter(tmp_path / "peft", tmp_path / "again", base=base, progress=False)
+    merge_adapter(tmp_path / "peft", tmp_path / "again", dtype="float32", progress=False)
+    again = load(tmp_path / "again", "dense").eval()
+    assert torch.equal(logits(again), logits(load(tmp_path / "merged", "dense").eval()))
 
 
 # --- On a live model -----------------------------------------------------------------------

@@ -38,6 +38,20 @@ TENSOR_CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "peft-float-indices": ("peft", {"shira_indices": lambda t: t.float()}, "expected int32"),
     "peft-too-few": ("bare", {"shira_weight": lambda t: t[1:]}, "expected int32 \\(2"),
     "peft-nan": ("bare", {"shira_weight": at(0, float("nan"))}, "NaN or infinite"),
+    "super-outside": ("super", {"_indices": at(0, 64 * 64)}, "positions outside its 64x64"),
+    "super-negative": ("super bare", {"_indices": at(0, -1)}, "positions outside its 64x64"),
+    "super-unsorted": ("super", {"_indices": lambda t: t.flip(0)}, "other entries than"),
+    "super-duplicated": ("super", {"_indices": at(1, 0)}, "positions of .* are broken"),
+    "super-floats": ("super", {"_indices": lambda t: t.float()}, "expected int32"),
+    "super-pairs": ("super bare", {"_indices": lambda t: t.expand(2, -1)}, "expected int32"),
+    "super-too-few": ("super bare", {"_values": lambda t: t[1:]}, "expected int32"),
+    "super-fewer": (
+        "super bare",
+        {"_values": lambda t: t[1:], "_indices": lambda t: t[1:]},
+        "entries, but .* by its adapter_config",
+    ),
+    "super-none": ("super bare", {"_indices": lambda t: None}, "lacks .*supertuning_indices"),
+    "super-nan": ("super", {"_values": at(0, float("nan"))}, "NaN or infinite"),
 }
 
 
@@ -71,6 +85,9 @@ def test_offsets_too_large_for_their_dtype_are_refused(victim: Victim, tmp_path:
     victim.refuses(adapter, "NaN or infinite")
 
 
+FACTS = {"own": "adapter_config.json", "peft": "leanlift.json", "super": "leanlift.json"}
+"""Where an adapter of each form says what it is."""
+
 BAD_NAMES = ["../x", "a/../../b", "/etc/passwd", "", "model..norm", "a\0b"]
 
 
@@ -86,7 +103,7 @@ def test_names_that_climb_are_refused(victim: Victim, tmp_path: Path, name: str)
 
 
 @pytest.mark.parametrize("name", ["__class__", "model.norm", "model", "lm_head", f"{NAME}.base"])
-@pytest.mark.parametrize("form", ["own", "peft", "bare"])
+@pytest.mark.parametrize("form", ["own", "peft", "bare", "super", "super bare"])
 def test_modules_that_cannot_be_trained_are_refused(
     victim: Victim, tmp_path: Path, name: str, form: str
 ) -> None:
@@ -102,8 +119,8 @@ def test_modules_that_cannot_be_trained_are_refused(
         if "entries" in data:
             data["entries"][name] = data["entries"].pop(NAME)
 
-    if form != "bare":
-        edit_json(adapter / {"own": "adapter_config.json", "peft": "leanlift.json"}[form], rename)
+    if "bare" not in form:
+        edit_json(adapter / FACTS[form], rename)
     victim.refuses(adapter, "no such Linear|leanlift trains|has no such|lacks")
 
 
@@ -183,16 +200,16 @@ CONFIG_CASES: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_configurations_that_lie(victim: Victim, tmp_path: Path, form: str, case: str) -> None:
     change, match = CONFIG_CASES[case]
     adapter = victim.put(form, tmp_path / "adapter")
-    edit_json(adapter / {"own": "adapter_config.json", "peft": "leanlift.json"}[form], change)
+    edit_json(adapter / FACTS[form], change)
     victim.refuses(adapter, match)
 
 
-@pytest.mark.parametrize("form", ["own", "peft"])
+@pytest.mark.parametrize("form", FACTS)
 def test_shapes_that_no_tensor_backs_are_not_allocated(
     victim: Victim, tmp_path: Path, form: str
 ) -> None:
     adapter = victim.put(form, tmp_path / "adapter")
-    config = adapter / {"own": "adapter_config.json", "peft": "leanlift.json"}[form]
+    config = adapter / FACTS[form]
     edit_json(config, set_at("base", "shapes", NAME, [2**20, 2**12]))
     tracemalloc.start()
     with LiveBytes() as live, open_adapter(adapter) as opened, pytest.raises(UserError):

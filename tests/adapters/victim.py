@@ -1,4 +1,4 @@
-"""An adapter to be lied about, in both of its forms."""
+"""An adapter to be lied about, in each of its forms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from leanlift import (
     refresh_mask,
     save_adapter,
 )
-from leanlift.adapters import open_adapter, plan_shira, write_shira
+from leanlift.adapters import FORMS, open_adapter, plan_peft, write_peft
 from leanlift.model import lift_layers
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -34,7 +34,8 @@ RETIRED = "settled"
 
 
 class Victim:
-    """A base, live models over it, and an adapter in the form "own", "peft" or "bare"."""
+    """A base, live models over it, and an adapter in the form "own", in those of PEFT's
+    ("peft", "super"), and in these as PEFT alone would have written them ("bare", "super bare")."""
 
     def __init__(self, work: Path) -> None:
         self.base = make_checkpoint(work / "base")
@@ -46,15 +47,18 @@ class Victim:
             layer.values.data.normal_(std=0.05)
         refresh_mask(self.attached)
         save_adapter(self.attached, work / "own")
-        (work / "peft").mkdir()
-        with open_adapter(work / "own") as adapter:
-            write_shira(work / "peft", adapter, plan_shira(adapter), lambda modules: modules)
+        for place, form in (("peft", "shira"), ("super", "super-tuning")):
+            (work / place).mkdir()
+            with open_adapter(work / "own") as adapter:
+                plan = plan_peft(adapter, FORMS[form])
+                write_peft(work / place, adapter, plan, lambda modules: modules)
         self.files = {
             form: {file.name: file.read_bytes() for file in (work / form).iterdir()}
-            for form in ("own", "peft")
+            for form in ("own", "peft", "super")
         }
-        bare = {k: v for k, v in self.files["peft"].items() if k != "leanlift.json"}
-        self.files["bare"] = bare
+        for form, place in (("bare", "peft"), ("super bare", "super")):
+            files = self.files[place]
+            self.files[form] = {k: v for k, v in files.items() if k != "leanlift.json"}
         self.before = logits(self.stock), logits(self.attached)
 
     def put(self, form: str, directory: Path) -> Path:
