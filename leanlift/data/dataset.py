@@ -23,7 +23,7 @@ from leanlift._version import __version__
 from leanlift.data.lengths import Cut, LengthReport
 from leanlift.data.tokens import IGNORED, Tokenization, Tokens
 from leanlift.errors import UserError
-from leanlift.rows.examples import NO_ASSISTANT, NULLS, ExampleReader, Notes, columns_of
+from leanlift.rows.examples import NO_ASSISTANT, NULLS, ExampleReader, columns_of
 from leanlift.rows.source import (
     Row,
     as_dataset,
@@ -32,6 +32,7 @@ from leanlift.rows.source import (
     load_rows,
     plain_rows,
 )
+from leanlift.rows.turns import Notes
 
 __all__ = [
     "TokenRows",

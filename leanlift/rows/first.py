@@ -7,8 +7,8 @@ from typing import Any
 
 from leanlift.errors import UserError
 from leanlift.rows.examples import ExampleReader
+from leanlift.rows.files import CELLS, LINES, check_place, is_read_here, read_rows
 from leanlift.rows.images import image_column
-from leanlift.rows.source import LINES, check_place, read_json_rows
 
 LOOKED_AT = 20
 """First rows that are converted."""
@@ -18,7 +18,7 @@ LARGE = 64 * 2**20
 
 
 def check_first_rows(source: str, name: str, text_field: str = "text") -> None:
-    """Whether the columns and the first rows of a JSON or JSONL file are of a known shape.
+    """Whether the columns and the first rows of a text file are of a known shape.
 
     Args:
         source: the file; another kind, and a large list, is left to the later checks.
@@ -29,10 +29,10 @@ def check_first_rows(source: str, name: str, text_field: str = "text") -> None:
         UserError: they are not, or there are none.
     """
     path, kind = check_place(source)
-    whole = path.suffix.lower() not in LINES
-    if kind != "json" or (whole and path.stat().st_size > LARGE):
+    whole = path.suffix.lower() not in (*LINES, *CELLS)
+    if not is_read_here(kind) or (whole and path.stat().st_size > LARGE):
         return
-    rows = list(islice(read_json_rows(path), None if whole else LOOKED_AT))
+    rows = list(islice(read_rows(path), None if whole else LOOKED_AT))
     if not rows:
         raise UserError(f"{source} holds no rows: there is nothing to train on.")
     _read_rows(rows, name, text_field)
