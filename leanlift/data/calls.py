@@ -1,8 +1,8 @@
 """The arguments of tool calls, in the form that a chat template takes.
 
 Rows have them as an object, or as OpenAI's do as the text of one. Templates take the one or the
-other: one that writes JSON itself would write a text as JSON once more, with all its quotes escaped,
-and one that puts a text in cannot put an object in. Which it is, is tried on a small call.
+other: one that writes JSON itself would write a text as JSON once more, its quotes escaped, and one
+that puts a text in cannot put an object in. Which it is, is tried on a small call.
 """
 
 from __future__ import annotations
