@@ -16,6 +16,8 @@ import torch
 from leanlift.adapters import RUN_NAME, open_adapter
 from leanlift.cli.eval_text import eval_text
 from leanlift.data.dataset import load_rows
+from leanlift.data.functions import function_named
+from leanlift.data.ready import formatted
 from leanlift.data.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
@@ -75,12 +77,19 @@ def eval_command(options: argparse.Namespace) -> int:
     if options.merged:
         check_base_place(_merged(options, args))
     rows = load_rows(options.data, name="eval")
+    function = options.formatting_func and function_named(
+        options.formatting_func, "--formatting_func"
+    )
     if options.limit is not None:
         if options.limit < 1:
             raise UserError(f"expected a limit of at least 1, got {options.limit}.")
         rows = rows.select(range(min(options.limit, len(rows))))
+    if function:
+        rows = formatted(rows, function, "eval")
     base, revision = args.model_name_or_path, args.model_revision
     tokenizer, how = tokenization_of(base, revision, options)
+    if function:
+        how = replace(how, text_field="text")
     samples = to_samples(rows, tokenizer, how)  # before a load that takes minutes
     asked = asked_of(samples, options.max_new_tokens)
 

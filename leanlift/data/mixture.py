@@ -67,5 +67,10 @@ def _joined(made: Sequence[TokenRows], mixture: Mixture, name: str) -> TokenRows
         max_length=reports[0].max_length,
         split=reports[0].split,
         unended=sum(each.unended for each in reports),
+        notes=tuple(
+            f"{place}: {note}"
+            for place, each in zip(mixture.names, reports, strict=True)
+            for note in each.notes
+        ),
     )
     return TokenRows(concatenate_datasets([part.data for part in made]), report)

@@ -40,7 +40,12 @@ def first_row_of(rows: Any, tokenizer: Any) -> FirstRow | None:
     row = next(iter(data), None) if isinstance(data, (Dataset, IterableDataset)) else None
     if row is None or not {"input_ids", "labels"} <= row.keys():
         return None
-    ids, trained = row["input_ids"], [label != IGNORED for label in row["labels"]]
+    return marked(row["input_ids"], row["labels"], tokenizer)
+
+
+def marked(ids: list[int], labels: list[int], tokenizer: Any) -> FirstRow:
+    """Tokens as text, and which parts of it are trained."""
+    trained = [label != IGNORED for label in labels]
     trained[:1] = [False]  # nothing predicts the first token
     ends = [i for i in range(1, len(ids)) if trained[i] != trained[i - 1]]
     parts, text = [], ""
