@@ -76,7 +76,7 @@ class BaseAndRows:
         default="",
         metadata=about(
             TEXT,
-            "a .json(l), .csv, .tsv, .parquet file or hub name. Training rows, with the columns "
+            "a file (.json .jsonl .csv .tsv .parquet) or hub name. Training rows, with the columns "
             "messages | conversations | prompt, completion | instruction, input, output | text.",
         ),
     )

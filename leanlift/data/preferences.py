@@ -70,8 +70,8 @@ def rows_for(
 
 
 def previews(row: Row, how: Tokenization) -> dict[str, Tokens]:
-    """How the texts of a row come out as tokens: each completion behind its prompt, a whole text, or
-    a prompt alone, of which nothing is trained.
+    """How the texts of a row come out as tokens: each completion behind its prompt, a whole text,
+    or a prompt alone, of which nothing is trained.
 
     Args:
         row: of `rows_for`, for another method than "sft".

@@ -7,9 +7,8 @@ of them are texts or chats, the same in all columns of a row and in all rows.
 
 A row is held against what its method wants, chats are brought into the form that templates know
 (`rows/turns.py`), and what other people's rows have instead of TRL's form is taken for what it
-means: a prompt that `chosen` and `rejected` repeat, a chat and two turns that answer it, 0 and 1 for
-a label. Nothing is guessed beyond
-that: a row that cannot be meant is refused.
+means: a prompt that `chosen` and `rejected` repeat, a chat and two turns that answer it, 0 and 1
+for a label. Nothing is guessed beyond that: a row that cannot be meant is refused.
 """
 
 from __future__ import annotations
@@ -284,7 +283,7 @@ class PreferenceReader(ValueReader):
 
 
 def _as_named(row: Row) -> Row:
-    """A row with TRL's names: a chat that chosen and rejected answer, each in a turn, is a prompt."""
+    """A row with TRL's names: a chat that chosen and rejected answer in a turn is the prompt."""
     named = dict(row)
     for column in PAIR:
         if isinstance(row.get(column), dict):
