@@ -166,6 +166,17 @@ def test_labels_and_prompts() -> None:
     assert rows_for("reward", margins)["margin"][:] == [1.0, 0.5, 2.0]
 
 
+def test_a_reward_model_reads_whole_texts() -> None:
+    """Of which nothing has to be a prompt; TRL could not join an empty one to chats."""
+    chats = {"chosen": [user("q"), says("a")], "rejected": [user("r"), says("b")]}
+    assert list(rows_for("reward", [chats])) == [chats]
+    both = [{"prompt": "q ", "chosen": "a", "rejected": "b"}, {"chosen": "r c", "rejected": "s"}]
+    assert list(rows_for("reward", both)) == [
+        {"chosen": "q a", "rejected": "q b"},
+        both[1],
+    ]
+
+
 PAIR = {"chosen": "q a", "rejected": "q b"}
 WRONG: dict[str, tuple[str, list[Any], str]] = {
     "no such method": ("ppo", [PAIR], "there is no method 'ppo': expected sft, dpo, orpo"),

@@ -101,6 +101,17 @@ def test_every_shape_from_every_file_and_as_a_stream(shape: str, kind: str, tmp_
     )
 
 
+def test_columns_that_the_first_row_of_a_stream_lacks(tmp_path: Path) -> None:
+    rows = [{"prompt": [USER], "completion": [ANSWER], **more} for more in ({}, BESIDE, {"id": 1})]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = characters(TEMPLATE)
+    how = Tokenization.of(tokenizer)
+    made = list(token_stream(stream_rows(str(path)), how, "train", Cut()))
+    assert [set(row) for row in made] == [{"input_ids", "labels"}] * 3
+    assert tokenizer.decode(made[1]["input_ids"]).startswith(HEAD)
+
+
 def texts_of(*rows: dict[str, Any], template: str = TEMPLATE) -> tuple[list[str], str]:
     """All texts, and what is said of the rows."""
     tokenizer = characters(template)
