@@ -11,6 +11,7 @@ from leanlift.data.dataset import Worker, reader_of
 from leanlift.data.lengths import Cut
 from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
+from leanlift.processes import processes
 from leanlift.rows.examples import ExampleReader, columns_of
 from leanlift.rows.source import Row, plain_rows
 
@@ -52,7 +53,7 @@ def check_long_enough(rows: IterableDataset, sft: Any, name: str) -> None:
     Raises:
         UserError: it does.
     """
-    wanted = sft.per_device_train_batch_size * sft.gradient_accumulation_steps
+    wanted = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * processes()
     length = sft.max_length if sft.packing else None
     found = tokens = 0
     for row in rows:
