@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, plan_memory
     from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
     from leanlift.tiles import RowTiles
-    from leanlift.training import LiftCallback, LiftSFTConfig, LiftTrainer, load_in_few_bits
+    from leanlift.training import LiftCallback, LiftSFTConfig, LiftTrainer, Steps, load_in_few_bits
     from leanlift.weights.quantized import WeightFormat
 
 __all__ = [
@@ -70,6 +70,7 @@ __all__ = [
     "Scorer",
     "ScorerBytes",
     "SparseAdamW",
+    "Steps",
     "UserError",
     "WeightFormat",
     "__version__",
@@ -136,6 +137,7 @@ _NAMES = {
         "LiftCallback",
         "LiftSFTConfig",
         "LiftTrainer",
+        "Steps",
         "load_in_few_bits",
     ),
     "leanlift.weights.quantized": ("WeightFormat",),
