@@ -7,15 +7,58 @@ loop itself is `leanlift.training.LiftSFTConfig`.
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.settings import AT_LEAST_1, NOT_TAKEN, SWITCH, TEXT, about, kind_of, one_of, optional
+from leanlift.rows.mixture import Part, parts_of
+from leanlift.settings import (
+    AT_LEAST_1,
+    NOT_TAKEN,
+    SWITCH,
+    TEXT,
+    Kind,
+    about,
+    kind_of,
+    one_of,
+    optional,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _places(given: Any) -> tuple[dict[str, Any], ...]:
+    """Mappings as a file of settings has them, or as JSON; a text alone is a path."""
+    listed = given if isinstance(given, (list, tuple)) else [given] if given else []
+    read = [_mapping(each) for each in listed if each not in ("none", "null")]
+    if not all(isinstance(each, Mapping) for each in read):
+        raise TypeError
+    return tuple(dict(each) for each in read)
+
+
+def _mapping(given: Any) -> Any:
+    if not isinstance(given, str):
+        return given
+    return json.loads(given) if given.lstrip().startswith("{") else {"path": given}
+
+
+DATASETS = Kind(
+    'files or hub names, or mappings such as {"path": "a.jsonl", "fraction": 0.7}',
+    lambda v: isinstance(v, tuple) and all(isinstance(each, Mapping) for each in v),
+    _places,
+    many=True,
+)
+FUNCTION = Kind(
+    "a function as module:function",
+    lambda v: isinstance(v, str) and re.fullmatch(r"[^\W\d][\w.]*[:.][^\W\d]\w*", v) is not None,
+    TEXT.take,
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +73,36 @@ class BaseAndRows:
         )
     )
     dataset_name: str = field(
+        default="",
         metadata=about(
             TEXT,
-            "a .json, .jsonl or .parquet file, or a hub name. Training rows, with the columns "
-            "messages | prompt, completion | instruction, input, output | text.",
-        )
+            "a file (.json .jsonl .csv .tsv .parquet) or hub name. Training rows, with the columns "
+            "messages | conversations | prompt, completion | instruction, input, output | text.",
+        ),
     )
     dataset_split: str = field(
         default="train", metadata=about(TEXT, "split of a hub dataset, or train[:100] of a file.")
+    )
+    datasets: tuple[Mapping[str, Any], ...] = field(
+        default=(),
+        metadata=about(
+            DATASETS,
+            "several of them, in place of dataset_name. In a file of settings a list of path, "
+            "name, split, columns and fraction (the share of the mixture), as TRL has it.",
+        ),
+    )
+    streaming: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH, "read training rows as they are asked for. In their order; needs max_steps."
+        ),
+    )
+    formatting_func: str | None = field(
+        default=None,
+        metadata=about(
+            optional(FUNCTION),
+            "module:function that makes a text of a row. Of which everything is trained.",
+        ),
     )
     eval_dataset_name: str | None = field(
         default=None, metadata=about(optional(TEXT), "rows to evaluate on, like dataset_name.")
@@ -147,11 +212,23 @@ class RunArguments(LiftConfig, BaseAndRows):
             elif each.name in PATHS and isinstance(given, str) and given.startswith("~"):
                 object.__setattr__(self, each.name, os.path.expanduser(given))
         super().__post_init__()
+        self.parts()
         if self.embedding_on_cpu and self.trainable_token_indices:
             raise UserError(
                 "embedding_on_cpu keeps an embedding where none of it is trained: leave it out, or "
                 "trainable_token_indices."
             )
+
+    def parts(self) -> tuple[Part, ...]:
+        """The places of the training rows.
+
+        Raises:
+            UserError: `datasets` that are none, or that are there beside dataset_name.
+        """
+        if self.datasets and self.dataset_name:
+            raise UserError("datasets take the place of dataset_name: give one of them.")
+        named = ({"path": self.dataset_name, "split": self.dataset_split},)
+        return parts_of(self.datasets or (named if self.dataset_name else ()))
 
     def lift_config(self) -> LiftConfig:
         """The settings of the mask alone."""
@@ -160,7 +237,7 @@ class RunArguments(LiftConfig, BaseAndRows):
 
 TAKEN = (
     "target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices",
-    "density_pattern",
+    "density_pattern", "datasets",
 )  # fmt: skip
 """Settings that a command line has in another form."""
 

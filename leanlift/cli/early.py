@@ -27,6 +27,7 @@ from leanlift.io.places import (
     no_room,
 )
 from leanlift.rows.first import check_first_rows
+from leanlift.rows.mixture import Part
 from leanlift.rows.source import check_place
 from leanlift.run_arguments import RunArguments
 from leanlift.settings import FALSE, TRUE
@@ -66,7 +67,7 @@ def check_early(command: str, argv: Sequence[str]) -> None:
         raise
     if command == "train":
         _check_places(given)
-        _check_rows(given)
+        _check_rows(given, args.parts())
 
 
 def _run_arguments(given: Mapping[str, Any]) -> RunArguments:
@@ -76,7 +77,7 @@ def _run_arguments(given: Mapping[str, Any]) -> RunArguments:
         UserError: one is not.
     """
     own = {field.name for field in fields(RunArguments)}
-    found = {"dataset_name": "", **{key: each for key, each in given.items() if key in own}}
+    found = {key: each for key, each in given.items() if key in own}
     return RunArguments(**found)
 
 
@@ -121,7 +122,7 @@ def check_given(command: str, given: Mapping[str, Any]) -> None:
     evaluates = given.get("eval_strategy") not in (None, "no")
     if evaluates and command == "train" and not given.get("eval_dataset_name"):
         raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
-    if command == "train" and given.get("dataset_name") is None:
+    if command == "train" and not given.get("dataset_name") and not given.get("datasets"):
         raise UserError(
             "leanlift train needs rows: give --dataset_name rows.json, or name a file of settings "
             "with --config."
@@ -161,13 +162,16 @@ def _is_result(entry: Path) -> bool:
     return not entry.name.startswith(".") and not entry.name.endswith(".partial")
 
 
-def _check_rows(given: Mapping[str, Any]) -> None:
+def _check_rows(given: Mapping[str, Any], parts: Sequence[Part]) -> None:
     """Whether files of rows are there, and their columns and first rows are of a known shape."""
+    places = [(part, "train") for part in parts]
+    if given.get("eval_dataset_name"):
+        split = str(given.get("eval_dataset_split") or "")
+        places.append((Part(str(given["eval_dataset_name"]), split=split), "eval"))
     text_field = str(given.get("dataset_text_field") or "text")
-    for key, name in (("dataset_name", "train"), ("eval_dataset_name", "eval")):
-        if not given.get(key):
-            continue
-        source, part = str(given[key]), str(given.get(key.replace("_name", "_split")) or "")
-        check_place(source)
-        if "dataset_kwargs" not in given and "[" not in part:  # of a part other rows come first
-            check_first_rows(source, name, text_field)
+    as_they_are = given.get("formatting_func") is None and "dataset_kwargs" not in given
+    for part, name in places:
+        check_place(part.path)
+        # of a part of the rows, or of the columns, others come first
+        if as_they_are and "[" not in part.split and part.columns is None:
+            check_first_rows(part.path, name, text_field)

@@ -16,6 +16,8 @@ import torch
 from leanlift.adapters import RUN_NAME, open_adapter
 from leanlift.cli.eval_text import eval_text
 from leanlift.data.dataset import load_rows
+from leanlift.data.functions import function_named
+from leanlift.data.ready import formatted
 from leanlift.data.tokenizer import end_tokens, load_tokenizer, vocabulary_rows
 from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
@@ -74,11 +76,7 @@ def eval_command(options: argparse.Namespace) -> int:
     check_base_place(args)
     if options.merged:
         check_base_place(_merged(options, args))
-    rows = load_rows(options.data, name="eval")
-    if options.limit is not None:
-        if options.limit < 1:
-            raise UserError(f"expected a limit of at least 1, got {options.limit}.")
-        rows = rows.select(range(min(options.limit, len(rows))))
+    rows = _rows_of(options)
     base, revision = args.model_name_or_path, args.model_revision
     tokenizer, how = tokenization_of(base, revision, options)
     samples = to_samples(rows, tokenizer, how)  # before a load that takes minutes
@@ -119,6 +117,19 @@ def eval_command(options: argparse.Namespace) -> int:
     sentences = are_sentences(asked, options.judge)
     print(eval_text(data, weights, shown[:SHOWN], len(shown), sentences))
     return 0
+
+
+def _rows_of(options: argparse.Namespace) -> Any:
+    """The rows that are asked for, as texts where a function makes them."""
+    function = options.formatting_func
+    if function is not None:
+        function = function_named(function, "--formatting_func")
+    rows = load_rows(options.data, name="eval")
+    if options.limit is not None:
+        if options.limit < 1:
+            raise UserError(f"expected a limit of at least 1, got {options.limit}.")
+        rows = rows.select(range(min(options.limit, len(rows))))
+    return rows if function is None else formatted(rows, function, "eval")
 
 
 def _measured_rows(
@@ -277,8 +288,9 @@ def tokenization_of(
             facts = read_json(directory / RUN_NAME, MOST_OF_A_STRANGER)
     tokenizer = load_tokenizer(source, revision=revision if source == base else None)
     how = Tokenization.as_trained(tokenizer, facts, rows, end_tokens(base, revision))
-    if options.dataset_text_field:
-        how = replace(how, text_field=options.dataset_text_field)
+    text_field = "text" if options.formatting_func else options.dataset_text_field
+    if text_field:
+        how = replace(how, text_field=text_field)
     return tokenizer, how
 
 

@@ -58,8 +58,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "dtype", "attn_implementation",
     ),
     "Data": (
-        "dataset_name", "dataset_split", "eval_dataset_name", "eval_dataset_split", "max_length",
-        "packing",
+        "dataset_name", "dataset_split", "datasets", "streaming", "formatting_func",
+        "eval_dataset_name", "eval_dataset_split", "max_length", "packing",
     ),
     "What is trained": (
         "density", "rank_budget", "approx_rank", "target_modules", "exclude_modules",

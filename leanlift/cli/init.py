@@ -46,7 +46,7 @@ def _init(given: argparse.Namespace) -> int:
     if given.card is not None:
         _gib(given.card)
     model = given.model or ask("Model (a directory, or a name on the hub)", "--model", None)
-    data = given.data or ask("Rows (.json, .jsonl, .parquet, or a hub name)", "--data", None)
+    data = given.data or ask("Rows (.json, .jsonl, .csv, .parquet, or a hub name)", "--data", None)
     base_directory(model)
     check_place(data)
     purpose = given.purpose or ask(_choices(), "--purpose", "answers")
@@ -99,7 +99,11 @@ def add_init(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--model", type=os.path.expanduser, help="the base: a directory, or a name on the hub")
-    add("--data", type=os.path.expanduser, help="rows: .json, .jsonl or .parquet, or a hub name")
+    add(
+        "--data",
+        type=os.path.expanduser,
+        help="rows: .json, .jsonl, .csv, .tsv or .parquet, or a hub name",
+    )
     add("--card", help="memory of the card, such as 8GB, or cpu; default: this machine's")
     add("--purpose", help=f"{', '.join(PURPOSES)} (default: answers)")
     add("--output", default="run.yaml", help="the file to write (default: run.yaml)")

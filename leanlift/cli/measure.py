@@ -98,11 +98,17 @@ def _add_measured(model: Any) -> None:
 def _add_rows(parser: Any) -> None:
     rows = parser.add_argument_group("on which rows")
     rows.add_argument(
-        "--data", type=expanduser, required=True, help=".json, .jsonl or .parquet, or a hub name"
+        "--data",
+        type=expanduser,
+        required=True,
+        help=".json, .jsonl, .csv, .tsv or .parquet, or a hub name",
     )
     rows.add_argument(
         "--dataset_text_field",
         help="the column of plain texts; default: as the adapter was trained, else text",
+    )
+    rows.add_argument(
+        "--formatting_func", help="module:function that makes a text of a row, as it was trained"
     )
     rows.add_argument("--limit", type=int, help="the first so many rows alone")
     rows.add_argument("--batch_size", type=int, default=8, help="rows at a time (8)")
@@ -158,7 +164,7 @@ def _eval(options: argparse.Namespace) -> int:
             raise UserError(f"--{name} needs a directory that exists, and {parent} does not.")
     check_place(options.data)
     text_field = options.dataset_text_field or _text_field(options.adapter)
-    if text_field is not None:
+    if text_field is not None and options.formatting_func is None:
         check_first_rows(options.data, "eval", text_field)
     from leanlift.cli.eval import eval_command
 

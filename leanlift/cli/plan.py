@@ -131,9 +131,9 @@ def _save(
     changed = {key: value for step in taken for key, value in step.change.keys.items()}
     why = reasons_of(taken)
     kept = {key: value for key, value in given.items() if key not in changed}
-    if "dataset_name" not in kept:
+    if not {"dataset_name", "datasets"} & set(kept):
         kept["dataset_name"] = args.dataset_name
-        why["dataset_name"] = "your rows: .json, .jsonl or .parquet"
+        why["dataset_name"] = "your rows: .json, .jsonl, .csv, .parquet"
     defaults = {k: v for k, v in command_defaults(given).items() if k not in changed}
     held = f"Planned to need {size(plan.needed)}"
     rows, tokens = (plan.holds_for[key] for key in ("per_device_train_batch_size", "max_length"))

@@ -82,7 +82,7 @@ def read_command(command: str, argv: Sequence[str]) -> Asked:
     for line in said:
         logger.warning("%s", line)
     values = command_defaults(given) | given
-    if command == "plan":
+    if command == "plan" and not values.get("datasets"):
         values.setdefault("dataset_name", ROWS_OF_A_PLAN)
     run = {field.name for field in fields(RunArguments)}
     try:

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 
 from leanlift._version import __version__
 from leanlift.data.lengths import Cut, LengthReport
 from leanlift.data.tokens import IGNORED, Tokenization, Tokens
 from leanlift.errors import UserError
-from leanlift.rows.examples import NO_ASSISTANT, NULLS, ExampleReader, Notes, columns_of
+from leanlift.rows.examples import NO_ASSISTANT, NULLS, ExampleReader, columns_of
 from leanlift.rows.source import (
     Row,
     as_dataset,
@@ -32,6 +32,7 @@ from leanlift.rows.source import (
     load_rows,
     plain_rows,
 )
+from leanlift.rows.turns import Notes
 
 __all__ = [
     "TokenRows",
@@ -311,13 +312,15 @@ def calibration_batches(
     [1, T].
 
     Args:
-        rows: as for training.
+        rows: as for training; of a stream the first, which train something where they are tokens.
         tokenizer: prepared.
         max_length: what is longer is cut.
         count: how many.
         how: the tokenization; by default `Tokenization.of(tokenizer)`.
     """
     cut, batches = Cut(max_length), []
+    if isinstance(rows, IterableDataset):
+        rows = list(rows.take(count))
     for _, _, tokens in tokenized(rows, how or Tokenization.of(tokenizer)):
         ids, labels = cut(tokens.ids), cut(tokens.labels)
         if any(label != IGNORED for label in labels[1:]):

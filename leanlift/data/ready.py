@@ -13,17 +13,19 @@ from datasets import Dataset, IterableDataset
 from leanlift.data.dataset import TokenRows, token_rows
 from leanlift.data.images import ImageRows, check_image_settings, image_rows
 from leanlift.data.lengths import Cut, check_row_settings, say, skips_preparation
-from leanlift.data.stream import token_stream
+from leanlift.data.mixture import mixed
+from leanlift.data.stream import check_long_enough, token_stream
 from leanlift.data.tokenizer import prepare_tokenizer
 from leanlift.data.tokens import IGNORED, Tokenization
-from leanlift.errors import UserError
+from leanlift.errors import UserError, first_line
 from leanlift.rows.examples import columns_of
 from leanlift.rows.images import image_column
+from leanlift.rows.mixture import Mixture
 from leanlift.rows.source import Row
 
 logger = logging.getLogger("leanlift")
 
-Rows: TypeAlias = Dataset | IterableDataset | list[Row] | TokenRows | ImageRows
+Rows: TypeAlias = Dataset | IterableDataset | list[Row] | Mixture | TokenRows | ImageRows
 """What is trained and evaluated on."""
 
 
@@ -72,8 +74,11 @@ class RowsForTraining:
         return self.processor is not None
 
     def train(self, rows: Any) -> Any:
-        """Rows to train on; see `__call__`."""
-        return self(rows, "train", self.sft.packing)
+        """Rows to train on; see `__call__`. Of a stream, as many as a step takes are looked at."""
+        made = self(rows, "train", self.sft.packing)
+        if isinstance(made, IterableDataset) and not skips_preparation(self.sft):
+            check_long_enough(made, self.sft, "train")
+        return made
 
     def eval(self, rows: Any) -> Any:
         """Rows to evaluate on, or several datasets by name; None stays None."""
@@ -84,13 +89,18 @@ class RowsForTraining:
 
     def __call__(self, rows: Any, name: str, packing: bool) -> Any:
         """`TokenRows` of a `Dataset` or list, said what became of them; a stream of tokens of a
-        stream; with skip_prepare_dataset, and for `TokenRows`, what was given.
+        stream; one of the two of a mixture; with skip_prepare_dataset, and for `TokenRows`, what
+        was given.
 
         Raises:
             UserError: rows that cannot be used.
         """
         if isinstance(rows, (TokenRows, ImageRows)):
             return rows
+        if isinstance(rows, Mixture):
+            places = zip(rows.parts, rows.names, strict=True)
+            parts = [self(part, f"{name} ({place})", packing) for part, place in places]
+            return mixed(parts, rows, name, self.sft.data_seed or self.sft.seed)
         if self._have_images(rows, name):
             check_image_settings(self.sft, self.format)
             return image_rows(rows, self.processor, name, self.how)
@@ -98,7 +108,7 @@ class RowsForTraining:
             _check_prepared(rows, name)
             return rows
         if self.format is not None:
-            rows = _formatted(rows, self.format, name)
+            rows = formatted(rows, self.format, name)
         cut = Cut.of(self.sft, packing)
         if isinstance(rows, IterableDataset):
             return token_stream(rows, self.how, name, cut)
@@ -126,6 +136,8 @@ def has_images(rows: Any) -> bool:
     """Whether rows have a column of images."""
     if isinstance(rows, ImageRows):
         return True
+    if isinstance(rows, Mixture):
+        return any(map(has_images, rows.parts))
     if isinstance(rows, (Dataset, IterableDataset)):
         return image_column(columns_of(rows)) is not None
     plain = isinstance(rows, (list, tuple))
@@ -144,21 +156,35 @@ def _check_prepared(rows: Any, name: str) -> None:
     )
 
 
-def _formatted(rows: Any, function: Callable[[Row], str], name: str) -> Any:
-    """Rows as texts, by a function of the user's."""
+def formatted(rows: Any, function: Callable[[Row], str], name: str) -> Any:
+    """Rows as texts, by a function of the user's.
 
-    def text(row: Row) -> Row:
-        made = function(row)
+    Args:
+        rows: a `Dataset`, stream or list of dicts.
+        function: makes a text of a row.
+        name: "train" or "eval", for messages.
+    """
+
+    def text(row: Row, number: int) -> Row:
+        try:
+            made = function(row)
+        except Exception as error:  # whatever the user's own code raises
+            raise UserError(
+                f"formatting_func fails on row {number} of the {name} dataset with "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
         if not isinstance(made, str):
             raise UserError(
-                f"formatting_func returned a {type(made).__name__} for a row of the {name} "
+                f"formatting_func returned a {type(made).__name__} for row {number} of the {name} "
                 "dataset: expected a text."
             )
         return {"text": made}
 
     if isinstance(rows, IterableDataset):
-        return rows.map(text, remove_columns=columns_of(rows))
-    return [text(row) for row in rows]
+        return rows.map(text, with_indices=True, remove_columns=columns_of(rows)).select_columns(
+            ["text"]
+        )
+    return [text(row, number) for number, row in enumerate(rows)]
 
 
 def drop_untrained_packs(packs: Any, name: str) -> Any:

@@ -11,6 +11,7 @@ from leanlift.data.dataset import Worker, reader_of
 from leanlift.data.lengths import Cut
 from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
+from leanlift.processes import processes
 from leanlift.rows.examples import ExampleReader, columns_of
 from leanlift.rows.source import Row, plain_rows
 
@@ -37,6 +38,35 @@ def token_stream(rows: IterableDataset, how: Tokenization, name: str, cut: Cut) 
         with_indices=True,
         remove_columns=columns,
         features=Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))}),
+    ).select_columns(["input_ids", "labels"])  # of columns that the first row lacks, too
+
+
+def check_long_enough(rows: IterableDataset, sft: Any, name: str) -> None:
+    """Refuse a stream that ends before a single step is full: Trainer applies no step at the end of
+    a stream, begins it again, and would go on so for ever.
+
+    Args:
+        rows: a stream with `input_ids`.
+        sft: an `SFTConfig`.
+        name: "train", for messages.
+
+    Raises:
+        UserError: it does.
+    """
+    wanted = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * processes()
+    length = sft.max_length if sft.packing else None
+    found = tokens = 0
+    for row in rows:
+        found += 1
+        tokens += len(row["input_ids"])
+        full = found if length is None else tokens // length  # packs are no longer than that
+        if full >= wanted:
+            return
+    packs = "" if length is None else f" ({tokens} tokens, in packs of {length})"
+    raise UserError(
+        f"the {name} dataset is a stream of {found} examples{packs}, and a step takes {wanted}: "
+        "leave streaming out, or lower gradient_accumulation_steps or "
+        "per_device_train_batch_size."
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
+from leanlift.data.calls import as_taken, takes_texts
 from leanlift.data.left_out import left_out
 from leanlift.data.tokenizer import as_ids, check_end_token
 from leanlift.errors import UserError, first_line
@@ -204,14 +205,14 @@ class Tokenization:
             **(example.get("chat_template_kwargs") or {}),
         }
         if "messages" in example:
-            before_turns, turns = [], example["messages"]
+            before_turns, turns = [], as_taken(example["messages"], self._texts_of_calls)
             whole = self._render(turns, where, options, marked=self.assistant_only)
             ids = whole["input_ids"]
             tokens = Tokens([], ids, list(ids))
         else:
-            before_turns = example["prompt"]
+            before_turns = as_taken(example["prompt"], self._texts_of_calls)
             before = self._render(before_turns, where, options, add_generation_prompt=True)
-            turns = before_turns + example["completion"]
+            turns = before_turns + as_taken(example["completion"], self._texts_of_calls)
             whole = self._render(turns, where, options, marked=self.assistant_only)
             tokens = self._completed(list(before["input_ids"]), whole["input_ids"])
         tokens = tokens._replace(left_out=self._left_out(turns, len(before_turns), options))
@@ -226,6 +227,10 @@ class Tokenization:
             )
         both = zip(tokens.labels, marks, strict=True)
         return tokens._replace(labels=[label if mark else IGNORED for label, mark in both])
+
+    @cached_property
+    def _texts_of_calls(self) -> bool | None:
+        return takes_texts(self.tokenizer, self.template)
 
     def _render(
         self,

@@ -145,13 +145,21 @@ def _rows(adapter: Adapter, data: str | None) -> tuple[Any, dict[str, Any]]:
     facts = read_json(run, MOST_OF_A_STRANGER) if run.is_file() else {}
     facts, split = facts if isinstance(facts, dict) else {}, "train"
     if data is None:
-        data, split = facts.get("dataset_name"), facts.get("dataset_split", split)
-    if not isinstance(data, str):
+        data, split = _first_rows(facts)
+    if not isinstance(data, str) or not data:
         raise UserError(
             f"{adapter.directory} does not say which data it was trained on: name rows to verify "
             "with, --data rows.json."
         )
     return load_rows(data, str(split)), facts
+
+
+def _first_rows(facts: dict[str, Any]) -> tuple[Any, Any]:
+    """The place, and the split, of the first rows that a run was told of."""
+    several = facts.get("datasets")
+    if isinstance(several, list) and several and isinstance(several[0], dict):
+        return several[0].get("path"), several[0].get("split", "train")
+    return facts.get("dataset_name"), facts.get("dataset_split", "train")
 
 
 def _onto_original(

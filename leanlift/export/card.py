@@ -214,14 +214,23 @@ def _about(adapter: Adapter, base: str, facts: dict[str, str]) -> list[str]:
         **_tokens(config.trainable_token_indices),
         **facts,
     }
-    data = run.get("dataset_name")
-    if isinstance(data, str):
-        table["data"] = Path(data).name if Path(data).suffix else data
+    table |= _data(run)
     lines = ["| | |", "|---|---|", *(f"| {key} | {_plain(v)} |" for key, v in table.items()), ""]
     settings = [f"`{k}: {_plain(str(run[k]))}`" for k in TRAINING_KEYS if k in run]
     if settings:
         lines += ["## Training", "", ", ".join(settings), ""]
     return lines + _memory(adapter.directory)
+
+
+def _data(run: Mapping[str, Any]) -> dict[str, str]:
+    """Which rows were trained on, files without the places where they were."""
+    several = run.get("datasets")
+    given = (
+        several if isinstance(several, list) and several else [{"path": run.get("dataset_name")}]
+    )
+    paths = [each.get("path") for each in given if isinstance(each, dict)]
+    names = [Path(p).name if Path(p).suffix else p for p in paths if isinstance(p, str) and p]
+    return {"data": ", ".join(names)} if names else {}
 
 
 def _tokens(ids: Sequence[int]) -> dict[str, str]:

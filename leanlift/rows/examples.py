@@ -3,19 +3,20 @@
 Five shapes of rows are understood: `messages` or `conversations` (chats), `prompt`/`completion`,
 a text column, and alpaca's `instruction`/`input`/`output`. All but texts become prompt and
 completion, one per assistant turn, so that the loss is on completions only and does not depend on
-generation markers in a chat template. Whatever a row loses or has changed on the way is counted in
-`Notes`; what cannot be meant is refused with row and column.
+generation markers in a chat template. What chats and texts may be is in `rows/turns.py`. Whatever a
+row loses or has changed on the way is counted; what cannot be meant is refused with row and column.
+Rows of pairs to choose from are other shapes (`rows/preferences.py`), and refused here.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 from leanlift.errors import UserError
-from leanlift.rows.source import Row, is_unicode
+from leanlift.rows.files import Row
+from leanlift.rows.turns import CHAT_COLUMNS, ValueReader, with_system
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -28,42 +29,14 @@ ALPACA = (
 )
 """The prompts of Stanford Alpaca, which instruction data of this shape is commonly trained with."""
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-"""What other formats call the two sides of a chat."""
-
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""Columns that go to the chat template beside the chat."""
-
 NO_ASSISTANT = "no assistant turn, so nothing to train,"
 EMPTY = "an empty text or completion, which is not trained,"
 FIRST = "an assistant turn with nothing before it, which is not trained,"
 WEIGHT = "an assistant turn of weight 0, which is not trained,"
-PARTS = "contents joined from their text parts"
-NO_CHAT = "tools that are not used, since the row is no chat,"
+NO_CHAT = "a value of {!r} that is not used, since the row is no chat,"
+SECOND_SYSTEM = "a system prompt beside a chat that has one, which is not used,"
+WRONG = "a completion marked as wrong (label false), which is trained like the others,"
 NULLS = "nulls in tools or tool calls left out as missing keys"
-
-
-@dataclass
-class Notes:
-    """What rows lost or had changed: for each kind, how many rows and the first of them."""
-
-    found: dict[str, tuple[int, int]] = field(default_factory=dict)
-    last: dict[str, int] = field(default_factory=dict)
-
-    def add(self, what: str, number: int) -> bool:
-        """Note it for a row; returns whether it is the first of its kind."""
-        count, first = self.found.get(what, (0, number))
-        if self.last.get(what) != number:
-            self.found[what] = (count + 1, first)
-            self.last[what] = number
-        return count == 0
-
-    def lines(self, rows: int) -> tuple[str, ...]:
-        """For a report over so many rows."""
-        return tuple(
-            f"{what} in {count} of {rows} rows (first: row {first})"
-            for what, (count, first) in self.found.items()
-        )
 
 
 @dataclass(frozen=True)
@@ -75,7 +48,7 @@ class RowFormat:
     convert: Callable[[Row, int], list[Row]]
 
 
-class ExampleReader:
+class ExampleReader(ValueReader):
     """Makes examples of the rows of one dataset, and keeps notes.
 
     Args:
@@ -99,19 +72,16 @@ class ExampleReader:
         whole_chats: bool = False,
         images: bool = False,
     ) -> None:
-        self.images = images
-        self.name, self.chat, self.text_field = name, chat, text_field
-        self.whole_chats = whole_chats
-        self.notes = Notes()
-        self._content: tuple[type, int] | None = None
+        super().__init__(name, images)
+        self.chat, self.text_field, self.whole_chats = chat, text_field, whole_chats
         text = RowFormat((text_field,), (), self._from_text)
         named = [text] if text_field != "text" else []  # asked for: before what is only found
         formats = (
-            RowFormat(("messages",), TEMPLATE_COLUMNS, self._from_messages),
-            RowFormat(("conversations",), TEMPLATE_COLUMNS, self._from_conversations),
-            RowFormat(("prompt", "completion"), TEMPLATE_COLUMNS, self._from_prompt),
+            RowFormat(("messages",), CHAT_COLUMNS, self._from_messages),
+            RowFormat(("conversations",), CHAT_COLUMNS, self._from_conversations),
+            RowFormat(("prompt", "completion"), CHAT_COLUMNS, self._from_prompt),
             *named,
-            RowFormat(("instruction", "output"), ("input", "tools"), self._from_instruction),
+            RowFormat(("instruction", "output"), ("input", *CHAT_COLUMNS), self._from_instruction),
             text,
         )
         shape = next((shape for shape in formats if set(columns).issuperset(shape.required)), None)
@@ -119,7 +89,7 @@ class ExampleReader:
             raise UserError(
                 f"row 0 of the {name} dataset has the columns {sorted(columns)}; expected "
                 "messages, prompt and completion, instruction and output (input optional), or "
-                f"{text_field}."
+                f"{text_field}{_other_method(columns)}."
             )
         self.shape = shape
         judged = {"answer"} if name == "eval" else set()  # what greedy answers are judged by
@@ -137,13 +107,23 @@ class ExampleReader:
                     f"row {number} of the {self.name} dataset has no {column!r} (columns found: "
                     f"{sorted(row)}); every row needs {' and '.join(self.shape.required)}."
                 )
-        extra = self._template_columns(row, number)
+        known = self.shape.optional
+        extra = self.template_columns(row, number, known)
+        system = self.system(row, number) if "system" in known else []
         examples = self.shape.convert(row, number)
         for example in examples:
-            if isinstance(example.get("prompt", example.get("messages")), list):
-                example.update(extra)
-            elif extra.get("tools"):
-                self.notes.add(NO_CHAT, number)
+            first = "messages" if "messages" in example else "prompt"
+            if not isinstance(example.get(first), list):
+                for column in (*extra, *(["system"] if system else [])):
+                    self.notes.add(NO_CHAT.format(column), number)
+                continue
+            example.update(extra)
+            given = example[first]
+            example[first] = with_system(given, system)
+            if system and example[first] is given and given[0] != system[0]:
+                self.notes.add(SECOND_SYSTEM, number)
+        if "completion" in self.shape.required and row.get("label") is False:
+            self.notes.add(WRONG, number)
         return examples
 
     def lines(self, rows: int) -> tuple[str, ...]:
@@ -151,15 +131,11 @@ class ExampleReader:
         unused = f"columns not used: {', '.join(self.unused)}"
         return (*self.notes.lines(rows), *([unused] if self.unused else []))
 
-    def refuse(self, number: int, problem: str) -> NoReturn:
-        """Raise a UserError that names the row and says what is wrong with it."""
-        raise UserError(f"row {number} of the {self.name} dataset has {problem}.")
-
     # --- shapes ------------------------------------------------------------------------------
 
     def _from_messages(self, row: Row, number: int, column: str = "messages") -> list[Row]:
         """One example per assistant turn, each with everything before it as the prompt."""
-        turns, weights = self._turns(row[column], number, column)
+        turns, weights = self.turns(row[column], number, column)
         if self.whole_chats:
             if 0 in weights:
                 self.refuse(
@@ -191,16 +167,16 @@ class ExampleReader:
     def _from_prompt(self, row: Row, number: int) -> list[Row]:
         prompt, completion = row["prompt"], row["completion"]
         if not (isinstance(prompt, list) or isinstance(completion, list)):
-            prompt = self._text(prompt, number, "prompt")
-            if not self._text(completion, number, "completion"):
+            prompt = self.text(prompt, number, "prompt")
+            if not self.text(completion, number, "completion"):
                 self.notes.add(EMPTY, number)
                 return []
             return [{"prompt": prompt, "completion": completion}]
         if not (isinstance(prompt, list) and isinstance(completion, list)):
             text, chat = sorted(("prompt", "completion"), key=lambda c: isinstance(row[c], list))
             self.refuse(number, f"no chat in {text!r} but a list in {chat!r}: expected both alike")
-        before, _ = self._turns(prompt, number, "prompt")
-        turns, weights = self._turns(completion, number, "completion")
+        before, _ = self.turns(prompt, number, "prompt")
+        turns, weights = self.turns(completion, number, "completion")
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not before:
             self.refuse(number, "no turn in 'prompt': expected at least one")
@@ -216,9 +192,9 @@ class ExampleReader:
         return [{"prompt": before, "completion": turns}] if trained else []
 
     def _from_instruction(self, row: Row, number: int) -> list[Row]:
-        instruction = self._text(row["instruction"], number, "instruction")
-        extra = self._text(row.get("input", ""), number, "input")
-        output = self._text(row["output"], number, "output")
+        instruction = self.text(row["instruction"], number, "instruction")
+        extra = self.text(row.get("input", ""), number, "input")
+        output = self.text(row["output"], number, "output")
         if not output:
             self.notes.add(EMPTY, number)
             return []
@@ -235,113 +211,19 @@ class ExampleReader:
         return [{"prompt": prompt, "completion": output}]
 
     def _from_text(self, row: Row, number: int) -> list[Row]:
-        if not self._text(row[self.text_field], number, self.text_field):
+        if not self.text(row[self.text_field], number, self.text_field):
             self.notes.add(EMPTY, number)
             return []
         return [{"text": row[self.text_field]}]
 
-    # --- values ------------------------------------------------------------------------------
 
-    def _text(self, value: Any, number: int, column: str) -> str:
-        if not isinstance(value, str):
-            self.refuse(number, f"{value!r:.60} in {column!r}: expected a text")
-        if not is_unicode(value):
-            self.refuse(number, f"half of a surrogate pair in {column!r}, which is no text")
-        return value
-
-    def _turns(self, value: Any, number: int, column: str) -> tuple[list[Row], list[int]]:
-        """Turns with `role` and `content` as a text (or null beside a tool call), and weights."""
-        if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-            self._no_chat(number, column)
-        turns, weights = [], []
-        for given in value:
-            turn = dict(given)
-            for other, own in (("from", "role"), ("value", "content")):
-                if other in turn and own not in turn:
-                    turn[own] = turn.pop(other)
-            role, content = turn.get("role"), turn.get("content")
-            calls = turn.get("tool_calls") or turn.get("function_call")
-            called = ROLES.get(str(role), role) == "assistant" and bool(calls)
-            if not isinstance(role, str) or not role or (content is None and not called):
-                self._no_chat(number, column)
-            if role in ROLES:
-                turn["role"] = ROLES[role]
-                self.notes.add(f"the role {role} taken for {ROLES[role]}", number)
-            if content is not None:
-                turn["content"] = self._content_text(content, number, column)
-            weights.append(self._weight(turn.pop("weight", None), number, column))
-            turns.append(turn)
-        return turns, weights
-
-    def _no_chat(self, number: int, column: str) -> NoReturn:
-        self.refuse(
-            number,
-            f"no list of role and content in {column!r}: every turn needs both (content may be "
-            "null in an assistant turn with tool_calls)",
-        )
-
-    def _content_text(self, content: Any, number: int, column: str) -> Any:
-        """A content as a text; its parts joined where they are texts."""
-        form = type(content)
-        if self.images and form is list:
-            return [self._part(part, number, column) for part in content]
-        known, first = self._content = self._content or (form, number)
-        if form in (str, list) and known in (str, list) and form is not known:
-            forms = {str: "a text", list: "a list of parts"}
-            self.refuse(
-                number,
-                f"a content in {column!r} that is {forms[form]}, and another (row {first}) is "
-                f"{forms[known]}: expected all of them in one form",
-            )
-        if form is not list:
-            return self._text(content, number, column)
-        for part in content:
-            if not isinstance(part, dict) or part.get("type", "text") != "text":
-                kind = part.get("type") if isinstance(part, dict) else part
-                self.refuse(
-                    number,
-                    f"a content part {kind!r:.60} in {column!r}: expected texts alone, such as "
-                    '{"type": "text", "text": "…"}',
-                )
-        self.notes.add(PARTS, number)
-        return "".join(self._text(part.get("text"), number, column) for part in content)
-
-    def _part(self, part: Any, number: int, column: str) -> Row:
-        """A part of a content that may have images: a text, or a place for an image."""
-        kind = part.get("type", "text") if isinstance(part, dict) else part
-        if kind == "image" and set(part) == {"type"}:
-            return {"type": "image"}
-        if kind != "text":
-            self.refuse(
-                number,
-                f"a content part {part!r:.60} in {column!r}: expected texts, and "
-                '{"type": "image"} for each image of the column images',
-            )
-        return {"type": "text", "text": self._text(part.get("text"), number, column)}
-
-    def _weight(self, weight: Any, number: int, column: str) -> int:
-        if weight is None:
-            return 1
-        if weight not in (0, 1) or isinstance(weight, str):
-            self.refuse(number, f"a turn of weight {weight!r:.30} in {column!r}: expected 0 or 1")
-        return int(weight)
-
-    def _template_columns(self, row: Row, number: int) -> Row:
-        """`tools` and `chat_template_kwargs`, which may be JSON texts."""
-        found: Row = {}
-        for column, form in zip(TEMPLATE_COLUMNS, (list, dict), strict=True):
-            value = row.get(column)
-            if value is None or column not in self.shape.optional:
-                continue
-            if isinstance(value, str):
-                try:
-                    value = json.loads(value)
-                except ValueError:
-                    self.refuse(number, f"a text in {column!r} that is no JSON")
-            if not isinstance(value, form):
-                self.refuse(number, f"{value!r:.60} in {column!r}: expected a {form.__name__}")
-            found[column] = value
-        return found
+def _other_method(columns: Collection[str]) -> str:
+    """What else is trained on such columns, for the end of a sentence."""
+    if {"chosen", "rejected"} <= set(columns):
+        return "; chosen and rejected are pairs, which --method dpo, orpo, cpo or reward trains on"
+    if "prompt" in columns:
+        return "; prompts without completions are what --method grpo or rloo trains on"
+    return ""
 
 
 def columns_of(rows: Any) -> list[str]:

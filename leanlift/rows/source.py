@@ -2,42 +2,43 @@
 
 A column of a `Dataset` has one Arrow type. JSON has none: two tools take different arguments, a
 content is a text here and null there. Arrow unites such structs, and what a row lacks comes back
-as null, which a chat template then prints. So JSON and JSONL are read here, and a column whose
-values Arrow would not give back as they were is kept as JSON text and decoded row by row
-(`datasets`' own Json type reads floats inexactly, and a text that looks like a number as one).
-Of rows that came as Arrow structs (Parquet, the hub, a user's own `Dataset`) a null inside a
-struct is taken for a missing key.
+as null, which a chat template then prints. So text files are read by us (`rows/files.py`), and a
+column whose values Arrow would not give back as they were is kept as JSON text and decoded row by
+row (`datasets`' own Json type reads floats inexactly, and what has a large number in it as text).
+Of rows that came as Arrow structs (Parquet, the hub, a user's own `Dataset`) a null inside a struct
+is taken for a missing key. A stream of a text file has no types: its rows are what they are.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leanlift.errors import UserError, first_line
+from leanlift.rows.files import Row, check_place, is_read_here, read_rows
 from leanlift.rows.images import stored_with_places, with_places
+from leanlift.rows.turns import is_unicode
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
-LINES = (".jsonl", ".ndjson")
-"""Endings of files with a row in each line."""
-
-FILE_TYPES = {".json": "json", **dict.fromkeys(LINES, "json"), ".parquet": "parquet"}
-
-Row = dict[str, Any]
+__all__ = ["Row", "check_place", "load_rows", "stream_rows"]
 
 
-def load_rows(source: str, split: str = "train", name: str = "train") -> Dataset:
-    """Rows from a local JSON, JSONL or Parquet file, or from a dataset's hub name.
+def load_rows(
+    source: str, split: str = "train", name: str = "train", config: str | None = None
+) -> Dataset:
+    """Rows from a local JSON, JSONL, CSV, TSV or Parquet file, or from a dataset's hub name.
 
     Args:
         source: a path, or a hub name.
         split: as `datasets` has it, slices included. A file is one split, called "train", or by
             `name`'s default.
         name: "train" or "eval", what the rows are for.
+        config: of a dataset on the hub that has several.
 
     Raises:
         UserError: missing, unreadable or empty, or no such split.
@@ -45,48 +46,70 @@ def load_rows(source: str, split: str = "train", name: str = "train") -> Dataset
     import datasets
 
     path, kind = check_place(source)
-    try:
-        if kind == "json":
-            rows = as_dataset(with_places(read_json_rows(path), path.parent))
+    with _in_a_sentence(source, path, kind):
+        if is_read_here(kind):
+            rows = as_dataset(with_places(read_rows(path), path.parent))
         elif kind:
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
             rows = stored_with_places(rows, path.parent)
         else:
-            rows = datasets.load_dataset(source, split=split)
-    except UserError:
-        raise
-    except Exception as error:  # each backend raises its own kinds
-        said = first_line(_cause(error))
-        if kind or path.is_dir():
-            raise UserError(f"{source} cannot be read as rows: {said}") from error
-        raise UserError(
-            f"there is no file or directory {source}, and as a dataset's name on the hub it cannot "
-            f"be read as rows: {said}"
-        ) from error
+            rows = datasets.load_dataset(source, config, split=split)
     if len(rows) == 0:
         raise UserError(f"{source} holds no rows: there is nothing to train on.")
     return _part(rows, source, split, name) if kind else rows
 
 
-def check_place(source: str) -> tuple[Path, str | None]:
-    """The path of a source of rows, and what kind of file it is; None: a name on the hub.
+def stream_rows(source: str, split: str = "train", config: str | None = None) -> IterableDataset:
+    """As `load_rows`, read as they are asked for.
 
     Raises:
-        UserError: there is no such file, or it is of another kind.
+        UserError: as there; or a part of a file, whose rows nobody has counted.
     """
-    path = Path(source).expanduser()
-    kind = FILE_TYPES.get(path.suffix.lower())
-    if kind and not path.is_file():
-        raise UserError(f"{source} does not exist: expected a JSON, JSONL or Parquet file of rows.")
-    if not kind and path.is_file():
-        raise UserError(f"{source} is no data file: expected .json, .jsonl or .parquet.")
-    looks_like_a_path = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
-    if not kind and looks_like_a_path and not path.is_dir():
+    import datasets
+
+    path, kind = check_place(source)
+    if kind and split != "train":
         raise UserError(
-            f"there is no file or directory {source}: expected a JSON, JSONL or Parquet file of "
-            "rows, or a dataset's name on the hub."
+            f"{source} is a file that is read as a stream, whose parts nobody knows, and {split!r} "
+            "asks for one: leave streaming out, or the split."
         )
-    return path, kind
+    with _in_a_sentence(source, path, kind):
+        if is_read_here(kind):
+            rows = datasets.IterableDataset.from_generator(
+                _placed_rows, gen_kwargs={"path": str(path)}
+            )
+        elif kind:
+            files = str(path)
+            rows = datasets.load_dataset(kind, data_files=files, split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(source, config, split=split, streaming=True)
+        first = next(iter(rows), None)
+    if first is None:
+        raise UserError(f"{source} holds no rows: there is nothing to train on.")
+    return rows
+
+
+def _placed_rows(path: str) -> Iterator[Row]:
+    yield from with_places(read_rows(Path(path)), Path(path).parent)
+
+
+@contextmanager
+def _in_a_sentence(source: str, path: Path, kind: str | None) -> Iterator[None]:
+    """What any backend says of rows that it cannot read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each backend raises its own kinds
+        cause = _cause(error)
+        if isinstance(cause, UserError):
+            raise cause from None
+        if kind or path.is_dir():
+            raise UserError(f"{source} cannot be read as rows: {first_line(cause)}") from error
+        raise UserError(
+            f"there is no file or directory {source}, and as a dataset's name on the hub it cannot "
+            f"be read as rows: {first_line(cause)}"
+        ) from error
 
 
 def _part(rows: Dataset, source: str, split: str, name: str) -> Dataset:
@@ -113,53 +136,6 @@ def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
-
-
-def read_json_rows(path: Path) -> Iterator[Row]:
-    """Objects of a JSON list, or one after the other as in JSONL; a text becomes a `text` row."""
-    number = 0
-    try:
-        lines = path.suffix.lower() in LINES
-        for value in _json_lines(path) if lines else _json_values(path):
-            for row in value if isinstance(value, list) else [value]:
-                row = {"text": row} if isinstance(row, str) else row
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"row {number} of {path} is {row!r:.80}: expected an object such as "
-                        '{"prompt": "…", "completion": "…"}.'
-                    )
-                yield row
-                number += 1
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} cannot be read as rows: it is not UTF-8 ({error}).") from None
-
-
-def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(
-                        f"{path} cannot be read as rows: line {number} is no JSON: "
-                        f"{first_line(error)}"
-                    ) from None
-
-
-def _json_values(path: Path) -> Iterator[Any]:
-    """The values of a file, whose lines need not be values of their own."""
-    text, decoder, at = path.read_text(encoding="utf-8-sig"), json.JSONDecoder(), 0
-    while True:
-        while at < len(text) and text[at].isspace():
-            at += 1
-        if at == len(text):
-            return
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read as rows: {first_line(error)}") from None
-        yield value
 
 
 def as_dataset(rows: Iterable[Row]) -> Dataset:
@@ -211,14 +187,6 @@ def _kind(value: Any) -> str:
         return "int" if -(2**63) <= value < 2**63 else "json"
     plain = type(value) is list and value and all(type(item) is int for item in value)
     return "ids" if plain and all(-(2**63) <= item < 2**63 for item in value) else "json"
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text is whole: JSON can hold one half of a surrogate pair, UTF-8 cannot."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def is_uniform(rows: Sequence[Row]) -> bool:

@@ -99,6 +99,7 @@ def lines_of(
     report = ready.rows.report if isinstance(ready.rows, TokenRows) else None
     if report is not None:
         lines.append(f"Rows    {count(report.rows - report.untrained)} examples are trained")
+        lines += [INDENT + note for note in report.notes]
     lines += [f"Memory  {line}" if not n else INDENT + line for n, line in _numbered(checked, card)]
     lines.append(f"Disk    {_disk(args, sft, checked)}")
     lines.append(f"Merge   {_merge(checked)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.data.dataset import TokenRows, load_rows
+from leanlift.data.functions import function_named
 from leanlift.data.images import ImageRows, load_processor
 from leanlift.data.ready import RowsForTraining, has_images
 from leanlift.data.tokenizer import (
@@ -16,9 +17,11 @@ from leanlift.data.tokenizer import (
     tokenizer_of,
     vocabulary_rows,
 )
+from leanlift.errors import UserError
 from leanlift.io.places import check_merged_place, no_room
 from leanlift.model.tokens import check_token_ids
 from leanlift.plan.auto import takes_images
+from leanlift.rows.mixture import load_mixture
 from leanlift.settings import FALSE, TRUE
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing.directory import (
@@ -53,7 +56,16 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     Raises:
         UserError: rows or tokenizer that cannot be used.
     """
-    rows = load_rows(args.dataset_name, args.dataset_split)
+    parts, function = args.parts(), None
+    if not parts:
+        raise UserError("this run has no rows: name some with dataset_name or datasets.")
+    if args.streaming and sft.max_steps < 1:
+        raise UserError(
+            "streaming reads rows that nobody has counted: say max_steps, or leave it out."
+        )
+    if args.formatting_func is not None:
+        function = function_named(args.formatting_func, "formatting_func")
+    rows = load_mixture(parts, args.streaming)
     eval_rows = None
     if args.eval_dataset_name:
         eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
@@ -70,9 +82,8 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     if embedding is not None:
         check_token_ids(args.trainable_token_indices, needed or embedding)
     ends = end_tokens(base, revision)
-    ready = RowsForTraining(
-        tokenizer, sft, needed or embedding, ends, processor=processor, sees=sees
-    )
+    size = needed or embedding
+    ready = RowsForTraining(tokenizer, sft, size, ends, function, processor, sees)
     return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed, processor)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from leanlift._version import __version__
 from leanlift.adapters import WEIGHTS_NAME
@@ -37,10 +37,15 @@ logger = logging.getLogger("leanlift")
 def first_row_of(rows: Any, tokenizer: Any) -> FirstRow | None:
     """The first row as it is trained; None where there is none to look at."""
     data = rows.data if isinstance(rows, TokenRows) else rows
-    row = next(iter(data), None) if isinstance(data, Dataset) else None
+    row = next(iter(data), None) if isinstance(data, (Dataset, IterableDataset)) else None
     if row is None or not {"input_ids", "labels"} <= row.keys():
         return None
-    ids, trained = row["input_ids"], [label != IGNORED for label in row["labels"]]
+    return marked(row["input_ids"], row["labels"], tokenizer)
+
+
+def marked(ids: list[int], labels: list[int], tokenizer: Any) -> FirstRow:
+    """Tokens as text, and which parts of it are trained."""
+    trained = [label != IGNORED for label in labels]
     trained[:1] = [False]  # nothing predicts the first token
     ends = [i for i in range(1, len(ids)) if trained[i] != trained[i - 1]]
     parts, text = [], ""
@@ -113,10 +118,12 @@ def next_commands(args: RunArguments, output: Path, images: bool = False) -> tup
         more = [] if args.merged_dir else [shell("leanlift", "export", output, "MERGED")]
         return (shell("leanlift", "report", output), *more)
     own = args.eval_dataset_name is not None
-    rows = ["--data", args.eval_dataset_name or args.dataset_name]
-    part = args.eval_dataset_split if own else args.dataset_split
+    trained = args.parts()[0]
+    rows = ["--data", args.eval_dataset_name or trained.path]
+    part = args.eval_dataset_split if own else trained.split
     first = re.fullmatch(r"\w+\[:(\d+)\]", part)  # the only part that eval can be asked for
     rows += ["--limit", first[1]] if first else []
+    rows += ["--formatting_func", args.formatting_func] if args.formatting_func else []
     last = (
         shell("leanlift", "export", output, "MERGED")
         if not args.merged_dir
@@ -169,8 +176,13 @@ def note_selection(model: Any, meter: MemoryMeter) -> None:
 def settings_for_reader(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
     """What a reader of the adapter may want to know of the run, JSON-ready."""
     own = asdict(args)
-    given = own["dataset_name"]
-    own["dataset_name"] = str(Path(given).absolute()) if Path(given).is_file() else given
+    parts = [{**asdict(part), "path": _absolute(part.path)} for part in args.parts()]
+    own["datasets"] = parts if args.datasets else []
+    own["dataset_name"] = "" if args.datasets else _absolute(args.dataset_name)
     loop = sft.to_dict()
     kept = {key: loop[key] for key in (*TRAINING_KEYS, *ROW_KEYS)}
     return {"leanlift_version": __version__, **own, **kept}
+
+
+def _absolute(place: str) -> str:
+    return str(Path(place).absolute()) if Path(place).is_file() else place

@@ -62,7 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "typed.jsonl").write_text('{"prompt": "a", "completion": 7}\n')
     (root / "half.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     (root / "empty.json").write_text("[]")
-    (root / "rows.csv").write_text("a,b\n")
+    (root / "rows.xml").write_text("a,b\n")
     (root / "run.yaml").write_text("learning_rat: 1\n")
     (root / "kind.yaml").write_text("max_steps: many\n")
     (root / "twice.yaml").write_text("seed: 1\nseed: 2\n")
@@ -120,7 +120,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a GGUF file": (["plan", "--model_name_or_path", "model.gguf"], "a GGUF file"),
     "another kind of model": (["plan", "--model_name_or_path", "t5"], "no causal language"),
     "rows that are not there": ([*TRAIN[:3], "--dataset_name", "row.json"], "row.json does not"),
-    "rows of another kind": ([*TRAIN[:3], "--dataset_name", "rows.csv"], "expected .json, .jsonl"),
+    "rows of another kind": ([*TRAIN[:3], "--dataset_name", "rows.xml"], "expected .json, .jsonl"),
     "other columns": ([*TRAIN[:3], "--dataset_name", "columns.json"], "'question', 'reply'"),
     "no text": ([*TRAIN[:3], "--dataset_name", "typed.jsonl"], "row 0"),
     "half a file": ([*TRAIN[:3], "--dataset_name", "half.jsonl"], "line 2 is no JSON"),

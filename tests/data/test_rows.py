@@ -105,7 +105,7 @@ def turns(*said: tuple[str, Any], **more: Any) -> dict[str, Any]:
         (
             [{"prompt": "q", "completion": "a", "tools": [{}]}],
             ["a"],
-            "tools that are not used, since the row is no chat, in 1 of 1 rows (first: row 0)",
+            "a value of 'tools' that is not used, since the row is no chat, in 1 of 1 rows",
         ),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",

@@ -34,6 +34,7 @@ EVAL_OPTIONS = {
     "merged",
     "data",
     "dataset_text_field",
+    "formatting_func",
     "load_in_4bit",
     "load_in_8bit",
     "dtype",

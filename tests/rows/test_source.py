@@ -124,7 +124,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     empty.write_text("")
     with pytest.raises(UserError, match=r"empty\.jsonl"):
         load_rows(str(empty))
-    other = tmp_path / "rows.csv"
+    other = tmp_path / "rows.xml"
     other.write_text("a,b\n")
     with pytest.raises(UserError, match="is no data file"):
         load_rows(str(other))

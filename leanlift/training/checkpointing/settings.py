@@ -46,7 +46,9 @@ gradient_checkpointing activation_checkpointing activation_offloading torch_empt
 dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc
 """
-_MOVED = "model_name_or_path dataset_name dataset_split"  # seen by fingerprint and digest instead
+_MOVED = """
+model_name_or_path dataset_name dataset_split datasets formatting_func
+"""  # seen by fingerprint and digest instead
 _OF_THE_PROCESS = """
 restore_callback_states_from_checkpoint debug skip_memory_metrics max_nonfinite_steps
 trust_remote_code
