@@ -1,5 +1,6 @@
 """Training with TRL and HF Trainer: arguments, trainer, callbacks, checkpoints, whole runs."""
 
+from leanlift.data.dataset import load_rows
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing.directory import last_whole_checkpoint
 from leanlift.training.experts import load_in_few_bits
@@ -19,6 +20,7 @@ __all__ = [
     "Steps",
     "last_whole_checkpoint",
     "load_in_few_bits",
+    "load_rows",
     "plan_of",
     "run",
 ]

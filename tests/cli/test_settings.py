@@ -257,13 +257,6 @@ def test_a_package_that_is_missing_is_named(package: str, monkeypatch: pytest.Mo
         check_settings(LiftSFTConfig(**BASIC_LOOP, report_to=package), LiftConfig())
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    sft = LiftSFTConfig(**BASIC_LOOP)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one of 2, and leanlift trains in one"):
-        check_settings(sft, LiftConfig())
-
-
 def _raised(error: BaseException, cause: BaseException) -> Exception:
     try:
         raise error from cause

@@ -1,7 +1,8 @@
 """The private parts of TRL and transformers that leanlift replaces are still what they were.
 
 They are named in `leanlift/training/overrides.py` and `run_overrides.py` alone. Where one of these
-tests fails, a release of theirs has changed it: see what the override must do now, then the table here.
+tests fails, a release of theirs has changed it: see what the override must do now, then the table
+here.
 """
 
 from __future__ import annotations
