@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,9 @@ GOLDEN = (5**0.5 - 1) / 2
 
 PLACES = ("image_token", "boi_token", "fake_image_token", "image_placeholder_token")
 """What processors call the token that stands for an image in a text."""
+
+PACKAGES = ("torchvision", "num2words")
+"""What processors need beside Pillow: those that take videos too, and Pixtral's."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,11 @@ def load_processor(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # each processor has its own ways to miss a file or a package
+        package = _missing(error)
+        why = f"it needs the package {package}: pip install {package}" if package else ""
         raise UserError(
             f"the processor of {source}, which its rows with images need, cannot be loaded: "
-            f"{first_line(error)}"
+            f"{why or first_line(error).rstrip('.')}."
         ) from error
     if not sees(processor):
         raise UserError(
@@ -87,6 +93,13 @@ def sees(processing_class: Any) -> bool:
         isinstance(processing_class, ProcessorMixin)
         and getattr(processing_class, "image_processor", None) is not None
     )
+
+
+def _missing(error: Exception) -> str | None:
+    """The package that is missing, by what transformers says; None: it says something else."""
+    found = re.search(r"requires the (\w+) library|Package `(\w+)` is required", str(error))
+    package = (found[1] or found[2]).lower() if found else None
+    return package if package in PACKAGES else None
 
 
 def _check_pillow() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from runs import settings
-from seeing import SEEING, make_seeing
+from seeing import make_seeing
 from sweeps import swept
 from tiny import make_tokenizer, quantization
+from towers import SEEING
 from transformers import AutoConfig
 
 from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory

@@ -11,7 +11,8 @@ import torch
 import transformers
 from runs import settings
 from safetensors.torch import load_file, save_file
-from seeing import TEXT, make_seeing, rows_with_pictures, tokenizer_with
+from seeing import make_seeing, rows_with_pictures
+from towers import TEXT, tokenizer_with
 
 from leanlift import UserError
 from leanlift.model import lift_layers
