@@ -12,10 +12,18 @@ from towers import SEEING, SIDE
 from leanlift.plan.auto import auto_class
 
 
-def make_seeing(path: Path, kind: str) -> Path:
-    """A checkpoint with a language model of two blocks and a tower of two, and its processor."""
+def make_seeing(path: Path, kind: str, tower_width: int | None = None) -> Path:
+    """A checkpoint with a language model of two blocks and a tower of two, and its processor.
+
+    Args:
+        path: where.
+        kind: one of `SEEING`.
+        tower_width: of the tower's MLPs.
+    """
     torch.manual_seed(0)
     config, processor = SEEING[kind]()
+    if tower_width is not None:
+        config.vision_config.intermediate_size = tower_width
     model = auto_class(config, kind, images=True).from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))

@@ -298,3 +298,7 @@ NEEDED = dict.fromkeys(
 def has_processor(kind: str) -> bool:
     """Whether a kind's processor can be made here."""
     return all(find_spec(package) for package in NEEDED.get(kind, ()))
+
+
+WITH_PROCESSOR = [kind for kind in SEEING if kind != "paligemma" and has_processor(kind)]
+"""Those whose processors can be made here, and TRL can ask for a completion alone."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -52,11 +53,13 @@ class ImageRows:
         data: of prompt and completion, or messages, and images.
         longest: tokens of the longest example that was tried.
         tried: how many were.
+        fullest: of these the one with the largest images, as TRL's collator makes a batch of it.
     """
 
     data: Dataset
     longest: int
     tried: int
+    fullest: dict[str, Any]
 
 
 def load_processor(
@@ -296,7 +299,7 @@ def _tried(
         UserError: one cannot be, or none of them trains anything.
     """
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=not whole)
-    lengths, trained = [], 0
+    lengths, trained, fullest = [], 0, dict[str, Any]()
     for at in which:
         try:
             batch = collate([data[at]])
@@ -314,9 +317,15 @@ def _tried(
             ) from error
         lengths.append(int(batch["input_ids"].shape[1]))
         trained += int((batch["labels"][:, 1:] != IGNORED).sum())
+        fullest = max(fullest, dict(batch), key=nbytes_of)
     if not trained:
         raise UserError(f"none of the {name} rows that were tried has a token to train on.")
-    return ImageRows(data, max(lengths), len(lengths))
+    return ImageRows(data, max(lengths), len(lengths), fullest)
+
+
+def nbytes_of(batch: dict[str, Any]) -> int:
+    """Of the tensors of a batch."""
+    return sum(held.nbytes for held in batch.values() if isinstance(held, Tensor))
 
 
 def _takes_text_alone(processor: Any) -> bool:

@@ -109,7 +109,7 @@ def look_at_input(
     if plan is not None:
         with job.screen.phase("Planning the memory"):
             job.plan = plan(job.worst)
-        if job.plan is not None and job.worst.images:
+        if job.plan is not None and NOT_COUNTED in job.plan.notes:
             logger.warning("In this plan %s", NOT_COUNTED)
     check_room(args, sft, job.plan, ready.data, job.output, card_nbytes(job.cuda))
     return ready, told, None if found is None else str(found.path)

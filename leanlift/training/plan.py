@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,8 @@ def plan_of_what_was_measured(
         plan: the one that was made before it, for the batches `worst`.
         largest: the largest batch in what was measured; None: not known.
     """
+    if largest is not None and worst.train is not None and largest.seen is None:
+        largest = _seen_before(largest, worst.train)
     if largest is None or largest == worst.train:
         return plan
     try:
@@ -195,6 +198,15 @@ def plan_of_what_was_measured(
         f"planned to peak at {size(plan.peak)}."
     )
     return made
+
+
+def _seen_before(largest: Batch, planned: Batch) -> Batch | None:
+    """A batch of a card, whose images nobody has looked at, with those that were planned for; None:
+    its rows are shorter than these."""
+    if planned.seen is None:
+        return largest
+    seen, tokens = planned.seen, planned.seen.tokens
+    return replace(largest, seen=seen) if largest.tokens >= tokens else None
 
 
 def _value(choice: Any) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from seeing import make_seeing, picture, rows_with_pictures
 from sweeps import swept
 from tiny import quantization
-from towers import SEEING, has_processor
+from towers import SEEING, WITH_PROCESSOR
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlavaModel
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -29,9 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-WITH_PROCESSOR = [kind for kind in SEEING if kind != "paligemma" and has_processor(kind)]
-"""Those whose processors can be made here, and TRL can ask for a completion alone."""
 
 
 def rows_of_text(directory: Path) -> Path:
