@@ -21,7 +21,7 @@ from leanlift.training.checks import check_settings
 from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_run, ready_rows
 from leanlift.training.interrupt import Interrupt
 from leanlift.training.out_of_memory import card_nbytes
-from leanlift.training.plan import check_growth
+from leanlift.training.plan import check_growth, check_reached
 from leanlift.training.room import check_room, check_writable
 from leanlift.training.screens import Screen
 from leanlift.training.told import first_row_of
@@ -95,6 +95,8 @@ def look_at_input(
     with job.screen.phase("Reading the rows"):
         ready = ready_rows(args, sft)  # before a load that takes minutes
     check_growth(args, sft, ready.embedding_rows, ready.processor is not None)
+    if ready.processor is None:
+        check_reached(args, sft)
     told = run_settings(args, ready.data)
     if found is not None:
         check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from leanlift import LiftConfig, LiftTrainer, PlanSettings, get_lift_model, plan_memory
 from leanlift.measure import MemoryMeter
-from leanlift.plan import Batch, MemoryPlan
+from leanlift.plan import Batch, Known, MemoryPlan
 from leanlift.plan.auto import auto_class
 from leanlift.plan.base import NOT_COUNTED
 from leanlift.plan.seen import Seen
@@ -153,10 +153,12 @@ def test_rows_like_one_that_was_seen_make_a_batch() -> None:
 def test_the_pictures_of_a_whole_step_are_on_the_card_at_once(tmp_path: Path) -> None:
     base, seen = make_seeing(tmp_path / "base", "llava"), seen_by(1, 24)
     options = PlanSettings(dtype="float32", largest=Batch(2, 24, seen=seen))
+    known: Known = {}
 
     def peak(cuda: bool, batches: int) -> int:
         changed = replace(options, cuda=cuda, gradient_accumulation_steps=batches)
-        return plan_memory(base, CONFIG, changed, images=True).phases["train"]
+        plan = plan_memory(base, CONFIG, changed, images=True, known=known)
+        return plan.phases["train"]
 
     assert peak(True, 4) - peak(True, 2) == 2 * 2 * seen.nbytes
     assert peak(False, 4) == peak(False, 2)
