@@ -42,6 +42,12 @@ The whole model is saved, and the language model in it trained on rows of text (
 a class for its text part, that); the merge has every tensor of the checkpoint, and those outside
 of the language model as they were. That a note names the frozen part is not shown.
 
+Rows with images are trained on, planned, merged and read by stock transformers in the tests
+(`tests/training/test_seeing.py`), with tiny models of Gemma-3, Idefics3, InternVL, LLaVA,
+LLaVA-Next, Mistral-3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and SmolVLM; where a processor needs
+torchvision, only where that is installed. PaliGemma is trained on rows of text alone: its processor
+takes no answer by itself, as TRL gives it.
+
 """
 ENCODERS = """
 ## Encoders with decoders
