@@ -68,7 +68,8 @@ def before_training(planned: Planned, shapes: Shapes, held: dict[str, int]) -> d
     item = planned.settings.model_dtype.itemsize
     return {
         "load": loading_nbytes(base, item * shapes.read_whole, shapes.by_tiles),
-        "select": base + held["index"] + held["values"] + selecting,
+        # values are made when every position is chosen
+        "select": base + held["index"] + max(held["values"], selecting),
     }
 
 
