@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         unload_adapter,
     )
     from leanlift.optim import SparseAdamW
-    from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, plan_memory
+    from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, Seen, plan_memory
     from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
     from leanlift.tiles import RowTiles
     from leanlift.training import LiftSFTConfig, LiftTrainer, load_in_few_bits
@@ -59,6 +59,7 @@ __all__ = [
     "RowTiles",
     "Scorer",
     "ScorerBytes",
+    "Seen",
     "SparseAdamW",
     "UserError",
     "WeightFormat",
@@ -111,6 +112,7 @@ _NAMES = {
         "Known",
         "MemoryPlan",
         "PlanSettings",
+        "Seen",
         "plan_memory",
     ),
     "leanlift.selection.scorers": ("RowScores", "Scorer", "ScorerBytes"),
