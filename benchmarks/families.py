@@ -40,7 +40,7 @@ from benchmarks.whole import check_whole
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, merge_adapter, plan_memory
 from leanlift.io.tensors import replacing
 from leanlift.layers import FrozenLinear
-from leanlift.model import lift_layers, weights_of
+from leanlift.model import lift_layers, lifted, weights_of
 from leanlift.model.stacks import named_parts
 from leanlift.plan import Batch, PlanSettings
 from leanlift.plan.loss import output_over_text
@@ -106,7 +106,7 @@ def dense_twin(model: Any, place: Path) -> Any:
     """The stock model with the attached one's frozen weights, all of them dense."""
     twin = load(place, quantized=False)
     modules = named_parts(twin)
-    for name, layer in model.named_modules():
+    for name, layer in lifted(model).named_modules():
         if isinstance(layer, FrozenLinear):
             weight = layer.weight_tiles.rows(0, layer.weight_tiles.shape[0]).float()
             own = matrix_of(modules[name])

@@ -53,7 +53,7 @@ from leanlift import (
     save_adapter,
 )
 from leanlift.adapters import open_adapter, plan_shira, write_shira
-from leanlift.model import lift_layers
+from leanlift.model import lift_layers, lifted
 
 MEMORY = 2 * 2**30
 SECONDS = 20
@@ -97,6 +97,7 @@ def state(model: Any) -> dict[str, Any]:
     A stock NF4 model cannot be asked for its logits here: bitsandbytes' CPU forward wants widths
     that are multiples of 64, and repacks the weights.
     """
+    model = lifted(model)
     kinds = {name: type(module) for name, module in model.named_modules()}
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     return {"kinds": kinds, "trained": trained, **model.state_dict()}

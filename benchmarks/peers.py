@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from leanlift import LiftConfig
+from leanlift import LiftConfig, get_lift_model
 from leanlift.layers.lm_head import head_loss
-from leanlift.model import claim, get_lift_model, output_head
+from leanlift.model import claim, output_head
 
 SPECTRUM = 256
 """Rank of what stands out of the noise, so that there are principal weights to find."""

@@ -23,10 +23,16 @@ if TYPE_CHECKING:
     from leanlift.export import MergeReport, PeftReport, export_peft, merge_adapter
     from leanlift.io.hub import push_to_hub
     from leanlift.layers.lm_head import Objective
-    from leanlift.model import (
-        RefreshReport,
+    from leanlift.lift_model import (
+        LiftModel,
+        LiftPeftConfig,
+        ReferenceModel,
         get_lift_model,
         load_adapter,
+        reference_model,
+    )
+    from leanlift.model import (
+        RefreshReport,
         quantize_experts,
         refresh_mask,
         save_adapter,
@@ -37,14 +43,17 @@ if TYPE_CHECKING:
     from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, Seen, plan_memory
     from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
     from leanlift.tiles import RowTiles
-    from leanlift.training import LiftSFTConfig, LiftTrainer, load_in_few_bits
+    from leanlift.training import LiftCallback, LiftSFTConfig, LiftTrainer, load_in_few_bits
     from leanlift.weights.quantized import WeightFormat
 
 __all__ = [
     "Batch",
     "Interrupted",
     "Known",
+    "LiftCallback",
     "LiftConfig",
+    "LiftModel",
+    "LiftPeftConfig",
     "LiftSFTConfig",
     "LiftTrainer",
     "MaskError",
@@ -54,6 +63,7 @@ __all__ = [
     "OutOfMemoryError",
     "PeftReport",
     "PlanSettings",
+    "ReferenceModel",
     "RefreshReport",
     "RowScores",
     "RowTiles",
@@ -73,6 +83,7 @@ __all__ = [
     "plan_memory",
     "push_to_hub",
     "quantize_experts",
+    "reference_model",
     "refresh_mask",
     "save_adapter",
     "scale_adapter",
@@ -96,10 +107,16 @@ _NAMES = {
     ),
     "leanlift.io.hub": ("push_to_hub",),
     "leanlift.layers.lm_head": ("Objective",),
-    "leanlift.model": (
-        "RefreshReport",
+    "leanlift.lift_model": (
+        "LiftModel",
+        "LiftPeftConfig",
+        "ReferenceModel",
         "get_lift_model",
         "load_adapter",
+        "reference_model",
+    ),
+    "leanlift.model": (
+        "RefreshReport",
         "quantize_experts",
         "refresh_mask",
         "save_adapter",
@@ -118,6 +135,7 @@ _NAMES = {
     "leanlift.selection.scorers": ("RowScores", "Scorer", "ScorerBytes"),
     "leanlift.tiles": ("RowTiles",),
     "leanlift.training": (
+        "LiftCallback",
         "LiftSFTConfig",
         "LiftTrainer",
         "load_in_few_bits",

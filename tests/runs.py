@@ -11,7 +11,7 @@ from tiny import load, make_tokenizer
 from transformers import TrainerCallback
 
 from leanlift import LiftConfig, LiftTrainer, get_lift_model
-from leanlift.model import lift_layers
+from leanlift.model import lift_layers, lifted
 from leanlift.training import LiftSFTConfig
 
 ROWS = [{"prompt": f"{i} plus {i} is ", "completion": str(2 * i)} for i in range(48)]
@@ -87,8 +87,9 @@ class Broken(LiftTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step + 1 in self.bad_steps:
-            hook = model.lm_head.register_forward_hook(lambda m, i, out: out * float("nan"))
-            norm = model.model.norm.register_forward_hook(lambda m, i, out: out * float("nan"))
+            inner, nan = lifted(model), float("nan")
+            hook = inner.lm_head.register_forward_hook(lambda m, i, out: out * nan)
+            norm = inner.model.norm.register_forward_hook(lambda m, i, out: out * nan)
             try:
                 return super().compute_loss(model, inputs, *args, **kwargs)
             finally:

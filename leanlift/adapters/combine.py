@@ -126,14 +126,34 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
 def _sum_up(
     name: str, shape: tuple[int, int], adapters: list[Adapter], factors: list[float]
 ) -> LayerOffsets:
-    """One module's entries: the union of the positions, the weighted sums of the offsets."""
-    flats, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
-    for adapter, factor in zip(adapters, factors, strict=True):
-        for store in adapter.layer(name).stores if name in adapter.shapes else ():
-            flats.append(store.index.to_flat())
-            values.append(store.values.float() * factor)
+    """One module's entries in all adapters."""
+    stores = [adapter.layer(name).stores if name in adapter.shapes else () for adapter in adapters]
+    return LayerOffsets(sum_of(name, shape, stores, factors))
+
+
+def sum_of(
+    name: str, shape: tuple[int, int], stores: Sequence[Sequence[Offsets]], factors: Sequence[float]
+) -> Offsets:
+    """The weighted sum of what several adapters have learned of one matrix: the union of their
+    positions, fp32.
+
+    Args:
+        name, shape: of the matrix.
+        stores: of each adapter, all on one device.
+        factors: one per adapter.
+
+    Raises:
+        UserError: a sum that is no finite number.
+    """
+    pairs = [(store, factor) for of, factor in zip(stores, factors, strict=True) for store in of]
+    device = pairs[0][0].values.device if pairs else None
+    flats = [torch.empty(0, dtype=torch.int64, device=device)]
+    values = [torch.empty(0, device=device)]
+    for store, factor in pairs:
+        flats.append(store.index.to_flat())
+        values.append(store.values.float() * (factor * store.scale))
     union, where = torch.cat(flats).unique(sorted=True, return_inverse=True)
-    total = torch.zeros(union.numel()).index_add_(0, where, torch.cat(values))
+    total = torch.zeros(union.numel(), device=device).index_add_(0, where, torch.cat(values))
     if not bool(torch.isfinite(total).all()):
         raise UserError(f"the weighted sum of the offsets of {name} overflows fp32.")
-    return LayerOffsets(Offsets.from_flat(union, total, shape))
+    return Offsets.from_flat(union, total, shape)

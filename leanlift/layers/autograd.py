@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leanlift.layers.workspace import Workspace
+
 
 class Layer(Protocol):
     """What the functions need of a layer: products with a weight that is rebuilt for each use."""
@@ -20,6 +22,10 @@ class Layer(Protocol):
     @property
     def out_features(self) -> int:
         """Of y."""
+
+    @property
+    def workspace(self) -> Workspace:
+        """Where it is known whether offsets are computed with."""
 
     @property
     def version(self) -> tuple[float, ...]:
@@ -52,7 +58,8 @@ class KeepInput(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         layer: Layer = ctx.layer
-        check_unchanged(layer, ctx.version)
+        with layer.workspace.without_offsets(False):
+            check_unchanged(layer, ctx.version)
         grad_y = grad_y.reshape(-1, layer.out_features).to(x.dtype)
         return None, ctx.consume(x.reshape(-1, layer.in_features), grad_y), None, None
 
@@ -63,15 +70,17 @@ class Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: Layer) -> Tensor:
         ctx.layer, ctx.version, ctx.dtype = layer, layer.version, x.dtype
+        ctx.is_off = layer.workspace.is_off
         return layer.product(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = None
-        check_unchanged(ctx.layer, ctx.version)
-        if ctx.needs_input_grad[0]:
-            grad_x = ctx.layer.product_back(grad_y.to(ctx.dtype))
+        with ctx.layer.workspace.without_offsets(ctx.is_off):
+            check_unchanged(ctx.layer, ctx.version)
+            if ctx.needs_input_grad[0]:
+                grad_x = ctx.layer.product_back(grad_y.to(ctx.dtype))
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from leanlift.layers.autograd import KeepInput, Multiply
 from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.lift import LiftLinear
+from leanlift.layers.workspace import Workspace
 from leanlift.tiles import parts_of
 
 PLANNED = 2
@@ -146,7 +147,7 @@ class LiftExperts(FrozenExperts, LiftLinear):
     """
 
     def keep(self, x: Tensor, product: ExpertsProduct) -> Tensor | None:
-        if self.observer is not None or not self.values.requires_grad:
+        if self.observer is not None or not self.trains_now:
             return super().keep(x, product)
         return KeepInput.apply(x, self.values, product, self._gradient_of(product))
 
@@ -196,6 +197,11 @@ class ExpertsProduct:
     def out_features(self) -> int:
         """Of y."""
         return self.layer.made_at_once[not self.turned]
+
+    @property
+    def workspace(self) -> Workspace:
+        """What the layers of the model share."""
+        return self.layer.workspace
 
     @property
     def version(self) -> tuple[float, ...]:

@@ -41,6 +41,14 @@ def use_fused_glu(model: nn.Module) -> list[str]:
     return found
 
 
+def use_stock_glu(model: nn.Module) -> None:
+    """Give every MLP that `use_fused_glu` found its own forward again."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _forward:
+            del module.forward
+
+
 def fused_glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     """act(gate) * up, both of one shape [..., d]; `act` works entry by entry."""
     product: Tensor = _FusedGlu.apply(gate, up, act)

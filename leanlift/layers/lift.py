@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from leanlift.layers.autograd import KeepInput
 from leanlift.layers.frozen import FrozenLinear
+from leanlift.layers.slot import Slot, is_state_key, keep_dtype, learned_of, state_of
 from leanlift.layers.workspace import Workspace
 from leanlift.sparse import (
     LayerOffsets,
@@ -40,9 +40,18 @@ class LiftLinear(FrozenLinear):
         retired_index, retired_values: offsets that a mask change took out of training; they stay
             part of the effective weight. None while there are none.
         scale: what all offsets are multiplied by: 1.0 unless someone turns an adapter up or down.
+        shelf: what other adapters have learned here, by their names; it moves with the layer.
+        merged: the effective weight [m, n], where it is kept for a while instead of being made for
+            each use; nothing trains then.
+        is_new: whether the base has nothing here, so that there is nothing to compute as without
+            an adapter.
     """
 
+    index: SegmentedIndex
+    values: nn.Parameter
+    retired_index: SegmentedIndex | None
     retired_values: Tensor | None
+    scale: float
 
     def __init__(
         self,
@@ -55,13 +64,10 @@ class LiftLinear(FrozenLinear):
         super().__init__(base, weight, workspace)
         if index.shape != weight.shape:
             raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
-        self.index = index
-        self.values = nn.Parameter(
-            torch.zeros(index.count, dtype=values_dtype, device=weight.device)
-        )
-        self.retired_index: SegmentedIndex | None = None
-        self.register_buffer("retired_values", None)
-        self.scale = 1.0
+        self.put_on(Slot.zero(index, values_dtype))
+        self.shelf: dict[str, Slot] = {}
+        self.merged: Tensor | None = None
+        self.is_new = False
 
     @property
     def effective(self) -> EffectiveTiles:
@@ -69,9 +75,19 @@ class LiftLinear(FrozenLinear):
         return EffectiveTiles(self)
 
     def _carrier(self, x: Tensor) -> Tensor | None:
-        if self.observer is not None or not self.values.requires_grad:
+        if self.observer is not None or not self.trains_now:
             return super()._carrier(x)
         return KeepInput.apply(x, self.values, self, self.values_gradient)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether this thread computes as without an adapter; see `Workspace.without_offsets`."""
+        return self.workspace.is_off and not self.is_new
+
+    @property
+    def trains_now(self) -> bool:
+        """Whether a forward pass of now has a gradient of the values."""
+        return self.values.requires_grad and not self.is_off and self.merged is None
 
     @property
     def is_fixed(self) -> bool:
@@ -81,13 +97,17 @@ class LiftLinear(FrozenLinear):
     @property
     def learned(self) -> LayerOffsets:
         """The active and the retired offsets, scaled."""
-        retired = None
-        if self.retired_index is not None and self.retired_values is not None:
-            retired = Offsets(self.retired_index, self.retired_values, self.scale)
-        return LayerOffsets(Offsets(self.index, self.values.detach(), self.scale), retired)
+        return self.worn.learned
+
+    def effective_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        if self.merged is None or self.is_off:
+            return super().effective_rows(first, last, dtype)
+        return self.merged[first:last].to(dtype)
 
     def offsets(self, start: int, stop: int) -> Sequence[Offsets]:
-        """The active and the retired offsets of rows `start:stop`."""
+        """The active and the retired offsets of rows `start:stop` that are computed with."""
+        if self.is_off:
+            return ()
         stores = self.learned.stores
         if stop - start == self.out_features:
             return stores
@@ -100,6 +120,8 @@ class LiftLinear(FrozenLinear):
     @property
     def version(self) -> tuple[float, ...]:
         """Changes whenever the effective weight does."""
+        if self.is_off:
+            return ()
         return self.values._version, id(self.index), id(self.retired_values), self.scale
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
@@ -170,25 +192,65 @@ class LiftLinear(FrozenLinear):
             return 0
         return self.retired_index.nbytes + self.retired_values.nbytes
 
-    def get_extra_state(self) -> Tensor:
-        """A digest of the positions, uint8 [32], for state dicts: values alone say nothing."""
-        digest = hashlib.sha256()
-        for index in (self.index, self.retired_index):
-            for part in () if index is None else (index.columns, index.counts):
-                digest.update(part.cpu().numpy().tobytes())
-        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).clone()
+    @property
+    def worn(self) -> Slot:
+        """What the adapter that computes has learned here."""
+        return Slot(self.index, self.values, self.retired_index, self.retired_values, self.scale)
 
-    def set_extra_state(self, state: Any) -> None:
-        """Positions are compared before a state dict is loaded, and not changed by it."""
+    def take_off(self) -> Slot:
+        """What the adapter has learned here; an empty mask takes its place."""
+        taken = self.worn
+        self.put_on(Slot.empty(self.index.shape, self.values.dtype, self.values.device))
+        return taken
+
+    def put_on(self, slot: Slot) -> None:
+        """Compute and train with what an adapter has learned here, whatever was here before."""
+        self.index, self.values, self.scale = slot.index, slot.values, slot.scale
+        self.retired_index, self.retired_values = slot.retired_index, slot.retired_values
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Beside the values, the positions that they belong to, and what is retired: the tensors
+        of an adapter on disk."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(state_of(self.learned, prefix))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take over values with their positions."""
+        own = [key for key in state_dict if key.startswith(prefix) and is_state_key(key, prefix)]
+        given = {key[len(prefix) :]: state_dict.pop(key) for key in own}
+        if not given:
+            missing_keys.append(f"{prefix}values")
+            return
+        try:
+            self.put(learned_of(given, self.index.shape))
+        except ValueError as error:
+            error_msgs.append(f"{prefix}values: {error}")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, entries={self.index.count}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LiftLinear:
-        super()._apply(fn, recurse)
-        self.index = self.index.map(fn)
-        if self.retired_index is not None:
-            self.retired_index = self.retired_index.map(fn)
+        """Moves what is learned, and never changes its dtype: `half` is meant for a base."""
+        moves = keep_dtype(fn)
+        super()._apply(moves, recurse=False)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        self.index = self.index.map(moves)
+        if self.retired_index is not None and self.retired_values is not None:
+            self.retired_index = self.retired_index.map(moves)
+            self.retired_values = moves(self.retired_values)
+        self.merged = None if self.merged is None else moves(self.merged)
+        self.shelf = {name: slot.map(moves) for name, slot in self.shelf.items()}
         return self
 
 

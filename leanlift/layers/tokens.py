@@ -61,6 +61,8 @@ class LiftEmbedding(LiftLinear):
     def forward(self, ids: Tensor) -> Tensor:
         """[..., d] for ids [...]."""
         found: Tensor = self.lookup(ids)
+        if self.is_off:
+            return found
         place = torch.searchsorted(self.tokens, ids).clamp_(max=len(self.tokens) - 1)
         trained = (self.tokens[place] == ids).unsqueeze(-1)
         return torch.where(trained, F.embedding(place, self._looked_up(found.dtype)), found)
@@ -133,6 +135,8 @@ class TiedHead(nn.Module):
         """Logits [..., V]."""
         embedding: LiftEmbedding = self.__dict__["embedding"]
         logits: Tensor = self.frozen(x)
+        if embedding.is_off:
+            return logits
         bias = None if self.bias is None else self.bias[embedding.tokens].to(logits.dtype)
         rows = embedding.token_rows(logits.dtype)
         trained = F.linear(x.to(logits.dtype), rows, bias)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,7 +73,11 @@ class Workspace:
         implementation: the name.
         ops: what was chosen; None: it is to be chosen.
         scratch: where weights are made.
+        off: whether the layers compute as without an adapter, where a thread has not said
+            otherwise with `without_offsets`.
     """
+
+    _threads: threading.local
 
     def __init__(
         self, implementation: str | TileOps = "auto", stands_for: str | None = None
@@ -82,6 +89,25 @@ class Workspace:
         self.stands_for = stands_for
         self.ops: TileOps | None = self._given
         self.scratch = Scratch()
+        self.off = False
+        self._threads = threading.local()
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the layers compute in this thread as without an adapter."""
+        return getattr(self._threads, "is_off", self.off)
+
+    @contextmanager
+    def without_offsets(self, is_off: bool = True) -> Iterator[None]:
+        """Let the layers compute, in this thread, as without an adapter; or with it, if not
+        `is_off`. What a backward pass does is decided in its forward pass."""
+        before = dict(vars(self._threads))
+        self._threads.is_off = is_off
+        try:
+            yield
+        finally:
+            vars(self._threads).clear()
+            vars(self._threads).update(before)
 
     def use(self, implementation: str) -> None:
         """Let other operations compute from now on, by name."""
@@ -106,4 +132,7 @@ class Workspace:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the module behind the operations."""
-        return {**self.__dict__, "ops": self._given}
+        return {**self.__dict__, "ops": self._given, "_threads": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _threads=threading.local())

@@ -117,7 +117,8 @@ def static_categories(model: nn.Module) -> dict[str, int]:
             ends.extend(weight_tensors(module.base))
         elif module is not None and not isinstance(module, FrozenLinear):  # else it is a target
             ends.extend(parameter.data for parameter in module.parameters())
-    values = [layer.values.data for layer in layers]
+    slots = [slot for layer in layers for slot in (layer.worn, *layer.shelf.values())]
+    values = [slot.values.data for slot in slots]
     retired = [layer.retired_values for layer in layers if layer.retired_values is not None]
     retired_index = [layer.retired_index for layer in layers if layer.retired_index is not None]
     counted = {t.untyped_storage().data_ptr() for t in (*frozen, *ends, *values, *retired)}
@@ -130,7 +131,7 @@ def static_categories(model: nn.Module) -> dict[str, int]:
         "base weights": tensor_bytes(frozen),
         "embeddings and head": tensor_bytes(ends),
         "norms and other": tensor_bytes(other),
-        "index": sum(layer.index.nbytes for layer in layers),
+        "index": sum(slot.index.nbytes for slot in slots if slot.index.count),
         "values": tensor_bytes(values),
         "retired entries": tensor_bytes(retired) + sum(index.nbytes for index in retired_index),
         "gradients": tensor_bytes(layer.values.grad for layer in layers),

@@ -7,12 +7,12 @@ from leanlift.model.adapters import (
     scale_adapter,
     unload_adapter,
 )
-from leanlift.model.attach import get_lift_model, use_ops
+from leanlift.model.attach import lift, use_ops
 from leanlift.model.embeddings import embedding_to_cpu, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
 from leanlift.model.resize_embeddings import embedding_size, grow_embedding
 from leanlift.model.stacks import quantize_experts
-from leanlift.model.state import LiftState, lift_layers, lift_state, weights_of
+from leanlift.model.state import LiftState, lift_layers, lift_state, lifted, weights_of
 from leanlift.model.strangers import claim
 from leanlift.model.surgery import freeze_quantized
 
@@ -23,10 +23,11 @@ __all__ = [
     "embedding_size",
     "embedding_to_cpu",
     "freeze_quantized",
-    "get_lift_model",
     "grow_embedding",
+    "lift",
     "lift_layers",
     "lift_state",
+    "lifted",
     "load_adapter",
     "output_head",
     "quantize_experts",

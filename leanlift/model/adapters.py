@@ -22,6 +22,7 @@ from leanlift.adapters.task import Task
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, check_same_base
 from leanlift.layers import LiftLinear
+from leanlift.layers.slot import Slot
 from leanlift.model.attach import Choice, attach
 from leanlift.model.base import LiveBase, live_base
 from leanlift.model.checks import (
@@ -33,7 +34,7 @@ from leanlift.model.checks import (
 )
 from leanlift.model.embeddings import quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding, head_name
-from leanlift.model.state import lift_layers, lift_state
+from leanlift.model.state import every_layer, lift_layers, lift_state, lifted
 from leanlift.model.surgery import layers_over, replace_modules
 from leanlift.model.tokens import check_embedding, drop_tokens, lift_tokens, trained_embedding
 from leanlift.model.whole import check_new, empty, whole_modules
@@ -49,7 +50,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         UserError: nothing is attached to the model, or its offsets are scaled or not finite; what
             stood in `directory` stays.
     """
-    state = lift_state(model)
+    model, state = lifted(model), lift_state(model)
     layers = _loaded_layers(model)
     scale = next(iter(layers.values())).scale
     if scale != 1:
@@ -93,6 +94,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
     Raises:
         UserError: a damaged adapter, or one of another base. The model is unchanged then.
     """
+    given, model = model, lifted(model)
 
     @functools.cache
     def base_of(names: frozenset[str], whole: tuple[str, ...] = ()) -> LiveBase:
@@ -122,7 +124,7 @@ def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -
         state = lift_state(model)
         state.config, state.refreshes = adapter.config, adapter.refreshes
         adapter.special.put(*configs_of(model))
-    return model
+    return given
 
 
 def restore_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -134,7 +136,7 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
         UserError: a damaged adapter, one of another base, or one with other modules, counts or
             dtype than the model trains. The model is unchanged then.
     """
-    state, layers = lift_state(model), lift_layers(model)
+    model, state, layers = lifted(model), lift_state(model), lift_layers(model)
     with open_adapter(directory) as adapter:
         base = live_base(model, adapter.base.shapes, whole_modules(model, adapter.config))
         check_same_base(adapter.base, state.base, base.weights.__getitem__)
@@ -174,9 +176,10 @@ def unload_adapter(model: nn.Module) -> nn.Module:
             f"{new[0]} is new, so there is no base to go back to: scale_adapter(model, 0) takes "
             "all else back and leaves it."
         )
-    base = live_base(model, layers, layers)
-    replace_modules(model, layers_over(base.weights, {}, lift_state(model).workspace))
-    drop_tokens(model)
+    inner = lifted(model)
+    base = live_base(inner, layers, layers)
+    replace_modules(inner, layers_over(base.weights, {}, lift_state(model).workspace))
+    drop_tokens(inner)
     return model
 
 
@@ -258,11 +261,16 @@ def _replace(
         state.ends_quantized = True
     dtype = getattr(torch, adapter.config.values_dtype)
     indices = _indices(offsets, base)
+    for name, layer in every_layer(model).items():
+        if layer.shelf and name in indices:
+            layer.put_on(Slot.zero(indices[name], dtype))
     replace_modules(model, layers_over(base.weights, indices, state.workspace, dtype))
+    state.base = facts
+    if state.shelved:  # all adapters of a model have the same tokens
+        return
     drop_tokens(model)
     if adapter.config.trainable_token_indices:
         lift_tokens(model, adapter.config.trainable_token_indices, state.workspace, dtype)
-    state.base = facts
 
 
 def _indices(offsets: dict[str, LayerOffsets], base: LiveBase) -> dict[str, SegmentedIndex]:

@@ -1,6 +1,6 @@
 """Turning a stock model into one whose principal weights train.
 
-`get_lift_model` replaces every target Linear by a `LiftLinear` around it, in place, and takes
+`lift` replaces every target Linear by a `LiftLinear` around it, in place, and takes
 the base over: whatever said "I am a quantized model, do not train me" no longer describes it.
 """
 
@@ -59,14 +59,14 @@ Choose = Callable[[str, FrozenWeight], Choice]
 """Gives the positions of a target, from its name and weight."""
 
 
-def get_lift_model(
+def lift(
     model: nn.Module,
     config: LiftConfig | None = None,
     progress: bool = True,
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     embedding_rows: int | None = None,
 ) -> Any:
-    """Select the principal weights of `model` and make them, and only them, trainable.
+    """Select the principal weights of `model` and make them, and only them, trainable, in place.
 
     Args:
         model: a causal LM as stock transformers loaded it: `Linear4bit`, `Linear8bitLt` or plain
@@ -119,7 +119,7 @@ def _chooser(
     embedding_rows: int | None,
 ) -> Choose:
     """What chooses the positions of each trained matrix: as the config says of the targets, all of
-    the others; the arguments are those of `get_lift_model`."""
+    the others; the arguments are those of `lift`."""
     counts = {name: config.count(part_shape(base.weights[name]), name) for name in targets}
     masks: dict[str, Tensor] = {}
     if config.selector == "gradient":
@@ -137,6 +137,15 @@ def _chooser(
         return Choice(SegmentedIndex.from_flat(found.flat, weight.shape), found.converged)
 
     return choose
+
+
+def choose_in(
+    model: nn.Module, base: LiveBase, config: LiftConfig, progress: bool
+) -> dict[str, Choice]:
+    """The positions of every target of a base, selected from its weights."""
+    targets = list(base.facts.shapes)
+    choose = _chooser(model, config, base, targets, progress, None, None)
+    return _choices(base, choose, "Selecting", progress)
 
 
 def attach(
@@ -182,7 +191,7 @@ def attach(
     holder.leanlift = LiftState(
         config,
         replace(facts, formats={**facts.formats, **ends}),
-        workspace,
+        workspace=workspace,
         ends_quantized=config.quantize_embeddings,
         embedding_rows=embedding_rows,
         unconverged=[name for name, choice in choices.items() if not choice.converged],

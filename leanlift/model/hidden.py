@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from leanlift.model.resize_embeddings import embedding_size
+from leanlift.model.state import lifted
 
 
 def base_of(model: Any) -> Any:
     """The model without its head. Where transformers says that this is the model itself, since its
     family calls it by another name than its class says, the one model in it."""
+    model = lifted(model)
     base = model.base_model
     if base is not model:
         return base

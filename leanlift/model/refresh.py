@@ -22,6 +22,7 @@ from leanlift.layers import LiftLinear
 from leanlift.model.attach import selecting_nbytes
 from leanlift.model.state import lift_layers, lift_state
 from leanlift.optim import remap_entries
+from leanlift.processes import of_the_first
 from leanlift.selection import Favoring, scores_of, selection
 from leanlift.sparse import BoundedMask, bounded_mask
 from leanlift.tiles import RangeTiles, part_shape, parts_of
@@ -76,7 +77,7 @@ def refresh_mask(
         mask, converged = _choose(layer, name, state.config)
         if not converged:
             unconverged.append(name)
-        change = layer.change_mask(mask.flat)
+        change = layer.change_mask(of_the_first(mask.flat))
         if optimizer is not None:
             remap_entries(optimizer, layer.values, change.source)
         replaced += int((change.source < 0).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -11,32 +12,50 @@ from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.layers import FrozenLinear, LiftLinear, Scratch, Workspace
 
+DEFAULT = "default"
+"""The name of an adapter that got none, as in PEFT."""
+
 
 @dataclass
-class LiftState:
-    """What leanlift knows about an attached model; `model.leanlift`.
+class Facts:
+    """What is known of one adapter beside what its layers hold.
 
     Attributes:
         config: the LiftConfig.
-        base: the fingerprint of the base.
-        workspace: what all layers share.
+        base: the fingerprint of the base; its `shapes` name what the adapter trains.
         refreshes: mask refreshes so far.
-        ends_quantized: whether the embedding and the head are held in INT8.
-        embedding_rows: of an embedding with more rows than the base's; None: it has those.
         unconverged: targets whose selection had not converged when it was last made.
-        selection_seconds: how long the first selection took.
-        claimed: whether whoever trains the model knows what its config asks for.
     """
 
     config: LiftConfig
     base: BaseFingerprint
-    workspace: Workspace
     refreshes: int = 0
+    unconverged: list[str] = field(default_factory=list)
+
+
+@dataclass
+class LiftState(Facts):
+    """What leanlift knows about an attached model; `model.leanlift`. What `Facts` has is of the
+    adapter that the model computes with.
+
+    Attributes:
+        workspace: what all layers share.
+        ends_quantized: whether the embedding and the head are held in INT8.
+        embedding_rows: of an embedding with more rows than the base's; None: it has those.
+        selection_seconds: how long the first selection took.
+        claimed: whether whoever trains the model knows what its config asks for.
+        active: the name of the adapter that the model computes with.
+        shelved: of other adapters on the model, by their names; what they have learned is in the
+            shelves of the layers.
+    """
+
+    workspace: Workspace = field(default_factory=Workspace)
     ends_quantized: bool = False
     embedding_rows: int | None = None
-    unconverged: list[str] = field(default_factory=list)
     selection_seconds: float = 0.0
     claimed: bool = False
+    active: str = DEFAULT
+    shelved: dict[str, Facts] = field(default_factory=dict)
 
     @property
     def scratch(self) -> Scratch:
@@ -44,9 +63,28 @@ class LiftState:
         return self.workspace.scratch
 
 
+def lifted(model: Any) -> Any:
+    """The model that layers were put into, under whatever is around it: a `LiftModel`, torch's
+    DistributedDataParallel or what `torch.compile` made."""
+    while True:
+        if hasattr(type(model), "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in getattr(model, "_modules", ()):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def lift_layers(model: nn.Module) -> dict[str, LiftLinear]:
-    """The patched layers of a model by name, in model order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LiftLinear)}
+    """The patched layers of a model that its adapter trains, by name, in model order."""
+    return {name: layer for name, layer in every_layer(model).items() if layer.index.count}
+
+
+def every_layer(model: nn.Module) -> dict[str, LiftLinear]:
+    """The patched layers of a model by name, those too in which only other adapters train."""
+    return {n: m for n, m in lifted(model).named_modules() if isinstance(m, LiftLinear)}
 
 
 def lift_state(model: nn.Module) -> LiftState:
@@ -55,6 +93,7 @@ def lift_state(model: nn.Module) -> LiftState:
     Raises:
         UserError: nothing is attached.
     """
+    model = lifted(model)
     state = getattr(model, "leanlift", None)
     if not isinstance(state, LiftState):
         raise UserError(
@@ -66,6 +105,7 @@ def lift_state(model: nn.Module) -> LiftState:
 
 def weights_of(model: nn.Module) -> tuple[int, int]:
     """Trained entries of an attached model, and its weights in all."""
+    model = lifted(model)
     layers = lift_layers(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = [m for m in model.modules() if isinstance(m, FrozenLinear)]

@@ -95,7 +95,7 @@ def layers_over(
 ) -> MakeLayer:
     """What puts our layers over `weights`: LiftLinears (LiftExperts over stacks) that train the
     positions `indices`, and FrozenLinears where there are none. A layer that is there already and
-    does the same stays.
+    does the same stays, and one in which other adapters have learned something.
 
     Args:
         weights: frozen weights by the names of their modules.
@@ -112,6 +112,8 @@ def layers_over(
         if is_stack(weight):
             frozen, trained = FrozenExperts, LiftExperts
         if index is None:
+            if isinstance(module, LiftLinear) and module.shelf:
+                return module
             if isinstance(module, FrozenLinear) and type(module) is frozen:
                 module.workspace = workspace
                 return module

@@ -117,4 +117,5 @@ def begin(model: nn.Module, new: Iterable[str]) -> None:
 @torch.no_grad()
 def empty(layer: LiftLinear) -> None:
     """Let the base of a new Linear be zero."""
+    layer.is_new = True
     layer.base.weight.zero_()  # type: ignore[operator,union-attr]

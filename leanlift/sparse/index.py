@@ -98,6 +98,15 @@ class SegmentedIndex:
         return cls._of(shape, columns, row.to(torch.uint8).repeat(m, 1))
 
     @classmethod
+    def empty(cls, shape: tuple[int, int], device: torch.device | None = None) -> SegmentedIndex:
+        """No position of a matrix; counts and ends are views of one number each."""
+        m, n = shape
+        zero = torch.zeros(1, dtype=torch.int32, device=device)
+        counts = zero.to(torch.uint8).expand(m, -(-n // SEGMENT))
+        anchors = torch.zeros(-(-m // ANCHOR_ROWS) + 1, dtype=torch.int64)
+        return cls(shape, zero[:0].to(torch.uint8), counts, zero.expand(m), anchors)
+
+    @classmethod
     def _of(cls, shape: tuple[int, int], columns: Tensor, counts: Tensor) -> SegmentedIndex:
         """With what follows from the counts."""
         if columns.numel() >= 2**31:

@@ -3,12 +3,14 @@
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.checkpointing.directory import last_whole_checkpoint
 from leanlift.training.experts import load_in_few_bits
+from leanlift.training.lift_callback import LiftCallback
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.plan import plan_of
 from leanlift.training.run import RunResult, run
 from leanlift.training.trainer import LiftTrainer
 
 __all__ = [
+    "LiftCallback",
     "LiftSFTConfig",
     "LiftTrainer",
     "MemoryCallback",

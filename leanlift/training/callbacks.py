@@ -17,7 +17,7 @@ from transformers import (
 
 from leanlift.errors import UserError
 from leanlift.layers import LiftLinear
-from leanlift.model import RefreshReport, lift_layers, refresh_mask
+from leanlift.model import RefreshReport, lift_layers, lift_state, refresh_mask
 from leanlift.model.base import without_input_gradients
 from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, unwrap
 from leanlift.training.checkpointing.directory import last_checkpoint
@@ -126,13 +126,12 @@ class LastEvaluation(TrainerCallback):
 
 
 class Refresh(TrainerCallback):
-    """Refreshes the mask every `interval` optimizer steps, but not after the last one; where a run
-    is made longer, that is made up for.
+    """Refreshes the mask as the model's configuration says, but not after the last step; where a
+    run is made longer, that is made up for.
 
     Args:
-        interval: optimizer steps between two refreshes; 0: never.
-        retired_limit: of the model's configuration, to be named where the store is full.
-        log: takes what a refresh has to say beside the loss.
+        log: takes what a refresh has to say beside the loss; None: it is put into the history of
+            the trainer.
 
     Attributes:
         reports: one per refresh of this process.
@@ -140,14 +139,7 @@ class Refresh(TrainerCallback):
         progress: whether a bar is shown over the layers.
     """
 
-    def __init__(
-        self,
-        interval: int,
-        retired_limit: float | None,
-        log: Callable[[dict[str, float]], Any],
-    ) -> None:
-        self.interval = interval
-        self.retired_limit = retired_limit
+    def __init__(self, log: Callable[[dict[str, float]], Any] | None = None) -> None:
         self.log = log
         self.reports: list[RefreshReport] = []
         self.catch_up = False
@@ -163,7 +155,9 @@ class Refresh(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         step, model = state.global_step, kwargs["model"]
-        if not self.interval or step % self.interval or step >= state.max_steps:
+        config = lift_state(model).config
+        interval = config.refresh_interval
+        if not interval or step % interval or step >= state.max_steps:
             return
         _check_offsets(model, step, args.output_dir)
         report = refresh_mask(model, kwargs["optimizer"], self.progress)
@@ -173,7 +167,7 @@ class Refresh(TrainerCallback):
                 "(retired_limit=%s): the refresh at step %d could not take %d new entries, and "
                 "later ones will not either. Raise retired_limit for more room, or refresh_margin "
                 "for fewer changes.",
-                self.retired_limit,
+                config.retired_limit,
                 step,
                 report.held_back,
             )
@@ -181,15 +175,17 @@ class Refresh(TrainerCallback):
         # Beside the loss of this step, not in its place: Trainer takes any log for the one that
         # was due.
         due = control.should_log
-        self.log(
-            {
-                "refresh_churn": report.churn,
-                "refresh_retired": report.retired,
-                "refresh_retired_bytes": report.retired_nbytes,
-                "refresh_held_back": report.held_back,
-                "refresh_seconds": report.seconds,
-            }
-        )
+        said = {
+            "refresh_churn": report.churn,
+            "refresh_retired": report.retired,
+            "refresh_retired_bytes": report.retired_nbytes,
+            "refresh_held_back": report.held_back,
+            "refresh_seconds": report.seconds,
+        }
+        if self.log is None:
+            state.log_history.append({**said, "epoch": state.epoch, "step": step})
+        else:
+            self.log(said)
         control.should_log = due
 
 

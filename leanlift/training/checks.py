@@ -81,16 +81,27 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
         yield "use_liger_kernel puts other forwards in place of leanlift's:", "leave it out"
     if getattr(sft, "fsdp", None) or getattr(sft, "deepspeed", None):
         name = "fsdp" if getattr(sft, "fsdp", None) else "deepspeed"
-        yield f"{name} spreads a model over processes, and leanlift trains in one:", "leave it out"
+        yield (
+            f"{name} cuts a model into parts, and leanlift keeps the whole base in each process:",
+            "leave it out, and let accelerate launch start a process per GPU (--multi_gpu)",
+        )
     if getattr(sft, "parallelism_config", None) is not None:
         yield (
             "parallelism_config spreads a model over GPUs, and leanlift trains on one:",
             "leave it out",
         )
-    if _world_size() > 1:
+    for name, what in (("FSDP", "fsdp"), ("DEEPSPEED", "deepspeed"), ("MEGATRON_LM", "megatron")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            yield (
+                f"accelerate's configuration asks for {what}, which cuts a model into parts, and "
+                "leanlift keeps the whole base in each process:",
+                "start it with accelerate launch --multi_gpu",
+            )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
         yield (
-            f"this process is one of {_world_size()}, and leanlift trains in one, on one GPU:",
-            "start it without accelerate launch or torchrun",
+            "accelerate's configuration asks for tensor or context parallelism, which leanlift "
+            "does not do:",
+            "start it with accelerate launch --multi_gpu",
         )
     if getattr(sft, "model_init_kwargs", None):
         yield (
@@ -135,11 +146,6 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
 def _value(choice: Any) -> str:
     """What an enum of transformers' says, or the name that was given."""
     return str(getattr(choice, "value", choice))
-
-
-def _world_size() -> int:
-    given = os.environ.get("WORLD_SIZE", "1")
-    return int(given) if given.isdigit() else 1
 
 
 def _check_optimizer(sft: Any, config: LiftConfig) -> None:

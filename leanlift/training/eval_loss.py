@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from leanlift.training.loss import IGNORED, TRAINED
+from leanlift.training.overrides import TrainerOverrides
 
 
 def trained_tokens(inputs: Any) -> Tensor | int:
@@ -44,3 +45,49 @@ class TokenMeans:
             if tokens:
                 found[name] = total / tokens
         return found
+
+
+LOGGED_MEANS = ("entropy", "mean_token_accuracy")
+"""What is logged beside the loss as a mean over tokens."""
+
+
+class EvaluatesByToken(TrainerOverrides):
+    """A trainer whose evaluation gives means over trained tokens."""
+
+    _eval_means: TokenMeans
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """As TRL's, and keeps what the mean over tokens needs."""
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if found[0] is not None:
+            count, logged = trained_tokens(inputs), self.logged("eval")
+            self._eval_means.add("loss", found[0], count)
+            for name in LOGGED_MEANS:
+                if logged[name]:
+                    self._eval_means.add(name, torch.as_tensor(logged[name][-1]), count)
+        return found
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As Trainer's, with means over trained tokens instead of means of the batches' means,
+        which depend on the batch size: the best checkpoint is chosen by them."""
+        self._eval_means = TokenMeans()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        means = self._eval_means.means(self.accelerator)
+        key = f"{metric_key_prefix}_loss"
+        if key in output.metrics and "loss" in means:
+            output.metrics[key] = means["loss"]
+        for name in LOGGED_MEANS:
+            if name in means:
+                self.logged("eval")[name] = [means[name]]
+        return output

@@ -24,9 +24,9 @@ from leanlift.training.overrides import use_one_gpu
 logger = logging.getLogger("leanlift")
 
 
-def one_process(args: SFTConfig) -> None:
-    """One process on one GPU, with nothing to dispatch; accelerate would cut all tensors of a batch
-    to its rows, the positions of trained tokens among them.
+def several_processes(args: SFTConfig) -> None:
+    """A process per GPU, each with rows of its own and nothing to dispatch; accelerate would cut
+    all tensors of a batch to its rows, the positions of trained tokens among them.
 
     Raises:
         UserError: activations are to be moved to the CPU by a run on the CPU.
@@ -37,7 +37,11 @@ def one_process(args: SFTConfig) -> None:
             "the CPU: leave it out."
         )
     if args.n_gpu > 1:
-        logger.warning("Training on one GPU, %s, of %d.", args.device, args.n_gpu)
+        logger.warning(
+            "Training on one GPU, %s, of %d: for all of them, start with accelerate launch.",
+            args.device,
+            args.n_gpu,
+        )
         use_one_gpu(args)
     args.accelerator_config.dispatch_batches = False
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from leanlift.errors import UserError, first_line
 from leanlift.layers import LiftLinear, TiedHead
 from leanlift.layers.lm_head import Finish, Objective, head_loss, next_tokens, whole_cost
-from leanlift.model import lift_layers, output_head
+from leanlift.model import lift_layers, lifted, output_head
 from leanlift.model.hidden import base_of, few_ids
 from leanlift.model.targets import beyond_text
 from leanlift.plan.loss import token_types_wanted
@@ -179,6 +179,7 @@ def training_loss(
     """
     if custom is not None:
         return None
+    model = lifted(model)
     head = output_head(model)
     found = compared(model, head, autocast)
     if getattr(model.config.get_text_config(), "output_router_logits", False):
@@ -261,6 +262,7 @@ def rehearse(
             trained: blocks that run as one operation of autograd may ask for a gradient of their
             input, and embeddings are frozen.
     """
+    model = lifted(model)
     ids, was_training, types = few_ids(model), model.training, tuple[str, ...]()
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
     devices = [ids.device] if ids.device.type == "cuda" else []

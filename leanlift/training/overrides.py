@@ -22,8 +22,9 @@ from trl import SFTConfig, SFTTrainer
 from leanlift.data.ready import drop_untrained_packs
 from leanlift.errors import UserError, first_line
 from leanlift.export.processors import keep_processor
-from leanlift.model import lift_state, restore_adapter, save_adapter
+from leanlift.model import lift_state, lifted, restore_adapter, save_adapter
 from leanlift.model.base import checkpoint_of
+from leanlift.processes import is_first, of_all, processes
 from leanlift.rows.examples import columns_of
 from leanlift.training.checkpointing.directory import assembled, keeping_what_was_good, rotate
 from leanlift.training.checkpointing.names import TRAINER_STATE
@@ -107,6 +108,11 @@ class TrainerOverrides(SFTTrainer):
         for metrics in self._metrics.values():
             for name, values in metrics.items():
                 metrics[name] = [float(value) for value in values]
+        if processes() > 1:
+            logged = of_all({mode: dict(each) for mode, each in self._metrics.items()})
+            for mode, metrics in self._metrics.items():
+                for name in metrics:
+                    metrics[name] = together(name, [each[mode].get(name, []) for each in logged])
 
     def _send_telemetry(self) -> None:
         """None."""
@@ -172,13 +178,17 @@ class TrainerOverrides(SFTTrainer):
                 of_best = run / f"{PREFIX_CHECKPOINT_DIR}-{best}"
                 if best is not None and (of_best == final or of_best.is_dir()):
                     self.state.best_model_checkpoint = str(of_best)
-                self.state.save_to_json(str(self._assembling / final.name / TRAINER_STATE))
+                if is_first():
+                    self.state.save_to_json(str(self._assembling / final.name / TRAINER_STATE))
         finally:
             self._assembling = None
-        rotate(run, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+        if is_first():
+            rotate(run, self.args.save_total_limit, final, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """The adapter, and the tokenizer or processor: never the base."""
+        """The adapter, and the tokenizer or processor, by the first process: never the base."""
+        if not is_first():
+            return
         directory = output_dir or self.args.output_dir
         save_adapter(self.model, directory)
         if self.processing_class is not None:
@@ -186,14 +196,17 @@ class TrainerOverrides(SFTTrainer):
         keep_processor(checkpoint_of(lift_state(self.model).base), Path(directory))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_optimizer(Path(output_dir), self.optimizer, self.model.named_parameters())
+        if not is_first():  # all have the same
+            return
+        save_optimizer(Path(output_dir), self.optimizer, lifted(self.model).named_parameters())
         save_schedule(Path(output_dir), self.lr_scheduler)
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_random_state(Path(output_dir), self.args.device)
 
     def _save_scaler(self, output_dir: str) -> None:
-        save_scale(Path(output_dir), self.accelerator.scaler)
+        if is_first():
+            save_scale(Path(output_dir), self.accelerator.scaler)
 
     # --- loading ---------------------------------------------------------------------------
 
@@ -202,7 +215,7 @@ class TrainerOverrides(SFTTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            named, device = self.model.named_parameters(), self.args.device
+            named, device = lifted(self.model).named_parameters(), self.args.device
             load_optimizer(Path(checkpoint), self.optimizer, named, device)
             load_schedule(Path(checkpoint), self.lr_scheduler)
 
@@ -227,6 +240,13 @@ class TrainerOverrides(SFTTrainer):
                 f"the best checkpoint, {best}, cannot be loaded ({first_line(error).rstrip('.')}): "
                 f"the adapter of the last step is saved in {output} instead."
             ) from None
+
+
+def together(name: str, values: list[list[float]]) -> list[float]:
+    """What several processes log of a batch each: of a count the sum, of a mean the mean."""
+    if name == "num_tokens":
+        return [sum(each[-1] for each in values if each)]
+    return [value for each in values for value in each]
 
 
 def _gradients(model: Any) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ from leanlift.data.dataset import calibration_batches
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line
 from leanlift.export import MergeReport, merge_adapter
 from leanlift.io.tensors import write_json
+from leanlift.lift_model import get_lift_model, load_adapter
 from leanlift.measure import (
     MemoryMeter,
     MemoryReport,
@@ -28,7 +29,7 @@ from leanlift.measure import (
     save_report,
     static_categories,
 )
-from leanlift.model import embedding_to_cpu, get_lift_model, load_adapter, use_ops
+from leanlift.model import embedding_to_cpu, lifted, use_ops
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.plan import MemoryPlan
@@ -164,17 +165,19 @@ def _attached(
     what = "Loading the checkpoint" if resume else "Choosing the entries to train"
     with job.screen.phase(what), meter.phase("select", follow=True) as peak:
         if resume:
-            load_adapter(model, resume, progress=True)
+            model = load_adapter(model, resume, progress=True)
         elif config.selector == "gradient":
             batches = calibration_batches(
                 ready.data, ready.tokenizer, sft.max_length, args.calibration_rows
             )
-            get_lift_model(model, config, calibration=batches, embedding_rows=ready.embedding_rows)
+            model = get_lift_model(
+                model, config, calibration=batches, embedding_rows=ready.embedding_rows
+            )
         else:
-            get_lift_model(model, config, embedding_rows=ready.embedding_rows)
+            model = get_lift_model(model, config, embedding_rows=ready.embedding_rows)
     use_ops(model, args.ops)
     if args.embedding_on_cpu:
-        embedding_to_cpu(model)
+        embedding_to_cpu(lifted(model))
     if not meter.cuda:
         held = _base_bytes(model)
         meter.report.phases["load"].tensors = held

@@ -22,11 +22,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from leanlift.errors import UserError
 from leanlift.model import lift_layers
 from leanlift.optim import LARGEST_GRADIENT, SparseAdamW
+from leanlift.processes import fine_everywhere, mean_, processes
 
 logger = logging.getLogger("leanlift")
 
@@ -55,6 +57,8 @@ class StepGuard:
 
     Args:
         limit: steps in a row that are not applied before training stops.
+        at_once: whether updates come before the end of a step, so that several processes must know
+            of each other's losses before.
 
     Attributes:
         skipped: steps that were not applied, in all.
@@ -64,8 +68,9 @@ class StepGuard:
             not finite, in the order in which they came.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, at_once: bool = False) -> None:
         self.limit = limit
+        self.at_once = at_once
         self.skipped = 0
         self.fine: Tensor | None = None
         self.unapplied: list[str] = []
@@ -76,7 +81,8 @@ class StepGuard:
     def see_loss(self, loss: Tensor) -> None:
         """Note whether a micro-batch's loss is finite, on the device."""
         self._losses.append(loss.detach())
-        self._note(torch.isfinite(loss.detach()))
+        finite = torch.isfinite(loss.detach())
+        self._note(fine_everywhere(finite) if self.at_once else finite)
 
     def see_gradient(self, layer: str, gradient: Tensor) -> None:
         """Note the largest magnitude of a layer's gradient."""
@@ -87,6 +93,13 @@ class StepGuard:
         seen = self._largest.get(layer)
         self._largest[layer] = largest if seen is None else torch.maximum(seen, largest)
         self._note(largest <= LARGEST_GRADIENT)  # not where it is NaN
+
+    def _is_fine(self) -> bool:
+        """Whether nothing was seen that is not finite, here or in another process."""
+        if processes() == 1:
+            return self.fine is None or bool(self.fine)
+        fine = torch.ones((), dtype=torch.bool) if self.fine is None else self.fine
+        return bool(fine_everywhere(fine.to(PartialState().device)))
 
     def _note(self, finite: Tensor) -> None:
         self.fine = finite if self.fine is None else self.fine & finite
@@ -102,8 +115,9 @@ class StepGuard:
         Raises:
             UserError: so many steps in a row were bad.
         """
-        applied = self.fine is None or bool(self.fine)
+        applied = self._is_fine()
         losses, largest = self._losses, self._largest
+        fine_here = self.fine is None or (not applied and bool(self.fine))
         self.forget_step()
         if applied:
             self._in_a_row = 0
@@ -120,6 +134,8 @@ class StepGuard:
         self.skipped += 1
         self._in_a_row += 1
         problem = f"the loss is {bad_loss}" if bad_loss is not None else _what_is_wrong(bad)
+        if fine_here:
+            problem = "another process has a loss or gradient that is not finite"
         if bad_layers:
             problem += f" (in the backward pass first seen at {bad_layers[0]})"
         if self._in_a_row >= self.limit:
@@ -183,6 +199,8 @@ class GradientHooks:
 
     def _after(self, layer: str, values: Any) -> None:
         assert values.grad is not None
+        if self.optimizer is not None:
+            mean_(values.grad)  # what is updated now nobody else adds up
         self.guard.see_gradient(layer, values.grad)
         if self.optimizer is not None:
             self.optimizer.step_parameter(values, self.guard.fine)

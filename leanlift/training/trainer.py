@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ from leanlift.data.tokenizer import tell_model, tokenizer_of
 from leanlift.errors import UserError
 from leanlift.io.tensors import replacing
 from leanlift.layers.lm_head import FrozenHead
+from leanlift.lift_model import LiftModel
 from leanlift.measure import resident_peak
-from leanlift.model import RefreshReport, claim, embedding_size, lift_state
+from leanlift.model import RefreshReport, claim, embedding_size, lift_state, lifted
+from leanlift.processes import is_first, processes, wait_for_all
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
 from leanlift.training.callbacks import FrozenInputs, Guard, Refresh
@@ -44,27 +47,24 @@ from leanlift.training.checkpointing.settings import (
 )
 from leanlift.training.checkpointing.whole import Checkpoint
 from leanlift.training.checks import check_language_model, check_numbers, check_settings
-from leanlift.training.eval_loss import TokenMeans, trained_tokens
+from leanlift.training.eval_loss import EvaluatesByToken
 from leanlift.training.given import (
     as_sft_config,
     check_optimizer,
     make_checkpointing_safe,
-    one_process,
     processing_of,
     rows_done,
+    several_processes,
     with_optimizer,
 )
+from leanlift.training.lift_callback import check_same_positions
 from leanlift.training.loss import TRAINED, MarkTrained, forwarded, rehearse, training_loss
-from leanlift.training.overrides import TrainerOverrides
 from leanlift.training.step_guard import StepGuard
 
 logger = logging.getLogger("leanlift")
 
-LOGGED_MEANS = ("entropy", "mean_token_accuracy")
-"""What is logged beside the loss as a mean over tokens."""
 
-
-class LiftTrainer(TrainerOverrides):
+class LiftTrainer(EvaluatesByToken):
     """`SFTTrainer(model, args, train_dataset, …)` for a model from `get_lift_model`.
 
     Takes the arguments of `trl.SFTTrainer` except `peft_config`. Datasets, streams and lists of
@@ -107,7 +107,8 @@ class LiftTrainer(TrainerOverrides):
     ) -> None:
         self._lift = lift_state(model)
         claim(model)
-        check_language_model(model)
+        inner = lifted(model)
+        check_language_model(inner)
         if train_dataset is None:
             raise UserError("LiftTrainer needs a train_dataset, got none.")
         args = as_sft_config(args)
@@ -115,9 +116,9 @@ class LiftTrainer(TrainerOverrides):
         optimizer = kwargs.get("optimizers", (None, None))[0]
         by_name = not (optimizer or kwargs.get("optimizer_cls_and_kwargs"))
         check_settings(args, self._lift.config, by_name=by_name)
-        one_process(args)
+        several_processes(args)
         kwargs = with_optimizer(args, kwargs, self._lift.workspace.implementation)
-        make_checkpointing_safe(model, args)
+        make_checkpointing_safe(inner, args)
         make_output(args.output_dir)
         self.run_settings = dict(run_settings or {})
         self._data_facts: dict[str, Any] | None = None
@@ -125,13 +126,14 @@ class LiftTrainer(TrainerOverrides):
         self.length_reports: dict[str, LengthReport] = {}
         self.largest = LargestBatch()
         self.guard = StepGuard(
-            getattr(args, "max_nonfinite_steps", LiftSFTConfig.max_nonfinite_steps)
+            getattr(args, "max_nonfinite_steps", LiftSFTConfig.max_nonfinite_steps),
+            at_once=self.in_backward,
         )
         self._built = False
-        processing_class = self._tokenize_with(processing_class, model, args, kwargs, train_dataset)
+        processing_class = self._tokenize_with(processing_class, inner, args, kwargs, train_dataset)
         with rows_done(args, images=self._rows.images):
             super().__init__(
-                model=model,
+                model=model if isinstance(model, LiftModel) else LiftModel(model),
                 args=args,
                 train_dataset=self._unwrapped(self._rows.train(train_dataset), "train"),
                 eval_dataset=self._unwrapped(self._rows.eval(eval_dataset), "eval"),
@@ -159,12 +161,10 @@ class LiftTrainer(TrainerOverrides):
         return processing_class
 
     def _compute_own_loss(self) -> None:
-        self._eval_means = TokenMeans()
-        self._loss = training_loss(
-            self.model, self.args, self.compute_loss_func, self.accelerator.autocast()
-        )
+        model, autocast = lifted(self.model), self.accelerator.autocast
+        self._loss = training_loss(model, self.args, self.compute_loss_func, autocast())
         if self._loss is not None:
-            types = rehearse(self.model, self._loss, self.accelerator.autocast(), self._rows.images)
+            types = rehearse(model, self._loss, autocast(), self._rows.images)
             self.count_next_tokens()
             self.data_collator = MarkTrained(self.data_collator, types)
         self._last_finite = torch.zeros((), device=self.args.device)
@@ -172,11 +172,8 @@ class LiftTrainer(TrainerOverrides):
         self.args.logging_nan_inf_filter = False
 
     def _add_callbacks(self) -> None:
-        config = self._lift.config
         self._guarding = Guard(self.guard, self.in_backward)
-        self._refreshing = Refresh(
-            config.refresh_interval, config.retired_limit, partial(Trainer.log, self)
-        )
+        self._refreshing = Refresh(partial(Trainer.log, self))
         self.refreshes: list[RefreshReport] = self._refreshing.reports
         self.add_callback(FrozenInputs())
         self.add_callback(self._guarding)
@@ -197,7 +194,7 @@ class LiftTrainer(TrainerOverrides):
 
     def _check_positions(self, name: str) -> None:
         longest, what = self.length_reports[name].kept, f"the longest row of the {name} dataset"
-        check_positions(self.model, longest, what, "set max_length")
+        check_positions(lifted(self.model), longest, what, "set max_length")
 
     def ready_rows(self, rows: Any, name: str, packing: bool) -> Any:
         return self._unwrapped(self._rows(rows, name, packing), name) if self._built else rows
@@ -207,8 +204,11 @@ class LiftTrainer(TrainerOverrides):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As `Trainer.train`; `True` resumes from the last checkpoint that is whole."""
         output = Path(self.args.output_dir)
-        with OutputLock(output):
-            clean(output)
+        check_same_positions(self.model)
+        with OutputLock(output) if is_first() else nullcontext():
+            if is_first():
+                clean(output)
+            wait_for_all()
             self.settings = self._settings_now()
             self._refreshing.catch_up = False
             self._guarding.scaled = self.accelerator.scaler is not None
@@ -223,7 +223,10 @@ class LiftTrainer(TrainerOverrides):
     def _settings_now(self) -> Settings:
         if self._data_facts is None:  # read once: data do not change under a trainer
             self._data_facts = data_facts(self.train_dataset)
-        return settings_of(self.args, self._lift.config, self.run_settings, self._data_facts)
+        run = self.run_settings
+        if processes() > 1:
+            run = {**run, "processes": processes()}
+        return settings_of(self.args, self._lift.config, run, self._data_facts)
 
     def _go_on_from(self, found: Checkpoint) -> str:
         """Say what has changed since; refuse what may not have."""
@@ -234,47 +237,11 @@ class LiftTrainer(TrainerOverrides):
         return str(found.path)
 
     def save_state(self) -> None:
-        """As Trainer's, whole or not at all."""
+        """As Trainer's, whole or not at all, by the first process."""
+        if not is_first():
+            return
         with replacing(Path(self.args.output_dir) / TRAINER_STATE) as temporary:
             self.state.save_to_json(str(temporary))
-
-    # --- evaluation ------------------------------------------------------------------------
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        """As TRL's, and keeps what the mean over tokens needs."""
-        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if found[0] is not None:
-            count, logged = trained_tokens(inputs), self.logged("eval")
-            self._eval_means.add("loss", found[0], count)
-            for name in LOGGED_MEANS:
-                if logged[name]:
-                    self._eval_means.add(name, torch.as_tensor(logged[name][-1]), count)
-        return found
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """As Trainer's, with means over trained tokens instead of means of the batches' means,
-        which depend on the batch size: the best checkpoint is chosen by them."""
-        self._eval_means = TokenMeans()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        means = self._eval_means.means(self.accelerator)
-        key = f"{metric_key_prefix}_loss"
-        if key in output.metrics and "loss" in means:
-            output.metrics[key] = means["loss"]
-        for name in LOGGED_MEANS:
-            if name in means:
-                self.logged("eval")[name] = [means[name]]
-        return output
 
     # --- steps -----------------------------------------------------------------------------
 
@@ -294,7 +261,7 @@ class LiftTrainer(TrainerOverrides):
         """Our own loss, but under a loss function of the user's or the auxiliary loss of a router,
         which is TRL's. Outputs, where they are asked for, take a second forward pass, as there."""
         if self._loss is None or "shift_labels" in inputs:
-            if isinstance(model.get_output_embeddings(), FrozenHead):
+            if isinstance(lifted(model).get_output_embeddings(), FrozenHead):
                 raise UserError(
                     "quantize_embeddings keeps no dense output head: leave out compute_loss_func, "
                     "and set router_aux_loss_coef=0 for a model with a router."
@@ -303,7 +270,9 @@ class LiftTrainer(TrainerOverrides):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         else:
             with self.accelerator.autocast():
-                result = self._loss(model, inputs, num_items_in_batch)
+                result = model(computes=partial(self._own_loss, inputs, num_items_in_batch))
+                if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                    result = result * processes()  # their mean is taken of tokens of all
             self._log_parts("train" if model.training else "eval", inputs)
             if return_outputs:
                 with torch.no_grad():
@@ -314,13 +283,26 @@ class LiftTrainer(TrainerOverrides):
             self.guard.see_loss(loss.detach())
         return result
 
+    def _own_loss(self, inputs: Any, items: Any, model: Any) -> torch.Tensor:
+        """The loss of a batch; inside the model's forward pass, for whoever is around it."""
+        assert self._loss is not None
+        return self._loss(model, inputs, items)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's. What is logged of a loss that is not finite is the last one that was:
         Trainer's own `logging_nan_inf_filter` makes the host wait for the device at each step."""
-        loss = super().training_step(*args, **kwargs)
+        with self._gradients_apart():
+            loss = super().training_step(*args, **kwargs)
         if self._smooths_log:
             loss = self._last_finite = torch.where(loss.isfinite(), loss, self._last_finite)
         return loss
+
+    def _gradients_apart(self) -> AbstractContextManager[Any]:
+        """Updates in the backward pass add the gradients of several processes up themselves."""
+        if self.in_backward and processes() > 1:
+            apart: AbstractContextManager[Any] = self.model_wrapped.no_sync()
+            return apart
+        return nullcontext()
 
     def _log_parts(self, mode: str, inputs: Any) -> None:
         """What TRL logs beside the loss: entropy, accuracy, tokens."""

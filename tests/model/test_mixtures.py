@@ -40,7 +40,7 @@ from leanlift import (
 from leanlift.adapters import open_adapter
 from leanlift.errors import MaskError
 from leanlift.layers import LiftLinear
-from leanlift.model import lift_layers, lift_state
+from leanlift.model import lift_layers, lift_state, lifted
 from leanlift.model.stacks import named_parts
 from leanlift.optim import SparseAdamW
 from leanlift.selection import Principal, select
@@ -66,7 +66,7 @@ def test_all_experts_are_targets_each_with_entries_of_its_own(
         for expert, matrix in enumerate(stock[name].weight.detach()):
             wanted = select(matrix, Principal(8), int(0.1 * m * n))
             assert torch.equal(layer.index.decode(expert * m, (expert + 1) * m), wanted), name
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name for name, p in lifted(model).named_parameters() if p.requires_grad}
     assert trained == {f"{name}.values" for name in lift_layers(model)}
 
 
@@ -143,7 +143,7 @@ def test_loss_and_gradients_are_those_of_a_dense_model(
     model, stock = attached(bases[family], kind), load(bases[family], "dense")
     move(model)
     parts = dense_twin(model, stock)
-    for name, module in model.named_modules():
+    for name, module in lifted(model).named_modules():
         if hasattr(module, "weight_tiles") and name not in lift_layers(model):
             parts[name].weight.data.copy_(module.weight_tiles.rows(0, module.out_features))
     wanted = stock.eval()(**batch()).loss

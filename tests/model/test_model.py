@@ -27,7 +27,8 @@ def test_attaching_changes_nothing_but_what_trains(base: Path, kind: str) -> Non
     """Before training, logits are those of the dequantized base, and only values train."""
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = load(base, kind)
-    assert get_lift_model(model, LiftConfig(approx_rank=8), progress=False) is model
+    made = get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+    assert made.get_base_model() is model
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     layers = lift_layers(model)
     assert trainable == {f"{name}.values" for name in layers}

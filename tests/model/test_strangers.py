@@ -16,7 +16,7 @@ from trained import KINDS
 from transformers import Trainer, TrainingArguments
 
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, refresh_mask, save_adapter
-from leanlift.model import claim, lift_layers, lift_state
+from leanlift.model import claim, lift_layers, lift_state, lifted
 
 
 def attached(base: Path, kind: str = "nf4", seed: int = 0, **config: Any) -> Any:
@@ -65,12 +65,12 @@ def test_copies_compute_the_same_and_are_apart(
         save_adapter(other, tmp_path / how)
         other.print_trainable_parameters()
         with pytest.raises(UserError, match="save_adapter"):
-            other.save_pretrained(tmp_path / "no")
+            lifted(other).save_pretrained(tmp_path / "no")
     assert lift_state(copies["pickle"]).config == lift_state(model).config
 
 
 def test_a_stock_save_is_refused_before_it_writes(base: Path, tmp_path: Path) -> None:
-    model = attached(base)
+    model = lifted(attached(base))  # not what get_lift_model returned
     arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
     trainer = Trainer(model=model, args=arguments)
     for save in (model.save_pretrained, model.push_to_hub, trainer.save_model):
@@ -81,36 +81,73 @@ def test_a_stock_save_is_refused_before_it_writes(base: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_a_state_dict_goes_back_to_its_own_positions_only(base: Path, kind: str) -> None:
+def test_a_state_dict_brings_its_positions_along(base: Path, kind: str) -> None:
     model = attached(base, kind, density=0.1)
-    saved = {key: copy.deepcopy(value) for key, value in model.state_dict().items()}
-    same = attached(base, kind, density=0.1)
-    for layer in lift_layers(same).values():
-        layer.values.data.zero_()
-    same.load_state_dict(saved, strict=kind == "dense")  # bitsandbytes takes no 4-bit state back
-    assert torch.equal(logits(same), logits(model))
-    others = {
-        "random": attached(base, kind, density=0.1, selector="random"),
-        "seed": attached(base, kind, density=0.1, selector="random", seed=7),
-        "refreshed": attached(base, kind, density=0.1),
+    for change in (False, True):
+        if change:
+            refresh_mask(model)  # there are retired entries now
+            assert any(layer.retired_nbytes for layer in lift_layers(model).values())
+        saved = {key: copy.deepcopy(value) for key, value in model.state_dict().items()}
+        others = {
+            "same": attached(base, kind, density=0.1),
+            "seed": attached(base, kind, density=0.1, selector="random", seed=7),
+            "refreshed": attached(base, kind, density=0.1),
+        }
+        refresh_mask(others["refreshed"])
+        for how, other in others.items():
+            parameters = [id(layer.values) for layer in lift_layers(other).values()]
+            other.load_state_dict(saved, strict=kind == "dense")  # no 4-bit state is taken back
+            assert torch.equal(logits(other), logits(model)), how
+            assert [id(layer.values) for layer in lift_layers(other).values()] == parameters
+            again = other.state_dict()
+            assert all(torch.equal(again[key], saved[key]) for key in trained_keys(saved)), how
+
+
+def trained_keys(state: dict[str, Any]) -> list[str]:
+    found = [key for key in state if ".index." in key or key.endswith(".values")]
+    assert any(".settled." in key for key in found) or not any("settled" in key for key in state)
+    return found
+
+
+def test_values_without_their_positions_are_not_taken(base: Path) -> None:
+    model = attached(base, "dense", density=0.1)
+    state, before = model.state_dict(), logits(model)
+    one = next(key for key in state if key.endswith("q_proj.index.columns"))
+    wrong = {
+        "is missing": {key: value for key, value in state.items() if key != one},
+        "sorted|segment|counts say": {**state, one: torch.zeros_like(state[one])},
+        "counts say": {**state, one: state[one][1:]},
     }
-    refresh_mask(others["refreshed"])
-    for how, other in others.items():
-        before = logits(other)
-        for strict in (True, False):
-            with pytest.raises(UserError, match="learned at other positions"):
-                other.load_state_dict(saved, strict=strict)
-            assert torch.equal(logits(other), before), how
-    one = next(iter(lift_layers(others["seed"]).values()))
-    name = next(iter(lift_layers(model)))
-    part = {k.removeprefix(f"{name}."): v for k, v in saved.items() if k.startswith(f"{name}.")}
-    assert "values" in part
-    assert not torch.equal(part["_extra_state"], one.get_extra_state())
+    for match, given in wrong.items():
+        with pytest.raises(RuntimeError, match=match):
+            model.load_state_dict(given, strict=False)
+        assert torch.equal(logits(model), before)
+    other = attached(base, "dense", density=0.2)
+    with pytest.raises(RuntimeError, match=r"expected \d+ entries, got"):
+        other.load_state_dict(state)
+    prefix = one.removesuffix("index.columns")
+    rest = {key: value for key, value in state.items() if not key.startswith(prefix)}
+    assert f"{prefix}values" in model.load_state_dict(rest, strict=False).missing_keys
+
+
+def test_no_dtype_is_changed_of_what_is_trained(base: Path) -> None:
+    model = attached(base, "dense", density=0.1)
+    refresh_mask(model)
+    before = {n: copy.deepcopy(layer.worn.learned) for n, layer in lift_layers(model).items()}
+    for change in (model.half, model.bfloat16, lambda: model.to(torch.float16)):
+        change()
+        for name, layer in lift_layers(model).items():
+            for one, other in zip(layer.learned.stores, before[name].stores, strict=True):
+                assert torch.equal(one.values, other.values), name
+    assert next(model.get_base_model().model.norm.parameters()).dtype == torch.float16
 
 
 NEEDS = [
-    ({"refresh_interval": 5}, "the mask is chosen again every 5 steps by LiftTrainer alone"),
-    ({"values_dtype": "bfloat16"}, "small updates of bfloat16 values are kept by LiftTrainer"),
+    (
+        {"refresh_interval": 5},
+        "the mask is chosen again every 5 steps by LiftTrainer or LiftCallback",
+    ),
+    ({"values_dtype": "bfloat16"}, "small updates of bfloat16 values are kept by LiftTrainer or"),
     ({"refresh_interval": 5, "values_dtype": "bfloat16"}, "every 5 steps and small updates"),
 ]
 

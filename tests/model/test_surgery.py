@@ -25,7 +25,7 @@ from leanlift import (
     save_adapter,
     unload_adapter,
 )
-from leanlift.layers import FrozenLinear, LiftLinear, Workspace
+from leanlift.layers import FrozenLinear, Workspace
 from leanlift.model import embedding_to_cpu, freeze_quantized, lift_layers
 from leanlift.model.surgery import layers_over, outer_modules, replace_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
@@ -178,7 +178,7 @@ def test_every_weight_is_wrapped_once_and_a_base_fingerprinted_once(
     count = LiftConfig.count
     monkeypatch.setattr(LiftConfig, "count", lambda *args: counts.append(args[2]) or count(*args))
     model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
-    expected = sorted([*(n for n, m in model.named_modules() if isinstance(m, LiftLinear)),
+    expected = sorted([*lift_layers(model),
                        "fingerprint"])  # fmt: skip
     assert sorted(calls) == expected
     assert sorted([*counts, "fingerprint"]) == expected

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from leanlift import LiftConfig, UserError, get_lift_model
-from leanlift.model import lift_layers
+from leanlift.model import lift_layers, lifted
 from leanlift.model.blocks import inside_blocks
 from leanlift.model.presets import in_preset
 from leanlift.weights.kinds import is_plain_linear
@@ -311,6 +311,6 @@ def test_who_reads_a_weight_gets_its_numbers_and_their_dtype(base: Path, kind: s
 
 def test_a_packed_weight_stands_for_no_numbers(base: Path) -> None:
     model = get_lift_model(load(base, "nf4"), LiftConfig(selector="random"), progress=False)
-    weight = model.model.layers[0].mlp.up_proj.weight
+    weight = lifted(model).model.layers[0].mlp.up_proj.weight
     assert (weight.shape, weight.dtype) == ((192, 64), torch.float32)
     assert bool(weight.isnan().all())

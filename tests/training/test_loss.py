@@ -16,7 +16,7 @@ from tiny import load, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
-from leanlift.model import lift_layers
+from leanlift.model import lift_layers, lifted
 from leanlift.plan import PlanSettings, plan_memory
 from leanlift.training import LiftSFTConfig
 from leanlift.training.loss import TiledLoss, WholeLoss, objective_of, training_loss
@@ -111,7 +111,7 @@ def test_the_training_loss_is_the_model_s_own(
 def test_a_cap_that_no_small_logit_shows_is_found(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = attached("llama", dtype)
+    model = lifted(attached("llama", dtype))
     assert type(training_loss(model, settings(tmp_path), None)) is TiledLoss
     stock = type(model).forward
 
@@ -190,7 +190,7 @@ def test_a_model_s_own_other_loss_is_said(
     changed: str,
 ) -> None:
     """What is trained on stays the cost of the next tokens."""
-    model = attached("llama")
+    model = lifted(attached("llama"))
     stock = type(model).forward
     wanted = stock(model.eval(), **batch()).loss.item()
 

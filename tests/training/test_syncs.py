@@ -25,7 +25,7 @@ ON_THE_CPU_ANYWAY = {
     ("training/batches.py", "see"): "whether a mask pads is asked of a CPU alone",
     ("training/loss.py", "trained_positions"): "where batches are made",
 }
-ONCE_A_STEP = ("training/step_guard.py", "end_step")
+ONCE_A_STEP = ("training/step_guard.py", "_is_fine")
 WHEN_LOGGED = ("training/overrides.py", "read_metrics")
 
 

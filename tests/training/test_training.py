@@ -15,7 +15,7 @@ from sweeps import swept
 from tiny import load, make_tokenizer
 
 from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model, load_adapter
-from leanlift.model import lift_layers
+from leanlift.model import lift_layers, lifted
 from leanlift.training import last_whole_checkpoint
 
 
@@ -279,7 +279,7 @@ def test_no_gradient_of_the_input_is_formed_that_nobody_needs(
     )
     seen = []
     embedding = trainer.model.get_input_embeddings()
-    norm = trainer.model.model.layers[0].input_layernorm
+    norm = lifted(trainer.model).model.layers[0].input_layernorm
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
     trainer.train()
     assert embedding.weight.requires_grad is False

@@ -30,6 +30,7 @@ from leanlift.io.tensors import (
     write_json,
 )
 from leanlift.measure import is_out_of_memory
+from leanlift.processes import is_first, wait_for_all
 from leanlift.training.checkpointing.names import (
     FORMAT_VERSION,
     REMOVED,
@@ -47,7 +48,8 @@ logger = logging.getLogger("leanlift")
 
 @contextmanager
 def assembled(run: Path, step: int, settings: dict[str, Any]) -> Iterator[Path]:
-    """A directory in which the checkpoint of a step is assembled; put in place if all goes well.
+    """A directory in which the checkpoint of a step is assembled; put in place if all goes well. Of
+    several processes the first one does it, and the others wait.
 
     Args:
         run: the run's output directory.
@@ -58,6 +60,10 @@ def assembled(run: Path, step: int, settings: dict[str, Any]) -> Iterator[Path]:
         UserError, OutOfMemoryError: see `keeping_what_was_good`; nothing of it is left.
     """
     staging = run / STAGING
+    if not is_first():
+        yield staging
+        wait_for_all()
+        return
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with keeping_what_was_good(f"the checkpoint of step {step}", run):
@@ -65,6 +71,7 @@ def assembled(run: Path, step: int, settings: dict[str, Any]) -> Iterator[Path]:
             put_in_place(staging / f"{PREFIX_CHECKPOINT_DIR}-{step}", settings)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    wait_for_all()
 
 
 def put_in_place(staged: Path, settings: dict[str, Any]) -> Path:

@@ -21,6 +21,11 @@ PICKLED = {OPTIMIZER_FACTS: "optimizer.pt", SCHEDULE: "scheduler.pt", RANDOM: "r
 FORMAT_VERSION = 1
 
 
+def random_name(process: int) -> str:
+    """The file with the random numbers' state of one of several processes; of one alone, RANDOM."""
+    return RANDOM if process == 0 else RANDOM.replace(".", f"_{process}.")
+
+
 def step_of(path: Path) -> int:
     """The number in a checkpoint's name; -1 where it has another one."""
     stem, _, number = path.resolve().name.rpartition("-")

@@ -16,6 +16,7 @@ from torch import nn
 from leanlift.errors import UserError, first_line
 from leanlift.io.tensors import open_tensor_file, read_json, write_json, write_tensors
 from leanlift.optim import SavedState, check_saved, restore_state, saved_state
+from leanlift.processes import is_first, of_all, rank
 from leanlift.training.checkpointing.loop_state import (
     check_same_schedule,
     pickled_random_state,
@@ -31,6 +32,7 @@ from leanlift.training.checkpointing.names import (
     RANDOM,
     SCALE,
     SCHEDULE,
+    random_name,
 )
 
 Named = Iterable[tuple[str, nn.Parameter]]
@@ -114,23 +116,27 @@ def load_schedule(directory: Path, schedule: Any) -> None:
 
 
 def save_random_state(directory: Path, device: torch.device) -> None:
-    """Write the state of all generators of random numbers that training uses."""
-    write_json(directory / RANDOM, random_state(device))
+    """Write the state of all generators of random numbers that training uses, of each process."""
+    states = of_all(random_state(device))
+    if is_first():
+        for number, state in enumerate(states):
+            write_json(directory / random_name(number), state)
 
 
 def load_random_state(directory: Path, device: torch.device) -> None:
-    """Put the generators back to where they were."""
-    restore_random_state(read_random_state(directory), device)
+    """Put the generators of this process back to where they were."""
+    restore_random_state(read_random_state(directory, rank()), device)
 
 
-def read_random_state(path: Path) -> dict[str, Any]:
-    """The random numbers' state of a checkpoint, in either form.
+def read_random_state(path: Path, number: int = 0) -> dict[str, Any]:
+    """The random numbers' state of a checkpoint, in either form, of a process by its number.
 
     Raises:
         UserError: missing or unreadable.
     """
-    if (path / RANDOM).is_file():
-        state: dict[str, Any] = read_json(path / RANDOM)
+    file = path / random_name(number)
+    if number or file.is_file():
+        state: dict[str, Any] = read_json(file)
         return state
     return pickled_random_state(path / PICKLED[RANDOM])
 

@@ -1,0 +1,123 @@
+"""`LiftCallback`: what leanlift adds to the steps of any trainer, and of a loop of one's own.
+
+A trainer steps an optimizer. What only leanlift knows is when the mask is chosen again, how the
+optimizer's state follows, which steps are not applied, that bf16 values need another rounding, and
+where the memory went. `LiftTrainer` has all of it by itself; in `transformers.Trainer`, TRL's
+trainers and their like it is one callback. `Steps` is the same for a loop that is written out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from leanlift.measure import MemoryMeter, save_report
+from leanlift.model import RefreshReport, claim, lift_layers, lift_state
+from leanlift.processes import check_same, is_first
+from leanlift.training.callbacks import FrozenInputs, Guard, Refresh
+from leanlift.training.given import check_optimizer
+from leanlift.training.memory import MemoryCallback
+from leanlift.training.step_guard import StepGuard
+
+
+class LiftCallback(TrainerCallback):
+    """Mask refresh, step guard and memory report for any `transformers.Trainer`.
+
+        DPOTrainer(model=get_lift_model(model, config), callbacks=[LiftCallback()], …)
+
+    Give it to the trainer's constructor. A refresh is logged as LiftTrainer logs it, and
+    `leanlift report` reads the `memory.json` that is left in the output directory.
+
+    Args:
+        max_nonfinite_steps: steps in a row with a NaN or infinite gradient that end the run; one
+            is not applied, and said.
+        memory: whether the memory is measured and reported.
+
+    Attributes:
+        guard: which steps were not applied.
+        refreshes: a `RefreshReport` per mask refresh of this process.
+
+    Raises:
+        UserError: while a trainer is made or begins: its model is not attached, its optimizer
+            cannot follow a refresh, or cannot train bf16 values.
+    """
+
+    def __init__(self, max_nonfinite_steps: int = 3, memory: bool = True) -> None:
+        self.guard = StepGuard(max_nonfinite_steps)
+        self.guarding = Guard(self.guard, in_backward=False)
+        self.refreshing = Refresh()
+        self.refreshes: list[RefreshReport] = self.refreshing.reports
+        self._measures = memory
+        self._memory: MemoryCallback | None = None
+        self._phase: Any = None
+        self._peak: Any = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        claim(kwargs["model"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        claim(model)
+        check_optimizer(kwargs["optimizer"], lift_state(model))
+        check_same_positions(model)
+        if self._measures and self._memory is None:
+            meter = MemoryMeter(args.device)
+            self._memory, self._phase = MemoryCallback(meter), meter.phase("train")
+            self._peak = self._phase.__enter__()
+        self.guarding.scaled = bool(args.fp16)
+        FrozenInputs().on_train_begin(args, state, control, **kwargs)
+        self.guarding.on_train_begin(args, state, control, **kwargs)
+        self.refreshing.on_train_begin(args, state, control, **kwargs)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._memory is not None:
+            self._memory.on_step_begin(args, state, control, **kwargs)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._memory is not None:
+            self._memory.on_pre_optimizer_step(args, state, control, **kwargs)
+        self.guarding.on_pre_optimizer_step(args, state, control, **kwargs)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._memory is not None:
+            self._memory.on_step_end(args, state, control, **kwargs)
+        self.refreshing.on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.guarding.end_training()
+        if self._memory is not None:
+            self._memory.on_train_end(args, state, control, **kwargs)
+            self._phase.__exit__(None, None, None)
+            self._peak.tensors = self._peak.tensors or self._memory.peak
+            if is_first():
+                save_report(self._memory.meter.report, args.output_dir)
+            self._memory = None
+
+
+def check_same_positions(model: Any) -> None:
+    """Refuse processes that train other positions, or begin with other offsets, than the first.
+
+    Raises:
+        UserError: one does.
+    """
+    layers = list(lift_layers(model).values())
+    tensors = (
+        part
+        for layer in layers
+        for store in layer.learned.stores
+        for part in (store.index.columns, store.index.counts, store.values)
+    )
+    check_same(tensors, "The positions or offsets that are trained", layers[0].values.device)
