@@ -79,30 +79,7 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
         yield "output_dir is an empty text:", "name a directory, or leave it out"
     if getattr(sft, "use_liger_kernel", False):
         yield "use_liger_kernel puts other forwards in place of leanlift's:", "leave it out"
-    if getattr(sft, "fsdp", None) or getattr(sft, "deepspeed", None):
-        name = "fsdp" if getattr(sft, "fsdp", None) else "deepspeed"
-        yield (
-            f"{name} cuts a model into parts, and leanlift keeps the whole base in each process:",
-            "leave it out, and let accelerate launch start a process per GPU (--multi_gpu)",
-        )
-    if getattr(sft, "parallelism_config", None) is not None:
-        yield (
-            "parallelism_config spreads a model over GPUs, and leanlift trains on one:",
-            "leave it out",
-        )
-    for name, what in (("FSDP", "fsdp"), ("DEEPSPEED", "deepspeed"), ("MEGATRON_LM", "megatron")):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
-            yield (
-                f"accelerate's configuration asks for {what}, which cuts a model into parts, and "
-                "leanlift keeps the whole base in each process:",
-                "start it with accelerate launch --multi_gpu",
-            )
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        yield (
-            "accelerate's configuration asks for tensor or context parallelism, which leanlift "
-            "does not do:",
-            "start it with accelerate launch --multi_gpu",
-        )
+    yield from _in_parts(sft)
     if getattr(sft, "model_init_kwargs", None):
         yield (
             "model_init_kwargs would be ignored: the base is loaded already, or from keys such as "
@@ -140,6 +117,34 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
         yield (
             f"fp16 scales its loss, which {config.values_dtype} values cannot be trained with:",
             "use bf16, or values_dtype=float32",
+        )
+
+
+def _in_parts(sft: Any) -> Iterator[tuple[str, str]]:
+    """Settings, and accelerate's own, that would cut a model into parts."""
+    if getattr(sft, "fsdp", None) or getattr(sft, "deepspeed", None):
+        name = "fsdp" if getattr(sft, "fsdp", None) else "deepspeed"
+        yield (
+            f"{name} cuts a model into parts, and leanlift keeps the whole base in each process:",
+            "leave it out, and let accelerate launch start a process per GPU (--multi_gpu)",
+        )
+    if getattr(sft, "parallelism_config", None) is not None:
+        yield (
+            "parallelism_config spreads a model over GPUs, and leanlift trains on one:",
+            "leave it out",
+        )
+    for name, what in (("FSDP", "fsdp"), ("DEEPSPEED", "deepspeed"), ("MEGATRON_LM", "megatron")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            yield (
+                f"accelerate's configuration asks for {what}, which cuts a model into parts, and "
+                "leanlift keeps the whole base in each process:",
+                "start it with accelerate launch --multi_gpu",
+            )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        yield (
+            "accelerate's configuration asks for tensor or context parallelism, which leanlift "
+            "does not do:",
+            "start it with accelerate launch --multi_gpu",
         )
 
 
