@@ -46,8 +46,10 @@ class Seen:
         held = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         ids = held.pop(IDS, None)
         held.pop(LABELS, None)
-        sees = any(value.is_floating_point() for value in held.values())
-        if ids is None or ids.dim() != 2 or ids.device.type != "cpu" or not sees:
+        if ids is None or ids.dim() != 2 or ids.device.type != "cpu":
+            return None
+        beside = (value for value in held.values() if value.shape != ids.shape)  # no mask
+        if not any(value.is_floating_point() for value in beside):
             return None
         tensors = {IDS: ids, **held}
         return cls(ids.shape[0], _name(tensors), tensors)
