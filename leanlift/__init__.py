@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, Seen, plan_memory
     from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
     from leanlift.tiles import RowTiles
-    from leanlift.training import LiftCallback, LiftSFTConfig, LiftTrainer, load_in_few_bits
+    from leanlift.training import LiftCallback, LiftSFTConfig, LiftTrainer, Steps, load_in_few_bits
     from leanlift.weights.quantized import WeightFormat
 
 __all__ = [
@@ -71,6 +71,7 @@ __all__ = [
     "ScorerBytes",
     "Seen",
     "SparseAdamW",
+    "Steps",
     "UserError",
     "WeightFormat",
     "__version__",
@@ -138,6 +139,7 @@ _NAMES = {
         "LiftCallback",
         "LiftSFTConfig",
         "LiftTrainer",
+        "Steps",
         "load_in_few_bits",
     ),
     "leanlift.weights.quantized": ("WeightFormat",),

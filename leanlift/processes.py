@@ -9,6 +9,7 @@ nothing here does anything.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,8 +26,18 @@ def processes() -> int:
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
-    return dist.get_rank() if processes() > 1 else 0
+    """Which of them this is, from 0; before they can talk, as its launcher says."""
+    return dist.get_rank() if processes() > 1 else _of_the_launcher("RANK")
+
+
+def local_rank() -> int:
+    """Which of those on this machine this is, and so which GPU it computes on."""
+    return _of_the_launcher("LOCAL_RANK")
+
+
+def _of_the_launcher(name: str) -> int:
+    given = os.environ.get(name, "")
+    return int(given) if given.isdecimal() else 0
 
 
 def is_first() -> bool:
@@ -38,6 +49,12 @@ def wait_for_all() -> None:
     """Go on when all of them have come here."""
     if processes() > 1:
         dist.barrier()
+
+
+def part() -> None:
+    """Leave the others, when all is done: they are waited for no longer."""
+    if processes() > 1:
+        dist.destroy_process_group()
 
 
 def of_all(thing: Any) -> list[Any]:

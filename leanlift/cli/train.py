@@ -15,6 +15,7 @@ from leanlift.cli.settings import parse_train, read_command
 from leanlift.cli.trying import Trying
 from leanlift.errors import MaskError, first_line
 from leanlift.plan import MemoryPlan
+from leanlift.processes import is_first, part
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
 from leanlift.training.arguments import trains_on_gpu
 from leanlift.training.batches import Batches
@@ -36,17 +37,25 @@ def train_command(argv: Sequence[str]) -> int:
     args, sft = asked.args, asked.sft
     cuda = trains_on_gpu(sft)
     screen = screen_of(args.log_format)
+    if not is_first():  # one of several processes speaks for all
+        logger.setLevel(logging.ERROR)
     if asked.own.fit is not None:
         check_settings(sft, args.lift_config())
         with Trying() as trying:
             found = fit(args, sft, parse_card(asked.own.fit), cuda, trying)
         args, sft = found.args, found.sft
+    if not is_first():
+        if not asked.own.dry_run:
+            run(args, sft)
+            part()
+        return 0
     plan = partial(_plan, args, sft, cuda)
     if asked.own.dry_run:
         command = shell("leanlift", "train", *take_switch(argv, "--dry_run")[1])
         _look(args, sft, plan, screen, command)
     else:
         run(args, sft, plan=plan, screen=screen, command=resuming(argv))
+        part()
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftModel
@@ -18,6 +19,7 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
+from leanlift.io.hub import push_to_hub
 from leanlift.lift_model.config import PEFT_TYPE, LiftPeftConfig
 from leanlift.lift_model.tuner import LiftTuner
 from leanlift.model import lift_state, lifted, load_adapter, save_adapter, several, weights_of
@@ -148,6 +150,28 @@ class LiftModel(PeftModel):
                 save_adapter(self, Path(save_directory) / ("" if name == DEFAULT else name))
         finally:
             several.set_adapter(self, before)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool = False,
+        commit_message: str = "Upload with leanlift",
+        **kwargs: Any,
+    ) -> str:
+        """Upload the adapter; returns the address of the commit.
+
+        Args:
+            repo_id: "user/name"; made if it does not exist.
+            private: whether it is made as a private one.
+            commit_message: of the commit.
+
+        Raises:
+            UserError: as for `leanlift.push_to_hub`, or an argument that leanlift does not know.
+        """
+        _no_more(kwargs, "push_to_hub")
+        with TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return push_to_hub(directory, repo_id, private, commit_message)
 
     def load_adapter(
         self,

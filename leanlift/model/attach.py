@@ -24,7 +24,6 @@ from leanlift.model.base import (
     LiveBase,
     check_attachable,
     checkpoint_of,
-    own_base,
     stock_base,
     with_base_samples,
 )
@@ -32,7 +31,7 @@ from leanlift.model.embeddings import check_embeddings, int8
 from leanlift.model.gradient import gradient_masks
 from leanlift.model.resize_embeddings import rows_to_grow_to, with_more_rows
 from leanlift.model.state import LiftState, lift_layers, lift_state, print_trainable_parameters
-from leanlift.model.strangers import guard
+from leanlift.model.strangers import guard, own_base
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets, what_is_left
 from leanlift.model.tokens import check_tokens, lift_tokens

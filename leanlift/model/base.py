@@ -197,6 +197,15 @@ def check_attachable(model: nn.Module, whole: Collection[str] = ()) -> None:
         raise UserError(
             "this model has leanlift layers already: load the base again to start over."
         )
+    places = sorted(
+        {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    )
+    if len(places) > 1:
+        raise UserError(
+            f"this base is spread over {', '.join(places)} (device_map), and leanlift trains a "
+            'model on one device: load it with device_map={"": 0}, and for several GPUs start a '
+            "process for each with accelerate launch --multi_gpu."
+        )
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise UserError(
@@ -329,21 +338,3 @@ def with_base_samples(
             "model as it is with save_pretrained, and load that."
         )
     return exact
-
-
-def own_base(model: nn.Module) -> None:
-    """Drop the marks of a quantized model: HF Trainer would refuse it, TRL would cast its
-    trainable parameters to bf16, `save_pretrained` would write a quantization_config."""
-    holder: Any = model
-    for mark, unset in (
-        ("is_quantized", False),
-        ("is_loaded_in_4bit", False),
-        ("is_loaded_in_8bit", False),
-        ("hf_quantizer", None),
-        ("quantization_method", None),
-    ):
-        if getattr(model, mark, None):
-            setattr(holder, mark, unset)
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config

@@ -23,6 +23,24 @@ from leanlift.errors import UserError
 from leanlift.model.state import lift_state
 
 
+def own_base(model: nn.Module) -> None:
+    """Drop the marks of a quantized model: HF Trainer would refuse it, TRL would cast its
+    trainable parameters to bf16, `save_pretrained` would write a quantization_config."""
+    holder: Any = model
+    for mark, unset in (
+        ("is_quantized", False),
+        ("is_loaded_in_4bit", False),
+        ("is_loaded_in_8bit", False),
+        ("hf_quantizer", None),
+        ("quantization_method", None),
+    ):
+        if getattr(model, mark, None):
+            setattr(holder, mark, unset)
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+
+
 def guard(model: nn.Module) -> None:
     """Hang the refusals onto an attached model; `unguard` takes them off."""
     holder: Any = model

@@ -79,7 +79,7 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
         yield "output_dir is an empty text:", "name a directory, or leave it out"
     if getattr(sft, "use_liger_kernel", False):
         yield "use_liger_kernel puts other forwards in place of leanlift's:", "leave it out"
-    yield from _in_parts(sft)
+    yield from _cut_into_parts(sft)
     if getattr(sft, "model_init_kwargs", None):
         yield (
             "model_init_kwargs would be ignored: the base is loaded already, or from keys such as "
@@ -120,8 +120,8 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
         )
 
 
-def _in_parts(sft: Any) -> Iterator[tuple[str, str]]:
-    """Settings, and accelerate's own, that would cut a model into parts."""
+def _cut_into_parts(sft: Any) -> Iterator[tuple[str, str]]:
+    """Settings, of the run or of accelerate's launcher, by which no process has the whole model."""
     if getattr(sft, "fsdp", None) or getattr(sft, "deepspeed", None):
         name = "fsdp" if getattr(sft, "fsdp", None) else "deepspeed"
         yield (

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leanlift.errors import Interrupted
+from leanlift.processes import of_all
 from leanlift.training.checkpointing.directory import checkpoints
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -109,8 +110,10 @@ class StopAfterStep(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.interrupt.asked is None or state.global_step >= state.max_steps:
-            return  # the last step: the run ends as it would
+        if state.global_step >= state.max_steps:
+            return  # the run ends as it would
+        if not any(of_all(self.interrupt.asked is not None)):
+            return
         self.stopped = state.global_step
         control.should_save = control.should_training_stop = True
         control.should_evaluate = False

@@ -13,12 +13,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leanlift.measure import MemoryMeter, save_report
-from leanlift.model import RefreshReport, claim, lift_layers, lift_state
+from leanlift.model import RefreshReport, claim, lift_layers, lift_state, refresh_mask
 from leanlift.processes import check_same, is_first
 from leanlift.training.callbacks import FrozenInputs, Guard, Refresh
 from leanlift.training.given import check_optimizer
 from leanlift.training.memory import MemoryCallback
-from leanlift.training.step_guard import StepGuard
+from leanlift.training.step_guard import GradientHooks, StepGuard
 
 
 class LiftCallback(TrainerCallback):
@@ -105,6 +105,72 @@ class LiftCallback(TrainerCallback):
             if is_first():
                 save_report(self._memory.meter.report, args.output_dir)
             self._memory = None
+
+
+class Steps:
+    """The same for a loop that is written out, with an accelerator or without.
+
+        steps = Steps(model, optimizer)
+        for batch in batches:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(**batch).loss)
+                if accelerator.sync_gradients:
+                    steps.before()
+                optimizer.step()
+                optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    steps.after()
+
+    Args:
+        model: what `get_lift_model` returned, or what an accelerator has made of it.
+        optimizer: that trains it.
+        done: optimizer steps that were taken before, where a loop goes on.
+        max_nonfinite_steps: as for `LiftCallback`.
+
+    Attributes:
+        done: optimizer steps so far.
+        guard: which were not applied.
+        refreshes: a `RefreshReport` per mask refresh of this object.
+
+    Raises:
+        UserError: nothing is attached, or the optimizer cannot train it.
+    """
+
+    def __init__(
+        self, model: Any, optimizer: Any, done: int = 0, max_nonfinite_steps: int = 3
+    ) -> None:
+        claim(model)
+        check_optimizer(optimizer, lift_state(model))
+        check_same_positions(model)
+        self.model, self.optimizer, self.done = model, optimizer, done
+        self.guard = StepGuard(max_nonfinite_steps)
+        self.refreshes: list[RefreshReport] = []
+        self._hooks = GradientHooks(model, self.guard)
+
+    def before(self) -> bool:
+        """Before the optimizer's step: drops gradients that are not finite.
+
+        Returns:
+            Whether there are some left to step with.
+
+        Raises:
+            UserError: too many steps in a row had none.
+        """
+        applied = self.guard.end_step(self.done + 1, lambda: "what was saved stays")
+        if not applied:
+            self._hooks.drop_step()
+        return applied
+
+    def after(self) -> None:
+        """After the optimizer's step: refreshes the mask where it is due."""
+        self.done += 1
+        interval = lift_state(self.model).config.refresh_interval
+        if interval and self.done % interval == 0:
+            self.refreshes.append(refresh_mask(self.model, self.optimizer))
+
+    def close(self) -> None:
+        """Take the hooks off the gradients."""
+        self._hooks.remove()
 
 
 def check_same_positions(model: Any) -> None:

@@ -10,6 +10,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from leanlift.model import embedding_to_cpu, lifted, use_ops
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.plan import MemoryPlan
+from leanlift.processes import is_first, local_rank
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.base import load_model
 from leanlift.training.batches import Batches
@@ -99,11 +101,11 @@ def run(
         Interrupted: Ctrl-C or SIGTERM; says what is kept. It is a `KeyboardInterrupt`.
     """
     check_format(args.log_format)
-    screen = QuietScreen() if screen is None else screen
+    screen = QuietScreen() if screen is None or not is_first() else screen
     interrupt = Interrupt(screen.stopping)
     job = Job(args, sft, screen, interrupt, command, before_training)
     try:
-        with interrupt.heard(), shown(screen), timeline(args.snapshot, job.output):
+        with interrupt.heard(), shown(screen), timeline(args.snapshot and is_first(), job.output):
             return _run(job, plan)
     except Exception as error:
         if interrupt.ended is not None:  # a library's own code may turn it into an error of its own
@@ -117,7 +119,7 @@ def run(
 def _run(job: Job, plan: Callable[[Batches], MemoryPlan | None] | None) -> RunResult:
     """Look at everything about the input, then train."""
     ready, told, resume = look_at_input(job, plan)
-    with OutputLock(job.output):
+    with OutputLock(job.output) if is_first() else nullcontext():
         return _train(job, ready, told, resume)
 
 
@@ -131,7 +133,7 @@ def _train(job: Job, ready: ReadyRows, told: dict[str, Any], resume: str | None)
         resume: the checkpoint to go on from, checked.
     """
     args, sft, output = job.args, job.sft, job.output
-    device = torch.device("cuda", 0) if job.cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if job.cuda else torch.device("cpu")
     resolve(args.ops, device)
     meter = MemoryMeter(device)
     meter.report.plan = None if job.plan is None else job.plan.to_dict()
@@ -145,11 +147,13 @@ def _train(job: Job, ready: ReadyRows, told: dict[str, Any], resume: str | None)
     with job.screen.phase("Saving the adapter"), keeping_what_was_good("the adapter", output):
         trainer.save_model()
         trainer.save_state()
-        save_report(meter.report, output)
-        write_json(output / RUN_NAME, settings_for_reader(args, sft))
+        if is_first():
+            save_report(meter.report, output)
+            write_json(output / RUN_NAME, settings_for_reader(args, sft))
     job.interrupt.moment = lambda: f"after training; the adapter is saved in {output}"
     merged = _merge(job, model, trainer, meter)
-    job.screen.summary(_summary(job, ready, trainer, watch, meter, merged))
+    if is_first():
+        job.screen.summary(_summary(job, ready, trainer, watch, meter, merged))
     return RunResult(model, ready.tokenizer, meter.report, merged)
 
 
@@ -263,7 +267,7 @@ def _stopped(job: Job, step: int, steps: int) -> Interrupted:
 def _merge(job: Job, model: Any, trainer: LiftTrainer, meter: MemoryMeter) -> MergeReport | None:
     """The merged checkpoint, if one is wanted."""
     args, output = job.args, job.output
-    if not args.merged_dir:
+    if not args.merged_dir or not is_first():
         return None
     if job.interrupt.asked is not None:  # in the last step
         raise job.interrupt.stopped(f"interrupted {job.interrupt.moment()}.")

@@ -223,9 +223,7 @@ class LiftTrainer(EvaluatesByToken):
     def _settings_now(self) -> Settings:
         if self._data_facts is None:  # read once: data do not change under a trainer
             self._data_facts = data_facts(self.train_dataset)
-        run = self.run_settings
-        if processes() > 1:
-            run = {**run, "processes": processes()}
+        run = {**self.run_settings, "processes": processes()}
         return settings_of(self.args, self._lift.config, run, self._data_facts)
 
     def _go_on_from(self, found: Checkpoint) -> str:

@@ -205,6 +205,15 @@ def test_a_refused_model_is_unchanged(base: Path, config: LiftConfig, match: str
     get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
 
 
+def test_a_base_spread_over_devices_is_refused(base: Path) -> None:
+    model = load(base)
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
+    with pytest.raises(UserError, match=r"spread over 0, 1, cpu .* accelerate launch"):
+        get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+    model.hf_device_map = {"": "cpu"}
+    get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+
+
 def test_attaching_twice_is_refused(base: Path) -> None:
     model = get_lift_model(load(base), LiftConfig(approx_rank=8), progress=False)
     with pytest.raises(UserError, match="has leanlift layers already"):
