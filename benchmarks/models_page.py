@@ -22,7 +22,8 @@ ALL_TRAINED = re.compile(r"Of the weights in the matrices of the blocks: 100\.0%
 HEAD = """# Supported models
 
 What becomes of every causal language model that transformers {transformers} registers, and of
-[those that see or hear](#models-that-see-or-hear), by `benchmarks/families.py`: a tiny random model
+[those that see or hear](#models-that-see-or-hear) (and of
+[encoders with decoders](#encoders-with-decoders)), by `benchmarks/families.py`: a tiny random model
 of each over NF4, its gradients against torch's own over dense weights, two steps of the trainer and
 its loss against the model's own, saved, loaded, merged, and the merge in stock transformers again;
 with a plan of it. `benchmarks/models_page.py` makes this page.
@@ -41,6 +42,20 @@ The whole model is saved, and the language model in it trained on rows of text (
 a class for its text part, that); the merge has every tensor of the checkpoint, and those outside
 of the language model as they were. That a note names the frozen part is not shown.
 
+Rows with images are trained on, planned, merged and read by stock transformers in the tests
+(`tests/training/test_seeing.py`), with tiny models of Gemma-3, Idefics3, InternVL, LLaVA,
+LLaVA-Next, Mistral-3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and SmolVLM; where a processor needs
+torchvision, only where that is installed. PaliGemma is trained on rows of text alone: its processor
+takes no answer by itself, as TRL gives it.
+
+"""
+ENCODERS = """
+## Encoders with decoders
+
+What reads with an encoder and writes with a decoder is refused from its config.json, by
+`benchmarks/encoder_decoders.py`. Where a kind has a class of its decoder alone, that is in the
+first table.
+
 """
 TABLE = """| | families |
 |---|---|
@@ -53,10 +68,12 @@ WORDS = {"ok": "ok", "note": "ok with a note", "refused": "refused", "no model":
          "FAILED": "wrong"}  # fmt: skip
 
 
-def page(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
+def page(
+    rows: list[dict[str, str]], others: list[dict[str, str]], encoders: list[dict[str, str]]
+) -> str:
     """The whole page, from the rows of the results."""
     head = HEAD.format(transformers=rows[0]["transformers"])
-    return head + _table(rows) + OTHERS + _table(others)
+    return head + _table(rows) + OTHERS + _table(others) + ENCODERS + _table(encoders)
 
 
 def _table(rows: list[dict[str, str]]) -> str:
@@ -124,7 +141,7 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    tables = page(read("families"), read("families_others"))
+    tables = page(read("families"), read("families_others"), read("families_encoders"))
     PAGE.write_text(tables + cards_of(read("big_models")), encoding="utf-8")
 
 

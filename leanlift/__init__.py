@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         unload_adapter,
     )
     from leanlift.optim import SparseAdamW
-    from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, plan_memory
+    from leanlift.plan import Batch, Known, MemoryPlan, PlanSettings, Seen, plan_memory
     from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
     from leanlift.tiles import RowTiles
     from leanlift.training import LiftCallback, LiftSFTConfig, LiftTrainer, Steps, load_in_few_bits
@@ -69,6 +69,7 @@ __all__ = [
     "RowTiles",
     "Scorer",
     "ScorerBytes",
+    "Seen",
     "SparseAdamW",
     "Steps",
     "UserError",
@@ -129,6 +130,7 @@ _NAMES = {
         "Known",
         "MemoryPlan",
         "PlanSettings",
+        "Seen",
         "plan_memory",
     ),
     "leanlift.selection.scorers": ("RowScores", "Scorer", "ScorerBytes"),

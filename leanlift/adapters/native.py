@@ -268,5 +268,6 @@ def check_values(values: Tensor, dtype: torch.dtype, what: str) -> None:
         raise UserError(
             f"{what} is {values.dtype} {tuple(values.shape)}; expected a 1-D floating tensor."
         )
-    if not bool(torch.isfinite(values.to(dtype)).all()):
+    ends = torch.stack(torch.aminmax(values)) if values.numel() else values  # takes no memory
+    if not bool(torch.isfinite(ends.to(dtype)).all()):
         raise UserError(f"{what} holds NaN or infinite offsets.")

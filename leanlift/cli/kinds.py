@@ -8,7 +8,15 @@ from typing import Any
 from leanlift.errors import UserError
 from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.files import read_json
-from leanlift.io.kinds import CAUSAL, auto_class_name, classes_of, is_known, no_language_model
+from leanlift.io.kinds import (
+    CAUSAL,
+    auto_class_name,
+    classes_of,
+    has_encoder,
+    is_known,
+    no_language_model,
+    with_encoder,
+)
 
 
 def check_kind(directory: Path, name: str, trusted: bool) -> None:
@@ -28,5 +36,7 @@ def check_kind(directory: Path, name: str, trusted: bool) -> None:
     kind = config.get("model_type")
     if trusted or "auto_map" in config or not isinstance(kind, str) or not classes_of(CAUSAL):
         return
+    if has_encoder(config):
+        raise UserError(with_encoder(name, kind))
     if is_known(kind) and auto_class_name(config) is None:
         raise UserError(no_language_model(name, kind))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -39,6 +41,9 @@ GOLDEN = (5**0.5 - 1) / 2
 PLACES = ("image_token", "boi_token", "fake_image_token", "image_placeholder_token")
 """What processors call the token that stands for an image in a text."""
 
+PACKAGES = ("torchvision", "num2words")
+"""What processors need beside Pillow: those that take videos too, and Pixtral's."""
+
 
 @dataclass(frozen=True)
 class ImageRows:
@@ -48,11 +53,13 @@ class ImageRows:
         data: of prompt and completion, or messages, and images.
         longest: tokens of the longest example that was tried.
         tried: how many were.
+        fullest: of these the one with the largest images, as TRL's collator makes a batch of it.
     """
 
     data: Dataset
     longest: int
     tried: int
+    fullest: dict[str, Any]
 
 
 def load_processor(
@@ -69,9 +76,11 @@ def load_processor(
             source, revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # each processor has its own ways to miss a file or a package
+        package = _missing(error)
+        why = f"it needs the package {package}: pip install {package}" if package else ""
         raise UserError(
             f"the processor of {source}, which its rows with images need, cannot be loaded: "
-            f"{first_line(error)}"
+            f"{why or first_line(error).rstrip('.')}."
         ) from error
     if not sees(processor):
         raise UserError(
@@ -87,6 +96,13 @@ def sees(processing_class: Any) -> bool:
         isinstance(processing_class, ProcessorMixin)
         and getattr(processing_class, "image_processor", None) is not None
     )
+
+
+def _missing(error: Exception) -> str | None:
+    """The package that is missing, by what transformers says; None: it says something else."""
+    found = re.search(r"requires the (\w+) library|Package `(\w+)` is required", str(error))
+    package = (found[1] or found[2]).lower() if found else None
+    return package if package in PACKAGES else None
 
 
 def _check_pillow() -> None:
@@ -283,7 +299,7 @@ def _tried(
         UserError: one cannot be, or none of them trains anything.
     """
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=not whole)
-    lengths, trained = [], 0
+    lengths, trained, fullest = [], 0, dict[str, Any]()
     for at in which:
         try:
             batch = collate([data[at]])
@@ -301,9 +317,15 @@ def _tried(
             ) from error
         lengths.append(int(batch["input_ids"].shape[1]))
         trained += int((batch["labels"][:, 1:] != IGNORED).sum())
+        fullest = max(fullest, dict(batch), key=nbytes_of)
     if not trained:
         raise UserError(f"none of the {name} rows that were tried has a token to train on.")
-    return ImageRows(data, max(lengths), len(lengths))
+    return ImageRows(data, max(lengths), len(lengths), fullest)
+
+
+def nbytes_of(batch: dict[str, Any]) -> int:
+    """Of the tensors of a batch."""
+    return sum(held.nbytes for held in batch.values() if isinstance(held, Tensor))
 
 
 def _takes_text_alone(processor: Any) -> bool:

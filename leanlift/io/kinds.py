@@ -59,6 +59,30 @@ def no_language_model(name: str, kind: str) -> str:
     )
 
 
+def has_encoder(config: Mapping[str, Any], images: bool = False) -> bool:
+    """Whether what a configuration says is loaded reads with an encoder and writes with a decoder.
+
+    Some kinds have a class of their decoder alone, which is a causal language model; a checkpoint
+    of that says so. The arguments are those of `auto_class_name`.
+    """
+    if config.get("is_encoder_decoder") is not True:
+        return False
+    kind, names = auto_class_name(config, images), config.get("architectures")
+    own = config.get("auto_map")
+    if kind != CAUSAL or (isinstance(own, Mapping) and kind in own):
+        return kind != CAUSAL
+    named = set(map(str, names)) if isinstance(names, list) else set()
+    return not named <= set(classes_of(CAUSAL).values())
+
+
+def with_encoder(name: str, kind: str) -> str:
+    """What is said of a base that reads with an encoder."""
+    return (
+        f"the base {name} ({kind}) reads with an encoder and writes with a decoder, and leanlift "
+        "trains models that go on with their own text: name one of those."
+    )
+
+
 def is_known(kind: str) -> bool:
     """Whether transformers has a configuration of that kind."""
     return kind in _table(KNOWN, CONFIGURATIONS)

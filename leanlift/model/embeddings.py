@@ -18,6 +18,7 @@ from leanlift.weights.quantized import (
     embedding_rows,
     frozen_weight,
     is_quantized,
+    quantizing_int8_nbytes,
     requantize,
     weight_tensors,
 )
@@ -50,15 +51,24 @@ def quantize_embeddings(model: Any, hold: Hold = int8) -> dict[str, WeightFormat
     """
     embedding, head = check_embeddings(model)
     dtype, scale = embedding.weight.dtype, embed_scale(embedding)
-    names = {module: name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in model.named_modules()}
+    first, last = names[id(embedding)], names[id(head)]
     tied = head.weight is embedding.weight
     held = hold(embedding.weight)
+    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, False, scale, held)
+    model.set_submodule(first, lookup)
+    del embedding  # and its numbers, before the head has two forms
     base = held if tied else hold(head.weight)
     bias = None if head.bias is None else head.bias.data
-    lookup = FrozenEmbedding(held.module, embedding_rows, dtype, False, scale, held)
-    model.set_submodule(names[embedding], lookup)
-    model.set_submodule(names[head], FrozenHead(base.module, base, bias))
-    return {names[embedding]: INT8, names[head]: INT8}
+    model.set_submodule(last, FrozenHead(base.module, base, bias))
+    return {first: INT8, last: INT8}
+
+
+def quantizing_ends_nbytes(model: Any) -> int:
+    """What `quantize_embeddings` takes beside the 16/32-bit embedding and head: they go one by one.
+    Of a model before anything is done to them, real or fake."""
+    shape = tuple(model.get_input_embeddings().weight.shape)
+    return INT8.held_nbytes(shape) + quantizing_int8_nbytes(shape)
 
 
 def embedding_to_cpu(model: Any) -> None:

@@ -145,12 +145,14 @@ def operate(
         The formats of embedding and head by module name, where they are quantized.
     """
     model.requires_grad_(False)
+    if embedding_rows is not None:
+        grow_embedding(model, embedding_rows)
+    # while nothing else is there yet: for a moment an end has two forms
+    formats = {} if hold_ends is None else quantize_embeddings(model, hold_ends)
     replace_modules(model, make_layer)
     replace_modules(model, _dense_where_read(model))
     use_fused_glu(model)
-    if embedding_rows is not None:
-        grow_embedding(model, embedding_rows)
-    return {} if hold_ends is None else quantize_embeddings(model, hold_ends)
+    return formats
 
 
 def _dense_where_read(model: nn.Module) -> MakeLayer:

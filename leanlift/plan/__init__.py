@@ -9,6 +9,7 @@ from leanlift.plan.batch import Batch, largest_batch
 from leanlift.plan.planner import Known, least_nbytes
 from leanlift.plan.result import CARDS_GIB, MOMENTS, MemoryPlan
 from leanlift.plan.screen import format_plan, peak_line
+from leanlift.plan.seen import Seen
 from leanlift.plan.settings import PlanSettings
 from leanlift.plan.shapes import Planned, shapes_of
 
@@ -21,6 +22,7 @@ __all__ = [
     "MemoryPlan",
     "PlanSettings",
     "Planned",
+    "Seen",
     "format_plan",
     "largest_batch",
     "least_nbytes",

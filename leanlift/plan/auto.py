@@ -16,8 +16,10 @@ from leanlift.io.kinds import (
     SOUND,
     auto_class_name,
     classes_of,
+    has_encoder,
     is_known,
     no_language_model,
+    with_encoder,
 )
 
 
@@ -33,13 +35,10 @@ def auto_class(config: Any, name: str, images: bool = False) -> Any:
         UserError: transformers knows the kind, and no class with a language model in it.
     """
     found = _name(config, images)
+    if has_encoder(_read(config), images):
+        raise UserError(with_encoder(name, config.model_type))
     if found is None and is_known(config.model_type):
         raise UserError(no_language_model(name, config.model_type))
-    if found != CAUSAL and getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"the base {name} ({config.model_type}) reads with an encoder and writes with a "
-            "decoder, and leanlift trains models that go on with their own text: name one of those."
-        )
     return getattr(transformers, found or CAUSAL)  # what somebody has registered is one of text
 
 
@@ -107,5 +106,10 @@ def parts_left_out(config: Any, name: str, model: nn.Module) -> set[str]:
 
 
 def _name(config: Any, images: bool) -> str | None:
-    own = getattr(config, "auto_map", None)
-    return auto_class_name({"model_type": config.model_type, "auto_map": own}, images)
+    return auto_class_name(_read(config), images)
+
+
+def _read(config: Any) -> dict[str, Any]:
+    """What of a configuration says how it is loaded, as JSON has it."""
+    keys = ("model_type", "auto_map", "architectures", "is_encoder_decoder")
+    return {key: getattr(config, key, None) for key in keys}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, masking_utils
 from transformers.initialization import no_init_weights
 from transformers.integrations import moe
@@ -52,7 +52,8 @@ def plan_memory(
         objective: what a token costs.
         known: of earlier plans for this model and objective: what has been run is not run again.
         images: whether rows have some: the part that sees is there then, where a kind of model has
-            a class without it. What it keeps of images is not counted.
+            a class without it. What it keeps of them is counted where the settings' largest
+            batches have `seen` some, and the model's code runs over these.
 
     Raises:
         UserError: no such model, one without targets, or settings that cannot be planned.
@@ -61,13 +62,44 @@ def plan_memory(
     planned = base.planned(config or LiftConfig(), settings or PlanSettings())
     loss = partial(loss_of_all_tokens, objective=objective)
     with without_packing_search(), grouped_products():
-        plan = plan_step(planned, base.name, loss, known)
+        make = plan_over_images if images else plan_step
+        plan = make(planned, base.name, loss, known)
     loaded = how_loaded(base.shape, images)
     if loaded is not None:
         plan.notes.append(loaded)
-    if images:
-        plan.notes.append(NOT_COUNTED)
     return plan
+
+
+UNSEEN = ("images cannot be planned",)
+
+
+def plan_over_images(
+    planned: Planned, name: str, loss: Callable[..., Tensor], known: Known | None = None
+) -> MemoryPlan:
+    """The plan of a step over rows with images, or, where none is at hand, or the model's code does
+    not run over what stands for them, one that says that they are not counted; the arguments are
+    those of `plan_step`."""
+    seen = planned.settings.batch.seen
+    known = {} if known is None else known
+    if seen is not None and UNSEEN not in known:
+        try:
+            plan = plan_step(planned, name, loss, known)
+            plan.notes.append(f"images: as large as the largest looked at, {seen.pixels}.")
+            return plan
+        except UserError:
+            known[UNSEEN] = True
+    plan = plan_step(_without_images(planned), name, loss, known)
+    plan.notes.append(NOT_COUNTED)
+    return plan
+
+
+def _without_images(planned: Planned) -> Planned:
+    settings = planned.settings
+    train, evaluation = (
+        None if batch is None else replace(batch, seen=None)
+        for batch in (settings.largest, settings.largest_eval)
+    )
+    return replace(planned, settings=replace(settings, largest=train, largest_eval=evaluation))
 
 
 @dataclass(frozen=True)

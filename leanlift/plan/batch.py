@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from leanlift.format import count
+from leanlift.plan.seen import Seen
 
 UNLIMITED = 2048
 """Tokens that a row is taken to have where nothing limits it and nobody has looked."""
@@ -17,12 +18,15 @@ class Batch:
     Attributes:
         trained: how many of its tokens are trained; None: not known, perhaps all.
         padded: whether rows are shorter than the longest, which takes a mask.
+        seen: of rows with images, what the processor makes of them, or of one that stands for all;
+            None: they have none, or nobody has looked.
     """
 
     rows: int
     tokens: int
     trained: int | None = None
     padded: bool = False
+    seen: Seen | None = None
 
     def __str__(self) -> str:
         text = f"{self.rows} row{'s' * (self.rows != 1)} of {count(self.tokens)} tokens"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -61,6 +61,10 @@ class StepBytes:
     def peak(self) -> int:
         """The most bytes at once, in whichever part of the step."""
         return max(self.forward, self.loss, self.backward)
+
+    def beside(self, nbytes: int) -> StepBytes:
+        """The same with more bytes that are there all the time."""
+        return StepBytes(*(part + nbytes for part in astuple(self)))
 
 
 @dataclass(frozen=True)

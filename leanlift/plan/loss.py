@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,16 +32,19 @@ def loss_of_all_tokens(
     trained: int | None = None,
     padded: bool = False,
     finish: Finish | None = PLAIN,
+    seen: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """The loss with so many tokens trained, by default every one; `finish` as `planned_finish` has
-    it.
+    it. What is `seen` with the ids, and ids that stand for it, the model is given as they are.
 
     No bytes depend on which they are, nor on what labels are. A mask makes a difference only where
     rows are padded. The first tiles of a vocabulary stand for all of them.
     """
     places = torch.zeros(labels[:, 1:].numel() if trained is None else trained, dtype=torch.int64)
-    given = {"input_ids": ids, "use_cache": False}
-    if padded:
+    given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if seen is not None:
+        given.update(seen)
+    elif padded:
         given["attention_mask"] = torch.ones_like(ids)
     head, one = output_head(model), torch.tensor(1.0)
     if head is None or finish is None:

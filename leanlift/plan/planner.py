@@ -19,9 +19,11 @@ from leanlift.errors import UserError, first_line
 from leanlift.layers.lm_head import Finish
 from leanlift.measure.meter import CATEGORIES
 from leanlift.model.base import check_checkpointing, without_input_gradients
+from leanlift.plan.batch import Batch
 from leanlift.plan.fake import StepBytes, fake_tensors, forward_peak, step_peak
 from leanlift.plan.logits import planned_finish
 from leanlift.plan.result import CONTEXT, MemoryPlan
+from leanlift.plan.seen import keeping_numbers
 from leanlift.plan.settings import PlanSettings
 from leanlift.plan.shapes import Planned, Shapes, attached, shapes_of
 from leanlift.plan.sums import (
@@ -55,8 +57,11 @@ def plan_step(
     known = {} if known is None else known
     shapes, moving = _training(planned, loss, known)
     evaluating = _evaluating(planned, loss, known)
+    settings = planned.settings
+    given = _input_nbytes(settings.batch, settings.gradient_accumulation_steps, settings)
+    moving = moving.beside(given)
     held = held_nbytes(planned, shapes)
-    static, updating = sum(held.values()), updating_nbytes(planned, shapes, held)
+    static, updating = sum(held.values()), given + updating_nbytes(planned, shapes, held)
     train = static + max(moving.peak, updating)
     categories = {**held, "gradients": gradient_nbytes(planned, held)}
     categories["activations and workspace"] = train - sum(categories.values())
@@ -112,16 +117,17 @@ def _training(
                 model.gradient_checkpointing_enable({"use_reentrant": False})
                 without_input_gradients(model)
             with _in_one_sentence(model, "training step"):
-                finish = _finish(model, known)
-                moving = step_peak(
-                    model.train(),
-                    partial(loss, trained=batch.trained, padded=batch.padded, finish=finish),
-                    batch.rows,
-                    batch.tokens,
-                    settings.optim_in_backward,
-                    settings.gradient_accumulation_steps > 1,
-                    settings.activation_offloading,
-                )
+                counted = _loss_of(model, loss, batch, known)
+                with keeping_numbers(batch.seen is not None):
+                    moving = step_peak(
+                        model.train(),
+                        counted,
+                        batch.rows,
+                        batch.tokens,
+                        settings.optim_in_backward,
+                        settings.gradient_accumulation_steps > 1,
+                        settings.activation_offloading,
+                    )
         known[key] = shapes, moving
     found: tuple[Shapes, StepBytes] = known[key]
     return found
@@ -138,10 +144,26 @@ def _evaluating(planned: Planned, loss: Callable[..., Tensor], known: Known) -> 
         with fake_tensors():
             _, model = attached(planned)
             with _in_one_sentence(model, "evaluation"):
-                finish = _finish(model, known)
-                counted = partial(loss, trained=batch.trained, padded=batch.padded, finish=finish)
-                known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
-    return int(known[key])
+                counted = _loss_of(model, loss, batch, known)
+                with keeping_numbers(batch.seen is not None):
+                    known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
+    return int(known[key]) + _input_nbytes(batch, 1, planned.settings)
+
+
+def _loss_of(model: Any, loss: Callable[..., Tensor], batch: Batch, known: Known) -> Any:
+    """The loss of a batch, as a function of model, ids and labels."""
+    options: dict[str, Any] = {"trained": batch.trained, "padded": batch.padded}
+    if batch.seen is not None:
+        options["seen"] = batch.seen.inputs(batch.rows, batch.tokens, batch.padded)
+    return partial(loss, finish=_finish(model, known), **options)
+
+
+def _input_nbytes(batch: Batch, batches: int, settings: PlanSettings) -> int:
+    """Of what batches with images hold: Trainer puts all those of a step on the card at once. On a
+    CPU they are whose who makes them."""
+    if batch.seen is None or not settings.on_cuda:
+        return 0
+    return batches * batch.seen.nbytes * batch.rows // batch.seen.rows
 
 
 def _finish(model: Any, known: Known) -> Finish | None:

@@ -11,7 +11,12 @@ from torch import nn
 from leanlift.config import LiftConfig
 from leanlift.layers import FrozenLinear, LiftEmbedding, scratch_nbytes
 from leanlift.layers.tokens import TOKEN_NBYTES
-from leanlift.model.embeddings import EmbeddingBytes, check_not_tied, embeddings_nbytes
+from leanlift.model.embeddings import (
+    EmbeddingBytes,
+    check_not_tied,
+    embeddings_nbytes,
+    quantizing_ends_nbytes,
+)
 from leanlift.model.stacks import named_parts
 from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
@@ -51,6 +56,7 @@ class Shapes:
 
     Attributes:
         ends: bytes of the embedding and the output head.
+        quantizing: what it takes to hold them in INT8, where they will be.
         other: bytes of all else that is no weight of our layers.
         scratch: bytes of the buffer that these share.
         weights: of the model, in number.
@@ -65,6 +71,7 @@ class Shapes:
     """
 
     ends: EmbeddingBytes
+    quantizing: int
     other: int
     scratch: int
     weights: int
@@ -108,6 +115,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     whole = [model.get_submodule(name) for name in whole_modules(model, config)]
     head_is_target = model.get_output_embeddings() in whole
     ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere, head_is_target)
+    quantizing = quantizing_ends_nbytes(model) if config.quantize_embeddings else 0
     tensors = _tensors_outside_ends(model)
     turned = max((matrix_of(m).numel() for m in model.modules() if is_turned_linear(m)), default=0)
     own = {
@@ -126,6 +134,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         tensors.pop(own[name], None)
     shapes = Shapes(
         ends=ends,
+        quantizing=quantizing,
         other=sum(tensors.values()) + TOKEN_NBYTES * len(config.trainable_token_indices),
         scratch=scratch_nbytes(layers.values(), settings.model_dtype),
         weights=weights,

@@ -68,8 +68,15 @@ def before_training(planned: Planned, shapes: Shapes, held: dict[str, int]) -> d
     item = planned.settings.model_dtype.itemsize
     return {
         "load": loading_nbytes(base, item * shapes.read_whole, shapes.by_tiles),
-        "select": base + held["index"] + held["values"] + selecting,
+        "select": base + held["index"] + _attaching(held, shapes, selecting),
     }
+
+
+def _attaching(held: dict[str, int], shapes: Shapes, selecting: int) -> int:
+    """What comes beside a loaded base and the positions: a selection, then the ends in two forms,
+    then the values, beside ends in INT8."""
+    in_int8 = shapes.ends.held - shapes.ends.loaded if shapes.quantizing else 0
+    return max(selecting, shapes.quantizing, held["values"] + in_int8)
 
 
 def beside_training(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leanlift.errors import UserError
-from leanlift.sparse.index import SegmentedIndex
+from leanlift.sparse.index import DECODE_ROWS, SegmentedIndex
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,13 @@ class LayerOffsets:
 
 
 def common(one: SegmentedIndex, other: SegmentedIndex) -> int:
-    """How many positions two sets have in common."""
-    return int((find_positions(one.to_flat(), other.to_flat()) >= 0).sum())
+    """How many positions two sets of one matrix have in common, counted by ranges of rows."""
+    found = 0
+    for start in range(0, one.shape[0], DECODE_ROWS):
+        stop = min(start + DECODE_ROWS, one.shape[0])
+        places = find_positions(one.decode(start, stop), other.decode(start, stop))
+        found += int((places >= 0).sum())
+    return found
 
 
 def find_positions(haystack: Tensor, needles: Tensor) -> Tensor:

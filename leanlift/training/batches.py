@@ -22,6 +22,7 @@ from leanlift.data.images import ImageRows
 from leanlift.data.lengths import skips_preparation
 from leanlift.data.tokens import IGNORED
 from leanlift.plan import Batch, largest_batch
+from leanlift.plan.seen import Seen
 from leanlift.training.loss import TRAINED
 
 FLAT = ("bfd", "bfd_split")
@@ -57,7 +58,8 @@ def worst_batch(rows: Any, size: int, sft: Any, packing: bool) -> Batch | None:
     """The worst batch of `size` rows that can occur; None where lengths are not known: packs are
     as long as `max_length` says."""
     if isinstance(rows, ImageRows):  # as long as the longest that were looked at
-        return Batch(min(size, len(rows.data)), rows.longest, None, padded=size > 1)
+        seen = Seen.of(rows.fullest)
+        return Batch(min(size, len(rows.data)), rows.longest, None, padded=size > 1, seen=seen)
     if packing or getattr(sft, "padding_free", False) or not isinstance(rows, TokenRows):
         return None
     if skips_preparation(sft):
@@ -115,7 +117,8 @@ class LargestBatch:
         padded = "position_ids" in inputs  # several rows one after the other, with a mask between
         if mask is not None and not padded:
             padded = rows > 1 if ids.device.type != "cpu" else not bool(mask.all())
-        found = Batch(rows, tokens, None if trained is None else trained.numel(), padded)
+        seen = Seen.of({key: held for key, held in inputs.items() if key != TRAINED})
+        found = Batch(rows, tokens, None if trained is None else trained.numel(), padded, seen)
         if not self._records or _size(found) > _size(self._records[-1][1]):
             self._records.append((step - self._first, found))
 
@@ -126,5 +129,6 @@ class LargestBatch:
         return found[-1] if found else None
 
 
-def _size(batch: Batch) -> tuple[int, int]:
-    return batch.rows * batch.tokens, batch.trained or 0
+def _size(batch: Batch) -> tuple[int, int, int]:
+    pixels = 0 if batch.seen is None else batch.seen.nbytes
+    return pixels, batch.rows * batch.tokens, batch.trained or 0

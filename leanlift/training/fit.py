@@ -226,8 +226,8 @@ def _smaller(batches: Batches | None, sft: LiftSFTConfig) -> Batches | None:
 def _of_rows(batch: Batch | None, rows: int, longest: int | None) -> Batch | None:
     if batch is None:
         return None
-    tokens = min(batch.tokens, longest or batch.tokens)
+    tokens = min(batch.tokens, longest or batch.tokens) if batch.seen is None else batch.tokens
     if (rows, tokens) == (batch.rows, batch.tokens):
         return batch
     trained = None if batch.trained is None else min(batch.trained, rows * tokens)
-    return Batch(rows, tokens, trained, batch.padded and rows > 1)
+    return Batch(rows, tokens, trained, batch.padded and rows > 1, batch.seen)

@@ -21,7 +21,7 @@ from leanlift.training.checks import check_settings
 from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_run, ready_rows
 from leanlift.training.interrupt import Interrupt
 from leanlift.training.out_of_memory import card_nbytes
-from leanlift.training.plan import check_growth
+from leanlift.training.plan import check_growth, check_reached
 from leanlift.training.room import check_room, check_writable
 from leanlift.training.screens import Screen
 from leanlift.training.told import first_row_of
@@ -95,6 +95,8 @@ def look_at_input(
     with job.screen.phase("Reading the rows"):
         ready = ready_rows(args, sft)  # before a load that takes minutes
     check_growth(args, sft, ready.embedding_rows, ready.processor is not None)
+    if ready.processor is None:
+        check_reached(args, sft)
     told = run_settings(args, ready.data)
     if found is not None:
         check_same_settings(found.settings, settings_of(sft, config, told), str(found.path))
@@ -109,7 +111,7 @@ def look_at_input(
     if plan is not None:
         with job.screen.phase("Planning the memory"):
             job.plan = plan(job.worst)
-        if job.plan is not None and job.worst.images:
+        if job.plan is not None and NOT_COUNTED in job.plan.notes:
             logger.warning("In this plan %s", NOT_COUNTED)
     check_room(args, sft, job.plan, ready.data, job.output, card_nbytes(job.cuda))
     return ready, told, None if found is None else str(found.path)

@@ -38,6 +38,9 @@ logger = logging.getLogger("leanlift")
 
 TRAINED = "trained_positions"
 
+NAME_OTHERS = "Name others, or train on rows with images."
+"""What to do where text reaches nothing that is trained."""
+
 
 @dataclass(frozen=True)
 class LossParts:
@@ -284,7 +287,7 @@ def rehearse(
     if not reached and not images:
         beyond = beyond_text(model, lift_layers(model))
         if beyond is not None:
-            raise UserError(f"{beyond} Name others, or train on rows with images.")
+            raise UserError(f"{beyond} {NAME_OTHERS}")
         raise UserError(
             f"the loss of this {type(model).__name__} does not depend on what is trained in a way "
             "that autograd could follow: its blocks are run as one operation over frozen inputs, "

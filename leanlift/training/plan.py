@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from leanlift.config import TARGET_PRESETS
 from leanlift.errors import UserError, first_line
 from leanlift.fingerprint import Layout
 from leanlift.format import size
-from leanlift.model.stacks import stack_shapes
+from leanlift.model.blocks import inside_language
+from leanlift.model.stacks import named_parts, stack_shapes
+from leanlift.model.targets import beyond_text, find_targets
 from leanlift.model.whole import check_growth_beside, whole_modules
 from leanlift.plan import (
     Batch,
@@ -22,11 +26,12 @@ from leanlift.plan import (
     plan_memory,
     shapes_of,
 )
+from leanlift.plan.auto import how_loaded
 from leanlift.plan.fake import fake_tensors
 from leanlift.source import layout_in
 from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
 from leanlift.training.batches import Batches, largest_allowed
-from leanlift.training.loss import objective_of
+from leanlift.training.loss import NAME_OTHERS, objective_of
 from leanlift.weights.kinds import is_turned_linear, matrix_of
 
 logger = logging.getLogger("leanlift")
@@ -96,6 +101,31 @@ def check_growth(
         except UserError:
             return
         check_growth_beside(model, whole_modules(model, config), rows)
+
+
+def check_reached(args: RunArguments, sft: LiftSFTConfig) -> None:
+    """Refuse targets that rows of text give no gradient, all of them: named matrices of a tower.
+    Where the model cannot be made without its weights, the first tokens say so.
+
+    Raises:
+        UserError: they are that, or no targets.
+    """
+    config = args.lift_config()
+    beside = config.modules_to_save or config.trainable_token_indices
+    if beside or config.target_modules in TARGET_PRESETS:
+        return
+    base = _base(args, sft)
+    if how_loaded(base.shape, True) is None:
+        return
+    with fake_tensors():
+        try:
+            model = base.build(plan_settings(args, sft, False, Batches()))
+        except UserError:
+            return
+        found = find_targets(model, config.target_modules, config.exclude_modules, config.selects)
+        beyond, language = beyond_text(model, found), inside_language(named_parts(model))
+    if beyond is not None and language.isdisjoint(found):
+        raise UserError(f"{beyond} {NAME_OTHERS}")
 
 
 def layout_of_base(
@@ -182,6 +212,8 @@ def plan_of_what_was_measured(
         plan: the one that was made before it, for the batches `worst`.
         largest: the largest batch in what was measured; None: not known.
     """
+    if largest is not None and worst.train is not None and largest.seen is None:
+        largest = _seen_before(largest, worst.train)
     if largest is None or largest == worst.train:
         return plan
     try:
@@ -195,6 +227,15 @@ def plan_of_what_was_measured(
         f"planned to peak at {size(plan.peak)}."
     )
     return made
+
+
+def _seen_before(largest: Batch, planned: Batch) -> Batch | None:
+    """A batch of a card, whose images nobody has looked at, with those that were planned for; None:
+    its rows are shorter than these."""
+    if planned.seen is None:
+        return largest
+    seen, tokens = planned.seen, planned.seen.tokens
+    return replace(largest, seen=seen) if largest.tokens >= tokens else None
 
 
 def _value(choice: Any) -> str:

@@ -320,6 +320,12 @@ def requantize(weight: RowTiles | Tensor, fmt: WeightFormat, device: torch.devic
     )
 
 
+def quantizing_int8_nbytes(shape: tuple[int, int]) -> int:
+    """What `requantize` takes for INT8 beside a dense weight and its INT8 form: of a tile the
+    numbers in fp16, their codes, and as much while these are made."""
+    return 4 * min(bnb.QUANTIZED_AT_ONCE, shape[0] * shape[1])
+
+
 def embedding_rows(module: nn.Module, ids: Tensor) -> Tensor:
     """Rows `ids` of a module's weight [V, d], dequantized: [..., d]."""
     weight = module.weight

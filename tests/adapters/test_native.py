@@ -13,6 +13,8 @@ from tiny import load, make_checkpoint
 from trained import logits
 
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, refresh_mask, save_adapter
+from leanlift.adapters.native import check_values
+from leanlift.measure import LiveBytes
 from leanlift.model import lift_layers, lift_state
 
 
@@ -118,3 +120,22 @@ def test_damaged_adapters_are_refused_in_one_sentence(base: Path, adapter: Path)
     weights.unlink()
     config.write_text(text)
     refused("does not exist")
+
+
+def test_offsets_are_looked_at_without_a_second_form_of_them() -> None:
+    values = torch.randn(300_000)
+    with LiveBytes() as live:
+        check_values(values, torch.bfloat16, "x")
+        check_values(values[:0], torch.bfloat16, "x")
+    assert live.peak < 100
+    values[200_000] = 3.4e38  # infinite in bf16
+    check_values(values, torch.float32, "x")
+    for number, dtype in (
+        (3.4e38, torch.bfloat16),
+        (-3.4e38, torch.bfloat16),
+        (float("nan"), torch.float32),
+        (float("-inf"), torch.float32),
+    ):
+        values[200_000] = number
+        with pytest.raises(UserError, match="NaN or infinite offsets"):
+            check_values(values, dtype, "x")

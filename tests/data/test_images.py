@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import transformers
-from seeing import TEXT, TOWER, make_seeing, rows_with_pictures, tokenizer_with
+from seeing import make_seeing, rows_with_pictures
+from towers import TEXT, TOWER, tokenizer_with
 
 from leanlift import UserError
 from leanlift.cli import main
+from leanlift.data.images import load_processor
 from leanlift.data.tokenizer import load_tokenizer
 from leanlift.evaluation import evaluate
 from leanlift.plan.auto import takes_images
@@ -40,7 +42,25 @@ def test_pictures_are_trained_on_from_the_command_line(
     places = ["--model_name_or_path", str(base), "--dataset_name", str(data)]
     assert main(["train", *places, "--output_dir", str(tmp_path / "run"), *flags]) == 0
     assert "all 14 trained matrices have a place" in capsys.readouterr().out
-    assert "keeps of its images is not counted" in caplog.text
+    assert "is not counted" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("XProcessor requires the Torchvision library but it was not found.\nMore", "torchvision"),
+        ("Package `num2words` is required to run XProcessor.", "num2words"),
+    ],
+)
+def test_a_package_that_a_processor_needs_is_named(
+    said: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **given: Any) -> Any:
+        raise ImportError(said)
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", fails)
+    with pytest.raises(UserError, match=rf"needs the package {words}: pip install {words}\.$"):
+        load_processor(tmp_path)
 
 
 def test_paths_are_meant_from_the_directory_of_their_file(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,16 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from leanlift import UserError
-from leanlift.io.kinds import CAUSAL, IMAGES, SOUND, auto_class_name, classes_of, is_known
+from leanlift.cli.kinds import check_kind
+from leanlift.io.kinds import (
+    CAUSAL,
+    IMAGES,
+    SOUND,
+    auto_class_name,
+    classes_of,
+    has_encoder,
+    is_known,
+)
 from leanlift.plan.auto import auto_class, auto_class_with, how_loaded
 
 LIVE: dict[str, Any] = {
@@ -18,6 +30,33 @@ LIVE: dict[str, Any] = {
     IMAGES: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     SOUND: modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 }
+
+
+SEQUENCES = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+
+def _configuration(kind: str) -> Any:
+    parts = {}
+    if kind == "encoder-decoder":
+        parts = {side: transformers.BertConfig().to_dict() for side in ("encoder", "decoder")}
+    return transformers.CONFIG_MAPPING[kind](**parts)
+
+
+def test_a_checkpoint_with_an_encoder_is_refused_from_its_config_json(tmp_path: Path) -> None:
+    file, told = tmp_path / "config.json", {"model_type": "bart", "is_encoder_decoder": True}
+    for names, refused in (
+        (["BartModel"], True),
+        (["BartForConditionalGeneration"], True),
+        (["BartForCausalLM"], False),
+        (None, False),
+    ):
+        file.write_text(json.dumps({**told, "architectures": names}))
+        with pytest.raises(UserError, match="with an encoder") if refused else nullcontext():
+            check_kind(tmp_path, "x", trusted=False)
+    assert has_encoder({"model_type": "t5", "is_encoder_decoder": True})
+    own = {**told, "architectures": ["Own"], "auto_map": {CAUSAL: "a.B"}}
+    assert not has_encoder(own)
+    assert not has_encoder({**told, "is_encoder_decoder": False})
 
 
 def test_every_kind_has_the_class_that_transformers_has_for_it() -> None:
@@ -49,6 +88,14 @@ def test_the_class_is_found_or_one_sentence() -> None:
         auto_class(transformers.CLIPConfig(), "x")
     with pytest.raises(UserError, match="with an encoder and writes with a decoder"):
         auto_class(transformers.Florence2Config(), "x")
+    for kind, named in SEQUENCES.items():
+        config = _configuration(kind)
+        config.architectures = [named]
+        if config.is_encoder_decoder:
+            with pytest.raises(UserError, match="with an encoder and writes with a decoder"):
+                auto_class(config, "x")
+    decoder = transformers.BartConfig(is_encoder_decoder=False, architectures=["BartForCausalLM"])
+    assert auto_class(decoder, "x") is transformers.AutoModelForCausalLM
     own = type("Own", (transformers.LlamaConfig,), {"model_type": "own-kind"})()
     assert auto_class(own, "x") is transformers.AutoModelForCausalLM
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from seeing import SEEING, TEXT, TOWER, make_seeing
+from seeing import make_seeing
 from torch import nn
+from towers import SEEING, TEXT, TOWER
 
 from leanlift import LiftConfig, get_lift_model
 from leanlift.model import lift_layers

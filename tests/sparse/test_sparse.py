@@ -19,6 +19,7 @@ from leanlift.sparse import (
     encoding_nbytes,
     index_nbytes,
 )
+from leanlift.sparse.offsets import common
 
 Shape = tuple[int, int]
 
@@ -327,3 +328,18 @@ def test_rows_of_rows_are_the_rows(data: st.DataObject) -> None:
     assert torch.equal(part.values, whole.values[expected])
     assert part.index.first == int((flat < (start + one) * n).sum())
     assert part.index.shape == (two - one, n)
+
+
+def test_what_two_sets_have_in_common_is_counted_without_all_of_their_positions() -> None:
+    shape, generator = (6000, 64), torch.Generator().manual_seed(0)
+    order = torch.randperm(shape[0] * shape[1], generator=generator)
+    one, other, shared = order[:90000], order[90000:150000], order[89000:90000]
+    indices = [
+        SegmentedIndex.from_flat(flat.sort().values, shape)
+        for flat in (one, other, torch.cat([other, shared]))
+    ]
+    with LiveBytes() as live:
+        assert common(indices[0], indices[1]) == 0
+    assert live.peak < 8 * 90000
+    assert common(indices[0], indices[2]) == common(indices[2], indices[0]) == 1000
+    assert common(indices[0], indices[0]) == 90000

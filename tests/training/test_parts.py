@@ -11,9 +11,10 @@ import torch
 import transformers
 from runs import settings
 from safetensors.torch import load_file, save_file
-from seeing import TEXT, make_seeing, rows_with_pictures, tokenizer_with
+from seeing import make_seeing, rows_with_pictures
+from towers import TEXT, tokenizer_with
 
-from leanlift import UserError
+from leanlift import LiftConfig, LiftTrainer, UserError, get_lift_model
 from leanlift.model import lift_layers
 from leanlift.plan.auto import parts_left_out
 from leanlift.training import RunArguments, run
@@ -73,7 +74,9 @@ def trained(base: Path, data: Path, output: Path, **options: Any) -> Any:
     return run(arguments, settings(output, max_steps=2, warmup_steps=0)).model
 
 
-def test_the_part_that_sees_may_be_trained_alone_over_pictures(tmp_path: Path) -> None:
+def test_the_part_that_sees_may_be_trained_alone_over_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, data = make_seeing(tmp_path / "base", "llava"), rows_with_pictures(tmp_path / "rows")
     tower = {"target_modules": ("fc1",)}
     model = trained(base, data, tmp_path / "run", **tower)
@@ -82,8 +85,33 @@ def test_the_part_that_sees_may_be_trained_alone_over_pictures(tmp_path: Path) -
     assert all(layer.values.detach().abs().sum() > 0 for layer in layers)
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
-    with pytest.raises(UserError, match=r"fc1: they are in a part .* or train on rows with images"):
-        trained(base, texts, tmp_path / "texts", **tower)
+    words = r"fc1: they are in a part .* or train on rows with images"
+    with monkeypatch.context() as patched:
+        patched.setattr("leanlift.training.base.auto_class", None)  # nothing is loaded
+        with pytest.raises(UserError, match=words):
+            trained(base, texts, tmp_path / "texts", **tower)
+    attached = get_lift_model(
+        transformers.AutoModelForImageTextToText.from_pretrained(base),
+        LiftConfig(density=0.1, approx_rank=8, **tower), progress=False,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=words):
+        LiftTrainer(attached, settings(tmp_path / "own"), [{"text": "a"}],
+                    processing_class=transformers.AutoTokenizer.from_pretrained(base))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"target_modules": ("fc1", "q_proj")}, {"modules_to_save": ("lm_head",)}],
+    ids=["beside others", "beside a whole module"],
+)
+def test_a_tower_that_text_does_not_reach_may_be_named_beside_what_it_does(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    base, texts = make_seeing(tmp_path / "base", "llava"), tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    model = trained(base, texts, tmp_path / "run", **{"target_modules": ("fc1",), **changes})
+    moved = [layer for layer in lift_layers(model).values() if layer.values.detach().abs().sum()]
+    assert 0 < len(moved) < len(lift_layers(model))
 
 
 def test_a_processor_of_images_alone_is_said_to_be_one(tmp_path: Path) -> None:

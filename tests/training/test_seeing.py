@@ -12,9 +12,10 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from runs import settings
 from safetensors.torch import load_file
-from seeing import SEEING, make_seeing, picture, rows_with_pictures
+from seeing import make_seeing, picture, rows_with_pictures
 from sweeps import swept
 from tiny import quantization
+from towers import SEEING, WITH_PROCESSOR
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlavaModel
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -28,9 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-WITH_PROCESSOR = [kind for kind in SEEING if kind not in ("qwen3_5", "paligemma")]
-"""Those whose processors TRL can ask for a completion without images, and need no torchvision."""
 
 
 def rows_of_text(directory: Path) -> Path:
