@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanlift.layers.frozen import take_packed
 from leanlift.tiles import RowTiles
 
 
@@ -45,6 +46,13 @@ class FrozenEmbedding(nn.Module):
         """The weight as the storage holds it."""
         weight: Tensor = self.storage.weight  # type: ignore[assignment]
         return weight
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        """As of any module; what is packed is there already, and stays."""
+        take_packed(self.storage, f"{prefix}storage.", state_dict, local_metadata, rest[-1])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def forward(self, ids: Tensor) -> Tensor:
         """[..., d] for ids [...], on the device of `ids`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,15 @@ from leanlift.tiles import RowTiles, makes_new_rows, part_shape, row_ranges, til
 TILE_BYTES = 16 * 2**20
 """Of fp32 rows that are read, patched or formed at once: the decoded positions of a tile, and the
 like, are a few times its entries."""
+
+
+def dense(tiles: RowTiles, dtype: torch.dtype) -> Tensor:
+    """All rows [m, n] in a dtype, made by tiles."""
+    m, n = tiles.shape
+    whole = torch.empty(m, n, dtype=dtype, device=tiles.device)
+    for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
+        whole[start:stop] = tiles.rows(start, stop)
+    return whole
 
 
 def patched_rows(n: int) -> int:
@@ -46,6 +55,7 @@ class FrozenLinear(nn.Module):
 
     Attributes:
         observer: if set, called in each backward pass; for calibration.
+        is_head: whether it is the output head, with whose weight some losses multiply themselves.
 
     The dtype of the computation is the one autocast asks for, else the dtype of x.
     """
@@ -57,16 +67,19 @@ class FrozenLinear(nn.Module):
         self.workspace = workspace
         self._fresh = makes_new_rows(weight)
         self.observer: Observer | None = None
+        self.is_head = False
         self.out_features, self.in_features = weight.shape
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight where the base holds it as numbers. Where it is packed, a stand-in that
         has its shape, dtype and device, for which some models ask, and NaN in the place of its
-        numbers: packed bytes would be taken for some."""
+        numbers: packed bytes would be taken for some. Of a head its numbers, made anew."""
         weight: Any = self.base.weight
         if weight.dtype.is_floating_point:
             return weight  # type: ignore[no-any-return]
+        if self.is_head:
+            return dense(self.weight_tiles, self.weight_tiles.dtype)
         nothing = torch.full((), torch.nan, dtype=self.weight_tiles.dtype, device=weight.device)
         return nothing.expand(self.weight_tiles.shape)
 
@@ -160,6 +173,18 @@ class FrozenLinear(nn.Module):
             return x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        take_packed(self.base, f"{prefix}base.", state_dict, local_metadata, error_msgs)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
 
@@ -167,6 +192,30 @@ class FrozenLinear(nn.Module):
         super()._apply(fn, recurse)
         self.workspace.moved()
         return self
+
+
+def take_packed(
+    module: nn.Module,
+    prefix: str,
+    state_dict: dict[str, Any],
+    local_metadata: Mapping[str, Any],
+    error_msgs: list[str],
+) -> None:
+    """What a state dict has of a packed weight, for a module that holds it: the same numbers are
+    there already, and stay. The tensors by which they are told, which the module does not load
+    itself, are taken out of the state dict; others than its own are an error."""
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    if not any(key[len(prefix) :] not in ("weight", "bias") for key in keys):
+        return
+    if local_metadata.get("assign_to_params_buffers"):
+        error_msgs.append(f"{prefix}weight is packed: load it without assign=True")
+    for key, own in module.state_dict(prefix=prefix).items():
+        leaf = key[len(prefix) :]
+        if leaf == "bias" or key not in state_dict:
+            continue
+        given = state_dict[key] if leaf == "weight" else state_dict.pop(key)
+        if own.shape != given.shape or not torch.equal(own, given.to(own)):
+            error_msgs.append(f"{key}: expected the numbers of the base that is loaded")
 
 
 def largest_in_scratch(layers: Iterable[FrozenLinear], dtype: torch.dtype) -> FrozenLinear | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from leanlift.layers.autograd import KeepInput
-from leanlift.layers.frozen import FrozenLinear
+from leanlift.layers.frozen import FrozenLinear, dense
 from leanlift.layers.slot import Slot, is_state_key, keep_dtype, learned_of, state_of
 from leanlift.layers.workspace import Workspace
 from leanlift.sparse import (
@@ -41,8 +42,6 @@ class LiftLinear(FrozenLinear):
             part of the effective weight. None while there are none.
         scale: what all offsets are multiplied by: 1.0 unless someone turns an adapter up or down.
         shelf: what other adapters have learned here, by their names; it moves with the layer.
-        merged: the effective weight [m, n], where it is kept for a while instead of being made for
-            each use; nothing trains then.
         is_new: whether the base has nothing here, so that there is nothing to compute as without
             an adapter.
     """
@@ -66,7 +65,7 @@ class LiftLinear(FrozenLinear):
             raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
         self.put_on(Slot.zero(index, values_dtype))
         self.shelf: dict[str, Slot] = {}
-        self.merged: Tensor | None = None
+        self._merged: tuple[tuple[float, ...], Tensor] | None = None
         self.is_new = False
 
     @property
@@ -80,6 +79,26 @@ class LiftLinear(FrozenLinear):
         return KeepInput.apply(x, self.values, self, self.values_gradient)
 
     @property
+    def weight(self) -> Tensor:
+        """As of `FrozenLinear`; of a head the effective one, with a gradient to its values."""
+        if self.is_off or not self.is_head:
+            return super().weight
+        weight: Tensor = _HeadWeight.apply(self.values, self)
+        return weight
+
+    @property
+    def merged(self) -> Tensor | None:
+        """The effective weight [m, n], where it is kept for a while instead of being made for each
+        use, and nothing trains. It goes as soon as the offsets are others than it was made of."""
+        if self._merged is not None and self._merged[0] != self._of_offsets:
+            self._merged = None
+        return None if self._merged is None else self._merged[1]
+
+    @merged.setter
+    def merged(self, weight: Tensor | None) -> None:
+        self._merged = None if weight is None else (self._of_offsets, weight)
+
+    @property
     def is_off(self) -> bool:
         """Whether this thread computes as without an adapter; see `Workspace.without_offsets`."""
         return self.workspace.is_off and not self.is_new
@@ -87,7 +106,8 @@ class LiftLinear(FrozenLinear):
     @property
     def trains_now(self) -> bool:
         """Whether a forward pass of now has a gradient of the values."""
-        return self.values.requires_grad and not self.is_off and self.merged is None
+        merged = self._merged is not None and self.merged is not None
+        return self.values.requires_grad and not self.is_off and not merged
 
     @property
     def is_fixed(self) -> bool:
@@ -100,9 +120,10 @@ class LiftLinear(FrozenLinear):
         return self.worn.learned
 
     def effective_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        if self.merged is None or self.is_off:
+        merged = None if self._merged is None or self.is_off else self.merged
+        if merged is None:
             return super().effective_rows(first, last, dtype)
-        return self.merged[first:last].to(dtype)
+        return merged[first:last].to(dtype)
 
     def offsets(self, start: int, stop: int) -> Sequence[Offsets]:
         """The active and the retired offsets of rows `start:stop` that are computed with."""
@@ -120,9 +141,13 @@ class LiftLinear(FrozenLinear):
     @property
     def version(self) -> tuple[float, ...]:
         """Changes whenever the effective weight does."""
-        if self.is_off:
-            return ()
-        return self.values._version, id(self.index), id(self.retired_values), self.scale
+        return () if self.is_off else self._of_offsets
+
+    @property
+    def _of_offsets(self) -> tuple[float, ...]:
+        """Another one for other offsets."""
+        values, retired = self.values, id(self.retired_values)
+        return id(values), values._version, id(self.index), retired, self.scale
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
@@ -197,6 +222,16 @@ class LiftLinear(FrozenLinear):
         """What the adapter that computes has learned here."""
         return Slot(self.index, self.values, self.retired_index, self.retired_values, self.scale)
 
+    @property
+    def settled(self) -> Offsets | None:
+        """The retired offsets, by the name that they have in a state dict."""
+        return self.learned.retired
+
+    @property
+    def settled_count(self) -> int:
+        """How many there are."""
+        return 0 if self.settled is None else self.settled.count
+
     def take_off(self) -> Slot:
         """What the adapter has learned here; an empty mask takes its place."""
         taken = self.worn
@@ -225,6 +260,9 @@ class LiftLinear(FrozenLinear):
         error_msgs: list[str],
     ) -> None:
         """Take over values with their positions."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         own = [key for key in state_dict if key.startswith(prefix) and is_state_key(key, prefix)]
         given = {key[len(prefix) :]: state_dict.pop(key) for key in own}
         if not given:
@@ -240,7 +278,7 @@ class LiftLinear(FrozenLinear):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LiftLinear:
         """Moves what is learned, and never changes its dtype: `half` is meant for a base."""
-        moves = keep_dtype(fn)
+        moves, merged = keep_dtype(fn), self.merged
         super()._apply(moves, recurse=False)
         if recurse:
             for child in self.children():
@@ -249,9 +287,27 @@ class LiftLinear(FrozenLinear):
         if self.retired_index is not None and self.retired_values is not None:
             self.retired_index = self.retired_index.map(moves)
             self.retired_values = moves(self.retired_values)
-        self.merged = None if self.merged is None else moves(self.merged)
+        self.merged = None if merged is None else moves(merged)
         self.shelf = {name: slot.map(moves) for name, slot in self.shelf.items()}
         return self
+
+
+class _HeadWeight(torch.autograd.Function):
+    """The effective weight [m, n] of a layer, in the dtype of its base."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, layer: LiftLinear) -> Tensor:
+        ctx.index, ctx.dtype, ctx.scale = layer.index, values.dtype, layer.scale
+        return dense(layer.effective, layer.weight_tiles.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        gradient = grad.reshape(-1)
+        if not ctx.index.is_full:
+            gradient = gradient[ctx.index.to_flat()]
+        gradient = gradient.to(ctx.dtype)
+        return (gradient if ctx.scale == 1 else gradient * ctx.scale), None
 
 
 class EffectiveTiles:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from leanlift.layers.frozen import dense, take_packed
 from leanlift.tiles import RangeTiles, RowTiles, row_ranges
 
 TILE_BYTES = 32 * 2**20
@@ -263,19 +264,27 @@ class FrozenHead(nn.Module):
     Args:
         base: the module that holds weight and bias; its own forward is never called.
         weight: the same weight as RowTiles.
+        bias: of the head.
+        dtype: of the weight as numbers; None: that of the tiles.
     """
 
-    def __init__(self, base: nn.Module, weight: RowTiles, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        weight: RowTiles,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype or weight.dtype
         self.base = base
         self.weight_tiles = weight
         self.register_buffer("bias", bias, persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the base holds it."""
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        return weight
+        """The weight [V, d] as numbers, made anew: some losses multiply with it themselves."""
+        return dense(self.weight_tiles, self.dtype)
 
     @property
     def in_features(self) -> int:
@@ -293,6 +302,13 @@ class FrozenHead(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         return _TiledLinear.apply(x, self.weight_tiles, bias)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        """As of any module; what is packed is there already, and stays."""
+        take_packed(self.base, f"{prefix}base.", state_dict, local_metadata, rest[-1])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

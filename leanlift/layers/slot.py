@@ -20,6 +20,11 @@ from leanlift.sparse import LayerOffsets, Offsets, SegmentedIndex
 
 KEYS = ("values", "index.columns", "index.counts")
 RETIRED = "settled."
+SCALE = "scale"
+"""Beside them, where an adapter is turned up or down."""
+SETTLED = "settled_count"
+"""How many entries are retired: whoever reads only the tensors that a fresh model has must not
+lose them."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Slot:
             retired = self.retired_index.nbytes + self.retired_values.nbytes
         return self.index.nbytes + self.values.nbytes + retired
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether nothing has been learned here."""
+        return self.retired_values is None and not bool(self.values.any())
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Slot:
         """The same with `fn` (a move to a device) applied; the Parameter object stays."""
         self.values.data = fn(self.values.data)
@@ -78,9 +88,7 @@ class Slot:
 
     def copy(self) -> Slot:
         """A frozen copy, whose positions and retired entries are shared: none of them is changed in
-        place. Where nothing has been learned, an empty one: it computes the same."""
-        if self.retired_values is None and not bool(self.values.any()):
-            return Slot.empty(self.index.shape, self.values.dtype, self.values.device)
+        place."""
         values = nn.Parameter(self.values.detach().clone(), requires_grad=False)
         return Slot(self.index, values, self.retired_index, self.retired_values, self.scale)
 
@@ -99,6 +107,10 @@ def state_of(learned: LayerOffsets, prefix: str) -> dict[str, Tensor]:
     """The tensors of a state dict beside the values."""
     index = learned.active.index
     state = {f"{prefix}index.columns": index.columns, f"{prefix}index.counts": index.counts}
+    settled = 0 if learned.retired is None else learned.retired.count
+    state[f"{prefix}{SETTLED}"] = torch.tensor(settled)
+    if learned.active.scale != 1:
+        state[f"{prefix}{SCALE}"] = torch.tensor(learned.active.scale, dtype=torch.float64)
     if learned.retired is not None:
         index = learned.retired.index
         tensors = learned.retired.values, index.columns, index.counts
@@ -108,7 +120,7 @@ def state_of(learned: LayerOffsets, prefix: str) -> dict[str, Tensor]:
 
 def is_state_key(key: str, prefix: str) -> bool:
     """Whether a key of a state dict is one of these tensors of the layer at `prefix`."""
-    return key[len(prefix) :].removeprefix(RETIRED) in KEYS
+    return key[len(prefix) :].removeprefix(RETIRED) in (*KEYS, SCALE, SETTLED)
 
 
 def learned_of(given: Mapping[str, Any], shape: tuple[int, int]) -> LayerOffsets:
@@ -126,7 +138,8 @@ def learned_of(given: Mapping[str, Any], shape: tuple[int, int]) -> LayerOffsets
         index = SegmentedIndex.from_parts(shape, columns, counts)
         if values.shape != (index.count,):
             raise ValueError(f"expected {index.count} values, got {tuple(values.shape)}")
-        return Offsets(index, values)
+        return Offsets(index, values, scale)
 
-    has_retired = any(key.startswith(RETIRED) for key in given)
+    scale = float(given.get(SCALE, 1.0))
+    has_retired = int(given.get(SETTLED, 0)) > 0 or any(key.startswith(RETIRED) for key in given)
     return LayerOffsets(store(""), store(RETIRED) if has_retired else None)

@@ -61,11 +61,17 @@ class LiftEmbedding(LiftLinear):
     def forward(self, ids: Tensor) -> Tensor:
         """[..., d] for ids [...]."""
         found: Tensor = self.lookup(ids)
-        if self.is_off:
+        if self.is_plain:
             return found
         place = torch.searchsorted(self.tokens, ids).clamp_(max=len(self.tokens) - 1)
         trained = (self.tokens[place] == ids).unsqueeze(-1)
         return torch.where(trained, F.embedding(place, self._looked_up(found.dtype)), found)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all rows are the base's: this thread computes as without an adapter, or the
+        adapter has nothing here."""
+        return self.is_off or not self.index.count
 
     def token_rows(self, dtype: torch.dtype) -> Tensor:
         """The trained rows [t, d]: the base's and their offsets, added in fp32 and rounded once."""
@@ -121,9 +127,13 @@ class TiedHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight."""
+        """The weight [V, d], with the trained rows in their places and a gradient to them: some
+        losses multiply with it themselves."""
         weight: Tensor = self.frozen.weight  # type: ignore[assignment]
-        return weight
+        embedding: LiftEmbedding = self.__dict__["embedding"]
+        if embedding.is_plain:
+            return weight
+        return weight.index_copy(0, embedding.tokens, embedding.token_rows(weight.dtype))
 
     @property
     def bias(self) -> Tensor | None:
@@ -135,7 +145,7 @@ class TiedHead(nn.Module):
         """Logits [..., V]."""
         embedding: LiftEmbedding = self.__dict__["embedding"]
         logits: Tensor = self.frozen(x)
-        if embedding.is_off:
+        if embedding.is_plain:
             return logits
         bias = None if self.bias is None else self.bias[embedding.tokens].to(logits.dtype)
         rows = embedding.token_rows(logits.dtype)

@@ -21,8 +21,9 @@ from leanlift.adapters.special import SpecialTokens
 from leanlift.adapters.task import Task
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint, check_same_base
-from leanlift.layers import LiftLinear
+from leanlift.layers import LiftEmbedding, LiftLinear
 from leanlift.layers.slot import Slot
+from leanlift.layers.tokens import rows_index
 from leanlift.model.attach import Choice, attach
 from leanlift.model.base import LiveBase, live_base
 from leanlift.model.checks import (
@@ -34,7 +35,7 @@ from leanlift.model.checks import (
 )
 from leanlift.model.embeddings import quantize_embeddings
 from leanlift.model.resize_embeddings import grow_embedding, head_name
-from leanlift.model.state import every_layer, lift_layers, lift_state, lifted
+from leanlift.model.state import DEFAULT, every_layer, lift_layers, lift_state, lifted
 from leanlift.model.surgery import layers_over, replace_modules
 from leanlift.model.tokens import check_embedding, drop_tokens, lift_tokens, trained_embedding
 from leanlift.model.whole import check_new, empty, whole_modules
@@ -162,7 +163,8 @@ def restore_adapter(model: nn.Module, directory: str | Path) -> None:
 
 
 def unload_adapter(model: nn.Module) -> nn.Module:
-    """Take the adapter off: `model` computes as its base again, and its offsets are freed.
+    """Take the adapter off, and all others there are: `model` computes as its base again, and what
+    was learned is freed.
 
     The base stays in place, still read by leanlift: `load_adapter` puts an adapter on again.
 
@@ -176,7 +178,11 @@ def unload_adapter(model: nn.Module) -> nn.Module:
             f"{new[0]} is new, so there is no base to go back to: scale_adapter(model, 0) takes "
             "all else back and leaves it."
         )
-    inner = lifted(model)
+    inner, state = lifted(model), lift_state(model)
+    for layer in every_layer(inner).values():
+        layer.shelf.clear()
+    state.shelved.clear()
+    state.active = DEFAULT
     base = live_base(inner, layers, layers)
     replace_modules(inner, layers_over(base.weights, {}, lift_state(model).workspace))
     drop_tokens(inner)
@@ -262,8 +268,11 @@ def _replace(
     dtype = getattr(torch, adapter.config.values_dtype)
     indices = _indices(offsets, base)
     for name, layer in every_layer(model).items():
-        if layer.shelf and name in indices:
-            layer.put_on(Slot.zero(indices[name], dtype))
+        tokens = layer.tokens if isinstance(layer, LiftEmbedding) else None
+        index = indices.get(name) if tokens is None else rows_index(tokens, layer.index.shape)
+        there = layer.index.count, layer.values.dtype
+        if layer.shelf and index is not None and there != (index.count, dtype):
+            layer.put_on(Slot.zero(index, dtype))
     replace_modules(model, layers_over(base.weights, indices, state.workspace, dtype))
     state.base = facts
     if state.shelved:  # all adapters of a model have the same tokens

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from leanlift.errors import UserError
 from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.lm_head import FrozenHead, Head
-from leanlift.layers.tokens import LiftEmbedding
+from leanlift.layers.tokens import LiftEmbedding, TiedHead
 from leanlift.weights.quantized import (
     Weight8bit,
     WeightFormat,
@@ -60,7 +60,7 @@ def quantize_embeddings(model: Any, hold: Hold = int8) -> dict[str, WeightFormat
     del embedding  # and its numbers, before the head has two forms
     base = held if tied else hold(head.weight)
     bias = None if head.bias is None else head.bias.data
-    model.set_submodule(last, FrozenHead(base.module, base, bias))
+    model.set_submodule(last, FrozenHead(base.module, base, bias, dtype))
     return {first: INT8, last: INT8}
 
 
@@ -111,7 +111,15 @@ def check_not_tied(model: Any) -> None:
 def embeddings_tied(model: Any) -> bool:
     """Whether the embedding and the output head are one tensor."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return head is not None and _storage(embedding.weight) == _storage(head.weight)
+    return head is not None and _storage(_held(embedding)) == _storage(_held(head))
+
+
+def _held(module: Any) -> Tensor:
+    """The weight of an embedding or a head as it is held, under whatever is around it."""
+    while isinstance(module, TiedHead | FrozenHead):
+        module = module.frozen if isinstance(module, TiedHead) else module.base
+    weight: Tensor = module.weight
+    return weight
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from leanlift.errors import UserError
 from leanlift.layers import FrozenLinear, LiftEmbedding, TiedHead
 from leanlift.layers.embedding import FrozenEmbedding
+from leanlift.layers.frozen import dense
 from leanlift.layers.fused_glu import use_stock_glu
 from leanlift.layers.lm_head import FrozenHead
 from leanlift.model.base import base_dtype
@@ -28,11 +29,9 @@ from leanlift.model.stacks import put_part
 from leanlift.model.state import every_layer, lift_state, lifted
 from leanlift.model.strangers import unguard
 from leanlift.model.surgery import outer_modules
-from leanlift.tiles import RowTiles, is_stack, part_shape, parts_of, row_ranges, tile_rows
+from leanlift.tiles import RowTiles, is_stack, part_shape, parts_of
 from leanlift.weights.kinds import is_stored_turned
 from leanlift.weights.stacks import ExpertStack
-
-TILE_BYTES = 32 * 2**20
 
 
 @torch.no_grad()
@@ -90,7 +89,7 @@ def hold_merged(model: nn.Module, dtype: Any = None) -> int:
     with torch.no_grad():
         for layer in every_layer(model).values():
             if not isinstance(layer, LiftEmbedding):
-                layer.merged = _dense(layer.effective, dtype)
+                layer.merged = dense(layer.effective, dtype)
                 taken += layer.merged.nbytes
     return taken
 
@@ -108,10 +107,11 @@ def _stock(layer: Any, dtype: torch.dtype) -> nn.Module:
         return frozen
     if isinstance(layer, LiftEmbedding):
         lookup: Any = layer.lookup
-        lookup.weight.data[layer.tokens] = layer.token_rows(lookup.weight.dtype)
+        if layer.index.count:
+            lookup.weight.data[layer.tokens] = layer.token_rows(lookup.weight.dtype)
         return lookup
     tiles: RowTiles = layer.effective if hasattr(layer, "effective") else layer.weight_tiles
-    weight, training = _dense(tiles, dtype), layer.training
+    weight, training = dense(tiles, dtype), layer.training
     if is_stack(layer.weight_tiles):
         shape = parts_of(layer.weight_tiles), *part_shape(layer.weight_tiles)
         return ExpertStack(nn.Parameter(weight.view(shape), requires_grad=False))
@@ -135,15 +135,6 @@ def _linear(base: Any, weight: Tensor, bias: Tensor | None) -> nn.Module:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
     return linear  # type: ignore[no-any-return]
-
-
-def _dense(tiles: Any, dtype: torch.dtype) -> Tensor:
-    """All rows [m, n] in a dtype, made by tiles."""
-    m, n = tiles.shape
-    dense = torch.empty(m, n, dtype=dtype, device=tiles.device)
-    for start, stop in row_ranges(m, tile_rows(n, 4, TILE_BYTES)):
-        dense[start:stop] = tiles.rows(start, stop)
-    return dense
 
 
 def _dtype(wanted: Any, own: torch.dtype) -> torch.dtype:

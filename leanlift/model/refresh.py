@@ -87,7 +87,7 @@ def refresh_mask(
     state.refreshes += 1
     state.unconverged = unconverged
     return RefreshReport(
-        churn=replaced / total,
+        churn=replaced / max(total, 1),
         retired=retired,
         retired_nbytes=retired_nbytes,
         held_back=held_back,

@@ -23,8 +23,9 @@ from leanlift.adapters import open_adapter
 from leanlift.adapters.combine import sum_of
 from leanlift.config import LiftConfig
 from leanlift.errors import MaskError, UserError
-from leanlift.layers import FrozenExperts, FrozenLinear
+from leanlift.layers import FrozenExperts, FrozenLinear, LiftEmbedding, LiftLinear
 from leanlift.layers.slot import Slot
+from leanlift.layers.tokens import rows_index
 from leanlift.model.adapters import load_adapter
 from leanlift.model.attach import choose_in
 from leanlift.model.base import checkpoint_of, live_base, with_base_samples
@@ -105,12 +106,10 @@ def copy_adapter(model: nn.Module, name: str, new: str) -> None:
     the other, and takes no memory where that has learned nothing yet."""
     state = lift_state(model)
     _check_name(model, new)
-    facts = facts_of(model, name)
-    for layer in every_layer(model).values():
-        if name == state.active:
-            layer.shelf[new] = layer.worn.copy()
-        elif name in layer.shelf:
-            layer.shelf[new] = layer.shelf[name].copy()
+    facts, found = facts_of(model, name), _slots(model, name)
+    if not all(slot.is_zero for slot in found.values()):  # else it is the base, and needs nothing
+        for layer, slot in found.items():
+            layer.shelf[new] = slot.copy()
     state.shelved[new] = replace(facts)
 
 
@@ -204,6 +203,14 @@ def add_weighted_adapter(
     state.shelved[name] = Facts(config, base)
 
 
+def _slots(model: nn.Module, name: str) -> dict[LiftLinear, Slot]:
+    """What an adapter of a model has, by layer."""
+    layers = every_layer(model).values()
+    if name == lift_state(model).active:
+        return {layer: layer.worn for layer in layers if layer.index.count}
+    return {layer: layer.shelf[name] for layer in layers if name in layer.shelf}
+
+
 @contextmanager
 def _aside(model: Any, name: str) -> Iterator[None]:
     """Let what is put on the layers meanwhile be the adapter `name`; nothing, if it fails."""
@@ -256,7 +263,9 @@ def _wear(
     """Put empty offsets at positions onto the layers, which have none on."""
     dtype, state = getattr(torch, config.values_dtype), lift_state(model)
     for name, layer in every_layer(model).items():
-        if name in indices:
+        if isinstance(layer, LiftEmbedding):
+            layer.put_on(Slot.zero(rows_index(layer.tokens, layer.index.shape), dtype))
+        elif name in indices:
             layer.put_on(Slot.zero(indices[name], dtype))
     replace_modules(model, layers_over(weights, indices, state.workspace, dtype))
 

@@ -63,6 +63,9 @@ def replace_modules(model: nn.Module, make_layer: MakeLayer) -> dict[str, nn.Mod
             for path in paths.get(_weight_id(module), [name]):
                 put_part(model, path, layer)
             replaced[name] = module
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, FrozenLinear):
+        head.is_head = True
     return replaced
 
 
