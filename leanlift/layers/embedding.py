@@ -51,7 +51,8 @@ class FrozenEmbedding(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
     ) -> None:
         """As of any module; what is packed is there already, and stays."""
-        take_packed(self.storage, f"{prefix}storage.", state_dict, local_metadata, rest[-1])
+        begin = f"{prefix}storage."
+        take_packed(self.storage, begin, state_dict, local_metadata, rest[1], rest[-1])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -183,7 +183,8 @@ class FrozenLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        take_packed(self.base, f"{prefix}base.", state_dict, local_metadata, error_msgs)
+        begin = f"{prefix}base."
+        take_packed(self.base, begin, state_dict, local_metadata, missing_keys, error_msgs)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -199,23 +200,28 @@ def take_packed(
     prefix: str,
     state_dict: dict[str, Any],
     local_metadata: Mapping[str, Any],
+    missing_keys: list[str],
     error_msgs: list[str],
 ) -> None:
     """What a state dict has of a packed weight, for a module that holds it: the same numbers are
     there already, and stay. The tensors by which they are told, which the module does not load
     itself, are taken out of the state dict; others than its own are an error."""
-    keys = [key for key in state_dict if key.startswith(prefix)]
-    if not any(key[len(prefix) :] not in ("weight", "bias") for key in keys):
+    own = module.state_dict(prefix=prefix)
+    weight, bias = f"{prefix}weight", f"{prefix}bias"
+    if not own.keys() - {weight, bias}:
         return
-    if local_metadata.get("assign_to_params_buffers"):
-        error_msgs.append(f"{prefix}weight is packed: load it without assign=True")
-    for key, own in module.state_dict(prefix=prefix).items():
-        leaf = key[len(prefix) :]
-        if leaf == "bias" or key not in state_dict:
-            continue
-        given = state_dict[key] if leaf == "weight" else state_dict.pop(key)
-        if own.shape != given.shape or not torch.equal(own, given.to(own)):
+    if weight in state_dict and local_metadata.get("assign_to_params_buffers"):
+        error_msgs.append(f"{weight} is packed: load it without assign=True")
+    for key in own.keys() - {bias}:
+        given = state_dict.get(key) if key == weight else state_dict.pop(key, None)
+        if given is None and key != weight:
+            missing_keys.append(key)
+        elif given is not None and not _same(own[key], given):
             error_msgs.append(f"{key}: expected the numbers of the base that is loaded")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one))
 
 
 def largest_in_scratch(layers: Iterable[FrozenLinear], dtype: torch.dtype) -> FrozenLinear | None:

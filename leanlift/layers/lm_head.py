@@ -307,7 +307,8 @@ class FrozenHead(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
     ) -> None:
         """As of any module; what is packed is there already, and stays."""
-        take_packed(self.base, f"{prefix}base.", state_dict, local_metadata, rest[-1])
+        begin = f"{prefix}base."
+        take_packed(self.base, begin, state_dict, local_metadata, rest[1], rest[-1])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
