@@ -139,8 +139,7 @@ class LiftModel(PeftModel):
         names = selected_adapters
         if names is None:
             names = several.learned_names(self) or [self.active_adapter]
-        for name in names:
-            several.facts_of(self, name)
+        several.check_saved(self, names)
         if not is_main_process:
             return
         before = self.active_adapter

@@ -13,7 +13,7 @@ from leanlift.model.refresh import RefreshReport, refresh_mask
 from leanlift.model.resize_embeddings import embedding_size, grow_embedding
 from leanlift.model.stacks import quantize_experts
 from leanlift.model.state import LiftState, lift_layers, lift_state, lifted, weights_of
-from leanlift.model.strangers import claim
+from leanlift.model.strangers import claim, release
 from leanlift.model.surgery import freeze_quantized
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "output_head",
     "quantize_experts",
     "refresh_mask",
+    "release",
     "restore_adapter",
     "save_adapter",
     "scale_adapter",

@@ -53,13 +53,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """
     model, state = lifted(model), lift_state(model)
     layers = _loaded_layers(model)
-    scale = next(iter(layers.values())).scale
-    if scale != 1:
-        raise UserError(
-            f"the adapter is scaled by {scale:g}, which a saved one cannot be: call "
-            "scale_adapter(model, 1.0) first, and multiply the saved one with "
-            f"leanlift combine --weights {scale:g}."
-        )
+    check_unscaled(next(iter(layers.values())).scale)
     offsets = {name: layer.learned for name, layer in layers.items()}
     for name, learned in offsets.items():  # what could not be loaded again is not written
         for store in learned.stores:
@@ -77,6 +71,20 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         trained_embedding(model),
     )  # fmt: skip
     write_adapter(Path(directory), offsets, facts)
+
+
+def check_unscaled(scale: float) -> None:
+    """Refuse to save an adapter that is turned up or down.
+
+    Raises:
+        UserError: it is.
+    """
+    if scale != 1:
+        raise UserError(
+            f"the adapter is scaled by {scale:g}, which a saved one cannot be: call "
+            "scale_adapter(model, 1.0) first, and multiply the saved one with "
+            f"leanlift combine --weights {scale:g}."
+        )
 
 
 def load_adapter(model: nn.Module, source: str | Path, progress: bool = False) -> nn.Module:

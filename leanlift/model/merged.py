@@ -7,7 +7,8 @@ machine that is large; `merge_adapter` streams what does not fit.
 
 For a while (`hold_merged`): each layer keeps its effective weight beside its base, so that a
 forward pass makes none, as for generating much between two steps. `drop_merged` frees it, and the
-layers are to the bit what they were.
+layers are to the bit what they were. Where the adapter changes meanwhile, by a refresh, a scale or
+for another one, a layer lets go of what it keeps, and computes as it is.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def hold_merged(model: nn.Module, dtype: Any = None) -> int:
         UserError: the dtype is none of floats.
     """
     dtype, taken = _dtype(dtype, base_dtype(lifted(model))), 0
+    lift_state(model).holds_merged = True
     with torch.no_grad():
         for layer in every_layer(model).values():
             if not isinstance(layer, LiftEmbedding):
@@ -96,6 +98,7 @@ def hold_merged(model: nn.Module, dtype: Any = None) -> int:
 
 def drop_merged(model: nn.Module) -> None:
     """Free what `hold_merged` made."""
+    lift_state(model).holds_merged = False
     for layer in every_layer(model).values():
         layer.merged = None
 

@@ -26,7 +26,7 @@ from leanlift.errors import MaskError, UserError
 from leanlift.layers import FrozenExperts, FrozenLinear, LiftEmbedding, LiftLinear
 from leanlift.layers.slot import Slot
 from leanlift.layers.tokens import rows_index
-from leanlift.model.adapters import load_adapter
+from leanlift.model.adapters import check_unscaled, load_adapter
 from leanlift.model.attach import choose_in
 from leanlift.model.base import checkpoint_of, live_base, with_base_samples
 from leanlift.model.state import Facts, LiftState, every_layer, lift_state, lifted
@@ -66,6 +66,18 @@ def learned_names(model: nn.Module) -> list[str]:
     if any(layer.index.count for layer in layers):
         found.add(active)
     return sorted(found)
+
+
+def check_saved(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse to save adapters of which one is not there, or turned up or down.
+
+    Raises:
+        UserError: there is such a one.
+    """
+    for name in names:
+        facts_of(model, name)
+        for slot in _slots(model, name).values():
+            check_unscaled(slot.scale)
 
 
 def set_adapter(model: nn.Module, name: str) -> None:

@@ -43,6 +43,7 @@ class LiftState(Facts):
         ends_quantized: whether the embedding and the head are held in INT8.
         embedding_rows: of an embedding with more rows than the base's; None: it has those.
         selection_seconds: how long the first selection took.
+        holds_merged: whether merged weights were made beside the bases, and not freed since.
         claimed: whether whoever trains the model knows what its config asks for.
         active: the name of the adapter that the model computes with.
         shelved: of other adapters on the model, by their names; what they have learned is in the
@@ -53,6 +54,7 @@ class LiftState(Facts):
     ends_quantized: bool = False
     embedding_rows: int | None = None
     selection_seconds: float = 0.0
+    holds_merged: bool = False
     claimed: bool = False
     active: str = DEFAULT
     shelved: dict[str, Facts] = field(default_factory=dict)

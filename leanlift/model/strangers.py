@@ -20,7 +20,7 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
-from leanlift.model.state import lift_state
+from leanlift.model.state import every_layer, lift_state
 
 
 def own_base(model: nn.Module) -> None:
@@ -64,6 +64,11 @@ def claim(model: nn.Module) -> None:
     lift_state(model).claimed = True
 
 
+def release(model: nn.Module) -> None:
+    """Take back what `claim` said: the next one who trains `model` has to say it again."""
+    lift_state(model).claimed = False
+
+
 def _refuse_save(kind: str, *args: Any, **kwargs: Any) -> None:
     raise UserError(
         f"this {kind} has leanlift layers, and save_pretrained would write its frozen weights in "
@@ -76,7 +81,15 @@ def _refuse_save(kind: str, *args: Any, **kwargs: Any) -> None:
 def _check_trainer(model: Any, *rest: Any) -> None:
     """At a forward pass that will be trained on."""
     state = model.leanlift
-    if state.claimed or not (torch.is_grad_enabled() and model.training):
+    if not (torch.is_grad_enabled() and model.training):
+        return
+    layers = every_layer(model).values() if state.holds_merged else ()
+    if any(layer.merged is not None for layer in layers):
+        raise UserError(
+            "merge_adapter keeps the merged weights of this model, and nothing of them is trained: "
+            "call unmerge_adapter first."
+        )
+    if state.claimed:
         return
     clashes = _needs(state.config)
     if clashes:

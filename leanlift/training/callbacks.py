@@ -47,7 +47,7 @@ class Guard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._check_begun_again()
+        self._check_begun_again(args)
         self.remove_hooks()
         self.guard.forget_step()
         if self.scaled:
@@ -92,10 +92,10 @@ class Guard(TrainerCallback):
                 size = torch.linalg.vector_norm(layer.values.grad, float("inf")).float()
                 self.guard.see_largest(name, torch.where(size.isfinite(), size, LARGEST_GRADIENT))
 
-    def _check_begun_again(self) -> None:
+    def _check_begun_again(self, args: TrainingArguments) -> None:
         """`auto_find_batch_size` begins anew after running out of memory: step 0, fresh moments,
         a fresh schedule, over offsets that are no longer fresh."""
-        if self._applied:
+        if self._applied and args.auto_find_batch_size:
             raise UserError(
                 f"the device ran out of memory after {self._applied} steps, and "
                 "auto_find_batch_size would begin again with the offsets that they have trained: "
@@ -159,6 +159,8 @@ class Refresh(TrainerCallback):
         interval = config.refresh_interval
         if not interval or step % interval or step >= state.max_steps:
             return
+        if any("refresh_churn" in row and row["step"] == step for row in state.log_history[-8:]):
+            return  # another callback of this kind has done it
         _check_offsets(model, step, args.output_dir)
         report = refresh_mask(model, kwargs["optimizer"], self.progress)
         if report.held_back and not any(past.held_back for past in self.reports):

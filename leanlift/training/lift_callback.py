@@ -12,8 +12,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from leanlift.errors import UserError
 from leanlift.measure import MemoryMeter, save_report
-from leanlift.model import RefreshReport, claim, lift_layers, lift_state, refresh_mask
+from leanlift.model import (
+    RefreshReport,
+    claim,
+    lift_layers,
+    lift_state,
+    refresh_mask,
+    release,
+)
 from leanlift.processes import check_same, is_first
 from leanlift.training.callbacks import FrozenInputs, Guard, Refresh
 from leanlift.training.given import check_optimizer
@@ -39,8 +47,9 @@ class LiftCallback(TrainerCallback):
         refreshes: a `RefreshReport` per mask refresh of this process.
 
     Raises:
-        UserError: while a trainer is made or begins: its model is not attached, its optimizer
-            cannot follow a refresh, or cannot train bf16 values.
+        UserError: while a trainer is made or begins: its model is not attached or nothing of it
+            is trained, its optimizer cannot follow a refresh, or cannot train bf16 values, or
+            something else is to generate than the model.
     """
 
     def __init__(self, max_nonfinite_steps: int = 3, memory: bool = True) -> None:
@@ -56,7 +65,12 @@ class LiftCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        claim(kwargs["model"])
+        check_trained(kwargs["model"])
+        if getattr(args, "use_vllm", False):
+            raise UserError(
+                "use_vllm would generate with the base alone: vLLM is sent weights as they are "
+                "stored, without offsets; leave it out, and the model itself generates."
+            )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,7 +79,9 @@ class LiftCallback(TrainerCallback):
         claim(model)
         check_optimizer(kwargs["optimizer"], lift_state(model))
         check_same_positions(model)
-        if self._measures and self._memory is None:
+        if self._memory is not None:  # of a run that ended in an error
+            self._memory.close()
+        if self._measures:
             meter = MemoryMeter(args.device)
             self._memory, self._phase = MemoryCallback(meter), meter.phase("train")
             self._peak = self._phase.__enter__()
@@ -97,6 +113,7 @@ class LiftCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        release(kwargs["model"])
         self.guarding.end_training()
         if self._memory is not None:
             self._memory.on_train_end(args, state, control, **kwargs)
@@ -139,6 +156,7 @@ class Steps:
     def __init__(
         self, model: Any, optimizer: Any, done: int = 0, max_nonfinite_steps: int = 3
     ) -> None:
+        check_trained(model)
         claim(model)
         check_optimizer(optimizer, lift_state(model))
         check_same_positions(model)
@@ -169,8 +187,23 @@ class Steps:
             self.refreshes.append(refresh_mask(self.model, self.optimizer))
 
     def close(self) -> None:
-        """Take the hooks off the gradients."""
+        """Take the hooks off the gradients; the next loop says anew that it knows of the mask."""
         self._hooks.remove()
+        release(self.model)
+
+
+def check_trained(model: Any) -> None:
+    """Refuse a model of which nothing is trained.
+
+    Raises:
+        UserError: nothing is attached, or its adapter is off or frozen.
+    """
+    lift_state(model)
+    if not any(layer.values.requires_grad for layer in lift_layers(model).values()):
+        raise UserError(
+            "nothing of this model is trained: load its adapter with is_trainable=True, or call "
+            "model.set_adapter(name) of the one to train."
+        )
 
 
 def check_same_positions(model: Any) -> None:

@@ -19,7 +19,7 @@ from transformers import Trainer
 from leanlift.io.tensors import replacing
 from leanlift.lift_model import LiftModel
 from leanlift.measure import resident_peak
-from leanlift.model import RefreshReport, claim, lift_state, lifted
+from leanlift.model import RefreshReport, claim, lift_state, lifted, release
 from leanlift.processes import is_first, processes, wait_for_all
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
@@ -41,7 +41,7 @@ from leanlift.training.given import (
     several_processes,
     with_optimizer,
 )
-from leanlift.training.lift_callback import check_same_positions
+from leanlift.training.lift_callback import check_same_positions, check_trained
 from leanlift.training.run_overrides import RunOverrides
 from leanlift.training.step_guard import StepGuard
 
@@ -79,7 +79,7 @@ class LiftRun(RunOverrides):
             UserError: the model is not attached, or settings that cannot be.
         """
         self._lift = lift_state(model)
-        claim(model)
+        check_trained(model)
         check_numbers(args)
         optimizer = given.get("optimizers", (None, None))[0]
         by_name = not (optimizer or given.get("optimizer_cls_and_kwargs"))
@@ -129,9 +129,11 @@ class LiftRun(RunOverrides):
             checkpoint = None
             if resume_from_checkpoint:
                 checkpoint = self._go_on_from(checkpoint_to_resume(output, resume_from_checkpoint))
+            claim(self.model)
             try:
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
             finally:
+                release(self.model)
                 self._guarding.end_training()
 
     def _settings_now(self) -> Settings:
