@@ -203,7 +203,7 @@ class LiftModel(PeftModel):
             UserError: another kind of configuration, or as for `get_lift_model`.
         """
         for name, config in self.peft_config.items():
-            if config is peft_config:
+            if isinstance(peft_config, LiftPeftConfig) and config.lift is peft_config.lift:
                 several.copy_adapter(self, name, adapter_name)
                 return
         config = peft_config.lift if isinstance(peft_config, LiftPeftConfig) else peft_config

@@ -62,6 +62,8 @@ class Guard(TrainerCallback):
         layers = lift_layers(kwargs["model"])
         if self.hooks is None:
             self._see_unscaled(layers)
+        else:
+            self.hooks.check_same(kwargs["model"])
         applied, advice = False, partial(last_checkpoint, args.output_dir)
         try:
             applied = self.guard.end_step(state.global_step + 1, advice)

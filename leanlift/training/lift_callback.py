@@ -65,7 +65,18 @@ class LiftCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_trained(kwargs["model"])
+        model = kwargs["model"]
+        check_trained(model)
+        if "_orig_mod" in vars(model).get("_modules", {}):
+            raise UserError(
+                "TRL's trainers and their like look into a model, and find nothing in one that "
+                "torch.compile made: give the trainer the model itself, with torch_compile=True."
+            )
+        if getattr(args, "cast_lm_head_to_fp32", False) and _is_tied(model):
+            raise UserError(
+                "TRL does not cast the head of an adapter model that is tied to its embedding: "
+                "leave out cast_lm_head_to_fp32."
+            )
         if getattr(args, "use_vllm", False):
             raise UserError(
                 "use_vllm would generate with the base alone: vLLM is sent weights as they are "
@@ -172,8 +183,10 @@ class Steps:
             Whether there are some left to step with.
 
         Raises:
-            UserError: too many steps in a row had none.
+            UserError: too many steps in a row had none, or the model trains something else than
+                when the loop began.
         """
+        self._hooks.check_same(self.model)
         applied = self.guard.end_step(self.done + 1, lambda: "what was saved stays")
         if not applied:
             self._hooks.drop_step()
@@ -198,12 +211,20 @@ def check_trained(model: Any) -> None:
     Raises:
         UserError: nothing is attached, or its adapter is off or frozen.
     """
-    lift_state(model)
+    if lift_state(model).workspace.is_off:
+        raise UserError(
+            "the adapter of this model is off, so nothing of it would be trained: call "
+            "model.base_model.enable_adapter_layers() first."
+        )
     if not any(layer.values.requires_grad for layer in lift_layers(model).values()):
         raise UserError(
             "nothing of this model is trained: load its adapter with is_trainable=True, or call "
             "model.set_adapter(name) of the one to train."
         )
+
+
+def _is_tied(model: Any) -> bool:
+    return bool(getattr(model.config, "tie_word_embeddings", False))
 
 
 def check_same_positions(model: Any) -> None:

@@ -165,6 +165,11 @@ def _what_is_wrong(bad: dict[str, float]) -> str:
     return f"a gradient reaches {size:.1e}, and its square is beyond what float32 can sum"
 
 
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """The values that a model trains, by layer."""
+    return {name: layer.values for name, layer in lift_layers(model).items()}
+
+
 class GradientHooks:
     """The hooks on the trained values of a model; `remove` takes them off again.
 
@@ -180,6 +185,7 @@ class GradientHooks:
         self.guard = guard
         self.optimizer = optimizer
         self._layers = lift_layers(model)
+        self._values = values_of(model)
         self._handles = [
             layer.values.register_post_accumulate_grad_hook(functools.partial(self._after, name))
             for name, layer in self._layers.items()
@@ -189,6 +195,20 @@ class GradientHooks:
         """Take the hooks off again."""
         for handle in self._handles:
             handle.remove()
+
+    def check_same(self, model: nn.Module) -> None:
+        """Refuse a model that trains other values than the optimizer has been given.
+
+        Raises:
+            UserError: it does.
+        """
+        now = values_of(model)
+        if now.keys() != self._values.keys() or any(now[n] is not self._values[n] for n in now):
+            raise UserError(
+                "the model trains another adapter now, or another one's entries, than the "
+                "optimizer was made for (set_adapter, load_adapter): set the first one again "
+                "before its next step, or begin a new training."
+            )
 
     def drop_step(self) -> None:
         """Free the gradients of a step that is not applied, and take back that it was counted."""
