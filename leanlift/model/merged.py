@@ -63,8 +63,10 @@ def merge_and_unload(model: nn.Module, dtype: Any = None, progress: bool = False
             "save the adapter, and merge it with merge_adapter(adapter, output)."
         )
     layers = [(n, m) for n, m in outer_modules(model) if isinstance(m, FrozenLinear | TiedHead)]
-    for name, layer in tqdm(layers, "Merging", unit="matrix", disable=not progress):
+    for _ in tqdm(range(len(layers)), "Merging", unit="matrix", disable=not progress):
+        name, layer = layers.pop(0)  # so that no two of them are there twice
         put_part(model, name, _stock(layer, dtype))
+        del layer
     use_stock_glu(model)
     unguard(model)
     for mark in ("leanlift", "print_trainable_parameters"):
