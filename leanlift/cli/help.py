@@ -7,6 +7,7 @@ import textwrap
 from leanlift.cli.options import Option, options
 from leanlift.defaults import command_defaults
 from leanlift.format.terminal import WIDTH
+from leanlift.methods import SFT
 
 NAMES = 33
 """Columns of the names."""
@@ -61,6 +62,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "dataset_name", "dataset_split", "datasets", "streaming", "formatting_func",
         "eval_dataset_name", "eval_dataset_split", "max_length", "packing",
     ),
+    "Method": (
+        "method", "reward_funcs", "beta", "loss_type", "num_generations", "max_completion_length",
+        "temperature", "epsilon", "cpo_alpha", "simpo_gamma", "desirable_weight",
+        "undesirable_weight",
+    ),
     "What is trained": (
         "density", "rank_budget", "approx_rank", "target_modules", "exclude_modules",
         "modules_to_save", "trainable_token_indices",
@@ -90,9 +96,9 @@ COMMAND = {
 }
 
 
-def train_help(show_all: bool) -> str | None:
+def train_help(show_all: bool, method: str = SFT) -> str | None:
     """The text; None where the options cannot be read from their sources."""
-    table = options()
+    table = options(method)
     if table is None:
         return None
     lines = [
