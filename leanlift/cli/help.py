@@ -32,6 +32,11 @@ OWN_WORDS = {
     "save_strategy": "or no, epoch",
     "save_steps": "with save_strategy steps",
     "save_total_limit": "checkpoints that are kept; none: all",
+    "loss_type": "of TRL's trainer; what there is says --help_all",
+    "beta": "how near the policy stays to its reference",
+    "num_generations": "completions of a prompt that are compared",
+    "max_completion_length": "tokens that are generated at most",
+    "temperature": "of what is generated",
     "resume_from_checkpoint": "true: the last whole one; or a path",
 }
 """A line for each option of the groups that TRL or transformers declare; --help_all has their own

@@ -33,8 +33,8 @@ def trains_on_gpu(sft: Any) -> bool:
 
 @dataclass
 class LiftArguments:
-    """The settings of the loop that are ours, or have another default here than TRL's: those of the
-    paper (arXiv 2506.00772, appendix).
+    """The settings of the loop that are ours, or have another default here than TRL's, for every
+    method: the paper's (arXiv 2506.00772, appendix).
 
     The paper's are: learning_rate (its MATH-10K runs on Llama-2-7B; 1e-4 and 5e-5 elsewhere),
     adam_beta2, adam_epsilon, no weight decay, linear decay after 3 % warm-up. In the miniatures of
@@ -136,7 +136,12 @@ class LiftArguments:
 
 @dataclass
 class LiftSFTConfig(LiftArguments, SFTConfig):
-    """SFTConfig with the paper's training settings as defaults; see `LiftArguments`."""
+    """SFTConfig with the paper's training settings as defaults (arXiv 2506.00772, appendix).
+
+    The paper's are: learning_rate (its MATH-10K runs on Llama-2-7B; 1e-4 and 5e-5 elsewhere),
+    adam_beta2, adam_epsilon, no weight decay, linear decay after 3 % warm-up. `optim`,
+    `optim_in_backward` and `max_nonfinite_steps` are leanlift's. All else is TRL's.
+    """
 
 
 @cache

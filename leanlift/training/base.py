@@ -68,7 +68,6 @@ def load_model(
         if own is not None:
             _check_request(args, own)
             _check_merge(args)
-        asked = None if own is not None else quantization(args, dtype)
         load = load_in_few_bits if experts_too else load_with_experts_as_stored
         model, found = load(
             _class_of(args, config, images, modules),
@@ -80,9 +79,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            # None would erase the checkpoint's own
-            **({} if asked is None else {"quantization_config": asked}),
-            **({"num_labels": 1} if args.method == "reward" else {}),
+            **_further(args, None if own is not None else quantization(args, dtype)),
         )
     except Exception as error:  # each config class and quantizer has its own ways to refuse
         if isinstance(error, UserError) or is_out_of_memory(error):
@@ -97,6 +94,12 @@ def load_model(
             frozen_weight(module, path)  # has the shape that it should have, and can be read
     model.config._commit_hash = cached_commit(name, args.model_revision)
     return model
+
+
+def _further(args: RunArguments, asked: Any) -> dict[str, Any]:
+    """What else `from_pretrained` is given; a quantization of None would erase the checkpoint's."""
+    more = {} if asked is None else {"quantization_config": asked}
+    return {**more, "num_labels": 1} if args.method == "reward" else more
 
 
 def _class_of(args: RunArguments, config: Any, images: bool, modules: Iterable[str] | None) -> Any:
