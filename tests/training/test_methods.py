@@ -196,7 +196,9 @@ def test_a_plan_of_pairs_has_both_passes_and_generation_its_cache(tmp_path: Path
     config.save_pretrained(tmp_path)
 
     def plan(method: str, rows: int, tokens: int) -> Any:
-        settings = PlanSettings(largest=Batch(rows, tokens), cuda=True)
+        settings = PlanSettings(
+            largest=Batch(rows, tokens), cuda=True, gradient_accumulation_steps=1
+        )
         return plan_memory(tmp_path, LiftConfig(selector="random"), settings, method=method)
 
     assert plan("dpo", 2, 256).phases["train"] > plan("sft", 2, 256).phases["train"]
