@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from leanlift.methods import REWARD_HEAD
+
 SPARSE_OPTIMIZERS = {"sparse_adamw": "float32", "sparse_adamw_8bit": "8bit"}
 """Names of `SparseAdamW` for `optim`, and the moments it keeps."""
 
@@ -15,6 +17,17 @@ MICRO_BATCH, BATCH = 1, 8
 def default_dtype(cuda: bool) -> str:
     """The dtype of what is not quantized, where none is asked for."""
     return "bfloat16" if cuda else "float32"
+
+
+def _of_the_method(method: str) -> dict[str, Any]:
+    """What a method other than imitation takes where nothing is said. Reinforcement learning moves
+    weights that are not principal (arXiv 2511.08567), and a random hundredth of them does as well
+    as all (arXiv 2602.01599); KTO compares the rows of a batch; a reward model has a new head."""
+    if method in ("grpo", "rloo"):
+        return {"selector": "random"}
+    if method == "kto":
+        return {"per_device_train_batch_size": 2}
+    return {"modules_to_save": (REWARD_HEAD,)} if method == "reward" else {}
 
 
 def command_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,4 +55,5 @@ def command_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         found["per_device_train_batch_size"] = MICRO_BATCH
     if given.get("eval_dataset_name"):
         found["eval_strategy"] = "epoch"
+    found |= _of_the_method(str(given.get("method")))
     return {key: value for key, value in found.items() if key not in given}

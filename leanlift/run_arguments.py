@@ -17,9 +17,11 @@ from typing import Any
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
+from leanlift.methods import METHOD_NAMES, SFT
 from leanlift.rows.mixture import Part, parts_of
 from leanlift.settings import (
     AT_LEAST_1,
+    EXCLUDED,
     NOT_TAKEN,
     SWITCH,
     TEXT,
@@ -153,6 +155,23 @@ class RunArguments(LiftConfig, BaseAndRows):
         UserError: a value that a setting cannot have.
     """
 
+    method: str = field(
+        default=SFT,
+        metadata=about(
+            one_of(*METHOD_NAMES),
+            f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}. What rows are trained on by: "
+            "imitated (sft), preferred (dpo, kto, orpo, cpo), rewarded (grpo, rloo), or a reward "
+            "model of them (reward). The settings of TRL's trainer for it are settings too.",
+        ),
+    )
+    reward_funcs: tuple[str, ...] = field(
+        default=(),
+        metadata=about(
+            EXCLUDED,
+            "module:function, for grpo and rloo. What rewards completions, as TRL's trainers take "
+            "it; imported from the current directory or from what is installed.",
+        ),
+    )
     calibration_rows: int = field(
         default=32,
         metadata=about(
@@ -237,7 +256,7 @@ class RunArguments(LiftConfig, BaseAndRows):
 
 TAKEN = (
     "target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices",
-    "density_pattern", "datasets",
+    "density_pattern", "datasets", "reward_funcs",
 )  # fmt: skip
 """Settings that a command line has in another form."""
 

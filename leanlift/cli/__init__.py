@@ -71,9 +71,10 @@ def _train(arguments: Sequence[str]) -> int:
     """Say what needs nothing heavy, then train."""
     from leanlift.cli.early import check_early
     from leanlift.cli.help import train_help
+    from leanlift.cli.parsing import method_of
 
     asked, all_of_it = asks_for_help(arguments)
-    text = train_help(all_of_it) if asked else None
+    text = train_help(all_of_it, method_of(arguments)) if asked else None
     if text is not None:
         print(text)
         raise SystemExit(0)  # as argparse does it

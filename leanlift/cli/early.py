@@ -16,7 +16,7 @@ from typing import Any
 
 from leanlift.cli.kinds import check_kind
 from leanlift.cli.options import WORDS, options, words_of
-from leanlift.cli.parsing import check_values, read_file, read_flags
+from leanlift.cli.parsing import check_values, method_of, read_file, read_flags
 from leanlift.cli.places import new_settings_file
 from leanlift.errors import UserError
 from leanlift.format import parse_card
@@ -26,6 +26,7 @@ from leanlift.io.places import (
     checkpoints_in,
     no_room,
 )
+from leanlift.methods import SFT
 from leanlift.rows.first import check_first_rows
 from leanlift.rows.mixture import Part
 from leanlift.rows.source import check_place
@@ -43,7 +44,7 @@ def check_early(command: str, argv: Sequence[str]) -> None:
     Raises:
         UserError: there is something wrong.
     """
-    table = options()
+    table = options(method_of(argv))
     if table is None:
         return
     given, own = read_flags(command, argv, table)
@@ -174,4 +175,4 @@ def _check_rows(given: Mapping[str, Any], parts: Sequence[Part]) -> None:
         check_place(part.path)
         # of a part of the rows, or of the columns, others come first
         if as_they_are and "[" not in part.split and part.columns is None:
-            check_first_rows(part.path, name, text_field)
+            check_first_rows(part.path, name, text_field, str(given.get("method") or SFT))

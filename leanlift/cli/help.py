@@ -7,6 +7,7 @@ import textwrap
 from leanlift.cli.options import Option, options
 from leanlift.defaults import command_defaults
 from leanlift.format.terminal import WIDTH
+from leanlift.methods import SFT
 
 NAMES = 33
 """Columns of the names."""
@@ -31,6 +32,11 @@ OWN_WORDS = {
     "save_strategy": "or no, epoch",
     "save_steps": "with save_strategy steps",
     "save_total_limit": "checkpoints that are kept; none: all",
+    "loss_type": "of TRL's trainer; what there is says --help_all",
+    "beta": "how near the policy stays to its reference",
+    "num_generations": "completions of a prompt that are compared",
+    "max_completion_length": "tokens that are generated at most",
+    "temperature": "of what is generated",
     "resume_from_checkpoint": "true: the last whole one; or a path",
 }
 """A line for each option of the groups that TRL or transformers declare; --help_all has their own
@@ -61,6 +67,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "dataset_name", "dataset_split", "datasets", "streaming", "formatting_func",
         "eval_dataset_name", "eval_dataset_split", "max_length", "packing",
     ),
+    "Method": (
+        "method", "reward_funcs", "beta", "loss_type", "num_generations", "max_completion_length",
+        "temperature", "epsilon", "cpo_alpha", "simpo_gamma", "desirable_weight",
+        "undesirable_weight",
+    ),
     "What is trained": (
         "density", "rank_budget", "approx_rank", "target_modules", "exclude_modules",
         "modules_to_save", "trainable_token_indices",
@@ -90,9 +101,9 @@ COMMAND = {
 }
 
 
-def train_help(show_all: bool) -> str | None:
+def train_help(show_all: bool, method: str = SFT) -> str | None:
     """The text; None where the options cannot be read from their sources."""
-    table = options()
+    table = options(method)
     if table is None:
         return None
     lines = [

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.defaults import SPARSE_OPTIMIZERS
+from leanlift.methods import METHODS, SFT
 from leanlift.run_arguments import RunArguments
 from leanlift.settings import (
     ANYTHING,
@@ -34,13 +35,16 @@ from leanlift.settings import (
     optional,
 )
 
-SOURCES = (
-    ("transformers", "training_args.py", "TrainingArguments"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
-    ("leanlift", "training/arguments.py", "LiftSFTConfig"),
-)
-"""Package, file and class; a later one's fields replace an earlier one's."""
+
+def sources(method: str) -> tuple[tuple[str, str, str], ...]:
+    """Package, file and class; a later one's fields replace an earlier one's."""
+    own = METHODS[method]
+    return (
+        ("transformers", "training_args.py", "TrainingArguments"),
+        ("trl", "trainer/base_config.py", "_BaseConfig"),
+        ("trl", own.config_file, own.config),
+        ("leanlift", "training/arguments.py", "LiftArguments"),
+    )
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,19 @@ MANY = Kind("a list", lambda value: isinstance(value, list), _as_list, many=True
 
 
 @cache
-def options() -> dict[str, Option] | None:
-    """Every setting by name; None where the sources are not as they are known."""
+def options(method: str = SFT) -> dict[str, Option] | None:
+    """Every setting of a method by name; None where the sources are not as they are known."""
     found: dict[str, Option] = {}
-    for package, file, name in SOURCES:
+    for package, file, name in sources(method):
         declared = _fields(package, file, name)
         if declared is None:
             return None
         if package == "leanlift":  # whose texts begin with what stands for itself
             declared = {key: replace(o, brief=brief(o.help)) for key, o in declared.items()}
         found |= declared
+    if method != SFT:
+        rate = str(METHODS[method].learning_rate)
+        found["learning_rate"] = replace(found["learning_rate"], default=rate)
     return found | run_options()
 
 

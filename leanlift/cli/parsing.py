@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from leanlift.cli.options import Option
 from leanlift.cli.yaml_file import read_settings
 from leanlift.errors import UserError
+from leanlift.methods import METHODS, SFT
 from leanlift.settings import FORMER_NAMES, NOT_TAKEN, Kind, todays_names
 
 HELP = ("help", "help_all")
@@ -54,6 +55,22 @@ def asks_for_help(argv: Sequence[str]) -> tuple[bool, bool]:
     some, rest = take_switch(argv, "--help", "-h")
     every, _ = take_switch(rest, "--help_all")
     return some or every, every
+
+
+def method_of(argv: Sequence[str]) -> str:
+    """The method that a command line, or the file that it names, asks for; where it is none, which
+    is said later, or none is said, the first."""
+    parser = Parser(prog="leanlift", add_help=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config")
+    try:
+        asked = parser.parse_known_args(list(argv))[0]
+        method = asked.method
+        if method is None and asked.config is not None:
+            method = read_settings(Path(asked.config).expanduser()).get("method")
+    except UserError:
+        return SFT
+    return method if isinstance(method, str) and method in METHODS else SFT
 
 
 # --- train and plan -------------------------------------------------------------------------

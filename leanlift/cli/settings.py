@@ -23,13 +23,16 @@ from leanlift.cli.parsing import (
     add_own,
     add_settings,
     check_values,
+    method_of,
     read_file,
     read_flags,
 )
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError, first_line
+from leanlift.methods import SFT
 from leanlift.settings import Kind, one_of, optional
 from leanlift.training import LiftSFTConfig, RunArguments
+from leanlift.training.arguments import loop_class
 
 logger = logging.getLogger("leanlift")
 
@@ -69,11 +72,12 @@ def read_command(command: str, argv: Sequence[str]) -> Asked:
     Raises:
         UserError: unknown keys, wrong values, or settings that exclude each other.
     """
-    table = table_of_classes()
+    method = method_of(argv)
+    table = table_of_classes(method)
     said: list[str] = []
     flags, own = read_flags(command, argv, table, said.append)
     if own.help or own.help_all:
-        build_parser(command).print_help()
+        build_parser(command, method).print_help()
         raise SystemExit(0)
     given = {} if own.config is None else read_file(own.config, table, said.append)
     given |= flags
@@ -87,7 +91,8 @@ def read_command(command: str, argv: Sequence[str]) -> Asked:
     run = {field.name for field in fields(RunArguments)}
     try:
         args = RunArguments(**{key: value for key, value in values.items() if key in run})
-        sft = LiftSFTConfig(**{key: value for key, value in values.items() if key not in run})
+        loop = {key: value for key, value in values.items() if key not in run}
+        sft = loop_class(method)(**loop)
     except UserError:
         raise
     except (ValueError, TypeError) as error:
@@ -99,7 +104,7 @@ def read_command(command: str, argv: Sequence[str]) -> Asked:
     return Asked(args, sft, given, own)
 
 
-def build_parser(command: str) -> argparse.ArgumentParser:
+def build_parser(command: str, method: str = SFT) -> argparse.ArgumentParser:
     """The parser of `leanlift train` or `plan`, with the libraries' own help."""
     parser = Parser(
         prog=f"leanlift {command}",
@@ -109,18 +114,19 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         formatter_class=_OneName,
         add_help=False,
     )
-    add_settings(parser, table_of_classes().values())
+    add_settings(parser, table_of_classes(method).values())
     add_own(parser, command)
     return parser
 
 
 @cache
-def table_of_classes() -> dict[str, Option]:
+def table_of_classes(method: str = SFT) -> dict[str, Option]:
     """Every setting by name, as the classes have it: their annotations as transformers reads them.
     `leanlift.cli.options.options` has the same of their sources."""
-    hints = get_type_hints(LiftSFTConfig)
+    kind_of_loop = loop_class(method)
+    hints = get_type_hints(kind_of_loop)
     found: dict[str, Option] = {}
-    for action in HfArgumentParser((LiftSFTConfig,), add_help=False)._actions:
+    for action in HfArgumentParser((kind_of_loop,), add_help=False)._actions:
         if action.dest in found:  # the --no_ of a switch
             continue
         default = None if action.required else str(action.default)

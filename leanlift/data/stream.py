@@ -53,19 +53,19 @@ def check_long_enough(rows: IterableDataset, sft: Any, name: str) -> None:
     Raises:
         UserError: it does.
     """
-    wanted = sft.per_device_train_batch_size * sft.gradient_accumulation_steps * processes()
+    batch, wanted = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
     length = sft.max_length if sft.packing else None
     found = tokens = 0
     for row in rows:
         found += 1
         tokens += len(row["input_ids"])
-        full = found if length is None else tokens // length  # packs are no longer than that
-        if full >= wanted:
+        full = found if length is None else -(-tokens // length)  # packs are no longer than that
+        if -(-full // (batch * processes())) >= wanted:  # the last batch may be a smaller one
             return
     packs = "" if length is None else f" ({tokens} tokens, in packs of {length})"
     raise UserError(
-        f"the {name} dataset is a stream of {found} examples{packs}, and a step takes {wanted}: "
-        "leave streaming out, or lower gradient_accumulation_steps or "
+        f"the {name} dataset is a stream of {found} examples{packs}, and a step takes {wanted} "
+        f"batches of {batch}: leave streaming out, or lower gradient_accumulation_steps or "
         "per_device_train_batch_size."
     )
 

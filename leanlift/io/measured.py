@@ -124,7 +124,7 @@ SMALLEST_COMPARED = 2**20
 BOUNDS = ("retired entries", "load", "select", "refresh", "export")
 """What is planned at its most."""
 
-WITHIN_TRAINING = ("train", "refresh", "evaluate")
+WITHIN_TRAINING = ("train", "refresh", "evaluate", "generate")
 """Phases of a plan that a CUDA device's one peak of training covers."""
 
 

@@ -18,8 +18,9 @@ from transformers.integrations import moe
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError, first_line
 from leanlift.layers.lm_head import LIKELIHOOD, Objective
+from leanlift.methods import SFT
 from leanlift.plan.auto import auto_class, how_loaded
-from leanlift.plan.loss import loss_of_all_tokens
+from leanlift.plan.method_loss import SCORED, generating_of, loss_of
 from leanlift.plan.planner import Known, plan_step
 from leanlift.plan.result import MemoryPlan
 from leanlift.plan.settings import PlanSettings
@@ -41,6 +42,7 @@ def plan_memory(
     revision: str | None = None,
     known: Known | None = None,
     images: bool = False,
+    method: str = SFT,
 ) -> MemoryPlan:
     """What fine-tuning a model will need, without its weights.
 
@@ -54,16 +56,25 @@ def plan_memory(
         images: whether rows have some: the part that sees is there then, where a kind of model has
             a class without it. What it keeps of them is counted where the settings' largest
             batches have `seen` some, and the model's code runs over these.
+        method: what rows are trained on by, one of `leanlift.methods`. Rows are those that the
+            policy computes: of pairs, twice as many.
 
     Raises:
         UserError: no such model, one without targets, or settings that cannot be planned.
     """
     base = FakeBase.of(model, attn_implementation, trust_remote_code, revision, images)
     planned = base.planned(config or LiftConfig(), settings or PlanSettings())
-    loss = partial(loss_of_all_tokens, objective=objective)
+    loss, generating = loss_of(method, objective), generating_of(method)
     with without_packing_search(), grouped_products():
-        make = plan_over_images if images else plan_step
-        plan = make(planned, base.name, loss, known)
+        if images:
+            plan = plan_over_images(planned, base.name, loss, known)
+        else:
+            plan = plan_step(planned, base.name, loss, known, generating)
+    if planned.settings.on_cuda and method in SCORED:
+        plan.notes.append(
+            "every token of a row is scored here; on a GPU TRL scores those of completions alone, "
+            "and takes less."
+        )
     loaded = how_loaded(base.shape, images)
     if loaded is not None:
         plan.notes.append(loaded)

@@ -207,14 +207,15 @@ def step_peak(
     return _step_bytes(laps, earlier)
 
 
-def forward_peak(model: Any, loss: Loss, batch: int, length: int) -> int:
+def forward_peak(model: Any, loss: Loss, batch: int, length: int, every_block: bool = False) -> int:
     """Bytes beyond weights, values and scratch of a forward pass without a backward one, as in an
     evaluation; the arguments are those of `step_peak`. What stays from block to block does not
-    grow, so the blocks that show two periods stand for all."""
+    grow, so the blocks that show two periods stand for all; not so where a cache is kept, of
+    `every_block`."""
     _take_scratch(model)
     ids = torch.zeros(batch, length, dtype=torch.long)
     with (
-        in_part(model, repetition(model)),
+        in_part(model, None if every_block else repetition(model)),
         fused_attention(),
         torch.no_grad(),
         LiveBytes() as live,

@@ -40,7 +40,11 @@ Known = dict[tuple[str, ...], Any]
 
 
 def plan_step(
-    planned: Planned, name: str, loss: Callable[..., Tensor], known: Known | None = None
+    planned: Planned,
+    name: str,
+    loss: Callable[..., Tensor],
+    known: Known | None = None,
+    generating: Callable[..., Tensor] | None = None,
 ) -> MemoryPlan:
     """Plan a run without loading a weight.
 
@@ -50,6 +54,7 @@ def plan_step(
         loss: what the step computes: `fake.Loss` that also takes how many tokens are
             `trained`, whether rows are `padded`, and the `finish` of the logits.
         known: of earlier plans for this model and loss, which are run once; added to.
+        generating: what generates the rows while it trains; None: nothing does.
 
     Raises:
         UserError: an optimizer whose state has no rule, or a model without targets.
@@ -72,6 +77,7 @@ def plan_step(
             **before_training(planned, shapes, held),
             "train": train,
             **beside_training(planned, shapes, static, evaluating),
+            **_generating(planned, static, generating, known),
         },
         step={
             "forward pass": moving.forward,
@@ -148,6 +154,24 @@ def _evaluating(planned: Planned, loss: Callable[..., Tensor], known: Known) -> 
                 with keeping_numbers(batch.seen is not None):
                     known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
     return int(known[key]) + _input_nbytes(batch, 1, planned.settings)
+
+
+def _generating(
+    planned: Planned, static: int, generating: Callable[..., Tensor] | None, known: Known
+) -> dict[str, int]:
+    """The phase in which rows are generated, if they are: all those of a step at once, as TRL does
+    it unless it is told otherwise."""
+    if generating is None:
+        return {}
+    batch = planned.settings.batch
+    rows = batch.rows * planned.settings.gradient_accumulation_steps
+    key = ("generate", str(rows), *_what_decides(planned))
+    if key not in known:
+        with fake_tensors():
+            _, model = attached(planned)
+            with _in_one_sentence(model, "generation"):
+                known[key] = forward_peak(model.eval(), generating, rows, batch.tokens, True)
+    return {"generate": static + int(known[key])}
 
 
 def _loss_of(model: Any, loss: Callable[..., Tensor], batch: Batch, known: Known) -> Any:

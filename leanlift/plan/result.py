@@ -19,6 +19,7 @@ MOMENTS = {
     "select": "while the trained entries are selected",
     "refresh": "while a refresh selects anew",
     "evaluate": "in an evaluation",
+    "generate": "while rows are generated",
     "export": "in the merge",
 }
 """The moments at which memory can peak: parts of a step and other phases, in words."""

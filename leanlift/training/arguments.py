@@ -5,14 +5,20 @@ defaults, from the paper. What a run is told beside the loop is `leanlift.run_ar
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from trl import SFTConfig
 
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
+from leanlift.methods import METHODS, SFT
 from leanlift.run_arguments import RunArguments
 from leanlift.settings import NUMBERS, SWITCH
 from leanlift.training.checks import check_numbers
@@ -26,8 +32,9 @@ def trains_on_gpu(sft: Any) -> bool:
 
 
 @dataclass
-class LiftSFTConfig(SFTConfig):
-    """SFTConfig with the paper's training settings as defaults (arXiv 2506.00772, appendix).
+class LiftArguments:
+    """The settings of the loop that are ours, or have another default here than TRL's, for every
+    method: the paper's (arXiv 2506.00772, appendix).
 
     The paper's are: learning_rate (its MATH-10K runs on Llama-2-7B; 1e-4 and 5e-5 elsewhere),
     adam_beta2, adam_epsilon, no weight decay, linear decay after 3 % warm-up. In the miniatures of
@@ -75,6 +82,11 @@ class LiftSFTConfig(SFTConfig):
         default="none", metadata={"help": "such as tensorboard or wandb. Where Trainer logs to"}
     )
 
+    if TYPE_CHECKING:
+        gradient_accumulation_steps: int = 1
+        max_grad_norm: float = 1.0
+        fp16: bool = False
+
     def __post_init__(self) -> None:
         """As TRL's, which only knows transformers' optimizers. Without a GPU the run is one on the
         CPU, and without bf16 autocast unless it is asked for.
@@ -89,7 +101,7 @@ class LiftSFTConfig(SFTConfig):
         check_numbers(self)
         SWITCH.check("use_cpu", self.use_cpu)  # any text would be true
         for name in ("resume_from_checkpoint", "chat_template_path"):
-            given = getattr(self, name)
+            given = getattr(self, name, None)
             if isinstance(given, str) and given.startswith("~"):
                 setattr(self, name, os.path.expanduser(given))
         if self.use_cpu or not torch.cuda.is_available():
@@ -98,7 +110,7 @@ class LiftSFTConfig(SFTConfig):
         own = self.optim if self.optim in SPARSE_OPTIMIZERS else None
         if own:
             self.optim = "adamw_torch"
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         if own:
             self.optim = own
         if self.optim_in_backward:
@@ -120,3 +132,72 @@ class LiftSFTConfig(SFTConfig):
                 f"cannot go with {' and '.join(found)}: set optim=sparse_adamw or "
                 "sparse_adamw_8bit, gradient_accumulation_steps=1, max_grad_norm=0 and no fp16."
             )
+
+
+@dataclass
+class LiftSFTConfig(LiftArguments, SFTConfig):
+    """SFTConfig with the paper's training settings as defaults (arXiv 2506.00772, appendix).
+
+    The paper's are: learning_rate (its MATH-10K runs on Llama-2-7B; 1e-4 and 5e-5 elsewhere),
+    adam_beta2, adam_epsilon, no weight decay, linear decay after 3 % warm-up. `optim`,
+    `optim_in_backward` and `max_nonfinite_steps` are leanlift's. All else is TRL's.
+    """
+
+
+@cache
+def loop_class(method: str) -> Any:
+    """The class of a method's settings of the loop: TRL's, with ours."""
+    if method == SFT:
+        return LiftSFTConfig
+    found = METHODS[method]
+    module = f"trl.{found.config_file.removesuffix('.py').replace('/', '.')}"
+    with experimental_without_a_word():
+        theirs = getattr(import_module(module), found.config)
+    rate = field(default=found.learning_rate, metadata={"help": "peak learning rate"})
+    return make_dataclass(
+        f"Lift{found.config}",
+        [("learning_rate", float, rate)],
+        bases=(LiftArguments, theirs),
+        namespace={"__doc__": f"{found.config} of TRL's, with leanlift's settings."},
+    )
+
+
+@contextmanager
+def experimental_without_a_word() -> Iterator[None]:
+    """TRL warns wherever something of `trl.experimental` is imported."""
+    with catch_warnings():
+        simplefilter("ignore")
+        yield
+
+
+def planned_loop(args: RunArguments, loop: Any, longest: int | None = None) -> LiftSFTConfig:
+    """The loop of a run as one of supervised training that has the same steps: what a plan takes.
+
+    Args:
+        args, loop: of the run.
+        longest: tokens of the longest row, where they are known; else as many as settings allow.
+    """
+    if isinstance(loop, LiftSFTConfig):
+        return loop
+    method = METHODS[args.method]
+    common = {each.name for each in fields(LiftArguments)} | {
+        "gradient_checkpointing", "gradient_checkpointing_kwargs", "gradient_accumulation_steps",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps", "max_grad_norm",
+        "num_train_epochs", "eval_strategy", "trust_remote_code", "fp16", "bf16", "seed",
+        "save_strategy", "save_steps", "save_total_limit", "activation_offloading",
+    }  # fmt: skip
+    given = {name: getattr(loop, name) for name in common if hasattr(loop, name)}
+    length = getattr(loop, "max_length", None)
+    if method.generates:
+        prompt = longest if longest is not None else 512
+        length = prompt + loop.max_completion_length
+    elif longest is not None:
+        length = longest if length is None else min(length, longest)
+    return LiftSFTConfig(
+        **{
+            **given,
+            "per_device_train_batch_size": method.rows * loop.per_device_train_batch_size,
+            "per_device_eval_batch_size": method.rows * loop.per_device_eval_batch_size,
+            "max_length": length,
+        }
+    )

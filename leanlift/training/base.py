@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from leanlift.defaults import default_dtype
 from leanlift.errors import UserError, first_line
 from leanlift.io.hub import cached_commit, check_name
 from leanlift.io.places import base_directory
 from leanlift.measure import is_out_of_memory
+from leanlift.methods import REWARD_HEAD
 from leanlift.plan.auto import auto_class, auto_class_with, parts_left_out
 from leanlift.source import open_checkpoint, stored_quantization
 from leanlift.training.arguments import RunArguments
@@ -67,10 +68,9 @@ def load_model(
         if own is not None:
             _check_request(args, own)
             _check_merge(args)
-        asked = None if own is not None else quantization(args, dtype)
         load = load_in_few_bits if experts_too else load_with_experts_as_stored
         model, found = load(
-            _class_of(config, name, images, modules),
+            _class_of(args, config, images, modules),
             name,
             revision=args.model_revision,
             dtype=dtype,
@@ -79,14 +79,15 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            # None would erase the checkpoint's own
-            **({} if asked is None else {"quantization_config": asked}),
+            **_further(args, None if own is not None else quantization(args, dtype)),
         )
     except Exception as error:  # each config class and quantizer has its own ways to refuse
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
     found = {**found, "mismatched_keys": _other_shapes(model, found)}
+    if args.method == "reward":
+        found = _with_a_new_head(found)
     check_read_whole(_of_what_is_loaded(found, config, name, model), name)
     for path, module in model.named_modules():
         if is_quantized(module):
@@ -95,11 +96,31 @@ def load_model(
     return model
 
 
-def _class_of(config: Any, name: str, images: bool, modules: Iterable[str] | None) -> Any:
+def _further(args: RunArguments, asked: Any) -> dict[str, Any]:
+    """What else `from_pretrained` is given; a quantization of None would erase the checkpoint's."""
+    more = {} if asked is None else {"quantization_config": asked}
+    return {**more, "num_labels": 1} if args.method == "reward" else more
+
+
+def _class_of(args: RunArguments, config: Any, images: bool, modules: Iterable[str] | None) -> Any:
     """The Auto class to load a base by; see `load_model`."""
+    if args.method == "reward":
+        return AutoModelForSequenceClassification
     if modules is None:
-        return auto_class(config, name, images)
-    return auto_class_with(config, name, modules)
+        return auto_class(config, args.model_name_or_path, images)
+    return auto_class_with(config, args.model_name_or_path, modules)
+
+
+def _with_a_new_head(found: dict[str, Any]) -> dict[str, Any]:
+    """Loading info of a reward model, which begins with a head of its own in the place of that over
+    the vocabulary."""
+    new, old = f"{REWARD_HEAD}.weight", "lm_head.weight"
+    missing, left = found.get("missing_keys", ()), found.get("unexpected_keys", ())
+    return {
+        **found,
+        "missing_keys": [key for key in missing if key != new],
+        "unexpected_keys": [key for key in left if key != old],
+    }
 
 
 def check_loads(directory: Path) -> None:

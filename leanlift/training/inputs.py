@@ -17,6 +17,7 @@ from leanlift.data.tokenizer import (
     tokenizer_of,
     vocabulary_rows,
 )
+from leanlift.data.tokens import Tokens
 from leanlift.errors import UserError
 from leanlift.io.places import check_merged_place, no_room
 from leanlift.model.tokens import check_token_ids
@@ -36,13 +37,16 @@ from leanlift.training.checkpointing.whole import Checkpoint, check_checkpoint
 @dataclass(frozen=True)
 class ReadyRows:
     """The tokenizer, and the rows to train and to evaluate on, ready for the trainer; and how many
-    rows the embedding needs for its tokens, if it has fewer. Rows with images have a processor."""
+    rows the embedding needs for its tokens, if it has fewer. Rows with images have a processor.
+    Of rows that the trainer tokenizes, how long the longest is, and the first as tokens."""
 
     tokenizer: Any
     rows: Any
     eval_rows: Any
     embedding_rows: int | None = None
     processor: Any = None
+    longest: int | None = None
+    first: Tokens | None = None
 
     @property
     def data(self) -> Any:

@@ -11,15 +11,22 @@ from typing import Any
 
 from leanlift.errors import UserError
 from leanlift.export import ONTO
+from leanlift.methods import SFT
 from leanlift.plan import MemoryPlan
 from leanlift.plan.base import NOT_COUNTED
-from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
+from leanlift.training.arguments import (
+    LiftSFTConfig,
+    RunArguments,
+    planned_loop,
+    trains_on_gpu,
+)
 from leanlift.training.base import check_base_place, quantization
-from leanlift.training.batches import Batches, worst_batches
+from leanlift.training.batches import Batches, largest_allowed, worst_batches
 from leanlift.training.checkpointing.settings import check_same_settings, run_settings, settings_of
 from leanlift.training.checks import check_settings
 from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_run, ready_rows
 from leanlift.training.interrupt import Interrupt
+from leanlift.training.methods import check_method, ready_for, reward_functions
 from leanlift.training.out_of_memory import card_nbytes
 from leanlift.training.plan import check_growth, check_reached
 from leanlift.training.room import check_room, check_writable
@@ -83,6 +90,8 @@ def look_at_input(
     found = checkpoint_of_run(sft, job.output)
     config = args.lift_config()
     check_settings(sft, config)
+    check_method(args, sft)
+    reward_functions(args)
     check_merged_dir(args, job.output)
     check_writable(job.output)
     evaluates = str(getattr(sft.eval_strategy, "value", sft.eval_strategy)) != "no"
@@ -93,7 +102,8 @@ def look_at_input(
     quantization(args, dtype_of(args.dtype or "float32"))
     check_base_place(args)
     with job.screen.phase("Reading the rows"):
-        ready = ready_rows(args, sft)  # before a load that takes minutes
+        # before a load that takes minutes
+        ready = (ready_rows if args.method == SFT else ready_for)(args, sft)
     check_growth(args, sft, ready.embedding_rows, ready.processor is not None)
     if ready.processor is None:
         check_reached(args, sft)
@@ -104,10 +114,10 @@ def look_at_input(
         raise UserError(
             "selector=gradient goes through rows of text, and these have images: leave it out."
         )
-    first = first_row_of(ready.rows, ready.tokenizer)
+    first = first_row_of(ready, ready.tokenizer)
     if first is not None:
         job.screen.first_row(first)
-    job.worst = worst_batches(ready.rows, ready.eval_rows, sft)
+    job.worst = _worst(args, sft, ready)
     if plan is not None:
         with job.screen.phase("Planning the memory"):
             job.plan = plan(job.worst)
@@ -115,3 +125,16 @@ def look_at_input(
             logger.warning("In this plan %s", NOT_COUNTED)
     check_room(args, sft, job.plan, ready.data, job.output, card_nbytes(job.cuda))
     return ready, told, None if found is None else str(found.path)
+
+
+def _worst(args: RunArguments, sft: Any, ready: ReadyRows) -> Batches:
+    """The largest batches that the rows allow; of a method whose trainer tokenizes them, rows as
+    long as the longest of those looked at."""
+    if args.method == SFT:
+        return worst_batches(ready.rows, ready.eval_rows, sft)
+    loop = planned_loop(args, sft, ready.longest)
+    train, evaluation = (
+        largest_allowed(size, loop, False)
+        for size in (loop.per_device_train_batch_size, loop.per_device_eval_batch_size)
+    )
+    return Batches(train, None if ready.eval_rows is None else evaluation)

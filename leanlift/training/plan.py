@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from leanlift.config import TARGET_PRESETS
+from leanlift.config import TARGET_PRESETS, LiftConfig
 from leanlift.errors import UserError, first_line
 from leanlift.fingerprint import Layout
 from leanlift.format import size
+from leanlift.methods import REWARD_HEAD
 from leanlift.model.blocks import inside_language
 from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.targets import beyond_text, find_targets
@@ -29,7 +30,12 @@ from leanlift.plan import (
 from leanlift.plan.auto import how_loaded
 from leanlift.plan.fake import fake_tensors
 from leanlift.source import layout_in
-from leanlift.training.arguments import LiftSFTConfig, RunArguments, trains_on_gpu
+from leanlift.training.arguments import (
+    LiftSFTConfig,
+    RunArguments,
+    planned_loop,
+    trains_on_gpu,
+)
 from leanlift.training.batches import Batches, largest_allowed
 from leanlift.training.loss import NAME_OTHERS, objective_of
 from leanlift.weights.kinds import is_turned_linear, matrix_of
@@ -54,7 +60,7 @@ def plan_of(
     """
     plan = plan_memory(
         args.model_name_or_path,
-        args.lift_config(),
+        planned_mask(args),
         plan_settings(args, sft, cuda, batches or Batches()),
         args.attn_implementation,
         bool(sft.trust_remote_code),
@@ -62,8 +68,9 @@ def plan_of(
         args.model_revision,
         known,
         batches is not None and batches.images,
+        args.method,
     )
-    template = sft.chat_template_path
+    template = getattr(sft, "chat_template_path", None)
     if template is not None and not Path(template).expanduser().is_file():
         plan.notes.append(
             "rows that the embedding may get for tokens of chat_template_path are not counted."
@@ -92,7 +99,7 @@ def check_growth(
     Raises:
         UserError: it would.
     """
-    config = args.lift_config()
+    config = planned_mask(args)
     if rows is None or not config.modules_to_save:
         return
     with fake_tensors():
@@ -110,7 +117,7 @@ def check_reached(args: RunArguments, sft: LiftSFTConfig) -> None:
     Raises:
         UserError: they are that, or no targets.
     """
-    config = args.lift_config()
+    config = planned_mask(args)
     beside = config.modules_to_save or config.trainable_token_indices
     if beside or config.target_modules in TARGET_PRESETS:
         return
@@ -162,13 +169,24 @@ def _planned(
     args: RunArguments, sft: LiftSFTConfig, cuda: bool | None, images: bool = False
 ) -> Planned:
     settings = plan_settings(args, sft, cuda, Batches())
-    return _base(args, sft, images).planned(args.lift_config(), settings)
+    return _base(args, sft, images).planned(planned_mask(args), settings)
+
+
+def planned_mask(args: RunArguments) -> LiftConfig:
+    """What is trained, but for the head of a reward model, which a plan's model has not: a row."""
+    config = args.lift_config()
+    if args.method != "reward":
+        return config
+    whole = config.modules_to_save
+    names = (whole,) if isinstance(whole, str) else whole
+    return replace(config, modules_to_save=tuple(n for n in names if n != REWARD_HEAD))
 
 
 def plan_settings(
     args: RunArguments, sft: LiftSFTConfig, cuda: bool | None, batches: Batches
 ) -> PlanSettings:
     """What decides the memory of a run, of its arguments."""
+    sft = planned_loop(args, sft)
     eval_packing = sft.packing if sft.eval_packing is None else sft.eval_packing
     train = batches.train or largest_allowed(sft.per_device_train_batch_size, sft, sft.packing)
     evaluation = batches.eval or largest_allowed(sft.per_device_eval_batch_size, sft, eval_packing)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from leanlift.adapters import RUN_NAME
 from leanlift.data.dataset import calibration_batches
@@ -30,6 +31,7 @@ from leanlift.measure import (
     save_report,
     static_categories,
 )
+from leanlift.methods import SFT
 from leanlift.model import embedding_to_cpu, lifted, use_ops
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
@@ -45,6 +47,7 @@ from leanlift.training.inputs import ReadyRows
 from leanlift.training.interrupt import Interrupt, StopAfterStep
 from leanlift.training.job import Job, look_at_input
 from leanlift.training.memory import FOLLOWED_STEPS, MemoryCallback, timeline
+from leanlift.training.methods import check_head, reward_functions, trainer_of
 from leanlift.training.out_of_memory import out_of_memory
 from leanlift.training.plan import plan_of_what_was_measured
 from leanlift.training.screens import QuietScreen, Screen, Summary, check_format
@@ -59,7 +62,6 @@ from leanlift.training.told import (
     places_of,
     settings_for_reader,
 )
-from leanlift.training.trainer import LiftTrainer
 from leanlift.training.watch import Watch
 
 logger = logging.getLogger("leanlift")
@@ -164,6 +166,7 @@ def _attached(
     args, sft, config = job.args, job.sft, job.args.lift_config()
     with job.screen.phase("Loading the base"), meter.phase("load"):
         images = ready.processor is not None
+        set_seed(sft.seed)  # a new head begins with random numbers
         model = load_model(args, device, sft.trust_remote_code, images=images)
     job.phase = "select"
     what = "Loading the checkpoint" if resume else "Choosing the entries to train"
@@ -201,7 +204,7 @@ def _trained(
     told: dict[str, Any],
     meter: MemoryMeter,
     resume: str | None,
-) -> tuple[LiftTrainer, Watch]:
+) -> tuple[Any, Watch]:
     """The trainer after its last step, and who watched it.
 
     Raises:
@@ -220,7 +223,8 @@ def _trained(
     extra = [LastEvaluation()] if ready.eval_rows is not None else []
     try:
         with job.screen.phase("Preparing the training"):
-            trainer = LiftTrainer(
+            check_head(model, job.args.method)
+            trainer = trainer_of(job.args.method)(
                 model=model,
                 args=sft,
                 train_dataset=ready.rows,
@@ -228,6 +232,7 @@ def _trained(
                 processing_class=ready.processor or ready.tokenizer,
                 callbacks=[memory, *extra, watch, stop],
                 run_settings=told,
+                **reward_functions(job.args),
             )
     except UserError:
         raise
@@ -247,9 +252,9 @@ def _trained(
     return trainer, watch
 
 
-def _compare(job: Job, trainer: LiftTrainer, meter: MemoryMeter) -> None:
+def _compare(job: Job, trainer: Any, meter: MemoryMeter) -> None:
     """Hold what was measured against a plan for the batches that it was measured over."""
-    if job.plan is not None:
+    if job.plan is not None and job.args.method == SFT:
         seen = trainer.largest.within(None if meter.cuda else FOLLOWED_STEPS)
         compared = plan_of_what_was_measured(
             job.args, job.sft, meter.cuda, job.plan, job.worst, seen
@@ -264,7 +269,7 @@ def _stopped(job: Job, step: int, steps: int) -> Interrupted:
     return job.interrupt.stopped("\n".join(stopped_lines(step, steps, checkpoint, job.command)))
 
 
-def _merge(job: Job, model: Any, trainer: LiftTrainer, meter: MemoryMeter) -> MergeReport | None:
+def _merge(job: Job, model: Any, trainer: Any, meter: MemoryMeter) -> MergeReport | None:
     """The merged checkpoint, if one is wanted."""
     args, output = job.args, job.output
     if not args.merged_dir or not is_first():
@@ -291,7 +296,7 @@ def _merge(job: Job, model: Any, trainer: LiftTrainer, meter: MemoryMeter) -> Me
 def _summary(
     job: Job,
     ready: ReadyRows,
-    trainer: LiftTrainer,
+    trainer: Any,
     watch: Watch,
     meter: MemoryMeter,
     merged: MergeReport | None,

@@ -20,6 +20,7 @@ from leanlift.data.tokens import IGNORED, ROW_KEYS
 from leanlift.export import TRAINING_KEYS
 from leanlift.format import count, share
 from leanlift.measure import MemoryMeter, human, machine_nbytes, resident_now
+from leanlift.methods import SFT
 from leanlift.model import RefreshReport, lift_layers, lift_state, weights_of
 from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
@@ -34,8 +35,11 @@ logger = logging.getLogger("leanlift")
 # --- for the screen ------------------------------------------------------------------------
 
 
-def first_row_of(rows: Any, tokenizer: Any) -> FirstRow | None:
+def first_row_of(ready: ReadyRows, tokenizer: Any) -> FirstRow | None:
     """The first row as it is trained; None where there is none to look at."""
+    if ready.first is not None:
+        return marked(ready.first.ids, ready.first.labels, tokenizer)
+    rows = ready.rows
     data = rows.data if isinstance(rows, TokenRows) else rows
     row = next(iter(data), None) if isinstance(data, (Dataset, IterableDataset)) else None
     if row is None or not {"input_ids", "labels"} <= row.keys():
@@ -96,7 +100,7 @@ def _tokens(data: Dataset) -> int | None:
 
 def memory_now(callback: MemoryCallback, plan: MemoryPlan | None, cuda: bool) -> Memory:
     """Memory at this moment of training, against what was planned for training."""
-    within = ("train", "evaluate", "refresh") if cuda else ("train",)
+    within = ("train", "evaluate", "refresh", "generate") if cuda else ("train",)
     planned = None if plan is None else max(plan.phases.get(phase, 0) for phase in within)
     if cuda:
         return Memory(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), planned)
@@ -113,8 +117,9 @@ def places_of(output: Path, merged: Path | None) -> tuple[Place, ...]:
 
 
 def next_commands(args: RunArguments, output: Path, images: bool = False) -> tuple[str, ...]:
-    """What to run after a run; over rows with images, nothing that evaluates them."""
-    if images:
+    """What to run after a run; over rows with images, or of preferences, nothing that evaluates
+    them."""
+    if images or args.method != SFT:
         more = [] if args.merged_dir else [shell("leanlift", "export", output, "MERGED")]
         return (shell("leanlift", "report", output), *more)
     own = args.eval_dataset_name is not None
@@ -180,7 +185,7 @@ def settings_for_reader(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any
     own["datasets"] = parts if args.datasets else []
     own["dataset_name"] = "" if args.datasets else _absolute(args.dataset_name)
     loop = sft.to_dict()
-    kept = {key: loop[key] for key in (*TRAINING_KEYS, *ROW_KEYS)}
+    kept = {key: loop[key] for key in (*TRAINING_KEYS, *ROW_KEYS) if key in loop}
     return {"leanlift_version": __version__, **own, **kept}
 
 

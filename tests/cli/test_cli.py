@@ -21,6 +21,8 @@ from leanlift.cli.settings import parse_train
 from leanlift.training import RunArguments
 
 OWN_OPTIONS = {
+    "method",
+    "reward_funcs",
     "model_name_or_path",
     "model_revision",
     "dataset_name",

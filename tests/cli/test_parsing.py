@@ -288,8 +288,8 @@ def test_without_a_table_the_classes_say_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As with another version of TRL, whose sources are not as they are known."""
-    monkeypatch.setattr("leanlift.cli.help.options", lambda: None)
-    monkeypatch.setattr("leanlift.cli.early.options", lambda: None)
+    monkeypatch.setattr("leanlift.cli.help.options", lambda method: None)
+    monkeypatch.setattr("leanlift.cli.early.options", lambda method: None)
     with pytest.raises(SystemExit) as stop:
         leanlift.cli.main(["train", "--help"])
     assert stop.value.code == 0

@@ -22,6 +22,7 @@ from tiny import make_checkpoint
 from leanlift.cli import main
 from leanlift.cli.help import GROUPS, train_help
 from leanlift.cli.options import MANY, options
+from leanlift.methods import METHODS
 from leanlift.settings import ANYTHING, TEXT, WORD
 
 SECONDS = 2.0
@@ -205,7 +206,8 @@ def test_help_has_what_a_run_takes_and_says_what_it_takes_by_itself() -> None:
     table, text = options(), train_help(False)
     assert table is not None
     assert text is not None
-    assert {name for names in GROUPS.values() for name in names} <= set(table)
+    named = {name for names in GROUPS.values() for name in names}
+    assert named <= {name for method in METHODS for name in options(method) or ()}
     for name, default in {"density": "(0.05)", "optim": "(sparse_adamw_8bit)"}.items():
         assert default in " ".join(text.partition(f"--{name} ")[2].partition("\n  --")[0].split())
     every = train_help(True)

@@ -160,7 +160,8 @@ def test_what_is_wrong_names_the_place(places: dict[str, str], tmp_path: Path) -
         ({"gradient_accumulation_steps": 5}, True),
         ({"gradient_accumulation_steps": 6}, False),
         ({"packing": True, "max_length": 20}, True),
-        ({"packing": True, "max_length": 70}, False),
+        ({"packing": True, "max_length": 70}, True),
+        ({"packing": True, "max_length": 70, "gradient_accumulation_steps": 2}, False),
     ],
 )
 def test_a_stream_shorter_than_a_step_is_refused(settings: dict[str, Any], works: bool) -> None:
