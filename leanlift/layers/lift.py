@@ -96,6 +96,7 @@ class LiftLinear(FrozenLinear):
 
     @merged.setter
     def merged(self, weight: Tensor | None) -> None:
+        """Of the offsets as they are now."""
         self._merged = None if weight is None else (self._of_offsets, weight)
 
     @property
