@@ -4,6 +4,7 @@ torch, transformers and their trainers take it for an ordinary model. Where what
 silently wrong, it is refused here:
 
 * `save_pretrained` would write packed weights without saying how they are packed;
+* new rows of an embedding would be in no adapter;
 * a training loop that knows nothing of leanlift would never choose the mask again, and round
   small updates of bf16 values away.
 
@@ -20,6 +21,7 @@ from torch import nn
 
 from leanlift.config import LiftConfig
 from leanlift.errors import UserError
+from leanlift.model.resize_embeddings import embedding_size
 from leanlift.model.state import every_layer, lift_state
 
 
@@ -46,12 +48,14 @@ def guard(model: nn.Module) -> None:
     holder: Any = model
     holder.save_pretrained = partial(_refuse_save, type(model).__name__)
     holder.push_to_hub = partial(_refuse_save, type(model).__name__)
+    holder.resize_token_embeddings = partial(_resize, model)
+    holder.tie_weights = _stay_tied
     model.register_forward_pre_hook(_check_trainer)
 
 
 def unguard(model: nn.Module) -> None:
     """Let others do with a model what they would."""
-    for name in ("save_pretrained", "push_to_hub"):
+    for name in ("save_pretrained", "push_to_hub", "resize_token_embeddings", "tie_weights"):
         vars(model).pop(name, None)
     hooks = model._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is _check_trainer]:
@@ -76,6 +80,21 @@ def _refuse_save(kind: str, *args: Any, **kwargs: Any) -> None:
         "directory), or give the trainer what get_lift_model returned; make a checkpoint of it "
         "with merge_adapter."
     )
+
+
+def _resize(model: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    have = embedding_size(model)
+    if new_num_tokens not in (None, have):
+        raise UserError(
+            f"the embedding of this model has {have} rows, and others would be lost with its "
+            "adapter: attach it with embedding_rows=len(tokenizer), and train them with "
+            "trainable_token_indices."
+        )
+    return model.get_input_embeddings()
+
+
+def _stay_tied(*args: Any, **kwargs: Any) -> None:
+    """What is tied is tied by the layers that are there."""
 
 
 def _check_trainer(model: Any, *rest: Any) -> None:

@@ -131,6 +131,27 @@ def test_values_without_their_positions_are_not_taken(base: Path) -> None:
     assert f"{prefix}values" in model.load_state_dict(rest, strict=False).missing_keys
 
 
+ENDS: list[dict[str, Any]] = [{}, {"quantize_embeddings": True}, {"trainable_token_indices": (5,)}]
+
+
+@pytest.mark.parametrize("config", ENDS, ids=["plain", "INT8", "tokens"])
+def test_an_embedding_keeps_its_rows(base: Path, config: dict[str, Any]) -> None:
+    """More would be in no adapter, and gone when it is loaded."""
+    model = attached(base, **config)
+    before, rows = logits(model), model.get_input_embeddings().weight.shape[0]
+    for unchanged in (None, rows):
+        model.resize_token_embeddings(unchanged)
+    for other in (rows + 8, rows - 8):
+        with pytest.raises(UserError, match=r"attach it with embedding_rows=len\(tokenizer\)"):
+            model.resize_token_embeddings(other, mean_resizing=False)
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+    if "quantize_embeddings" not in config:
+        stock = model.merge_and_unload()
+        stock.resize_token_embeddings(rows + 8, mean_resizing=False)
+        assert logits(stock).shape[-1] == rows + 8
+
+
 def test_no_dtype_is_changed_of_what_is_trained(base: Path) -> None:
     model = attached(base, "dense", density=0.1)
     refresh_mask(model)
