@@ -246,8 +246,8 @@ class LiftModel(PeftModel):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Compute, in this thread, exactly as the frozen base; a head that the base has not stays.
-        May be nested. What is computed here is gone back through as it was computed; under
-        activation checkpointing, which computes again, its backward pass has to come here too."""
+        May be nested. What is computed here is gone back through as it was computed; but not under
+        activation checkpointing, which computes again: compute without gradients then."""
         with lift_state(self).workspace.without_offsets():
             yield
 

@@ -36,6 +36,13 @@ def several_processes(args: SFTConfig) -> None:
             "activation_offloading moves activations from a GPU to the CPU, and this run is on "
             "the CPU: leave it out."
         )
+    one_gpu(args)
+    args.accelerator_config.dispatch_batches = False
+
+
+def one_gpu(args: Any) -> None:
+    """One GPU for this process. Trainer would take all, and replicate the model in threads whose
+    layers share what they compute in."""
     if args.n_gpu > 1:
         logger.warning(
             "Training on one GPU, %s, of %d: for all of them, start with accelerate launch.",
@@ -43,7 +50,6 @@ def several_processes(args: SFTConfig) -> None:
             args.n_gpu,
         )
         use_one_gpu(args)
-    args.accelerator_config.dispatch_batches = False
 
 
 def with_optimizer(args: SFTConfig, given: dict[str, Any], ops: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from leanlift.model import (
 )
 from leanlift.processes import check_same, is_first
 from leanlift.training.callbacks import FrozenInputs, Guard, Refresh
-from leanlift.training.given import check_optimizer
+from leanlift.training.given import check_optimizer, one_gpu
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.step_guard import GradientHooks, StepGuard
 
@@ -67,6 +67,7 @@ class LiftCallback(TrainerCallback):
     ) -> None:
         model = kwargs["model"]
         check_trained(model)
+        one_gpu(args)
         if "_orig_mod" in vars(model).get("_modules", {}):
             raise UserError(
                 "TRL's trainers and their like look into a model, and find nothing in one that "

@@ -80,6 +80,7 @@ class LiftRun(RunOverrides):
         """
         self._lift = lift_state(model)
         check_trained(model)
+        claim(model)  # a few tokens go through it before training begins
         check_numbers(args)
         optimizer = given.get("optimizers", (None, None))[0]
         by_name = not (optimizer or given.get("optimizer_cls_and_kwargs"))
@@ -109,6 +110,7 @@ class LiftRun(RunOverrides):
         self.add_callback(FrozenInputs())
         self.add_callback(self._guarding)
         self.add_callback(self._refreshing)
+        release(self.model)
 
     def read_metrics(self) -> None:
         """Before something is logged."""

@@ -42,7 +42,7 @@ def test_quantized_embeddings_train_save_load_and_merge(tmp_path: Path, tied: bo
     model = trainer.model
     embedding = model.get_input_embeddings().weight
     assert embedding.dtype == torch.int8
-    assert (embedding.data_ptr() == model.get_output_embeddings().weight.data_ptr()) == tied
+    assert (embedding.data_ptr() == model.get_output_embeddings().base.weight.data_ptr()) == tied
     save_adapter(model, tmp_path / "adapter")
     live = logits_of(model)
     assert torch.equal(logits_of(load_adapter(load(path), tmp_path / "adapter")), live)

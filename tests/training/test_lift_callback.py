@@ -180,6 +180,20 @@ def test_what_trl_cannot_do_is_one_sentence(
         make(method, model, tmp_path, **PLAIN, **given)
 
 
+def test_a_process_has_one_gpu(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trainer would replicate the model in threads."""
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    args: Any = TrainingArguments(str(tmp_path), use_cpu=True)
+    for cards, said in ((1, 0), (2, 1)):
+        args._n_gpu = cards
+        LiftCallback().on_init_end(args, TrainerState(), TrainerControl(), model=attached(base))
+        assert args.n_gpu == 1
+        assert sum("accelerate launch" in text for text in caplog.messages) == said
+
+
 def test_vllm_would_generate_with_the_base(base: Path, tmp_path: Path) -> None:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
