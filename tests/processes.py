@@ -4,6 +4,7 @@ killed, whose locks are whose. All else is tested in the process of the tests.""
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,10 @@ def run_python(
         [sys.executable, *arguments],
         cwd=cwd, env={**ENVIRONMENT, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def free_port() -> int:
+    """One that nobody listens at now."""
+    with socket.socket() as held:
+        held.bind(("localhost", 0))
+        return int(held.getsockname()[1])

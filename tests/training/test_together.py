@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,16 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from processes import free_port
 from safetensors.torch import load_file
 
 TESTS = Path(__file__).parent.parent
 REFRESHED = {"refresh_interval": 6}
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("localhost", 0))
-        return int(held.getsockname()[1])
 
 
 def train(
