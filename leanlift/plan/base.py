@@ -20,7 +20,7 @@ from leanlift.errors import UserError, first_line
 from leanlift.layers.lm_head import LIKELIHOOD, Objective
 from leanlift.methods import SFT
 from leanlift.plan.auto import auto_class, how_loaded
-from leanlift.plan.method_loss import generating_of, loss_of
+from leanlift.plan.method_loss import SCORED, generating_of, loss_of
 from leanlift.plan.planner import Known, plan_step
 from leanlift.plan.result import MemoryPlan
 from leanlift.plan.settings import PlanSettings
@@ -70,6 +70,11 @@ def plan_memory(
             plan = plan_over_images(planned, base.name, loss, known)
         else:
             plan = plan_step(planned, base.name, loss, known, generating)
+    if planned.settings.on_cuda and method in SCORED:
+        plan.notes.append(
+            "every token of a row is scored here; on a GPU TRL scores those of completions alone, "
+            "and takes less."
+        )
     loaded = how_loaded(base.shape, images)
     if loaded is not None:
         plan.notes.append(loaded)

@@ -23,6 +23,8 @@ from leanlift.model.hidden import base_of
 from leanlift.plan.loss import loss_of_all_tokens, output_over_text
 
 FUSED = ("log_probs", "entropy")
+SCORED = ("dpo", "kto", "grpo", "rloo")
+"""Methods whose trainers score tokens with TRL's fused head."""
 
 
 def loss_of(method: str, objective: Objective) -> Callable[..., Tensor]:
@@ -81,6 +83,5 @@ def _generates(
 ) -> Tensor:
     """The last token of completions, with what the cache holds of all before it."""
     out = model(**{**_given(ids, padded), "use_cache": True, "logits_to_keep": 1})
-    held: Tensor = out.logits.float().sum()
-    assert out.past_key_values is not None
-    return held
+    scores: Tensor = out.logits.float().sum()  # while the cache is there
+    return scores

@@ -159,16 +159,18 @@ def _evaluating(planned: Planned, loss: Callable[..., Tensor], known: Known) -> 
 def _generating(
     planned: Planned, static: int, generating: Callable[..., Tensor] | None, known: Known
 ) -> dict[str, int]:
-    """The phase in which rows are generated, if they are."""
+    """The phase in which rows are generated, if they are: all those of a step at once, as TRL does
+    it unless it is told otherwise."""
     if generating is None:
         return {}
     batch = planned.settings.batch
-    key = ("generate", *_what_decides(planned))
+    rows = batch.rows * planned.settings.gradient_accumulation_steps
+    key = ("generate", str(rows), *_what_decides(planned))
     if key not in known:
         with fake_tensors():
             _, model = attached(planned)
             with _in_one_sentence(model, "generation"):
-                known[key] = forward_peak(model.eval(), generating, batch.rows, batch.tokens, True)
+                known[key] = forward_peak(model.eval(), generating, rows, batch.tokens, True)
     return {"generate": static + int(known[key])}
 
 

@@ -184,7 +184,7 @@ def planned_loop(args: RunArguments, loop: Any, longest: int | None = None) -> L
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "gradient_accumulation_steps",
         "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps", "max_grad_norm",
         "num_train_epochs", "eval_strategy", "trust_remote_code", "fp16", "bf16", "seed",
-        "save_strategy", "save_steps", "save_total_limit",
+        "save_strategy", "save_steps", "save_total_limit", "activation_offloading",
     }  # fmt: skip
     given = {name: getattr(loop, name) for name in common if hasattr(loop, name)}
     length = getattr(loop, "max_length", None)

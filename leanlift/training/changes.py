@@ -12,6 +12,7 @@ from typing import Any
 
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.format import size
+from leanlift.methods import SFT
 from leanlift.plan import MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.plan import is_tied
@@ -144,6 +145,8 @@ def _smaller_micro_batch(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> 
 
 
 def _embeddings_in_int8(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
+    if args.method != SFT:  # TRL's trainers multiply with a dense head themselves
+        return
     if not args.quantize_embeddings and not args.modules_to_save:
         cost = "embedding and head in INT8 while training: a little rounding"
         yield Change({"quantize_embeddings": True}, cost)
@@ -156,7 +159,7 @@ def _embedding_on_cpu(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Ite
 
 
 def _activations_on_cpu(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
-    if cuda and not sft.activation_offloading:
+    if cuda and not getattr(sft, "activation_offloading", True):
         yield Change({"activation_offloading": True}, "costs transfers to the CPU")
 
 
@@ -191,8 +194,11 @@ is none to make."""
 
 def shorter_rows(sft: LiftSFTConfig) -> Iterator[Change]:
     """Half of `max_length`, which is never changed unasked: rows are cut."""
-    if (sft.max_length or 0) > 512:
-        yield Change({"max_length": (sft.max_length or 0) // 2}, "rows that are longer are cut")
+    if (getattr(sft, "max_length", None) or 0) > 512:
+        yield Change(
+            {"max_length": (getattr(sft, "max_length", None) or 0) // 2},
+            "rows that are longer are cut",
+        )
 
 
 # --- what a change may save -------------------------------------------------------------------

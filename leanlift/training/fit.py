@@ -218,8 +218,12 @@ def _smaller(batches: Batches | None, sft: LiftSFTConfig) -> Batches | None:
     """Batches of known lengths with as many rows as the settings now say."""
     if batches is None:
         return None
-    train = _of_rows(batches.train, sft.per_device_train_batch_size, sft.max_length)
-    evaluated = _of_rows(batches.eval, sft.per_device_eval_batch_size, sft.max_length)
+    train = _of_rows(
+        batches.train, sft.per_device_train_batch_size, getattr(sft, "max_length", None)
+    )
+    evaluated = _of_rows(
+        batches.eval, sft.per_device_eval_batch_size, getattr(sft, "max_length", None)
+    )
     return Batches(train, evaluated, batches.images)
 
 

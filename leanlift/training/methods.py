@@ -33,6 +33,9 @@ from leanlift.training.inputs import ReadyRows
 from leanlift.training.lift_run import LiftRun
 from leanlift.training.trainer import LiftTrainer
 
+REFERENCE = "ref"
+"""How TRL calls the copy of an adapter that it trains against; without one, it is the base."""
+
 LOOKED_AT = 1000
 """First rows whose lengths are looked at, for the plan."""
 
@@ -62,6 +65,10 @@ class MethodRun(LiftRun):
         super().__init__(model=model, args=args, **kwargs)
         if optimizer is not None:
             self.optimizer_cls_and_kwargs = optimizer
+        if REFERENCE in self.model.peft_config:
+            # TRL's copy of what the adapter is now; of a run that goes on, that is no longer the
+            # base, with which it began
+            self.model.delete_adapter(REFERENCE)
         self.begin()
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sweeps import swept
 
 TESTS = Path(__file__).parent.parent
 REFRESHED = {"refresh_interval": 6}
@@ -73,7 +72,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", swept(list(CASES), "clipped"))
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one_with_both_batches(base: Path, tmp_path: Path, case: str) -> None:
     common, more = CASES[case]
     common = {"lift": REFRESHED, **common}

@@ -61,7 +61,7 @@ FREE = frozenset(
 NOT_KEPT = (
     "hub_", "push_to_hub", "resume_from_checkpoint", "local_rank", "do_", "ddp_",
     "eval_on_start", "logging_nan_inf_filter", "gradient_checkpointing_kwargs",
-    "activation_checkpointing_kwargs", "liger_kernel_config",
+    "activation_checkpointing_kwargs", "liger_kernel_config", "remove_unused_columns",
 )  # fmt: skip
 """Beginnings of keys that are nobody's business, have no effect, or are changed by TRL or a run
 itself."""
