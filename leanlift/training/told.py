@@ -19,6 +19,7 @@ from leanlift.data.dataset import TokenRows
 from leanlift.data.tokens import IGNORED, ROW_KEYS
 from leanlift.export import TRAINING_KEYS
 from leanlift.format import count, share
+from leanlift.io.places import export_words
 from leanlift.measure import MemoryMeter, human, machine_nbytes, resident_now
 from leanlift.methods import SFT
 from leanlift.model import RefreshReport, lift_layers, lift_state, weights_of
@@ -120,7 +121,7 @@ def next_commands(args: RunArguments, output: Path, images: bool = False) -> tup
     """What to run after a run; over rows with images, or of preferences, nothing that evaluates
     them."""
     if images or args.method != SFT:
-        more = [] if args.merged_dir else [shell("leanlift", "export", output, "MERGED")]
+        more = [] if args.merged_dir else [shell(*export_words(output, args.model_name_or_path))]
         return (shell("leanlift", "report", output), *more)
     own = args.eval_dataset_name is not None
     trained = args.parts()[0]
@@ -130,7 +131,7 @@ def next_commands(args: RunArguments, output: Path, images: bool = False) -> tup
     rows += ["--limit", first[1]] if first else []
     rows += ["--formatting_func", args.formatting_func] if args.formatting_func else []
     last = (
-        shell("leanlift", "export", output, "MERGED")
+        shell(*export_words(output, args.model_name_or_path))
         if not args.merged_dir
         else shell("leanlift", "eval", "--model_name_or_path", args.merged_dir, *rows)
     )
