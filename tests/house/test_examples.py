@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from processes import ENVIRONMENT, ROOT, run_python
+from tiny import load
 
 from leanlift import load_adapter
 from leanlift.cli import main
@@ -88,9 +89,13 @@ def test_the_script_of_rewards_runs(tmp_path: Path) -> None:
     more = ["--base", str(base), "--rows", str(rows), "--steps", "1", "--out", str(tmp_path / "2")]
     again = run_python(str(EXAMPLES / "grpo_math.py"), *more)
     assert again.returncode == 0, again.stderr
-    from tiny import load
-
     assert load_adapter(load(base), tmp_path / "2").active_adapter == "default"
+    by_command = ["--method", "grpo", "--reward_funcs", "grpo_math:right", "--max_steps", "1",
+                  "--model_name_or_path", str(base), "--dataset_name", str(rows),
+                  "--output_dir", str(tmp_path / "3"), "--max_completion_length", "4"]  # fmt: skip
+    third = run_python("-m", "leanlift", "train", *by_command, cwd=EXAMPLES)
+    assert third.returncode == 0, third.stderr
+    assert "trained     1 step" in third.stdout
 
 
 # --- several processes ----------------------------------------------------------------------
