@@ -3,8 +3,8 @@
     python examples/grpo_math.py                    # a tiny base and sums, made here: does it run?
     python examples/grpo_math.py --base Qwen/Qwen2.5-7B-Instruct --rows problems.jsonl --steps 500
 
-In the directory of this file, `leanlift train --method grpo --reward_funcs grpo_math:right` does the
-same by the command.
+In the directory of this file, `leanlift train --method grpo --reward_funcs grpo_math:right` does
+the same by the command.
 
 Rows have `prompt` and `answer` (a text that ends with the number, or a number). A completion is
 rewarded by 1 if the number behind its "####", or else its last one, is that of the answer. Writes

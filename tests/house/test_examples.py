@@ -8,8 +8,10 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,30 @@ def test_two_processes_are_started_as_it_is_written(base: Path, tmp_path: Path, 
     if is_job:
         shutil.rmtree(run / "checkpoint-2")
         assert "Resuming from runs/two-machines/checkpoint-1" in start()
+
+
+@pytest.mark.thorough
+def test_ctrl_c_reaches_the_processes_through_their_launcher(base: Path, tmp_path: Path) -> None:
+    write_run(base, tmp_path)
+    text = (tmp_path / "run.yaml").read_text(encoding="utf-8")
+    text = text.replace("max_steps: 2", "max_steps: 2000").replace("save_steps: 1", "save_steps: 4")
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    with (tmp_path / "log").open("w+") as log:
+        started = subprocess.Popen(
+            shlex.split(BLOCKS[2]), cwd=tmp_path, env={**ENVIRONMENT, "PATH": path},
+            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        for _ in range(600):
+            if (tmp_path / "run" / "checkpoint-4").is_dir() or started.poll() is not None:
+                break
+            time.sleep(0.1)
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does
+        assert started.wait(timeout=60) != 0
+        log.seek(0)
+        said = log.read()
+    (step,) = set(
+        re.findall(r"stopped after step (\d+) of 2,000; everything is saved in", said)
+    )  # each says it
+    assert int(step) >= 4
+    assert (tmp_path / "run" / f"checkpoint-{step}" / "checkpoint.json").is_file()
