@@ -24,6 +24,7 @@ from leanlift.measure import MemoryMeter, human, machine_nbytes, resident_now
 from leanlift.methods import SFT
 from leanlift.model import RefreshReport, lift_layers, lift_state, weights_of
 from leanlift.plan import MemoryPlan
+from leanlift.processes import processes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.inputs import ReadyRows
 from leanlift.training.memory import MemoryCallback
@@ -70,7 +71,8 @@ def header_of(
     data, sft, state = trainer.train_dataset, trainer.args, trainer.state
     batch, accumulate = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
     sized = isinstance(data, Dataset)
-    each = math.ceil(math.ceil(len(data) / batch) / accumulate) if sized else 0  # steps of a pass
+    together = batch * processes()
+    each = math.ceil(math.ceil(len(data) / together) / accumulate) if sized else 0  # of a pass
     passes = state.max_steps / each if each else 0.0
     report = ready.rows.report if isinstance(ready.rows, TokenRows) else None
     return Header(
@@ -84,7 +86,7 @@ def header_of(
         steps=state.max_steps,
         begun=state.global_step,
         epochs=passes if sft.max_steps > 0 else sft.num_train_epochs,
-        batch=batch,
+        batch=together,
         accumulate=accumulate,
         planned=None if plan is None else plan.needed if cuda else plan.peak,
         room=card_nbytes(True) if cuda else machine_nbytes(),
