@@ -120,6 +120,13 @@ def check_given(command: str, given: Mapping[str, Any]) -> None:
             f"leanlift {command} needs a base: give --model_name_or_path DIRECTORY_OR_HUB_NAME, or "
             "name a file of settings with --config."
         )
+    for name in ("fsdp", "deepspeed"):
+        if str(given.get(name) or "false").lower() not in (*FALSE, "[]"):
+            raise UserError(
+                f"{name} cuts a model into parts, and leanlift keeps the whole base in each "
+                "process: leave it out, and let accelerate launch start a process per GPU "
+                "(--multi_gpu)."
+            )
     evaluates = given.get("eval_strategy") not in (None, "no")
     if evaluates and command == "train" and not given.get("eval_dataset_name"):
         raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")

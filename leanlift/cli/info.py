@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from leanlift.io.places import (
     OWN_TYPE,
     WEIGHTS_NAME,
     adapter_type,
+    export_words,
 )
 
 FILES = (WEIGHTS_NAME, CONFIG_NAME, FACTS_NAME)
@@ -161,7 +163,7 @@ def format_info(data: dict[str, Any]) -> str:
     if data["form"] == "leanlift":
         lines += [
             "",
-            f"Merge it into its base:  leanlift export {data['adapter']} MERGED",
+            f"Merge it into its base:  {shlex.join(export_words(data['adapter'], data['base']))}",
             "On a model in Python:    leanlift.load_adapter(model, directory)",
         ]
     return "\n".join(lines)

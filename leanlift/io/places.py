@@ -85,6 +85,18 @@ def no_base(path: Path) -> str:
     return f"has no config.json: it is {found.words}; {advice}."
 
 
+def export_words(adapter: str | Path, base: str) -> list[str]:
+    """The command that merges an adapter into its base: onto the base's own quantized weights where
+    it has no others, by what lies on this machine."""
+    words = ["leanlift", "export", str(adapter), "MERGED"]
+    file = Path(base).expanduser() / "config.json"
+    with suppress(OSError, UserError, ValueError):
+        facts = read_json(file, MOST_OF_A_STRANGER)
+        if isinstance(facts, dict) and facts.get("quantization_config"):
+            return [*words, "--onto", "quantized"]
+    return words
+
+
 def base_directory(name: str, revision: str | None = None) -> Path | None:
     """The directory of a base; None where its name can be one on the hub alone.
 

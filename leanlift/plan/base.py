@@ -70,6 +70,8 @@ def plan_memory(
             plan = plan_over_images(planned, base.name, loss, known)
         else:
             plan = plan_step(planned, base.name, loss, known, generating)
+    if method != SFT:
+        plan.holds_for["method"] = method
     if planned.settings.on_cuda and method in SCORED:
         plan.notes.append(
             "every token of a row is scored here; on a GPU TRL scores those of completions alone, "

@@ -101,6 +101,8 @@ class LiftRun(RunOverrides):
 
     def begin(self) -> None:
         """What comes after the trainer's constructor."""
+        if self.accelerator.ddp_handler is not None:  # or several processes hold gradients twice
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self._last_finite = torch.zeros((), device=self.args.device)
         self._smooths_log = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = False

@@ -19,10 +19,12 @@ from leanlift.data.dataset import TokenRows
 from leanlift.data.tokens import IGNORED, ROW_KEYS
 from leanlift.export import TRAINING_KEYS
 from leanlift.format import count, share
+from leanlift.io.places import export_words
 from leanlift.measure import MemoryMeter, human, machine_nbytes, resident_now
 from leanlift.methods import SFT
 from leanlift.model import RefreshReport, lift_layers, lift_state, weights_of
 from leanlift.plan import MemoryPlan
+from leanlift.processes import processes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.inputs import ReadyRows
 from leanlift.training.memory import MemoryCallback
@@ -69,7 +71,8 @@ def header_of(
     data, sft, state = trainer.train_dataset, trainer.args, trainer.state
     batch, accumulate = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
     sized = isinstance(data, Dataset)
-    each = math.ceil(math.ceil(len(data) / batch) / accumulate) if sized else 0  # steps of a pass
+    together = batch * processes()
+    each = math.ceil(math.ceil(len(data) / together) / accumulate) if sized else 0  # of a pass
     passes = state.max_steps / each if each else 0.0
     report = ready.rows.report if isinstance(ready.rows, TokenRows) else None
     return Header(
@@ -83,7 +86,7 @@ def header_of(
         steps=state.max_steps,
         begun=state.global_step,
         epochs=passes if sft.max_steps > 0 else sft.num_train_epochs,
-        batch=batch,
+        batch=together,
         accumulate=accumulate,
         planned=None if plan is None else plan.needed if cuda else plan.peak,
         room=card_nbytes(True) if cuda else machine_nbytes(),
@@ -120,7 +123,7 @@ def next_commands(args: RunArguments, output: Path, images: bool = False) -> tup
     """What to run after a run; over rows with images, or of preferences, nothing that evaluates
     them."""
     if images or args.method != SFT:
-        more = [] if args.merged_dir else [shell("leanlift", "export", output, "MERGED")]
+        more = [] if args.merged_dir else [shell(*export_words(output, args.model_name_or_path))]
         return (shell("leanlift", "report", output), *more)
     own = args.eval_dataset_name is not None
     trained = args.parts()[0]
@@ -130,7 +133,7 @@ def next_commands(args: RunArguments, output: Path, images: bool = False) -> tup
     rows += ["--limit", first[1]] if first else []
     rows += ["--formatting_func", args.formatting_func] if args.formatting_func else []
     last = (
-        shell("leanlift", "export", output, "MERGED")
+        shell(*export_words(output, args.model_name_or_path))
         if not args.merged_dir
         else shell("leanlift", "eval", "--model_name_or_path", args.merged_dir, *rows)
     )
