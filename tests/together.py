@@ -50,6 +50,7 @@ class Broken(LiftTrainer):
 
 def main(base: Path, output: Path, given: dict[str, Any]) -> None:
     lift, resume = given.pop("lift", {}), given.pop("resume", None)
+    kind = given.pop("kind", "nf4")
     bad, killed = given.pop("bad", (-1, -1)), given.pop("killed", None)
     if given.pop("other_seed", False):
         number = int(os.environ.get("RANK", "0"))
@@ -58,7 +59,7 @@ def main(base: Path, output: Path, given: dict[str, Any]) -> None:
     loop = {"max_steps": 20, "per_device_train_batch_size": 2, "save_strategy": "steps",
             "save_steps": 8, "learning_rate": 1e-2, **given}  # fmt: skip
     trainer = Broken(
-        model=get_lift_model(load(base, given.pop("kind", "nf4")), config, progress=False),
+        model=get_lift_model(load(base, kind), config, progress=False),
         args=settings(output, **loop),
         train_dataset=Dataset.from_list(ROWS),
         processing_class=make_tokenizer(),
