@@ -8,6 +8,7 @@ nothing here does anything.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 from collections.abc import Iterable
@@ -52,8 +53,11 @@ def wait_for_all() -> None:
 
 
 def part() -> None:
-    """Leave the others, when all is done: they are waited for no longer."""
+    """Leave the others when all of them are done. Who leaves while another still talks, or with
+    something that talks still alive, may end both with an abort of the system's."""
     if processes() > 1:
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -21,7 +21,7 @@ from tiny import load, make_tokenizer
 from transformers import TrainerCallback
 
 from leanlift import LiftConfig, LiftTrainer, get_lift_model
-from leanlift.processes import processes, rank
+from leanlift.processes import part, processes, rank
 
 ROWS = [{"prompt": f"{i} plus {i} is ", "completion": str(2 * i)} for i in range(96)]
 
@@ -72,7 +72,9 @@ def main(base: Path, output: Path, given: dict[str, Any]) -> None:
     print(f"process {rank()}: {trainer.guard.skipped} skipped")
     if processes() > 1:
         assert trainer.model_wrapped.gradient_as_bucket_view  # and none of them is held twice
-    trainer.accelerator.end_training()
+    trainer.model_wrapped = None  # what talks to the others goes before they do
+    del trainer
+    part()
 
 
 if __name__ == "__main__":
