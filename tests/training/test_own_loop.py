@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from runs import assert_same_layers
 from tiny import load
 from transformers import Trainer, TrainingArguments
@@ -33,6 +34,8 @@ def attached(base: Path) -> Any:
 
 def train(model: Any, steps: int, done: int = 0, state: Any = None, bad: int = -1) -> Any:
     """Two rows in a batch, two batches in a step, in their order."""
+    GradientState._reset_state()  # it is one for a process, and other tests have trainers in it
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0
