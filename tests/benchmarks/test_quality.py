@@ -157,6 +157,7 @@ def test_a_piece_of_work_is_done_by_one_process(tmp_path: Path) -> None:
         run_jobs(2, "no_such_module_of_anybody", [])
 
 
+@pytest.mark.thorough
 def test_how_large_a_change_is(domain, base: Path) -> None:
     model = lift("nf4", 2, approx_rank=2)(base, domain, 0, CPU).model
     layers = lift_layers(model)

@@ -25,6 +25,7 @@ from leanlift.training.fit import fit, parse_card, useful_changes
 from leanlift.training.plan import least_of
 
 
+@pytest.mark.thorough
 def test_fit_takes_changes_in_order_until_it_fits(checkpoints: dict[str, Path]) -> None:
     args, sft = arguments(checkpoints["llama"], approx_rank=8, gradient_checkpointing=False)
     plan = plan_of(args, sft, cuda=False)

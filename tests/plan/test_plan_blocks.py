@@ -121,6 +121,7 @@ def _must_repeat(laps: list[blocks.Lap], way: blocks.Repetition) -> bool:
     return True
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "pattern",
     swept(

@@ -90,6 +90,7 @@ def test_json_is_the_plan_and_what_was_changed(
     assert data["peak_moment"] in MOMENTS
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "expected"), swept([("Llama-3-8B", 8.2), ("Qwen2.5-7B", 7.9)], ("Llama-3-8B", 8.2))
 )

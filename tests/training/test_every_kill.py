@@ -170,6 +170,7 @@ def test_every_state_of_the_disk_leads_to_the_same_adapter(
     assert found - {None} == EVERY_CHECKPOINT
 
 
+@pytest.mark.thorough
 def test_a_state_after_each_checkpoint_leads_to_the_same_adapter(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_head_that_grows_is_not_trained_whole_and_that_is_known_before_the_loa
     assert not (tmp_path / "run" / "adapter_config.json").exists()
 
 
+@pytest.mark.thorough
 def test_a_plan_says_that_it_does_not_count_the_rows(
     base: Path, template: Path, tmp_path: Path
 ) -> None:

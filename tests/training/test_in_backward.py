@@ -20,7 +20,7 @@ from leanlift.optim import SparseAdamW, adamw_nbytes, unwrap
 from leanlift.sparse import index_nbytes
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", swept([False, True], True), ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("optim", swept(["sparse_adamw", "sparse_adamw_8bit"], "sparse_adamw_8bit"))
 def test_updates_in_the_backward_pass_are_the_ordinary_ones_bit_for_bit(
     base: Path, tmp_path: Path, optim: str, checkpointing: bool

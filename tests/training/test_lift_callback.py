@@ -131,6 +131,7 @@ class Change(TrainerCallback):
             self.change(model)
 
 
+@pytest.mark.thorough
 def test_values_that_the_optimizer_does_not_know_are_not_trained(
     base: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def train(model: Any, steps: int, done: int = 0, state: Any = None, bad: int = -
     return counted
 
 
+@pytest.mark.thorough
 def test_it_trains_as_a_trainer_does(base: Path, tmp_path: Path) -> None:
     model = attached(base)
     counted = train(model, 5)

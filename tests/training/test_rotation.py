@@ -61,6 +61,7 @@ def test_what_a_killed_run_has_left_is_cleaned(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "checkpoint-4"]
 
 
+@pytest.mark.thorough
 def test_the_best_checkpoint_is_loaded_and_if_it_is_gone_the_last_adapter_is_saved(
     base: Path, tmp_path: Path
 ) -> None:

@@ -157,6 +157,7 @@ def test_a_whole_run_in_a_pipe(
 # --- a program --------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_every_line_of_the_json_form_is_an_object(
     base: Path, rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
