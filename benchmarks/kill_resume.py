@@ -36,8 +36,8 @@ from leanlift.training import (
     RunArguments,
     callbacks,
     last_whole_checkpoint,
-    overrides,
     run,
+    run_overrides,
 )
 
 PHASES = {"step": b"t", "refresh": b"r", "save": b"s", "rotation": b"o", "end": b"e"}
@@ -67,8 +67,8 @@ def train(output: Path, data: Path, steps: int, schedule: str, pipe: int) -> Non
     patched.save_state = marked(LiftTrainer.save_state, PHASES["end"])
     module: Any = callbacks
     module.refresh_mask = marked(callbacks.refresh_mask, PHASES["refresh"])
-    module = overrides
-    module.rotate = marked(overrides.rotate, PHASES["rotation"])
+    module = run_overrides
+    module.rotate = marked(run_overrides.rotate, PHASES["rotation"])
     args = RunArguments(
         model_name_or_path=str(BASE),
         dataset_name=str(data),

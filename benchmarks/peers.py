@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from leanlift import LiftConfig, get_lift_model
 from leanlift.layers.lm_head import head_loss
 from leanlift.model import claim, output_head
+from leanlift.model.hidden import base_of
 
 SPECTRUM = 256
 """Rank of what stands out of the noise, so that there are principal weights to find."""
@@ -148,7 +149,7 @@ def stock_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def tiled_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """leanlift's loss of every next token, as LiftTrainer has it."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = base_of(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     head, labels = output_head(model), ids[:, 1:].reshape(-1)
     assert head is not None
     flat = hidden.reshape(-1, hidden.shape[-1])
