@@ -126,6 +126,7 @@ def test_train_report_export(
     assert AutoModelForCausalLM.from_pretrained(again).dtype == torch.bfloat16
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_where_it_stopped(config: Path, tmp_path: Path, unplanned: None) -> None:
     import shutil
 

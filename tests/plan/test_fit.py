@@ -147,6 +147,7 @@ def test_useful_changes_are_planned_one_by_one(checkpoints: dict[str, Path]) -> 
         assert taken.saved == plan.needed - changed.needed
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", swept(["llama", "gemma2", "qwen2, tied"], "llama"))
 @pytest.mark.parametrize("lean", swept([False, True], True))
 def test_no_plan_says_less_than_the_least(

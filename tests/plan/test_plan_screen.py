@@ -67,6 +67,7 @@ def test_fit_says_what_it_changed_and_its_file_is_taken_as_it_is(
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_json_is_the_plan_and_what_was_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

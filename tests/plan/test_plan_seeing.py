@@ -55,6 +55,7 @@ def test_a_step_over_text_needs_what_was_planned(kind: str, tmp_path: Path) -> N
     assert whole in " ".join(planned.notes)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cuda", swept([False, True], True), ids=["cpu", "cuda"])
 def test_an_embedding_that_is_on_the_cpu_is_planned(cuda: bool, tmp_path: Path) -> None:
     path = make_seeing(tmp_path / "base", "llava")

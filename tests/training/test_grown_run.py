@@ -48,6 +48,7 @@ def settings(output: Path, **changes: Any) -> LiftSFTConfig:
     return LiftSFTConfig(**{**defaults, **changes})
 
 
+@pytest.mark.thorough
 def test_a_run_with_a_templates_tokens(
     base: Path,
     template: Path,

@@ -143,6 +143,7 @@ VARIES = {
 """What another processor computes otherwise: times, memory, and digits of losses."""
 
 
+@pytest.mark.thorough
 def test_a_whole_run_in_a_pipe(
     base: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
