@@ -22,7 +22,6 @@ def test_an_interrupted_merge_leaves_a_whole_output_or_none() -> None:
     assert "ended failed to write" in result.stdout
 
 
-@pytest.mark.thorough
 def test_a_write_that_fails_leaves_no_output(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
