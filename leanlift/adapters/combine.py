@@ -9,10 +9,11 @@ is that adapter scaled. What was retired in any of them is an entry like the oth
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -80,13 +81,12 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
         UserError: they have different bases.
     """
     first = adapters[0].base
-    shapes, formats, samples = dict(first.shapes), dict(first.formats), dict(first.samples)
+    shapes, formats = dict(first.shapes), dict(first.formats)
     for other in adapters[1:]:
         base = other.base
         ends = (first.dtype, first.sampled, first.digest)
         same = ends == (base.dtype, base.sampled, base.digest)
         same = same and check_common_samples(first, base)
-        samples |= {name: base.samples[name] for name in base.samples if name not in samples}
         clash = [n for n, fmt in base.formats.items() if formats.setdefault(n, fmt) != fmt]
         clash += [n for n, shape in base.shapes.items() if shapes.setdefault(n, shape) != shape]
         same &= other.config.quantize_embeddings == adapters[0].config.quantize_embeddings
@@ -112,14 +112,27 @@ def _common_base(adapters: list[Adapter]) -> BaseFingerprint:
                 f"{other.directory} and {adapters[0].directory} were trained with other numbers of "
                 "rows in the embedding: only adapters with as many can be combined."
             )
-    layouts = [adapter.base.layout for adapter in adapters]
-    layout = Layout(
-        {name: disk for one in layouts for name, disk in one.names.items()},
-        {name: home for one in layouts for name, home in one.homes.items()},
-    )
-    parts = {name: count for adapter in adapters for name, count in adapter.base.parts.items()}
+    return joined_base([adapter.base for adapter in adapters])
+
+
+def joined_base(bases: Sequence[BaseFingerprint]) -> BaseFingerprint:
+    """What several adapters know of one base, together: where two know of one thing, the first."""
+
+    def of_all(key: Callable[[BaseFingerprint], Mapping[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for base in bases:
+            found = {**found, **{n: v for n, v in key(base).items() if n not in found}}
+        return found
+
     return replace(
-        first, shapes=shapes, formats=formats, samples=samples, layout=layout, parts=parts
+        bases[0],
+        shapes=of_all(lambda base: base.shapes),
+        formats=of_all(lambda base: base.formats),
+        samples=of_all(lambda base: base.samples),
+        parts=of_all(lambda base: base.parts),
+        layout=Layout(
+            of_all(lambda base: base.layout.names), of_all(lambda base: base.layout.homes)
+        ),
     )
 
 

@@ -65,26 +65,10 @@ def lift(
     calibration: Iterable[Mapping[str, Tensor]] | None = None,
     embedding_rows: int | None = None,
 ) -> Any:
-    """Select the principal weights of `model` and make them, and only them, trainable, in place.
-
-    Args:
-        model: a causal LM as stock transformers loaded it: `Linear4bit`, `Linear8bitLt` or plain
-            Linears. Attach before any forward pass (on a CPU, bitsandbytes repacks 4-bit weights
-            in its own forward, which makes them unreadable).
-        config: what to train; `LiftConfig()` if not given.
-        progress: whether to show a bar over the layers.
-        calibration: for `selector="gradient"`: batches with `input_ids` and `labels`, gone
-            through several times.
-        embedding_rows: how many rows the embedding and the head need, `len(tokenizer)` where
-            tokens were added to it. Missing ones are made of the base's (`leanlift.weights.grown`),
-            frozen, and come back wherever the adapter is loaded or merged.
+    """What `get_lift_model` does to a model, in place; its arguments and errors are the same.
 
     Returns:
-        The same model object, changed in place.
-
-    Raises:
-        UserError: no target, a target that cannot be read, a budget that selects nothing, NaN
-            weights, an embedding that cannot grow. The model is unchanged then.
+        The same model object.
     """
     config = config or LiftConfig()
     started = time.perf_counter()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from leanlift.adapters import open_adapter
-from leanlift.adapters.combine import sum_of
+from leanlift.adapters.combine import joined_base, sum_of
 from leanlift.config import LiftConfig
 from leanlift.errors import MaskError, UserError
 from leanlift.layers import FrozenExperts, FrozenLinear, LiftEmbedding, LiftLinear
@@ -203,16 +203,15 @@ def add_weighted_adapter(
     facts = [facts_of(model, one) for one in adapters]
     if not facts or len(weights) != len(facts):
         raise UserError(f"expected a weight for each of {list(adapters)}, got {list(weights)}.")
-    shapes = {n: shape for one in facts for n, shape in one.base.shapes.items()}
+    slots, totals = [_slots(model, one) for one in adapters], {}
     for path, layer in every_layer(model).items():
-        slots = [layer.worn if one == state.active else layer.shelf.get(one) for one in adapters]
-        stores = [[] if slot is None else list(slot.learned.stores) for slot in slots]
+        stores = [one[layer].learned.stores if layer in one else () for one in slots]
         if any(stores):
-            total = sum_of(path, layer.index.shape, stores, weights)
-            layer.shelf[name] = Slot.frozen(total)
-    base = replace(facts[0].base, shapes=shapes)
+            totals[layer] = Slot.frozen(sum_of(path, layer.index.shape, stores, weights))
+    for layer, total in totals.items():  # all of them, or none
+        layer.shelf[name] = total
     config = replace(facts[0].config, values_dtype="float32")
-    state.shelved[name] = Facts(config, base)
+    state.shelved[name] = Facts(config, joined_base([one.base for one in facts]))
 
 
 def _slots(model: nn.Module, name: str) -> dict[LiftLinear, Slot]:

@@ -60,19 +60,10 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     Raises:
         UserError: rows or tokenizer that cannot be used.
     """
-    parts, function = args.parts(), None
-    if not parts:
-        raise UserError("this run has no rows: name some with dataset_name or datasets.")
-    if args.streaming and sft.max_steps < 1:
-        raise UserError(
-            "streaming reads rows that nobody has counted: say max_steps, or leave it out."
-        )
+    function = None
     if args.formatting_func is not None:
         function = function_named(args.formatting_func, "formatting_func")
-    rows = load_mixture(parts, args.streaming)
-    eval_rows = None
-    if args.eval_dataset_name:
-        eval_rows = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
+    rows, eval_rows = named_rows(args, sft.max_steps)
     base, revision = args.model_name_or_path, args.model_revision
     processor, images = None, (has_images(rows), has_images(eval_rows))
     sees = any(images) and takes_images(base, revision, sft.trust_remote_code)
@@ -89,6 +80,25 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     size = needed or embedding
     ready = RowsForTraining(tokenizer, sft, size, ends, function, processor, sees)
     return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed, processor)
+
+
+def named_rows(args: RunArguments, max_steps: int) -> tuple[Any, Any]:
+    """The rows to train and to evaluate on as they are; None: none of the latter.
+
+    Raises:
+        UserError: none to train on, a stream without an end, or rows that cannot be read.
+    """
+    parts = args.parts()
+    if not parts:
+        raise UserError("this run has no rows: name some with dataset_name or datasets.")
+    if args.streaming and max_steps < 1:
+        raise UserError(
+            "streaming reads rows that nobody has counted: say max_steps, or leave it out."
+        )
+    rows = load_mixture(parts, args.streaming)
+    if not args.eval_dataset_name:
+        return rows, None
+    return rows, load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
 
 
 def check_merged_dir(args: RunArguments, output: Path) -> None:

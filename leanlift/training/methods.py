@@ -23,13 +23,11 @@ from leanlift.data.tokens import Tokenization, Tokens
 from leanlift.errors import UserError
 from leanlift.methods import METHODS, SFT
 from leanlift.model import lifted
-from leanlift.rows.mixture import load_mixture
-from leanlift.rows.source import load_rows
 from leanlift.training.arguments import (
     RunArguments,
     experimental_without_a_word,
 )
-from leanlift.training.inputs import ReadyRows
+from leanlift.training.inputs import ReadyRows, named_rows
 from leanlift.training.lift_run import LiftRun
 from leanlift.training.trainer import LiftTrainer
 
@@ -131,9 +129,7 @@ def check_method(args: RunArguments, loop: Any) -> None:
             f"quantize_embeddings keeps no dense output head, which TRL's trainer for {method} "
             "multiplies with itself: leave it out."
         )
-    whole = set(args.modules_to_save if not isinstance(args.modules_to_save, str)
-                else (args.modules_to_save,))  # fmt: skip
-    if method != "reward" and "lm_head" in whole:
+    if method != "reward" and "lm_head" in args.modules_to_save:
         raise UserError(
             f"TRL's trainer for {method} takes the output head as it is held, so one that is "
             "trained (modules_to_save) would be trained nowhere: leave it out."
@@ -173,20 +169,13 @@ def ready_for(args: RunArguments, loop: Any) -> ReadyRows:
     Raises:
         UserError: rows or tokenizer that cannot be used.
     """
-    parts = args.parts()
-    if not parts:
-        raise UserError("this run has no rows: name some with dataset_name or datasets.")
-    if args.streaming and loop.max_steps < 1:
-        raise UserError(
-            "streaming reads rows that nobody has counted: say max_steps, or leave it out."
-        )
+    train, evaluation = named_rows(args, loop.max_steps)
     base, revision = args.model_name_or_path, args.model_revision
     tokenizer = load_tokenizer(base, loop.trust_remote_code, revision)
-    rows = rows_for(args.method, load_mixture(parts, args.streaming), tokenizer=tokenizer)
+    rows = rows_for(args.method, train, tokenizer=tokenizer)
     eval_rows = None
-    if args.eval_dataset_name:
-        named = load_rows(args.eval_dataset_name, args.eval_dataset_split, "eval")
-        eval_rows = rows_for(args.method, named, name="eval", tokenizer=tokenizer)
+    if evaluation is not None:
+        eval_rows = rows_for(args.method, evaluation, name="eval", tokenizer=tokenizer)
     how = Tokenization.of(tokenizer)
     looked_at = list(islice(iter(rows), LOOKED_AT)) if isinstance(rows, Dataset) else []
     seen = [previews(row, how) for row in looked_at]

@@ -12,7 +12,7 @@ from sweeps import swept
 from tiny import load
 from trained import KINDS, attached, held, logits, move, trained
 
-from leanlift import LiftConfig, LiftModel, UserError, load_adapter
+from leanlift import LiftConfig, LiftModel, UserError, load_adapter, save_adapter
 from leanlift.model import lift_layers, refresh_mask
 
 CONFIG = LiftConfig(approx_rank=8)
@@ -100,6 +100,35 @@ def test_a_weighted_sum_is_the_sum_of_the_offsets(base: Path) -> None:
         model.add_weighted_adapter(["default"], [1.0, 2.0], "other")
     with pytest.raises(UserError, match="linear"):
         model.add_weighted_adapter(["default"], [1.0], "other", combination_type="svd")
+
+
+@pytest.mark.parametrize("order", [("default", "more"), ("more", "default")])
+def test_a_weighted_sum_is_saved_with_all_that_is_known_of_its_base(
+    base: Path, tmp_path: Path, order: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = attached(base, "nf4", target_modules=("q_proj", "up_proj"))
+    move(model)
+    more = LiftConfig(density=0.1, selector="magnitude", target_modules=("o_proj", "up_proj"))
+    model.add_adapter("more", more)
+    model.set_adapter("more")
+    move(model, seed=2)
+    model.add_weighted_adapter(order, [0.5, 2.0], "sum")
+    wanted = logits_of(model, "sum")
+    save_adapter(model, tmp_path / "sum")
+    assert torch.equal(logits(load_adapter(load(base, "nf4"), tmp_path / "sum").eval()), wanted)
+    assert "has no samples" not in caplog.text  # a twin of the base would be seen
+
+
+def test_a_sum_that_overflows_leaves_nothing(base: Path) -> None:
+    model = attached(base, "dense")
+    move(model)
+    list(lift_layers(model).values())[-1].values.data.fill_(3e38)
+    taken = held(model)
+    with pytest.raises(UserError, match="overflows"):
+        model.add_weighted_adapter(["default", "default"], [1.0, 1.0], "sum")
+    assert held(model) == taken
+    assert list(model.peft_config) == ["default"]
+    model.add_weighted_adapter(["default"], [0.5], "sum")
 
 
 def logits_of(model: LiftModel, name: str) -> torch.Tensor:
