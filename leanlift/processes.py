@@ -36,7 +36,17 @@ def local_rank() -> int:
     return _of_the_launcher("LOCAL_RANK")
 
 
+def launched() -> int:
+    """How many a launcher says that there are."""
+    return max(1, _number("WORLD_SIZE"))
+
+
 def _of_the_launcher(name: str) -> int:
+    """A number of one of several; one alone is the first, whatever is left in its environment."""
+    return _number(name) if launched() > 1 else 0
+
+
+def _number(name: str) -> int:
     given = os.environ.get(name, "")
     return int(given) if given.isdecimal() else 0
 

@@ -17,6 +17,7 @@ from leanlift.model import LiftState
 from leanlift.model.base import check_checkpointing
 from leanlift.optim import SparseAdamW, check_remappable, unwrap
 from leanlift.plan.auto import how_loaded
+from leanlift.processes import launched, processes
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.checks import check_rounding
 from leanlift.training.run_overrides import use_one_gpu
@@ -29,8 +30,15 @@ def several_processes(args: SFTConfig) -> None:
     all tensors of a batch to its rows, the positions of trained tokens among them.
 
     Raises:
-        UserError: activations are to be moved to the CPU by a run on the CPU.
+        UserError: activations are to be moved to the CPU by a run on the CPU; or a launcher has
+            started several processes that do not talk to each other.
     """
+    if args.device.type and launched() != processes():  # the device says how they talk
+        raise UserError(
+            f"the environment says that there are {launched()} processes (WORLD_SIZE), and "
+            f"{processes()} talk to each other: start them with accelerate launch or torchrun, or "
+            "unset WORLD_SIZE, RANK and LOCAL_RANK."
+        )
     if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
         raise UserError(
             "activation_offloading moves activations from a GPU to the CPU, and this run is on "
