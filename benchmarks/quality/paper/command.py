@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.quality.paper.given import Given
 from benchmarks.quality.paper.run import paper
 from benchmarks.quality.paper.suites import BASES, SUITES, Suite
-from leanlift.errors import UserError
+from leanlift.errors import Interrupted, UserError
 
 
 def add_arguments(own: Any) -> None:
@@ -52,6 +52,8 @@ def from_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         paper(suite, given, say=partial(print, flush=True), cost_alone=args.cost)
     except UserError as error:
         parser.error(str(error))
+    except Interrupted as stopped:  # what is kept; the same command goes on with it
+        parser.exit(stopped.exit_code, f"{stopped}\n")
 
 
 def _loop(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:

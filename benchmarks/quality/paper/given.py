@@ -79,8 +79,9 @@ class Given:
                 found[name] = there[0]
         return found
 
-    def text_of(self, suite: Suite) -> Path:
-        """The file that forgetting is measured on."""
+    @property
+    def text_file(self) -> Path:
+        """What forgetting is measured on."""
         return SAMPLES if self.text is None else self.text
 
 
@@ -101,7 +102,7 @@ def check(given: Given, suite: Suite) -> None:
         missing.append(f"--tests {given.tests} (a directory with {names} as .json or the like)")
     if given.text is None and suite.as_peft:
         missing.append("--text (the first 100 texts of FineWiki, or others, which do not compare)")
-    elif not given.text_of(suite).is_file():
+    elif not given.text_file.is_file():
         missing.append(f"--text {given.text} (a file of texts)")
     if missing:
         raise UserError(f"nothing is downloaded here, and this is not there: {'; '.join(missing)}.")
@@ -133,7 +134,7 @@ def base_of(given: Given, suite: Suite) -> str | None:
     return base
 
 
-def card(given: Given) -> tuple[str, int | None]:
+def card() -> tuple[str, int | None]:
     """Name and bytes of what is trained on; None: not a card."""
     if not torch.cuda.is_available():
         return "this CPU", None

@@ -46,7 +46,7 @@ def paper(suite: Suite, given: Given, say: Say = print, cost_alone: bool = False
     _say_cost(stages, shapes, given, say)
     if cost_alone:
         return []
-    name, memory = card(given)
+    name, memory = card()
     with OutputLock(stages[0].task.output.parent):
         for each in stages:
             needed = each.method.needs(shapes)
@@ -82,7 +82,7 @@ def _look(suite: Suite, given: Given, base: str | None, say: Say) -> list[Stages
     tokenizer = prepare_tokenizer(load_tokenizer(given.model), LiftSFTConfig(use_cpu=True))
     together = {**loop, **given.loop}
     data, rows = training_rows(suite, given.data, root / "rows.jsonl", tokenizer, together)
-    text = given.text_of(suite)
+    text = given.text_file
     tests = {
         name: questions(suite, path, tokenizer, given.limit)
         for name, path in given.test_files(suite).items()
@@ -106,7 +106,7 @@ def _said(say: Say, name: str, line: str) -> None:
 
 def _say_cost(stages: list[Stages], shapes: Shapes, given: Given, say: Say) -> None:
     """What is left to do, in operations, and in hours where the card is known."""
-    name, _ = card(given)
+    name, _ = card()
     peak = given.tflops or peak_of(name)
     total = 0
     for each in stages:

@@ -73,17 +73,17 @@ class Task:
 
     def settings(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of LiftSFTConfig, with a method's own."""
-        every = max(1, self.rows.steps // CHECKPOINTS)
+        saved = max(1, self.rows.steps // CHECKPOINTS)
         return {
-            "save_strategy": "steps", "save_steps": every, "save_total_limit": 1,
+            "save_strategy": "steps", "save_steps": saved, "save_total_limit": 1,
             "use_cpu": device().type == "cpu", "disable_tqdm": True,
             **self.loop, **own, **self.asked,
         }  # fmt: skip
 
     def pace(self) -> Pace:
         """Of a run that begins, or goes on, now."""
-        each = max(1, self.rows.steps // CHECKPOINTS)
-        return Pace(each, self.rows.tokens / self.rows.steps, self.say)
+        saved = self.settings({})["save_steps"]
+        return Pace(saved, self.rows.tokens / self.rows.steps, self.say)
 
 
 class Method(Protocol):
