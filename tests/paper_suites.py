@@ -13,7 +13,7 @@ from benchmarks.quality.paper.lift import Lift
 from benchmarks.quality.paper.peers import Full, Lora
 from benchmarks.quality.paper.suites import QV, Setting
 
-STEPS, SAVED = 24, 8
+STEPS, SAVED = 16, 6
 MASK = {"rank_budget": 2, "approx_rank": 2, "target_modules": QV}
 METHODS = {
     "principal-nf4": Lift("nf4", {**MASK, "refresh_interval": 5}, {"learning_rate": 1e-2}),
@@ -21,7 +21,7 @@ METHODS = {
     "qlora-nf4": Lora("nf4", QV, rank=2, alpha=4, autocast=False),
     "full-16bit": Full({"learning_rate": 1e-3}),
 }
-TINY = {"max_steps": STEPS, "save_steps": SAVED, "max_length": 128, "logging_steps": 12}
+TINY = {"max_steps": STEPS, "save_steps": SAVED, "max_length": 128, "logging_steps": 8}
 PEFTS = replace(
     SUITES["metamath"], methods=METHODS, new_tokens=3, loop={**SUITES["metamath"].loop, **TINY}
 )

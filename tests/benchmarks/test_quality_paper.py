@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import ENVIRONMENT, ROOT
 from safetensors.torch import load_file
 from sweeps import swept
@@ -25,9 +26,11 @@ pytest.importorskip("peft")
 from paper_suites import METHODS, PAPERS, PEFTS, SAVED, STEPS, alpaca_places, places
 
 from benchmarks.quality.paper import Given, paper, stages
+from benchmarks.quality.paper.peers import in_a_sentence, last_peer_checkpoint
 from benchmarks.quality.paper.suites import Suite
 from benchmarks.quality.paper.table import read
 from leanlift import UserError
+from leanlift.errors import OutOfMemoryError
 from leanlift.training import last_whole_checkpoint
 
 
@@ -69,7 +72,7 @@ def test_a_killed_run_goes_on_and_nothing_is_done_twice(
     given = places(tmp_path, base, methods=(method,), limit=4)
     lines: list[str] = []
     with monkeypatch.context() as patch:
-        kill_at(patch, 13)
+        kill_at(patch, 9)
         with pytest.raises(Killed):
             paper(PEFTS, given, lines.append)
     assert not any(f"step {STEPS} of" in line for line in lines)
@@ -168,7 +171,7 @@ def bad_files(given: Given) -> Iterator[tuple[Path, Any, str]]:
     """A file, what is in it instead, and what is said of it."""
     yield given.data, [{"a": "b"}], "expected query and response, or question and answer"
     yield given.data, [{"query": "a", "response": None}], "row 0 of .* has no text"
-    yield given.data, [{"query": "a", "response": "b"}], "has 1 rows .* 24 batches of 4 take 96"
+    yield given.data, [{"query": "a", "response": "b"}], "has 1 rows .* 16 batches of 4 take 64"
     yield given.tests / "gsm8k.json", [{"question": "a", "answer": "7"}], "row 0 .* has no answer"
     yield given.text.with_suffix(".json"), [{"passage": "a"}], "expected text"
 
@@ -190,8 +193,6 @@ def test_files_of_another_kind_are_refused_before_a_model_is_loaded(
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    from benchmarks.quality.paper.peers import last_peer_checkpoint
-
     assert last_peer_checkpoint(tmp_path) is None
     for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (11, '{"glo'),
                         (12, None)):  # fmt: skip
@@ -200,3 +201,33 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path: Path) -> None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert last_peer_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_whole_checkpoint(tmp_path) is None  # ours know their own alone
+
+
+def test_what_does_not_fit_is_said_and_the_others_go_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("full-16bit", "qlora-nf4", "principal-nf4")
+    given, tried, lines = places(tmp_path, base, methods=names), [], []
+
+    def go(self: stages.Stages) -> None:
+        tried.append(self.name)
+        if self.name == "qlora-nf4":
+            raise OutOfMemoryError("out of memory: too large.")
+
+    monkeypatch.setattr(stages.Stages, "go", go)
+    monkeypatch.setattr("benchmarks.quality.paper.run.card", lambda: ("NVIDIA H100", 10**5))
+    assert paper(PEFTS, given, lines.append) == []
+    assert tried == ["qlora-nf4", "principal-nf4"]
+    assert "full-16bit is left out: it takes 0 GB at the least, and NVIDIA H100 has 0." in lines
+    assert "qlora-nf4 does not fit: out of memory: too large." in lines
+    assert any("at 40% of the 989 TFLOP/s of NVIDIA H100 about" in line for line in lines)
+
+
+def test_memory_that_runs_out_in_a_peer_is_a_sentence() -> None:
+    with (
+        pytest.raises(OutOfMemoryError, match="out of memory: CUDA out of"),
+        in_a_sentence(),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    with pytest.raises(RuntimeError, match="another"), in_a_sentence():
+        raise RuntimeError("another")

@@ -33,6 +33,7 @@ from benchmarks.quality.paper.score import number, same, stated
 from benchmarks.quality.paper.table import COLUMNS, TESTS, markdown, read, write
 from benchmarks.quality.paper.task import Task
 from leanlift import LiftConfig, UserError, get_lift_model
+from leanlift.errors import Interrupted
 
 
 def test_rows_come_in_the_order_of_pefts_comparison(tmp_path: Path) -> None:
@@ -230,6 +231,32 @@ def test_the_command_ends_in_one_sentence(
     add_arguments(parser)
     with pytest.raises(SystemExit, match="2"):
         from_arguments(parser.parse_args(more), parser)
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stopped", "code", "words"),
+    [
+        (Interrupted("saved in x", 143), "143", "saved in x"),
+        (KeyboardInterrupt(), "130", "the same command goes on"),
+    ],
+)
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stopped: BaseException,
+    code: str,
+    words: str,
+) -> None:
+    def paper(*args: Any, **kwargs: Any) -> None:
+        raise stopped
+
+    monkeypatch.setattr("benchmarks.quality.paper.command.paper", paper)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path)
+    add_arguments(parser)
+    with pytest.raises(SystemExit, match=code):
+        from_arguments(parser.parse_args(PLACES), parser)
     assert words in capsys.readouterr().err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def from_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
     if absent:
         parser.error(f"the paper preset needs {', '.join(absent)}")
     suite = SUITES[args.suite]
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     try:
         given = Given(
             model=args.model,
@@ -51,9 +53,11 @@ def from_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         )
         paper(suite, given, say=partial(print, flush=True), cost_alone=args.cost)
     except UserError as error:
-        parser.error(str(error))
+        parser.exit(2, f"error: {error}\n")
     except Interrupted as stopped:  # what is kept; the same command goes on with it
         parser.exit(stopped.exit_code, f"{stopped}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped: the same command goes on from the last checkpoint.\n")
 
 
 def _loop(args: argparse.Namespace, suite: Suite) -> dict[str, Any]:

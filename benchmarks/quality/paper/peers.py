@@ -136,7 +136,7 @@ def _train_peer(task: Task, kind: str, loop: Mapping[str, Any], lora: LoraConfig
     """
     meter, pace = MemoryMeter(device()), task.pace()
     sft = LiftSFTConfig(output_dir=str(task.run), **task.settings(loop))
-    with _in_a_sentence(), meter.phase("load"):
+    with in_a_sentence(), meter.phase("load"):
         model = load_base(task.model, kind)
         tokenizer = load_tokenizer(task.model)
         chat = getattr(tokenizer, "chat_template", None) is not None
@@ -152,7 +152,7 @@ def _train_peer(task: Task, kind: str, loop: Mapping[str, Any], lora: LoraConfig
         if lora is not None:
             for parameter in trained:
                 parameter.data = parameter.data.float()
-    with _in_a_sentence(), meter.phase("train"):
+    with in_a_sentence(), meter.phase("train"):
         trainer.train(resume_from_checkpoint=last_peer_checkpoint(task.run))
     trainer.save_model()
     return {**pace.facts(), **peaks(meter.report), "trained": sum(each.numel() for each in trained)}
@@ -173,7 +173,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 @contextmanager
-def _in_a_sentence() -> Iterator[None]:
+def in_a_sentence() -> Iterator[None]:
     """Memory that ran out, as leanlift's own runs say it."""
     try:
         yield
