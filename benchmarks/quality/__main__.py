@@ -63,9 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.preset == "real":
         if not args.tables and (args.data is None or not args.data.is_file()):
-            parser.error(
-                f"the real preset needs --data, a file of worked problems; got {args.data}"
-            )
+            parser.error(f"real needs --data, a file of worked problems; got {args.data}")
         real_preset(args, list(sys.argv[1:] if argv is None else argv))
         return
     if (args.source is None) != (args.data is None):

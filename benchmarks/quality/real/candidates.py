@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.quality.real.gradients import Squares, squares
+from benchmarks.quality.real.gradients import squares
 from benchmarks.quality.real.methods import Build, Prepared, Setting
 from leanlift import LiftConfig
 from leanlift.model import claim, lift_layers
@@ -190,6 +190,3 @@ def _by_scale(model: torch.nn.Module) -> dict[str, float]:
         )
     middle = math.exp(sum(map(math.log, scales.values())) / len(scales))
     return {name: scale / middle for name, scale in scales.items()}
-
-
-__all__ = ["Squares", "chosen"]

@@ -14,8 +14,8 @@ import transformers
 
 from benchmarks.common import RESULTS
 from benchmarks.quality.real.base import DEFAULT, open_base
-from benchmarks.quality.real.plan import QUICK, REAL, Preset, jobs
 from benchmarks.quality.real.picture import draw
+from benchmarks.quality.real.plan import QUICK, REAL, Preset, jobs
 from benchmarks.quality.real.run import Runner
 from benchmarks.quality.real.store import Store
 from benchmarks.quality.real.table import Results, tables

@@ -20,7 +20,7 @@ CALIBRATION = 8
 GIB = 2**30
 
 
-class LeftOut(Exception):
+class LeftOutError(Exception):
     """A method that cannot be run on this base or machine, and why."""
 
 
@@ -64,7 +64,7 @@ def full(setting: Setting) -> Prepared:
     base = setting.base
     needed, free = 18 * base.numel, free_bytes(base.device)
     if needed > free:
-        raise LeftOut(f"needs about {needed / GIB:.1f} GiB, {free / GIB:.1f} are free")
+        raise LeftOutError(f"needs about {needed / GIB:.1f} GiB, {free / GIB:.1f} are free")
     return Prepared(base.load("32"))
 
 
@@ -119,7 +119,7 @@ def _peft(setting: Setting, form: str, config: Any) -> Prepared:
     try:
         return Prepared(get_peft_model(setting.base.load(form), config))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise LeftOut(f"PEFT: {error}") from None
+        raise LeftOutError(f"PEFT: {error}") from None
 
 
 def leanlift(form: str, **config: Any) -> Build:

@@ -51,7 +51,7 @@ SHOWN = 3
 
 
 def probes(each: int, seed: int = 0) -> list[tuple[str, str]]:
-    """Prompt and answer, `each` of every kind: "hot: cold\\nup: down\\nold: new\\nbig:", " small"."""
+    """Prompt and answer, `each` of every kind: three facts, a word; its fact."""
     made, chance = [], random.Random(seed)
     for facts in KINDS.values():
         asked = chance.sample(sorted(facts), min(each, len(facts)))

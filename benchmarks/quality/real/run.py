@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.quality.real.base import Base
 from benchmarks.quality.real.measure import Losses, losses
-from benchmarks.quality.real.methods import CALIBRATION, LeftOut, Setting
+from benchmarks.quality.real.methods import CALIBRATION, LeftOutError, Setting
 from benchmarks.quality.real.plan import BITS_16, BITS_32, NF4, Job, Preset
 from benchmarks.quality.real.steps import Schedule, order, train
 from benchmarks.quality.real.store import Key, Row, Store, key_of
@@ -99,7 +99,7 @@ class Runner:
         setting = Setting(base, r, seed, self._calibration(schedule, seed))
         try:
             prepared = method.build(setting)
-        except (LeftOut, UserError) as error:
+        except (LeftOutError, UserError) as error:
             nothing = {name: Losses([math.nan] * len(rows), []) for name, rows in self._sets()}
             self._keep(key, method.group, method.form, nothing, {"note": str(error)}, started)
             return

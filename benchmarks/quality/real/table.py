@@ -120,10 +120,10 @@ def _facts(results: Results) -> str:
     seconds = sum(float(row["seconds"]) for row in results.runs if row["seconds"] != "")
     last = runs[-1]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in runs))
+    versions = ", ".join(f"{of} {last[of]}" for of in ("torch", "transformers", "bitsandbytes"))
     return (
         f"{last['steps']} steps of {last['batch']} rows, products in {last['dtype']}; {len(runs)} "
-        f"runs, {seconds / 3600:.1f} hours of one process; {last['device']}; torch {last['torch']}, "
-        f"transformers {last['transformers']}, bitsandbytes {last['bitsandbytes']}; commit "
+        f"runs, {seconds / 3600:.1f} hours of one process; {last['device']}; {versions}; commit "
         f"{commits}."
     )
 
