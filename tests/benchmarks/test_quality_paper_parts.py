@@ -211,6 +211,14 @@ def test_a_base_of_the_paper_is_known_by_its_shape(
     assert base_of(replace(given, base="3-8b"), SUITES["commonsense"]) == "3-8b"
 
 
+def a_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--data", type=Path)
+    add_arguments(parser)
+    return parser
+
+
 PLACES = ["--model", "m", "--data", "d", "--tests", "t"]
 
 
@@ -226,9 +234,7 @@ PLACES = ["--model", "m", "--data", "d", "--tests", "t"]
 def test_the_command_ends_in_one_sentence(
     more: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path)
-    add_arguments(parser)
+    parser = a_parser()
     with pytest.raises(SystemExit, match="2"):
         from_arguments(parser.parse_args(more), parser)
     assert words in capsys.readouterr().err
@@ -252,9 +258,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
         raise stopped
 
     monkeypatch.setattr("benchmarks.quality.paper.command.paper", paper)
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path)
-    add_arguments(parser)
+    parser = a_parser()
     with pytest.raises(SystemExit, match=code):
         from_arguments(parser.parse_args(PLACES), parser)
     assert words in capsys.readouterr().err

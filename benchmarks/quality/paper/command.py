@@ -15,10 +15,9 @@ from leanlift.errors import Interrupted, UserError
 
 
 def add_arguments(own: Any) -> None:
-    """Add the options to a parser, or a group of one."""
+    """Add the options to a parser, or a group of one, beside `--model` and `--data`."""
     names = list(dict.fromkeys(name for suite in SUITES.values() for name in suite.methods))
     own.add_argument("--suite", choices=sorted(SUITES), default="math")
-    own.add_argument("--model", help="directory of the base")
     own.add_argument("--tests", type=Path, help="directory of the test sets, <name>.json")
     own.add_argument("--text", type=Path, help="what forgetting is measured on")
     own.add_argument("--output", type=Path, default=Path("runs/paper"), help="runs and results")
