@@ -27,9 +27,11 @@ from paper_suites import METHODS, PAPERS, PEFTS, SAVED, STEPS, alpaca_places, pl
 
 from benchmarks.quality.paper import Given, paper, stages
 from benchmarks.quality.paper.peers import in_a_sentence, last_peer_checkpoint
+from benchmarks.quality.paper.rows import in_their_order
 from benchmarks.quality.paper.suites import Suite
 from benchmarks.quality.paper.table import read
 from leanlift import UserError
+from leanlift.data.tokenizer import load_tokenizer
 from leanlift.errors import OutOfMemoryError
 from leanlift.training import last_whole_checkpoint
 
@@ -43,16 +45,27 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("paper") / "Tiny")
 
 
-def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The process dies in this step."""
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[list[int]]:
+    """The process dies in this step; the rows before are kept, without their padding."""
     real: Any = Trainer.training_step
+    seen: list[list[int]] = []
 
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step:
             raise Killed
-        return real(self, *args, **kwargs)
+        pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        seen.extend(ids[mask.bool()].tolist() for ids, mask in pairs)
+        return real(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
+    return seen
+
+
+def tokens_of(given: Given) -> list[list[int]]:
+    """What PEFT's order of the rows is, each with its end token."""
+    tokenizer = load_tokenizer(given.model)
+    texts = in_their_order(given.data, tokenizer, STEPS, PEFTS.batch)
+    return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
 
 def trained(given: Given, suite: Suite, method: str) -> dict[str, Any]:
@@ -72,10 +85,11 @@ def test_a_killed_run_goes_on_and_nothing_is_done_twice(
     given = places(tmp_path, base, methods=(method,), limit=4)
     lines: list[str] = []
     with monkeypatch.context() as patch:
-        kill_at(patch, 9)
+        seen = kill_at(patch, 9)
         with pytest.raises(Killed):
             paper(PEFTS, given, lines.append)
     assert not any(f"step {STEPS} of" in line for line in lines)
+    assert seen == tokens_of(given)[: len(seen)] != []
     begun = len(lines)
     (row,) = paper(PEFTS, given, lines.append)
     steps = [line for line in lines[begun:] if "step " in line]
@@ -83,6 +97,8 @@ def test_a_killed_run_goes_on_and_nothing_is_done_twice(
     whole = replace(given, output=tmp_path / "whole")
     paper(PEFTS, whole, [].append)
     assert same(trained(given, PEFTS, method), trained(whole, PEFTS, method))
+    held = {tensor.dtype for tensor in trained(given, PEFTS, method).values()}
+    assert {dtype for dtype in held if dtype.is_floating_point} == {torch.float32}
     assert row["steps"] == STEPS
     assert row["tokens_per_second"] > 0
     assert row["peak_bytes"] > 0
