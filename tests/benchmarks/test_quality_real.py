@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_checkpoint
+from families import config_of
+from tiny import make_checkpoint, make_checkpoint_of
 
 pytest.importorskip("peft")
 
@@ -138,6 +139,12 @@ def test_what_is_kept_is_compared_where_as_much_is_learned() -> None:
     # Where the curve turns back before its best, the first time counts.
     back = measured([1.0, 1.7, 0.9], [0.2, 0.6, 0.8])
     assert back.increase_at(torch.full((3,), 1.5).double())[0] == pytest.approx(0.1)
+
+
+def test_a_base_with_stacks_of_experts_is_refused(tmp_path: Path) -> None:
+    path = make_checkpoint_of(config_of("qwen3, experts", vocab_size=128), tmp_path / "experts")
+    with pytest.raises(SystemExit, match="has stacks of experts"):
+        open_base(path, tmp_path, CPU)
 
 
 def _masks(base: Base, choose: candidates.ChooseAll, data: Path) -> tuple[dict, Setting, object]:

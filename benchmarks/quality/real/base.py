@@ -116,9 +116,10 @@ def open_base(path: Path | None, cache: Path, device: torch.device) -> Base:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     config = LiftConfig()
     targets = find_targets(model, config.target_modules, (), config.selects)
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in targets}
-    if any(len(shape) != 2 for shape in shapes.values()):
+    modules = dict(model.named_modules())
+    if not modules.keys() >= set(targets):
         raise SystemExit(f"{path} has stacks of experts, which LoRA and SHiRA do not train.")
+    shapes = {name: tuple(modules[name].weight.shape) for name in targets}
     numel = sum(parameter.numel() for parameter in model.parameters())
     tokenizer = AutoTokenizer.from_pretrained(path)
     return Base(path, path.resolve().name, tokenizer, shapes, numel, device)
