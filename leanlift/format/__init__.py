@@ -5,12 +5,13 @@ imports rich when it is asked for: a command that prints one sentence does not p
 """
 
 from leanlift.format.names import short_name
-from leanlift.format.numbers import count, duration, gib, loss, parse_card, share, size
+from leanlift.format.numbers import change, count, duration, gib, loss, parse_card, share, size
 from leanlift.format.pictures import bar, sparkline
 from leanlift.format.terminal import console, table
 
 __all__ = [
     "bar",
+    "change",
     "console",
     "count",
     "duration",

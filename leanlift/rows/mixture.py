@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.errors import UserError
+from leanlift.rows.files import is_document
 from leanlift.rows.source import load_rows, stream_rows
 
 
@@ -109,10 +110,13 @@ def load_mixture(parts: Sequence[Part], streaming: bool = False) -> Any:
     """The rows that parts name: of one part its `Dataset` or stream, of several a `Mixture`.
 
     Raises:
-        UserError: rows that cannot be read, columns that are not there, or a share so small that
-            no row is left.
+        UserError: rows that cannot be read, columns that are not there, a share so small that no
+            row is left, or one of a text, which is a single row.
     """
     loaded = [_rows_of(part, streaming) for part in parts]
+    for part, rows in zip(parts, loaded, strict=True):
+        if part.fraction is not None and is_document(rows.column_names):
+            raise UserError(f"{part.path} is one text, and a fraction counts rows: leave it out.")
     shares = None
     if parts[0].fraction is not None and len(parts) > 1:
         total = sum(part.fraction or 0.0 for part in parts)
