@@ -17,8 +17,8 @@ BASES = ("base", "base as stored", "model")
 """What others are compared with, the first of these that is measured."""
 
 PAIRED = (
-    "Differences are over the same rows, ± one standard error with a row, or a window of a text, "
-    "as the unit."
+    "Change of loss: from that of {}, over the same rows, ± one standard error, whose unit is a "
+    "row, or a window of a text."
 )
 
 Models = Sequence[tuple[str, Sequence[Measured]]]
@@ -99,7 +99,7 @@ def several_text(
         lines += wrapped(text, f"  {_short(each['name']):<{NAME + 2}}", " " * (NAME + 4))
     lines += ["", *_table(data, weights), ""]
     if data["compared_with"]:
-        lines += wrapped(PAIRED)
+        lines += wrapped(PAIRED.format(data["compared_with"]))
     for words in dict.fromkeys(d["compared"] for d in data["datasets"] if d["compared"]):
         lines += wrapped(words)
     if sentences:
@@ -132,7 +132,7 @@ def _table(data: dict[str, Any], weights: Sequence[str]) -> list[str]:
 
     block("loss", lambda m: loss(m["loss"]))
     if data["compared_with"]:
-        block(f"  − {data['compared_with']}", lambda m: _change(m["loss_change"]))
+        block("change of loss", lambda m: _change(m["loss_change"]))
     block("perplexity", lambda m: loss(m["perplexity"]))
     block("exact match", lambda m: share_or_dash(m["exact_match"]))
     rows.append(["time", *(duration(model["seconds"]) for model in data["models"])])
