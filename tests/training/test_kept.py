@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from command import complaint
+from processes import ROOT, free_port
 from safetensors.torch import load_file
 from sweeps import swept
 from tiny import load, make_tokenizer
@@ -237,3 +241,28 @@ def test_a_dry_run_reads_it(base: Path, place: Path, capsys: pytest.CaptureFixtu
     said = capsys.readouterr().out
     assert "Kept    the loss on prose.txt: 6 rows is measured" in said
     assert not (place / "run").exists()
+
+
+@pytest.mark.thorough
+def test_two_processes_measure_what_one_does(base: Path, place: Path) -> None:
+    """Seven rows and one: a part of theirs each, and nobody waits for the other's."""
+    (place / "prose.txt").write_text(PROSE + PROSE[:30])
+    (place / "one.txt").write_text("a text")
+    kept_files = ("--keep_dataset_name", "prose.txt", "one.txt", "--bf16", "false", "--dtype")
+    command = words(base, "run", *kept_files, "float32", "--per_device_train_batch_size", "2")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+         "--master_port", str(free_port()), "-m", "leanlift", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False, cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("prose.txt: ") == 1  # one speaks for both
+    first, second = noted("run")
+    before, tokens = oracle_of_base(base)
+    model = load_adapter(load(base), "run")
+    after, _ = oracle(model, "prose.txt")
+    assert (first["rows"], second["rows"]) == (len(tokens), 1) == (7, 1)
+    assert second["error"] is None
+    assert math.isclose(first["before"], sum(before) / sum(tokens), rel_tol=1e-5)
+    assert math.isclose(first["after"], sum(after) / sum(tokens), rel_tol=1e-5)

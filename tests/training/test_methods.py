@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import complaint
 from safetensors.torch import load_file
 from sweeps import swept
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -228,3 +229,29 @@ def test_a_card_that_is_too_small_gets_other_settings(
     said = capsys.readouterr().out
     assert "embedding_on_cpu=true" in said
     assert "quantize_embeddings" not in said  # which their trainers cannot have
+
+
+@pytest.mark.parametrize("method", swept([*PREFERRED[:-1]], "orpo"))
+def test_what_is_kept_is_measured_by_each(
+    base: Path, place: Path, method: str, unplanned: None
+) -> None:
+    (place / "prose.txt").write_text("It was the best of times. " * 12)
+    assert main(words(method, base, "run", "--keep_dataset_name", "prose.txt")) == 0
+    (found,) = json.loads((place / "run" / "run.json").read_text())["kept"]
+    assert found["tokens"] == 12 * 26 - 1
+    assert 3 < found["before"] < 6
+    assert 0 < abs(found["change"]) < 2
+    (place / "again").mkdir()
+    (place / "run" / "checkpoint-2").rename(place / "again" / "checkpoint-2")
+    more = ("--keep_dataset_name", "prose.txt", "--resume_from_checkpoint", "true")
+    assert main(words(method, base, "again", *more)) == 0
+    assert json.loads((place / "again" / "run.json").read_text())["kept"] == [found]
+
+
+def test_a_reward_model_keeps_nothing(
+    base: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "prose.txt").write_text("a text")
+    asked = words("reward", base, "run", "--keep_dataset_name", "prose.txt")
+    assert "a reward model does not predict" in complaint(capsys, *asked)
+    assert not (place / "run").exists()
