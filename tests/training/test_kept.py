@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from command import complaint
+from datasets import Dataset
 from processes import ROOT, free_port
 from safetensors.torch import load_file
 from sweeps import swept
@@ -28,11 +30,14 @@ from leanlift.evaluation.answers import losses_of
 from leanlift.evaluation.evaluate import to_samples
 from leanlift.model import freeze_quantized, scale_adapter
 from leanlift.paired import change
+from leanlift.plan import Batch, largest_batch
 from leanlift.report.data import read_run
 from leanlift.report.page import page
 from leanlift.report.text import report_text
-from leanlift.training import kept
+from leanlift.training import LiftSFTConfig, RunArguments, kept
+from leanlift.training.batches import Batches
 from leanlift.training.checkpointing.settings import FREE
+from leanlift.training.plan import plan_settings
 
 pytestmark = pytest.mark.usefixtures("unplanned")
 
@@ -40,16 +45,37 @@ PROSE = "It was the best of times, it was the worst of times. " * 5
 KEPT = ("prose.txt", "other.jsonl")
 
 
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory to work in, with rows to train on and others to keep."""
+def filled(place: Path) -> Path:
+    """A directory with rows to train on and others to keep."""
     rows = [{"prompt": f"{i} plus {i} is ", "completion": str(2 * i)} for i in range(24)]
     other = [{"prompt": f"say {word}: ", "completion": word} for word in ("yes", "no", "perhaps")]
     for name, made in (("rows", rows), ("other", other)):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, made)))
-    (tmp_path / "prose.txt").write_text(PROSE)
+        (place / f"{name}.jsonl").write_text("\n".join(map(json.dumps, made)))
+    (place / "prose.txt").write_text(PROSE)
+    return place
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Such a directory to work in."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return filled(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def done(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs that differ in what they measure alone: `with` and `without`; the screen of the
+    first as `with.txt`."""
+    place = filled(tmp_path_factory.mktemp("kept"))
+    with pytest.MonkeyPatch.context() as patch, (place / "with.txt").open("w") as screen:
+        patch.chdir(place)
+        patch.setattr("leanlift.cli.train._plan", lambda *given: None)
+        patch.setattr("leanlift.measure.report.draw", lambda *given: None)
+        with redirect_stdout(screen):
+            more = ("--keep_dataset_name", *KEPT, "--merged_dir", "merged")
+            assert main(words(base, "with", *more)) == 0
+        assert main(words(base, "without")) == 0
+    return place
 
 
 def words(base: Path, output: str, *more: str) -> list[str]:
@@ -80,12 +106,12 @@ def oracle_of_base(base: Path) -> tuple[list[float], list[int]]:
 
 
 def test_it_is_what_eval_measures_of_the_base_and_of_the_adapter(
-    base: Path, place: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(words(base, "run", "--keep_dataset_name", *KEPT)) == 0
-    said, found = capsys.readouterr().out, noted("run")
+    monkeypatch.chdir(done)
+    said, found = (done / "with.txt").read_text(), noted("with")
     assert [each["name"] for each in found] == list(KEPT)
-    model = load_adapter(load(base), "run")
+    model = load_adapter(load(base), "with")
     first = [oracle(scale_adapter(model, 0.0), name) for name in KEPT]
     scale_adapter(model, 1.0)
     for each, (before, tokens) in zip(found, first, strict=True):
@@ -104,9 +130,8 @@ def test_it_is_what_eval_measures_of_the_base_and_of_the_adapter(
     assert " ± " in kept_line
 
 
-def test_a_run_is_the_same_with_and_without(base: Path, place: Path) -> None:
-    assert main(words(base, "with", "--keep_dataset_name", *KEPT)) == 0
-    assert main(words(base, "without")) == 0
+def test_a_run_is_the_same_with_and_without(done: Path) -> None:
+    place = done
     one, two = (load_file(place / run / "adapter_model.safetensors") for run in ("with", "without"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -126,12 +151,11 @@ def other_text(place: Path) -> None:
 
 @pytest.mark.parametrize("change_of_rows", swept([None, other_text], None))
 def test_one_that_is_gone_on_with_still_compares_with_the_base(
-    base: Path, place: Path, change_of_rows: Callable[[Path], None] | None,
+    base: Path, done: Path, place: Path, change_of_rows: Callable[[Path], None] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     more = ("--keep_dataset_name", "prose.txt")
-    assert main(words(base, "run", *more)) == 0
-    shutil.copytree(place / "run" / "checkpoint-2", place / "again" / "checkpoint-2")
+    shutil.copytree(done / "with" / "checkpoint-2", place / "again" / "checkpoint-2")
     measured, real = [], kept.losses_of
     monkeypatch.setattr(
         kept, "losses_of", lambda *given: measured.append(1) or real(*given)
@@ -144,19 +168,20 @@ def test_one_that_is_gone_on_with_still_compares_with_the_base(
     assert math.isclose(again["before"], sum(before) / sum(tokens), rel_tol=1e-5)
     assert len(measured) == (1 if change_of_rows is None else 2)
     if change_of_rows is None:
-        assert again == noted("run")[0]
+        assert again == noted(str(done / "with"))[0]
 
 
 def test_one_that_did_not_measure_measures_the_base_when_it_goes_on(
-    base: Path, place: Path
+    base: Path, done: Path, place: Path
 ) -> None:
-    assert main(words(base, "run")) == 0
-    shutil.copytree(place / "run" / "checkpoint-2", place / "again" / "checkpoint-2")
+    shutil.copytree(done / "without" / "checkpoint-2", place / "again" / "checkpoint-2")
     more = ("--resume_from_checkpoint", "true", "--keep_dataset_name", "prose.txt")
     assert main(words(base, "again", *more)) == 0
     before, tokens = oracle_of_base(base)
     assert math.isclose(noted("again")[0]["before"], sum(before) / sum(tokens), rel_tol=1e-5)
-    one, two = (load_file(place / run / "adapter_model.safetensors") for run in ("run", "again"))
+    one, two = (
+        load_file(run / "adapter_model.safetensors") for run in (done / "without", place / "again")
+    )
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert "keep_dataset_name" in FREE
 
@@ -180,12 +205,8 @@ def test_what_a_checkpoint_says_of_other_rows_or_of_nothing_is_not_taken(saved: 
 # --- where it is told -------------------------------------------------------------------------
 
 
-def test_the_report_and_the_card_tell_it(
-    base: Path, place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    merged = ("--merged_dir", "merged")
-    assert main(words(base, "run", "--keep_dataset_name", *KEPT, *merged)) == 0
-    run = read_run("run")
+def test_the_report_and_the_card_tell_it(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = read_run(done / "with")
     first, second = run.kept
     text = report_text(run)
     assert f"kept              {first.name}: " in text
@@ -193,13 +214,12 @@ def test_the_report_and_the_card_tell_it(
     shown = page(run)
     assert "What was kept" in shown
     assert "Change of what was kept" in shown
-    assert "loss on prose.txt: " in (place / "merged" / "README.md").read_text()
-    assert main(words(base, "plain")) == 0
-    capsys.readouterr()
-    assert main(["report", "run", "plain"]) == 0
-    said = capsys.readouterr().out
-    assert "change of loss, prose.t" not in said or "–" in said
-    assert main(["report", "run", "plain", "--json"]) == 0
+    assert "loss on prose.txt: " in (done / "merged" / "README.md").read_text()
+    both = [str(done / name) for name in ("with", "without")]
+    assert main(["report", *both]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if "s, prose.txt" in x)
+    assert line.endswith("–")
+    assert main(["report", *both, "--json"]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     assert results["change of loss, prose.txt"] == [first.change, None]
 
@@ -266,3 +286,46 @@ def test_two_processes_measure_what_one_does(base: Path, place: Path) -> None:
     assert second["error"] is None
     assert math.isclose(first["before"], sum(before) / sum(tokens), rel_tol=1e-5)
     assert math.isclose(first["after"], sum(after) / sum(tokens), rel_tol=1e-5)
+
+
+# --- what it takes ----------------------------------------------------------------------------
+
+
+def test_rows_that_are_kept_count_in_the_plan_one_at_a_time() -> None:
+    def rows(*lengths: int) -> kept.KeptRows:
+        ids = [[5] * length for length in lengths]
+        return kept.KeptRows("a", Dataset.from_dict({"input_ids": ids, "labels": ids}))
+
+    train, large, small = Batch(4, 99), Batch(8, 99), Batch(1, 9, 8)
+    with_kept = kept.with_kept
+    assert with_kept(Batches(train), [], evaluates=False) == Batches(train)
+    longest = Batch(1, 40, 39)
+    both = [rows(7, 40), rows(3)]
+    assert with_kept(Batches(train), both, evaluates=False) == Batches(train, longest)
+    assert with_kept(Batches(train, small), both, evaluates=True) == Batches(train, longest)
+    assert with_kept(Batches(train, large), both, evaluates=True) == Batches(train, large)
+    assert with_kept(Batches(train), both, evaluates=True) == Batches(train), "not known: more"
+
+
+def test_a_plan_counts_a_row_of_max_length_where_nothing_is_read(tmp_path: Path) -> None:
+    sft = LiftSFTConfig(
+        str(tmp_path), use_cpu=True, max_length=77, per_device_eval_batch_size=16
+    )  # fmt: skip
+    for more, expected in (
+        ({}, None),
+        ({"keep_dataset_name": "prose.txt"}, largest_batch(1, 77)),
+        ({"eval_dataset_name": "a.jsonl"}, largest_batch(16, 77)),
+        ({"eval_dataset_name": "a.jsonl", "keep_dataset_name": "b.txt"}, largest_batch(16, 77)),
+    ):
+        args = RunArguments("base", "rows.jsonl", **more)  # type: ignore[arg-type]
+        assert plan_settings(args, sft, False, Batches()).eval_batch == expected
+
+
+@pytest.mark.thorough
+def test_another_loss_that_is_trained_on_is_not_measured(base: Path, place: Path) -> None:
+    found = []
+    for output, kind in (("plain", "nll"), ("another", "dft")):
+        command = words(base, output, "--keep_dataset_name", "prose.txt", "--loss_type", kind)
+        assert main([*command, "--max_steps", "1"]) == 0
+        found.append(noted(output)[0]["before"])
+    assert found[0] == found[1]

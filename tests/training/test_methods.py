@@ -241,11 +241,20 @@ def test_what_is_kept_is_measured_by_each(
     assert found["tokens"] == 12 * 26 - 1
     assert 3 < found["before"] < 6
     assert 0 < abs(found["change"]) < 2
+
+
+@pytest.mark.thorough
+def test_what_is_kept_is_compared_with_the_base_by_one_that_goes_on(
+    base: Path, place: Path, unplanned: None
+) -> None:
+    (place / "prose.txt").write_text("It was the best of times. " * 12)
+    keep = ("--keep_dataset_name", "prose.txt")
+    assert main(words("dpo", base, "run", *keep)) == 0
     (place / "again").mkdir()
     (place / "run" / "checkpoint-2").rename(place / "again" / "checkpoint-2")
-    more = ("--keep_dataset_name", "prose.txt", "--resume_from_checkpoint", "true")
-    assert main(words(method, base, "again", *more)) == 0
-    assert json.loads((place / "again" / "run.json").read_text())["kept"] == [found]
+    assert main(words("dpo", base, "again", *keep, "--resume_from_checkpoint", "true")) == 0
+    one, two = (json.loads((place / run / "run.json").read_text()) for run in ("run", "again"))
+    assert one["kept"] == two["kept"]
 
 
 def test_a_reward_model_keeps_nothing(
