@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,7 @@ def _about(adapter: Adapter, base: str, facts: dict[str, str]) -> list[str]:
         **facts,
     }
     table |= _data(run)
-    kept = [kept_words(each) for each in kept_in(run)]
+    kept = [kept_words(replace(each, name=Path(each.name).name)) for each in kept_in(run)]
     table |= {"kept": "; ".join(f"loss on {words}" for words in kept[:MOST_KEPT])} if kept else {}
     lines = ["| | |", "|---|---|", *(f"| {key} | {_plain(v)} |" for key, v in table.items()), ""]
     settings = [f"`{k}: {_plain(str(run[k]))}`" for k in TRAINING_KEYS if k in run]

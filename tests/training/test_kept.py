@@ -21,7 +21,7 @@ from datasets import Dataset
 from processes import ROOT, free_port
 from safetensors.torch import load_file
 from sweeps import swept
-from tiny import load, make_tokenizer
+from tiny import load, make_checkpoint, make_tokenizer
 
 from leanlift import load_adapter
 from leanlift.cli import main
@@ -43,6 +43,15 @@ pytestmark = pytest.mark.usefixtures("unplanned")
 
 PROSE = "It was the best of times, it was the worst of times. " * 5
 KEPT = ("prose.txt", "other.jsonl")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with dropout: who measures while it is on, or draws from its numbers, is seen."""
+    place = make_checkpoint(tmp_path_factory.mktemp("dropout") / "base")
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}))
+    return place
 
 
 def filled(place: Path) -> Path:
