@@ -20,6 +20,8 @@ from benchmarks.quality.domain import Domain
 from benchmarks.quality.methods import Method
 from benchmarks.quality.paper import METHODS, SUITES, Paths, paper
 from benchmarks.quality.presets import CPU, CPU_TEXT, GPU, QUICK, Preset, methods, quick
+from benchmarks.quality.real.main import preset_of, real
+from benchmarks.quality.real.main import update_readme as update_real
 from benchmarks.quality.run import Results, Runner
 from benchmarks.quality.shared import Work, run_jobs
 from benchmarks.quality.skills import skills
@@ -35,17 +37,17 @@ say = partial(print, flush=True)
 def main(argv: list[str] | None = None) -> None:
     """Make the runs that are missing, then the tables and plots."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
-    parser.add_argument("--preset", choices=[*PRESETS, "paper"], default="cpu")
+    parser.add_argument("--preset", choices=[*PRESETS, "real", "paper"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="four methods, half the steps")
     parser.add_argument("--source", type=Path, help="rows to pretrain on: the text domain")
-    parser.add_argument("--data", type=Path, help="rows to teach: text, paper")
+    parser.add_argument("--data", type=Path, help="rows to teach: text, real, paper")
+    parser.add_argument("--model", help="directory of a base: real, paper (there a hub name too)")
     parser.add_argument("--jobs", type=int, help="processes; two on a CPU that has two cores")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)  # one of several processes
     parser.add_argument("--cache", type=Path, default=Path("build/quality"), help="for the base")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots")
     own = parser.add_argument_group("the paper preset")
     own.add_argument("--suite", choices=sorted(SUITES), default="math")
-    own.add_argument("--model", help="directory or hub name of Llama-2-7B")
     own.add_argument("--tests", type=Path, help="directory of the test sets")
     own.add_argument("--output", type=Path, default=Path("runs/paper"), help="runs and results")
     own.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -58,6 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         settings = {} if args.lr is None else {"learning_rate": args.lr}
         paths = Paths(args.model, args.data, args.tests, args.output, settings)
         paper(SUITES[args.suite], paths, args.methods, args.limit)
+        return
+    if args.preset == "real":
+        if not args.tables and (args.data is None or not args.data.is_file()):
+            parser.error(f"real needs --data, a file of worked problems; got {args.data}")
+        real_preset(args, list(sys.argv[1:] if argv is None else argv))
         return
     if (args.source is None) != (args.data is None):
         parser.error("the text domain needs both --source and --data")
@@ -85,6 +92,21 @@ def main(argv: list[str] | None = None) -> None:
                 run_jobs(jobs, "benchmarks.quality", [*given, "--claims", claims])
     if args.claims is None:
         update_readme(name, results.rows())
+
+
+def real_preset(args: argparse.Namespace, given: list[str]) -> None:
+    """The comparison on a base that somebody trained."""
+    model = None if args.model is None else Path(args.model)
+    if model is not None and not (model / "config.json").is_file():
+        raise SystemExit(f"{model} is no directory of a checkpoint: it has no config.json.")
+    name, preset = preset_of(model, args.quick)
+    if not args.tables:
+        real(
+            model, args.data, args.cache, name, preset,
+            processes=args.jobs, claims=args.claims, given=given,
+        )  # fmt: skip
+    if args.claims is None:
+        update_real(name, preset)
 
 
 def domain_of(preset: Preset, source: Path | None, data: Path | None) -> Domain:
