@@ -5,6 +5,7 @@ Without torch: what only shows a report starts at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ class KeptLoss:
     error: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return asdict(self)
+        """A JSON-ready dictionary; null where a loss is not finite, for which JSON has no form."""
+        held = asdict(self)
+        numbers = {key: value for key, value in held.items() if isinstance(value, float)}
+        return {**held, **{k: None for k, v in numbers.items() if not math.isfinite(v)}}
 
 
 def kept_in(run: Any) -> list[KeptLoss]:

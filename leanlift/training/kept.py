@@ -93,8 +93,9 @@ class KeptLosses(TrainerCallback, ExportableState):
         self.before: dict[str, Any] = {}
 
     def state(self) -> dict[str, Any]:
-        """As Trainer keeps it in its state."""
-        return {"args": {}, "attributes": {"before": self.before}}
+        """As Trainer keeps it in its state; a base whose loss is not finite is measured again."""
+        fine = {name: held for name, held in self.before.items() if _are_finite(held["losses"])}
+        return {"args": {}, "attributes": {"before": fine}}
 
     def begin(self, trainer: Any, resume: str | None, screen: Screen) -> None:
         """Before the first step: what the base makes of the rows.
@@ -208,8 +209,8 @@ def _is_of(saved: Any, rows: KeptRows, digest: str) -> bool:
     if not isinstance(saved, dict) or saved.get("digest") != digest:
         return False
     losses = saved.get("losses")
-    return (
-        isinstance(losses, list)
-        and len(losses) == len(rows.data)
-        and all(type(loss) in (int, float) and math.isfinite(loss) for loss in losses)
-    )
+    return isinstance(losses, list) and len(losses) == len(rows.data) and _are_finite(losses)
+
+
+def _are_finite(losses: Sequence[Any]) -> bool:
+    return all(type(loss) in (int, float) and math.isfinite(loss) for loss in losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -16,6 +17,13 @@ def test_what_was_written_is_read() -> None:
     alone = KeptLoss("one.txt", 1, 9, 2, 3, 1, None)
     assert kept_in({"kept": [KEPT.to_dict(), alone.to_dict()]}) == [KEPT, alone]
     assert len(kept_in({"kept": [KEPT.to_dict()] * (MOST_KEPT + 9)})) == MOST_KEPT
+
+
+def test_what_is_not_finite_is_null_and_left_out() -> None:
+    broken = KeptLoss("a.txt", 2, 9, 2.0, math.nan, math.inf, math.nan).to_dict()
+    assert (broken["before"], broken["after"], broken["change"]) == (2.0, None, None)
+    json.dumps(broken, allow_nan=False)
+    assert kept_in({"kept": [broken, KEPT.to_dict()]}) == [KEPT]
 
 
 @pytest.mark.parametrize("run", [None, [], "kept", {}, {"kept": {}}, {"kept": [[]]}], ids=str)

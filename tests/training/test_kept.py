@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +19,6 @@ from command import complaint
 from datasets import Dataset
 from processes import ROOT, free_port
 from safetensors.torch import load_file
-from sweeps import swept
 from tiny import load, make_checkpoint, make_tokenizer
 
 from leanlift import load_adapter
@@ -36,7 +34,6 @@ from leanlift.report.page import page
 from leanlift.report.text import report_text
 from leanlift.training import LiftSFTConfig, RunArguments, kept
 from leanlift.training.batches import Batches
-from leanlift.training.checkpointing.settings import FREE
 from leanlift.training.plan import plan_settings
 
 pytestmark = pytest.mark.usefixtures("unplanned")
@@ -108,10 +105,10 @@ def oracle(model: Any, name: str) -> tuple[list[float], list[int]]:
     return losses_of(model.eval(), samples, 1), [sample.trained for sample in samples]
 
 
-def oracle_of_base(base: Path) -> tuple[list[float], list[int]]:
+def oracle_of_base(base: Path, name: str = "prose.txt") -> tuple[list[float], list[int]]:
     model = load(base)
     freeze_quantized(model)
-    return oracle(model, "prose.txt")
+    return oracle(model, name)
 
 
 def test_it_is_what_eval_measures_of_the_base_and_of_the_adapter(
@@ -154,45 +151,41 @@ def test_a_run_is_the_same_with_and_without(done: Path) -> None:
 # --- a run that is gone on with ---------------------------------------------------------------
 
 
-def other_text(place: Path) -> None:
-    (place / "prose.txt").write_text("A tale of two cities, and of other places. " * 5)
-
-
-@pytest.mark.parametrize("change_of_rows", swept([None, other_text], None))
 def test_one_that_is_gone_on_with_still_compares_with_the_base(
-    base: Path, done: Path, place: Path, change_of_rows: Callable[[Path], None] | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    more = ("--keep_dataset_name", "prose.txt")
+    base: Path, done: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what its checkpoint has; of rows that are others by now, with the adapter turned off."""
     shutil.copytree(done / "with" / "checkpoint-2", place / "again" / "checkpoint-2")
+    (place / "other.jsonl").write_text('{"text": "A tale of two cities."}\n' * 3)
     measured, real = [], kept.losses_of
-    monkeypatch.setattr(
-        kept, "losses_of", lambda *given: measured.append(1) or real(*given)
-    )  # fmt: skip
-    if change_of_rows is not None:
-        change_of_rows(place)
-    assert main(words(base, "again", "--resume_from_checkpoint", "true", *more)) == 0
-    before, tokens = oracle_of_base(base)
-    (again,) = noted("again")
-    assert math.isclose(again["before"], sum(before) / sum(tokens), rel_tol=1e-5)
-    assert len(measured) == (1 if change_of_rows is None else 2)
-    if change_of_rows is None:
-        assert again == noted(str(done / "with"))[0]
+
+    def seen(trainer: Any, parts: Any, say: Any) -> Any:
+        measured.append([part.name for part in parts])
+        return real(trainer, parts, say)
+
+    monkeypatch.setattr(kept, "losses_of", seen)
+    more = ("--resume_from_checkpoint", "true", "--keep_dataset_name", *KEPT)
+    assert main(words(base, "again", *more)) == 0
+    assert measured == [["other.jsonl"], list(KEPT)]
+    prose, other = noted("again")
+    assert prose == noted(str(done / "with"))[0]
+    before, tokens = oracle_of_base(base, "other.jsonl")
+    assert math.isclose(other["before"], sum(before) / sum(tokens), rel_tol=1e-5)
+    assert other["change"] != 0
 
 
+@pytest.mark.thorough
 def test_one_that_did_not_measure_measures_the_base_when_it_goes_on(
     base: Path, done: Path, place: Path
 ) -> None:
     shutil.copytree(done / "without" / "checkpoint-2", place / "again" / "checkpoint-2")
-    more = ("--resume_from_checkpoint", "true", "--keep_dataset_name", "prose.txt")
+    more = ("--resume_from_checkpoint", "true", "--keep_dataset_name", *KEPT)
     assert main(words(base, "again", *more)) == 0
-    before, tokens = oracle_of_base(base)
-    assert math.isclose(noted("again")[0]["before"], sum(before) / sum(tokens), rel_tol=1e-5)
+    assert noted("again") == noted(str(done / "with"))
     one, two = (
         load_file(run / "adapter_model.safetensors") for run in (done / "without", place / "again")
     )
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert "keep_dataset_name" in FREE
 
 
 GOOD = {"digest": "d", "losses": [1.0, 2]}
@@ -209,6 +202,12 @@ def test_what_a_checkpoint_says_of_other_rows_or_of_nothing_is_not_taken(saved: 
     rows = kept.KeptRows("a", [0, 0])  # type: ignore[arg-type] - only counted
     assert kept._is_of(GOOD, rows, "d")
     assert not kept._is_of(saved, rows, "d")
+
+
+def test_losses_that_are_not_finite_are_in_no_checkpoint() -> None:
+    held = kept.KeptLosses()
+    held.before = {"a": {**GOOD, "losses": [1.0, math.nan]}, "b": GOOD}
+    assert held.state()["attributes"] == {"before": {"b": GOOD}}
 
 
 # --- where it is told -------------------------------------------------------------------------

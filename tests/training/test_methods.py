@@ -75,7 +75,9 @@ def words(method: str, base: Path, output: str, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("method", swept(PREFERRED, "dpo"))
 def test_a_run_trains_merges_and_goes_on(base: Path, place: Path, method: str) -> None:
-    assert main(words(method, base, "run", "--merged_dir", "merged")) == 0
+    (place / "prose.txt").write_text("It was the best of times. " * 12)
+    keep = () if method == "reward" else ("--keep_dataset_name", "prose.txt")
+    assert main(words(method, base, "run", "--merged_dir", "merged", *keep)) == 0
     report = json.loads((place / "run" / "memory.json").read_text())
     planned, measured = report["plan"]["phases"], report["phases"]["train"]["tensors"]
     assert 0.6 * planned["train"] <= measured
@@ -91,10 +93,18 @@ def test_a_run_trains_merges_and_goes_on(base: Path, place: Path, method: str) -
 
     (place / "again").mkdir()
     (place / "run" / "checkpoint-2").rename(place / "again" / "checkpoint-2")
-    assert main(words(method, base, "again", "--resume_from_checkpoint", "true")) == 0
+    assert main(words(method, base, "again", "--resume_from_checkpoint", "true", *keep)) == 0
     again = load_file(place / "again" / "adapter_model.safetensors")
     assert found.keys() == again.keys()
     assert all(torch.equal(found[key], again[key]) for key in found)
+    if keep:
+        one, two = (
+            json.loads((place / name / "run.json").read_text()) for name in ("run", "again")
+        )
+        assert one["kept"] == two["kept"]
+        assert one["kept"][0]["tokens"] == 12 * 26 - 1
+        assert 3 < one["kept"][0]["before"] < 6
+        assert 0 < abs(one["kept"][0]["change"]) < 2
 
 
 @pytest.mark.parametrize("method", swept(PREFERRED, "kto"))
@@ -229,32 +239,6 @@ def test_a_card_that_is_too_small_gets_other_settings(
     said = capsys.readouterr().out
     assert "embedding_on_cpu=true" in said
     assert "quantize_embeddings" not in said  # which their trainers cannot have
-
-
-@pytest.mark.parametrize("method", swept([*PREFERRED[:-1]], "orpo"))
-def test_what_is_kept_is_measured_by_each(
-    base: Path, place: Path, method: str, unplanned: None
-) -> None:
-    (place / "prose.txt").write_text("It was the best of times. " * 12)
-    assert main(words(method, base, "run", "--keep_dataset_name", "prose.txt")) == 0
-    (found,) = json.loads((place / "run" / "run.json").read_text())["kept"]
-    assert found["tokens"] == 12 * 26 - 1
-    assert 3 < found["before"] < 6
-    assert 0 < abs(found["change"]) < 2
-
-
-@pytest.mark.thorough
-def test_what_is_kept_is_compared_with_the_base_by_one_that_goes_on(
-    base: Path, place: Path, unplanned: None
-) -> None:
-    (place / "prose.txt").write_text("It was the best of times. " * 12)
-    keep = ("--keep_dataset_name", "prose.txt")
-    assert main(words("dpo", base, "run", *keep)) == 0
-    (place / "again").mkdir()
-    (place / "run" / "checkpoint-2").rename(place / "again" / "checkpoint-2")
-    assert main(words("dpo", base, "again", *keep, "--resume_from_checkpoint", "true")) == 0
-    one, two = (json.loads((place / run / "run.json").read_text()) for run in ("run", "again"))
-    assert one["kept"] == two["kept"]
 
 
 def test_a_reward_model_keeps_nothing(
