@@ -18,7 +18,7 @@ from benchmarks.common import RESULTS
 from benchmarks.quality.base import known, pretrained
 from benchmarks.quality.domain import Domain
 from benchmarks.quality.methods import Method
-from benchmarks.quality.paper import METHODS, SUITES, Paths, paper
+from benchmarks.quality.paper.command import add_arguments, from_arguments
 from benchmarks.quality.presets import CPU, CPU_TEXT, GPU, QUICK, Preset, methods, quick
 from benchmarks.quality.real.main import preset_of, real
 from benchmarks.quality.real.main import update_readme as update_real
@@ -41,25 +41,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="four methods, half the steps")
     parser.add_argument("--source", type=Path, help="rows to pretrain on: the text domain")
     parser.add_argument("--data", type=Path, help="rows to teach: text, real, paper")
-    parser.add_argument("--model", help="directory of a base: real, paper (there a hub name too)")
+    parser.add_argument("--model", help="directory of a base: real, paper")
     parser.add_argument("--jobs", type=int, help="processes; two on a CPU that has two cores")
     parser.add_argument("--claims", type=Path, help=argparse.SUPPRESS)  # one of several processes
     parser.add_argument("--cache", type=Path, default=Path("build/quality"), help="for the base")
     parser.add_argument("--tables", action="store_true", help="only write tables and plots")
-    own = parser.add_argument_group("the paper preset")
-    own.add_argument("--suite", choices=sorted(SUITES), default="math")
-    own.add_argument("--tests", type=Path, help="directory of the test sets")
-    own.add_argument("--output", type=Path, default=Path("runs/paper"), help="runs and results")
-    own.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    own.add_argument("--lr", type=float, help="instead of the paper's learning rate")
-    own.add_argument("--limit", type=int, help="rows of each test set, at most")
+    add_arguments(parser.add_argument_group("the paper preset"))
     args = parser.parse_args(argv)
     if args.preset == "paper":
-        if not (args.model and args.data and args.tests):
-            parser.error("the paper preset needs --model, --data and --tests")
-        settings = {} if args.lr is None else {"learning_rate": args.lr}
-        paths = Paths(args.model, args.data, args.tests, args.output, settings)
-        paper(SUITES[args.suite], paths, args.methods, args.limit)
+        from_arguments(args, parser)
         return
     if args.preset == "real":
         if not args.tables and (args.data is None or not args.data.is_file()):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_checkpoint
 
 pytest.importorskip("peft")
 
@@ -19,7 +18,6 @@ from benchmarks.quality.change import change
 from benchmarks.quality.domain import IGNORED, Rows
 from benchmarks.quality.loop import held_bytes
 from benchmarks.quality.methods import Method, lift, lora
-from benchmarks.quality.paper import SUITES, Paths, paper
 from benchmarks.quality.presets import TINY, methods
 from benchmarks.quality.residual import onto_original
 from benchmarks.quality.run import Results, Runner, best_lr, final_rows
@@ -28,7 +26,6 @@ from benchmarks.quality.shared import Work, run_jobs
 from benchmarks.quality.skills import SOURCE, TARGET, make_rows, skills, split_of
 from benchmarks.quality.table import _kept_at, update_readme
 from benchmarks.quality.text import text
-from leanlift import UserError
 from leanlift.model import lift_layers
 
 pytestmark = [
@@ -255,30 +252,3 @@ def test_real_text_is_judged_by_loss(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "README.md").write_text("")
     update_readme("tiny", results.rows(), tmp_path / "README.md", tmp_path)
     assert "target loss / source loss" in (tmp_path / "README.md").read_text()
-
-
-@pytest.mark.thorough
-def test_the_papers_runs_on_a_tiny_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = make_checkpoint(tmp_path / "base")
-    rows = [
-        {"instruction": f"{i}+1?", "input": "", "output": f"{i + 1}", "answer": f"{i + 1}"}
-        for i in range(8)
-    ]
-    (tmp_path / "gsm8k.json").write_text(json.dumps(rows))
-    settings = {
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "disable_tqdm": True,
-        "bf16": False,
-    }
-    paths = Paths(str(base), tmp_path / "gsm8k.json", tmp_path, tmp_path / "out", settings)
-    suite = replace(SUITES["math"], rank=2, approx_rank=2, interval=1, max_new_tokens=2)
-    paper(suite, paths, ["principal-nf4", "qlora-nf4", "lora-16bit", "full-16bit"], limit=4)
-    assert "| qlora-nf4 |" in capsys.readouterr().out
-    result = json.loads((tmp_path / "out" / "principal-nf4.json").read_text())
-    assert result["gsm8k"]["generated"] == 4
-    with pytest.raises(UserError, match="holds none of multiarith"):
-        paper(suite, replace(paths, tests=tmp_path / "out"), ["qlora-nf4"])
