@@ -112,6 +112,15 @@ class BaseAndRows:
     eval_dataset_split: str = field(
         default="test", metadata=about(TEXT, "split of a hub dataset to evaluate on.")
     )
+    keep_dataset_name: tuple[Mapping[str, Any], ...] = field(
+        default=(),
+        metadata=about(
+            DATASETS,
+            "rows or texts (.txt .md) not to forget. The loss on each is measured before the first "
+            "step and after the last; files, or mappings of path, name, split and columns as in "
+            "datasets.",
+        ),
+    )
     model_revision: str | None = field(
         default=None,
         metadata=about(
@@ -232,6 +241,7 @@ class RunArguments(LiftConfig, BaseAndRows):
                 object.__setattr__(self, each.name, os.path.expanduser(given))
         super().__post_init__()
         self.parts()
+        self.kept_parts()
         if self.embedding_on_cpu and self.trainable_token_indices:
             raise UserError(
                 "embedding_on_cpu keeps an embedding where none of it is trained: leave it out, or "
@@ -249,6 +259,22 @@ class RunArguments(LiftConfig, BaseAndRows):
         named = ({"path": self.dataset_name, "split": self.dataset_split},)
         return parts_of(self.datasets or (named if self.dataset_name else ()))
 
+    def kept_parts(self) -> tuple[Part, ...]:
+        """The places of the rows that are to be kept, each for itself.
+
+        Raises:
+            UserError: places that are none, one that is named twice, or a share, of which there is
+                nothing.
+        """
+        found = parts_of(self.keep_dataset_name, "keep_dataset_name")
+        if any(part.fraction is not None for part in found):
+            raise UserError("keep_dataset_name mixes nothing: leave fraction out.")
+        paths = [part.path for part in found]
+        twice = next((path for path in paths if paths.count(path) > 1), None)
+        if twice is not None:
+            raise UserError(f"keep_dataset_name has {twice} twice: name it once.")
+        return found
+
     def lift_config(self) -> LiftConfig:
         """The settings of the mask alone."""
         return LiftConfig(**{each.name: getattr(self, each.name) for each in fields(LiftConfig)})
@@ -256,7 +282,7 @@ class RunArguments(LiftConfig, BaseAndRows):
 
 TAKEN = (
     "target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices",
-    "density_pattern", "datasets", "reward_funcs",
+    "density_pattern", "datasets", "keep_dataset_name", "reward_funcs",
 )  # fmt: skip
 """Settings that a command line has in another form."""
 

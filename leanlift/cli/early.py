@@ -68,7 +68,7 @@ def check_early(command: str, argv: Sequence[str]) -> None:
         raise
     if command == "train":
         _check_places(given)
-        _check_rows(given, args.parts())
+        _check_rows(given, args.parts(), args.kept_parts())
 
 
 def _run_arguments(given: Mapping[str, Any]) -> RunArguments:
@@ -170,16 +170,18 @@ def _is_result(entry: Path) -> bool:
     return not entry.name.startswith(".") and not entry.name.endswith(".partial")
 
 
-def _check_rows(given: Mapping[str, Any], parts: Sequence[Part]) -> None:
+def _check_rows(given: Mapping[str, Any], parts: Sequence[Part], kept: Sequence[Part]) -> None:
     """Whether files of rows are there, and their columns and first rows are of a known shape."""
-    places = [(part, "train") for part in parts]
+    method = str(given.get("method") or SFT)
+    places = [(part, "train", method) for part in parts]
     if given.get("eval_dataset_name"):
         split = str(given.get("eval_dataset_split") or "")
-        places.append((Part(str(given["eval_dataset_name"]), split=split), "eval"))
+        places.append((Part(str(given["eval_dataset_name"]), split=split), "eval", method))
+    places += [(part, f"keep ({part.path})", SFT) for part in kept]
     text_field = str(given.get("dataset_text_field") or "text")
     as_they_are = given.get("formatting_func") is None and "dataset_kwargs" not in given
-    for part, name in places:
+    for part, name, how in places:
         check_place(part.path)
         # of a part of the rows, or of the columns, others come first
         if as_they_are and "[" not in part.split and part.columns is None:
-            check_first_rows(part.path, name, text_field, str(given.get("method") or SFT))
+            check_first_rows(part.path, name, text_field, how)

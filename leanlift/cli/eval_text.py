@@ -44,22 +44,27 @@ def eval_text(
     rows, tokens = data["rows"], count(data["tokens"])
     what = f"{data['adapter']} over {data['model']}" if data["adapter"] else data["model"]
     how_many = f"{rows:,} row{'s' * (rows != 1)}, {tokens} trained tokens"
-    lines = _wrapped(f"{what} on {data['data']}: {how_many}.")
+    lines = wrapped(f"{what} on {data['data']}: {how_many}.")
     lines += ["", *_table(models, weights), ""]
     if len(models) == 1 and data["adapter"]:
-        lines += _wrapped(MORE)
+        lines += wrapped(MORE)
     if data["compared"]:
-        lines += _wrapped(data["compared"])
+        lines += wrapped(data["compared"])
     if sentences:
-        lines += ["", *_wrapped(SENTENCES)]
-    if len({form.partition(" + ")[0] for form in weights}) > 1:
-        lines += ["", *_wrapped(FORMS)]
+        lines += ["", *wrapped(SENTENCES)]
+    if is_mixed(weights):
+        lines += ["", *wrapped(FORMS)]
     if shown:
         first = "first" if len(shown) == 1 else f"first {len(shown)}"
         lines += ["", f"The {first} of {asked:,} rows with an answer:"]
     for row in shown:
-        lines += ["", *_answers(row)]
+        lines += ["", *answer_lines(row)]
     return "\n".join(lines)
+
+
+def is_mixed(weights: Sequence[str]) -> bool:
+    """Whether models hold their weights in more forms than one."""
+    return len({form.partition(" + ")[0] for form in weights}) > 1
 
 
 def _table(models: Sequence[dict[str, Any]], weights: Sequence[str]) -> list[str]:
@@ -82,7 +87,8 @@ def _table(models: Sequence[dict[str, Any]], weights: Sequence[str]) -> list[str
     return table(cells, head, left=2)
 
 
-def _answers(row: dict[str, Any]) -> list[str]:
+def answer_lines(row: dict[str, Any]) -> list[str]:
+    """What was asked, what was expected, and what each model said."""
     expected = row["expected"]
     if "answer" in row:
         expected = f"{_cut(expected)} (answer: {row['answer']})" if expected else row["answer"]
@@ -94,7 +100,7 @@ def _answers(row: dict[str, Any]) -> list[str]:
 
 
 def _part(label: str, text: str) -> list[str]:
-    return _wrapped(_cut(text), f"  {label[: LABEL - 3]:<{LABEL - 2}}", " " * LABEL)
+    return wrapped(_cut(text), f"  {label[: LABEL - 3]:<{LABEL - 2}}", " " * LABEL)
 
 
 def _cut(text: str) -> str:
@@ -106,7 +112,8 @@ def _cut(text: str) -> str:
     return f"{line[:half].rstrip()} … {line[-half:].lstrip()}"
 
 
-def _wrapped(text: str, first: str = "", later: str = "") -> list[str]:
+def wrapped(text: str, first: str = "", later: str = "") -> list[str]:
+    """Lines of the screen's width."""
     return textwrap.wrap(
         text, WIDTH, initial_indent=first, subsequent_indent=later, break_on_hyphens=False
     )

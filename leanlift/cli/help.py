@@ -65,7 +65,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data": (
         "dataset_name", "dataset_split", "datasets", "streaming", "formatting_func",
-        "eval_dataset_name", "eval_dataset_split", "max_length", "packing",
+        "eval_dataset_name", "eval_dataset_split", "keep_dataset_name", "max_length", "packing",
     ),
     "Method": (
         "method", "reward_funcs", "beta", "loss_type", "num_generations", "max_completion_length",

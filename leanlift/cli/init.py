@@ -46,7 +46,8 @@ def _init(given: argparse.Namespace) -> int:
     if given.card is not None:
         _gib(given.card)
     model = given.model or ask("Model (a directory, or a name on the hub)", "--model", None)
-    data = given.data or ask("Rows (.json, .jsonl, .csv, .parquet, or a hub name)", "--data", None)
+    kinds = ".json, .jsonl, .csv, .parquet, .txt"
+    data = given.data or ask(f"Rows ({kinds}, or a hub name)", "--data", None)
     base_directory(model)
     check_place(data)
     purpose = given.purpose or ask(_choices(), "--purpose", "answers")

@@ -10,6 +10,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from leanlift.cli.eval_data import read_data
 from leanlift.errors import UserError
 from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.files import read_json
@@ -55,9 +56,12 @@ def add_measure(commands: Any) -> None:
 def _add_eval(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
-        help="loss and greedy answers on a file of rows: base, adapter and merged side by side",
+        help="loss and greedy answers on files of rows or texts: base, adapter and merged side by "
+        "side",
         description="Measure a base, a base with an adapter, or a merged model on the rows that "
-        "training takes; or several of them in one table (--base, --base_as_stored, --merged). "
+        "training takes, or on plain text; or several of them in one table (--base, "
+        "--base_as_stored, --merged), on several datasets (--data target=a.jsonl --data "
+        "prose=b.txt) with how far each is from the base. "
         "Greedy answers are compared with the 'answer' column where there is one, else with the "
         "completion; --judge says how.",
     )
@@ -99,9 +103,17 @@ def _add_rows(parser: Any) -> None:
     rows = parser.add_argument_group("on which rows")
     rows.add_argument(
         "--data",
-        type=expanduser,
+        action="append",
         required=True,
-        help=".json, .jsonl, .csv, .tsv or .parquet, or a hub name",
+        metavar="[NAME=]FILE",
+        help=".json, .jsonl, .csv, .tsv or .parquet, a text (.txt, .md), or a hub name; given "
+        "several times, all in one table, each by its NAME or the file's own",
+    )
+    rows.add_argument(
+        "--max_length",
+        type=int,
+        help="most tokens of a window in which a text is read (1024, or the base's positions); "
+        "rows are never cut",
     )
     rows.add_argument(
         "--dataset_text_field",
@@ -153,7 +165,7 @@ def _eval(options: argparse.Namespace) -> int:
         raise UserError(
             "there is nothing to evaluate: give --model_name_or_path, --adapter, or both."
         )
-    for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 0)):
+    for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 0), ("max_length", 2)):
         given = getattr(options, name)
         if given is not None and given < least:
             raise UserError(f"expected a {name} of at least {least}, got {given}.")
@@ -162,10 +174,12 @@ def _eval(options: argparse.Namespace) -> int:
         parent = Path(getattr(options, name) or "x").parent
         if not parent.is_dir():
             raise UserError(f"--{name} needs a directory that exists, and {parent} does not.")
-    check_place(options.data)
+    options.data = read_data(options.data)
     text_field = options.dataset_text_field or _text_field(options.adapter)
-    if text_field is not None and options.formatting_func is None:
-        check_first_rows(options.data, "eval", text_field)
+    for data in options.data:
+        check_place(data.path)
+        if text_field is not None and options.formatting_func is None:
+            check_first_rows(data.path, data.where(len(options.data) > 1), text_field)
     from leanlift.cli.eval import eval_command
 
     return eval_command(options)

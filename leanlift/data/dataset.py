@@ -22,6 +22,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from leanlift._version import __version__
 from leanlift.data.lengths import Cut, LengthReport
 from leanlift.data.tokens import IGNORED, Tokenization, Tokens
+from leanlift.data.windows import in_windows
 from leanlift.errors import UserError
 from leanlift.rows.examples import NO_ASSISTANT, NULLS, ExampleReader, columns_of
 from leanlift.rows.source import (
@@ -90,7 +91,7 @@ def token_rows(
     """Tokenize a dataset.
 
     Args:
-        rows: a `Dataset` or list of dicts.
+        rows: a `Dataset` or list of dicts; of a text, windows as long as `cut` says are made.
         how: the tokenization.
         name: "train" or "eval", for messages.
         cut: to what length; by default to none.
@@ -99,7 +100,8 @@ def token_rows(
     Raises:
         UserError: no rows, rows that cannot be used, or nothing left to train on.
     """
-    rows, worker = a_dataset(rows, name), Worker(how, name, cut or Cut())
+    worker = Worker(how, name, cut or Cut())
+    rows = in_windows(a_dataset(rows, name), how, worker.cut.max_length)
     columns: dict[str, Any] = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
     found = {"length": "int32", "trained": "int32", "ended": "bool", "parted": "bool"}
     found["row"] = "int64"
@@ -278,15 +280,15 @@ def _drop_untrained(
 
 
 def tokenized(
-    rows: Any, how: Tokenization, name: str = "train"
+    rows: Any, how: Tokenization, name: str = "train", window: int | None = None
 ) -> Iterator[tuple[int, Row, Tokens]]:
     """Row number, example and tokens of each example, as they are asked for; what rows lost on the
-    way is logged after the last.
+    way is logged after the last. `window`: of a text, as `in_windows` has it.
 
     Raises:
         UserError: no rows, rows that cannot be used, or nothing left of them.
     """
-    rows, reader = a_dataset(rows, name), None
+    rows, reader = in_windows(a_dataset(rows, name), how, window), None
     pairs: Iterator[tuple[int, Row]] = enumerate(plain_rows(rows))
     if "input_ids" not in rows.column_names:
         reader = reader_of(rows, name, how)

@@ -19,6 +19,7 @@ from leanlift.data.tokenizer import prepare_tokenizer
 from leanlift.data.tokens import IGNORED, Tokenization
 from leanlift.errors import UserError, first_line
 from leanlift.rows.examples import columns_of
+from leanlift.rows.files import is_document
 from leanlift.rows.images import image_column
 from leanlift.rows.mixture import Mixture
 from leanlift.rows.source import Row
@@ -107,7 +108,13 @@ class RowsForTraining:
         if skips_preparation(self.sft):
             _check_prepared(rows, name)
             return rows
-        if self.format is not None:
+        is_text = isinstance(rows, Dataset) and is_document(rows.column_names)
+        if is_text and (self.how.assistant_only or self.how.completion_only):
+            raise UserError(
+                f"the {name} dataset is a text, and completion_only_loss and assistant_only_loss "
+                "train a part of a row alone: leave them out."
+            )
+        if self.format is not None and not is_text:
             rows = formatted(rows, self.format, name)
         cut = Cut.of(self.sft, packing)
         if isinstance(rows, IterableDataset):

@@ -83,6 +83,13 @@ def vocabulary_rows(
     name: str, trust_remote_code: bool = False, revision: str | None = None
 ) -> int | None:
     """Rows of a base's embedding by its config.json; None where that does not say."""
+    return base_number(name, "vocab_size", trust_remote_code, revision)
+
+
+def base_number(
+    name: str, key: str, trust_remote_code: bool = False, revision: str | None = None
+) -> int | None:
+    """A number of a base's config.json above 0; None where that does not say."""
     try:
         config = AutoConfig.from_pretrained(
             str(Path(name).expanduser()) if Path(name).expanduser().exists() else name,
@@ -91,8 +98,8 @@ def vocabulary_rows(
         )
     except Exception:  # whatever is wrong with it, loading the base says so
         return None
-    rows = getattr(config.get_text_config(), "vocab_size", None)
-    return rows if isinstance(rows, int) else None
+    found = getattr(config.get_text_config(), key, None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def end_tokens(name: str, revision: str | None = None) -> tuple[int, ...]:

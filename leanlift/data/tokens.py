@@ -133,6 +133,12 @@ class Tokenization:
         self._check_ids(tokens, where)
         return tokens
 
+    def of_document(self, text: str) -> list[int]:
+        """Tokens of a text of any length as it stands: a start token where the tokenizer puts one
+        there by itself, and no end token."""
+        ids = self._encode(text, verbose=False)  # that it is long is no news
+        return ids[:-1] if self._adds_end else ids
+
     # --- texts -------------------------------------------------------------------------------
 
     def _of_text(self, example: Row, where: str) -> Tokens:
@@ -155,15 +161,15 @@ class Tokenization:
             before = before[:-1]
         return self._completed(before, self._encode(whole))
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, **more: Any) -> list[int]:
         start = self.tokenizer.bos_token
         if self._adds_start and text.startswith(start):
             text = text.removeprefix(start)
-        return self._ids_of(text)
+        return self._ids_of(text, **more)
 
-    def _ids_of(self, text: str) -> list[int]:
+    def _ids_of(self, text: str, **more: Any) -> list[int]:
         try:
-            return list(self.tokenizer(text=text)["input_ids"])
+            return list(self.tokenizer(text=text, **more)["input_ids"])
         except Exception as error:  # tokenizers raises bare Exceptions where its files do not agree
             raise UserError(
                 f"the tokenizer of {self.tokenizer.name_or_path or 'the base'} cannot take a text "

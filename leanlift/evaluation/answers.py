@@ -62,24 +62,36 @@ def sum_of_losses(
     name: str = "",
 ) -> tuple[float, int]:
     """Summed cross-entropy of the trained tokens, in nats, and their number."""
-    total, tokens = 0.0, 0
-    trained = [sample for sample in samples if sample.trained > 0]
+    found = losses_of(model, samples, batch_size, progress, name)
+    return sum(found), sum(sample.trained for sample in samples)
+
+
+@torch.no_grad()
+def losses_of(
+    model: Any,
+    samples: Sequence[Sample],
+    batch_size: int,
+    progress: bool = False,
+    name: str = "",
+) -> list[float]:
+    """Summed cross-entropy of each sample's trained tokens, in nats; 0 where there are none."""
+    losses = [0.0] * len(samples)
+    trained = [i for i, sample in enumerate(samples) if sample.trained]
     only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
     for batch in _batches(
-        trained, lambda s: len(s.whole), batch_size, _bar(name, "loss"), progress
+        trained, lambda i: len(samples[i].whole), batch_size, _bar(name, "loss"), progress
     ):
-        inputs = pad_left([sample.whole for sample in batch], model.device)
-        spans = [len(sample.whole) - sample.start for sample in batch]
+        inputs = pad_left([samples[i].whole for i in batch], model.device)
+        spans = [len(samples[i].whole) - samples[i].start for i in batch]
         kept = max(spans) + 1  # one more position, to predict from
         logits = model(**inputs, use_cache=False, **({"logits_to_keep": kept} if only_last else {}))
-        for sample, row, n in zip(batch, logits.logits, spans, strict=True):
-            labels = torch.tensor(sample.labels[-n:], device=row.device)
+        for i, row, n in zip(batch, logits.logits, spans, strict=True):
+            labels = torch.tensor(samples[i].labels[-n:], device=row.device)
             found = F.cross_entropy(
                 row[-n - 1 : -1].float(), labels, ignore_index=IGNORED, reduction="sum"
             )
-            total += float(found)
-            tokens += sample.trained
-    return total, tokens
+            losses[i] = float(found)
+    return losses
 
 
 @torch.no_grad()

@@ -22,7 +22,13 @@ from leanlift.data.positions import check_positions
 from leanlift.data.ready import has_images
 from leanlift.data.tokens import Tokenization, Tokens
 from leanlift.errors import UserError
-from leanlift.evaluation.answers import Sample, greedy_answers, pad_left, sum_of_losses
+from leanlift.evaluation.answers import (
+    Sample,
+    greedy_answers,
+    losses_of,
+    pad_left,
+    sum_of_losses,
+)
 from leanlift.rows.judge import (
     check_judge,
     is_right,
@@ -90,12 +96,14 @@ class Measured:
         evaluation: the numbers.
         answers: greedy texts of the samples that were asked, in their order.
         right: whether each was; None: it could not be judged.
+        losses: summed over the trained tokens of each sample.
         seconds: that it took.
     """
 
     evaluation: Evaluation
     answers: list[str]
     right: list[bool | None]
+    losses: list[float]
     seconds: float
 
 
@@ -180,18 +188,21 @@ def measure(
     judge: str = "auto",
     progress: bool = False,
     name: str = "",
+    data: str = "",
 ) -> Measured:
-    """Loss over `samples` and greedy answers of `asked`; `name` of the model stands before bars."""
+    """Loss over `samples` and greedy answers of `asked`; `name` of the model stands before bars,
+    that of the dataset in messages."""
     longest = max((len(sample.whole) for sample in samples), default=0)
     answered = max((len(sample.prompt) + max_new_tokens for sample in asked), default=0)
-    check_positions(model, longest, "the longest row", "leave longer ones out")
+    of = f" of {data}" if data else ""
+    check_positions(model, longest, f"the longest row{of}", "leave longer ones out")
     check_positions(
-        model, answered, "the longest prompt with its answer", "set a lower max_new_tokens"
+        model, answered, f"the longest prompt{of} with its answer", "set a lower max_new_tokens"
     )
     was_training, started = model.training, time.perf_counter()
     model.eval()
     try:
-        total, tokens = sum_of_losses(model, samples, batch_size, progress, name)
+        losses = losses_of(model, samples, batch_size, progress, name)
         answers = greedy_answers(
             model, tokenizer, asked, batch_size, max_new_tokens, progress, name
         )
@@ -199,7 +210,8 @@ def measure(
         model.train(was_training)
     right = [is_right(text, sample, judge) for text, sample in zip(answers, asked, strict=True)]
     judged = [found for found in right if found is not None]
-    loss = total / tokens if tokens else None
+    tokens = sum(sample.trained for sample in samples)
+    loss = sum(losses) / tokens if tokens else None
     evaluation = Evaluation(
         rows=len(samples),
         tokens=tokens,
@@ -211,27 +223,39 @@ def measure(
         judged=len(judged),
         judge="+".join(sorted(judges_used(asked, judge))) or judge,
     )
-    return Measured(evaluation, answers, right, time.perf_counter() - started)
+    return Measured(evaluation, answers, right, losses, time.perf_counter() - started)
 
 
-def to_samples(rows: Any, tokenizer: Any, how: Tokenization | None = None) -> list[Sample]:
+def to_samples(
+    rows: Any,
+    tokenizer: Any,
+    how: Tokenization | None = None,
+    name: str = "eval",
+    window: int | None = None,
+) -> list[Sample]:
     """Tokenize rows as training does. What rows lose on the way is logged.
 
     A row's answer is that of its last turn: earlier turns of such a chat are not asked for.
 
+    Args:
+        rows: a `Dataset` or list of dicts.
+        tokenizer, how: of the model.
+        name: of the dataset, for messages; it begins with "eval".
+        window: most tokens of a window of a text.
+
     Raises:
         UserError: no rows, or rows that cannot be used.
     """
-    rows, how = a_dataset(rows, "eval"), how or Tokenization.of(tokenizer)
+    rows, how = a_dataset(rows, name), how or Tokenization.of(tokenizer)
     if has_images(rows):
         raise UserError(
-            "the eval dataset has images, and what is measured here is text: leave their column "
+            f"the {name} dataset has images, and what is measured here is text: leave their column "
             "out, or evaluate while training, with eval_dataset_name."
         )
     given = list(rows["answer"]) if "answer" in rows.column_names else None
     samples: list[Sample] = []
     before = -1
-    for number, example, tokens in tokenized(rows, how, "eval"):
+    for number, example, tokens in tokenized(rows, how, name, window):
         answer = None if given is None or given[number] is None else str(given[number])
         if answer is not None and number == before:
             samples[-1] = replace(samples[-1], expected=None, answer=None)

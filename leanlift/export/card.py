@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from leanlift.adapters import RUN_NAME, Adapter, PeftForm
 from leanlift.errors import UserError
 from leanlift.export.card_peft import peft_use
+from leanlift.format import kept_words
 from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.hub import snapshot_of
 from leanlift.io.kinds import CAUSAL, IMAGES, auto_class_name
+from leanlift.io.measured import kept_in
 from leanlift.io.tensors import read_json
 
 CARD_NAME = "README.md"
@@ -38,6 +41,9 @@ HEADS = {
 
 MOST_TOKENS = 8
 """Ids of trained tokens that are listed."""
+
+MOST_KEPT = 4
+"""Sets of rows that were to be kept that are listed."""
 
 TRAINING_KEYS = (
     "learning_rate",
@@ -215,6 +221,8 @@ def _about(adapter: Adapter, base: str, facts: dict[str, str]) -> list[str]:
         **facts,
     }
     table |= _data(run)
+    kept = [kept_words(replace(each, name=Path(each.name).name)) for each in kept_in(run)]
+    table |= {"kept": "; ".join(f"loss on {words}" for words in kept[:MOST_KEPT])} if kept else {}
     lines = ["| | |", "|---|---|", *(f"| {key} | {_plain(v)} |" for key, v in table.items()), ""]
     settings = [f"`{k}: {_plain(str(run[k]))}`" for k in TRAINING_KEYS if k in run]
     if settings:

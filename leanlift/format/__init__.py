@@ -4,17 +4,20 @@ Numbers have at most three digits and a unit. Everything returns plain text, but
 imports rich when it is asked for: a command that prints one sentence does not pay for it.
 """
 
+from leanlift.format.kept import kept_words
 from leanlift.format.names import short_name
-from leanlift.format.numbers import count, duration, gib, loss, parse_card, share, size
+from leanlift.format.numbers import change, count, duration, gib, loss, parse_card, share, size
 from leanlift.format.pictures import bar, sparkline
 from leanlift.format.terminal import console, table
 
 __all__ = [
     "bar",
+    "change",
     "console",
     "count",
     "duration",
     "gib",
+    "kept_words",
     "loss",
     "parse_card",
     "share",

@@ -56,6 +56,18 @@ def loss(value: float | None) -> str:
     return "–" if value is None or math.isnan(value) else digits(value)
 
 
+def change(mean: float | None, error: float | None = None) -> str:
+    """A difference with its sign, and its standard error with two digits: "+0.041 ± 0.012",
+    "-1.3"; at most four decimals; "–" for None and NaN."""
+    if mean is None or math.isnan(mean):
+        return "–"
+    measure = abs(mean) / 10 if error is None else abs(error)
+    known = measure > 0 and math.isfinite(measure)
+    decimals = min(4, max(0, 1 - math.floor(math.log10(measure)))) if known else 2
+    text = f"{mean:+,.{decimals}f}"
+    return text if error is None else f"{text} ± {error:,.{decimals}f}"
+
+
 def digits(number: float, least: int | None = None) -> str:
     """Three digits: "0.00123", "4.56", "78.9", "1,234". `least`: decimals that a small one is cut
     to, so that "0.0412" is "0.04"; and what ends in zeros after the point loses them."""

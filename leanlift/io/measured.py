@@ -5,7 +5,8 @@ Without torch: what only shows a report starts at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,62 @@ def load_report(run: str | Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{path} is no memory report: expected {wrong}; run the training again.")
     return data
+
+
+KEPT = "kept"
+"""The key of `run.json` under which a run says what became of the rows that it was to keep."""
+
+MOST_KEPT, LONGEST_KEPT = 32, 200
+
+
+@dataclass(frozen=True)
+class KeptLoss:
+    """What became of rows that were to be kept.
+
+    Attributes:
+        name: of the rows.
+        rows, tokens: how many; tokens that count in the loss.
+        before, after: mean loss per token of the base, and of what was trained.
+        change: how much larger that is.
+        error: the standard error of the change over the rows; None: there is one row.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    before: float
+    after: float
+    change: float
+    error: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; null where a loss is not finite, for which JSON has no form."""
+        held = asdict(self)
+        numbers = {key: value for key, value in held.items() if isinstance(value, float)}
+        return {**held, **{k: None for k, v in numbers.items() if not math.isfinite(v)}}
+
+
+def kept_in(run: Any) -> list[KeptLoss]:
+    """What a run.json, which anyone may have written, says of the rows that were to be kept; what
+    is no such thing is left out."""
+    found = run.get(KEPT) if isinstance(run, dict) else None
+    listed = found[:MOST_KEPT] if isinstance(found, list) else []
+    return [kept for kept in map(_kept, listed) if kept is not None]
+
+
+def _kept(given: Any) -> KeptLoss | None:
+    keys = [each.name for each in fields(KeptLoss)]
+    if not isinstance(given, dict) or not all(key in given for key in keys):
+        return None
+    sizes, losses = (given["rows"], given["tokens"]), [given[k] for k in keys[3:6]]
+    losses += [] if given["error"] is None else [given["error"]]
+    named = is_line(given["name"]) and len(given["name"]) <= LONGEST_KEPT
+    fine = named and all(map(_is_size, sizes)) and all(map(_is_loss, losses))
+    return KeptLoss(**{key: given[key] for key in keys}) if fine else None
+
+
+def _is_loss(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e6
 
 
 def _wrong_in(data: Any) -> str | None:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from leanlift.errors import UserError
-from leanlift.format import count, duration, loss, size, table
+from leanlift.format import change, count, duration, loss, size, table
 from leanlift.io.measured import categories_compared
 from leanlift.report.data import Points, Run
 
 MOST_RUNS = 4
+KEPT = "change of loss,"
 FIRST = 24
 NO_SETTINGS = ("output_dir", "leanlift_version", "merged_dir")
 
@@ -29,7 +30,10 @@ def compare_runs(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "runs": [str(run.directory) for run in runs],
         "settings": {key: values for key, values in settings.items() if len(set(values)) > 1},
-        "results": {name: [read(run) for run in runs] for name, (read, _) in RESULTS.items()},
+        "results": {
+            **{name: [read(run) for run in runs] for name, (read, _) in RESULTS.items()},
+            **_kept(runs),
+        },
     }
 
 
@@ -43,7 +47,7 @@ def compare_text(runs: Sequence[Run]) -> str:
         for key, values in data["settings"].items()
     ]
     results = [
-        [name, *("–" if value is None else RESULTS[name][1](value) for value in values)]
+        [_cut(name, FIRST), *("–" if v is None else _words(name)(v) for v in values)]
         for name, values in data["results"].items()
         if any(value is not None for value in values)
     ]
@@ -53,6 +57,17 @@ def compare_text(runs: Sequence[Run]) -> str:
     lines += ["", *table(results, ["what came of it", *head])]
     lines += ["", *_best(runs, data)]
     return "\n".join(lines).rstrip()
+
+
+def _kept(runs: Sequence[Run]) -> dict[str, list[float | None]]:
+    """By how much the loss on rows that were to be kept has changed, by their names."""
+    names = dict.fromkeys(kept.name for run in runs for kept in run.kept)
+    changes = [{kept.name: kept.change for kept in run.kept} for run in runs]
+    return {f"{KEPT} {name}": [found.get(name) for found in changes] for name in names}
+
+
+def _words(name: str) -> Callable[[Any], str]:
+    return RESULTS[name][1] if name in RESULTS else change
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from leanlift.errors import UserError
 from leanlift.io.bounded import MOST_OF_A_STRANGER, parse_bounded, read_bounded
 from leanlift.io.files import read_json
-from leanlift.io.measured import REPORT_NAME, is_line, load_report
+from leanlift.io.measured import REPORT_NAME, KeptLoss, is_line, kept_in, load_report
 from leanlift.io.places import (
     CONFIG_NAME,
     PREDICTIONS_NAME,
@@ -80,6 +80,7 @@ class Run:
         settings: short plain values of `run.json`.
         adapter: None where there is none in leanlift's own form.
         answers: of `predictions.jsonl`.
+        kept: of `run.json`: rows that were to be kept.
         missing: a sentence for each part that is not there or cannot be read.
     """
 
@@ -90,6 +91,7 @@ class Run:
     adapter: AdapterFacts | None
     answers: list[Answers]
     missing: list[str]
+    kept: list[KeptLoss] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -138,13 +140,15 @@ def read_run(run: str | Path, offsets: bool = True) -> Run:
 
     memory = part(REPORT_NAME, lambda: load_report(directory), "No memory was measured here.")
     curve = part(STATE_NAME, lambda: _curve(directory), "No training curve was kept here.")
-    settings = part(RUN_NAME, lambda: _settings(directory), "No settings were kept here.")
+    noted = part(RUN_NAME, lambda: _noted(directory), "No settings were kept here.")
     adapter = part(CONFIG_NAME, lambda: _adapter(directory, offsets), "There is no adapter here.")
     answers = part(PREDICTIONS_NAME, lambda: _answers(directory), "")
     if memory is None and curve is None and adapter is None:
         why = next(text for text in missing if text.startswith(LEFT_OUT))
         raise UserError(f"nothing in {run} can be shown: {why.removeprefix(LEFT_OUT)}")
-    return Run(directory, memory, curve, settings or {}, adapter, answers or [], missing)
+    settings = _settings(noted or {}, str(directory / RUN_NAME))
+    kept = kept_in(noted)
+    return Run(directory, memory, curve, settings, adapter, answers or [], missing, kept)
 
 
 def _adapter(directory: Path, offsets: bool) -> AdapterFacts:
@@ -154,12 +158,17 @@ def _adapter(directory: Path, offsets: bool) -> AdapterFacts:
         raise UserError(f"the adapter in {directory} does not fit this machine's memory.") from None
 
 
-def _settings(directory: Path) -> dict[str, str]:
-    """Settings as text, in the order of the file; whatever is no short plain value is left out."""
+def _noted(directory: Path) -> dict[str, Any]:
     data = read_json(directory / RUN_NAME, MOST_OF_A_STRANGER)
     if not isinstance(data, dict):
         raise UserError(f"{directory / RUN_NAME} is not the settings of a run.")
-    known = todays_names(dict(list(data.items())[:200]), str(directory / RUN_NAME))
+    _settings(data, str(directory / RUN_NAME))
+    return data
+
+
+def _settings(data: dict[str, Any], where: str) -> dict[str, str]:
+    """Settings as text, in the order of the file; whatever is no short plain value is left out."""
+    known = todays_names(dict(list(data.items())[:200]), where)
     shown = {str(key): _as_text(value) for key, value in known.items()}
     return {key: text for key, text in shown.items() if text and is_line(key) and is_line(text)}
 

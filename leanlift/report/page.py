@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from leanlift.errors import UserError
-from leanlift.format import count, duration, loss, share, size
+from leanlift.format import change, count, duration, loss, share, size
 from leanlift.format.names import short_name
 from leanlift.io.files import replacing
 from leanlift.io.measured import categories_compared, difference, phases_compared
@@ -103,6 +103,7 @@ def page(run: Run) -> str:
         figures=_figures(run),
         charts=_charts(run),
         changes=[] if run.adapter is None else _changes(run.adapter),
+        kept=_kept(run),
         answers=_shown(run.answers),
         answers_text=_answers_text(run.answers),
         settings=run.settings,
@@ -142,6 +143,10 @@ def _figures(run: Run) -> list[Figure]:
         figures.append(
             Figure("Evaluation loss", f"{loss(points[0][1])} → {loss(points[-1][1])}", times)
         )
+    if run.kept:
+        first = run.kept[0]
+        value = change(first.change, first.error)
+        figures.append(Figure("Change of what was kept", value, f"loss on {first.name}"))
     if run.memory is not None:
         figures += _memory_figures(run.memory)
     if run.adapter is not None:
@@ -265,6 +270,21 @@ def _maps(adapter: AdapterFacts) -> list[Chart]:
 def _range(cells: list[list[float | None]]) -> tuple[float, float]:
     found = [value for row in cells for value in row if value is not None]
     return min(found), max(found)
+
+
+def _kept(run: Run) -> list[list[str]]:
+    """Rows that were to be kept, as lines of a table."""
+    return [
+        [
+            kept.name,
+            count(kept.rows),
+            count(kept.tokens),
+            loss(kept.before),
+            loss(kept.after),
+            change(kept.change, kept.error),
+        ]
+        for kept in run.kept
+    ]
 
 
 def _changes(adapter: AdapterFacts) -> list[list[str]]:

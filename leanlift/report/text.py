@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from leanlift.format import bar, count, duration, loss, share, size, sparkline, table
+from leanlift.format import bar, count, duration, kept_words, loss, share, size, sparkline, table
 from leanlift.io.measured import Difference, categories_compared, difference, phases_compared
 from leanlift.report.adapter import AdapterFacts
 from leanlift.report.data import Curve, Points, Run
@@ -32,6 +32,8 @@ def report_text(run: Run) -> str:
         lines += _adapter(run.adapter)
     if run.curve is not None:
         lines += _curve(run.curve)
+    for i, kept in enumerate(run.kept):
+        lines += labelled("kept" if not i else " ", kept_words(kept))
     if run.memory is not None:
         lines += _times(run.memory)
         lines += ["", *memory_table(run.memory), "", *_phases(run.memory)]

@@ -92,7 +92,9 @@ class ExampleReader(ValueReader):
                 f"{text_field}{_other_method(columns)}."
             )
         self.shape = shape
-        judged = {"answer"} if name == "eval" else set()  # what greedy answers are judged by
+        judged = (
+            {"answer"} if name.startswith("eval") else set()
+        )  # what greedy answers are judged by
         self.unused = sorted(set(columns) - {*shape.required, *shape.optional} - judged)
 
     def __call__(self, row: Row, number: int) -> list[Row]:

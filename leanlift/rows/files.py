@@ -3,14 +3,15 @@
 JSON and JSONL are read here because Arrow would not give their values back as they are (see
 `rows/source.py`), CSV and TSV because pandas, which `datasets` reads them with, guesses: 007 would
 be a 7, and NA nothing. A cell is the text that stands there; one that holds a chat as JSON is the
-chat. Parquet is left to `datasets`.
+chat. A file of plain text is one row, whole: what becomes of it is the tokenizer's affair
+(`data/windows.py`). Parquet is left to `datasets`.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,17 @@ LINES = (".jsonl", ".ndjson")
 CELLS = {".csv": ",", ".tsv": "\t"}
 """Endings of files with cells, and what stands between these."""
 
+TEXTS = (".txt", ".md")
+"""Endings of files of plain text."""
+
+DOCUMENT = "document text"
+"""The one column of such a file: its text. No column of anybody's has a name like this."""
+
 FILE_TYPES = {
     ".json": "json",
     **dict.fromkeys(LINES, "json"),
     **dict.fromkeys(CELLS, "csv"),
+    **dict.fromkeys(TEXTS, "text"),
     ".parquet": "parquet",
 }
 
@@ -42,12 +50,12 @@ def check_place(source: str) -> tuple[Path, str | None]:
     """
     path = Path(source).expanduser()
     kind = FILE_TYPES.get(path.suffix.lower())
-    wanted = "a JSON, JSONL, CSV, TSV or Parquet file of rows"
+    wanted = "a JSON, JSONL, CSV, TSV or Parquet file of rows, or a text"
     if kind and not path.is_file():
         raise UserError(f"{source} does not exist: expected {wanted}.")
     if not kind and path.is_file():
         raise UserError(
-            f"{source} is no data file: expected .json, .jsonl, .csv, .tsv or .parquet."
+            f"{source} is no data file: expected .json, .jsonl, .csv, .tsv, .parquet, .txt or .md."
         )
     looks_like_a_path = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
     if not kind and looks_like_a_path and not path.is_dir():
@@ -60,20 +68,41 @@ def check_place(source: str) -> tuple[Path, str | None]:
 
 def is_read_here(kind: str | None) -> bool:
     """Whether `read_rows` takes a kind of file."""
-    return kind in ("json", "csv")
+    return kind in ("json", "csv", "text")
+
+
+def is_document(columns: Collection[str] | None) -> bool:
+    """Whether rows of these columns are the text of a file."""
+    return list(columns or ()) == [DOCUMENT]
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a JSON, JSONL, CSV or TSV file.
+    """The rows of a JSON, JSONL, CSV or TSV file, or the one of a text.
 
     Raises:
         UserError: it cannot be read as such.
     """
-    cells = path.suffix.lower() in CELLS
+    ending = path.suffix.lower()
+    read = _read_cells if ending in CELLS else _read_text if ending in TEXTS else _read_json
     try:
-        yield from _read_cells(path) if cells else _read_json(path)
+        yield from read(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read as rows: it is not UTF-8 ({error}).") from None
+
+
+# --- plain text -----------------------------------------------------------------------------
+
+
+def _read_text(path: Path) -> Iterator[Row]:
+    """A whole file, line ends as they are; none of one that holds nothing but blanks."""
+    raw = path.read_bytes()
+    if b"\0" in raw:
+        raise UserError(
+            f"{path} cannot be read as rows: it holds NUL bytes, as no text in UTF-8 does."
+        )
+    text = raw.decode("utf-8-sig")
+    if text.strip():
+        yield {DOCUMENT: text}
 
 
 # --- JSON -----------------------------------------------------------------------------------

@@ -7,7 +7,14 @@ from typing import Any
 
 from leanlift.errors import UserError
 from leanlift.rows.examples import ExampleReader
-from leanlift.rows.files import CELLS, LINES, check_place, is_read_here, read_rows
+from leanlift.rows.files import (
+    CELLS,
+    LINES,
+    check_place,
+    is_document,
+    is_read_here,
+    read_rows,
+)
 from leanlift.rows.images import image_column
 from leanlift.rows.preferences import PreferenceReader
 
@@ -39,6 +46,10 @@ def check_first_rows(source: str, name: str, text_field: str = "text", method: s
     rows = list(islice(read_rows(path), None if whole else LOOKED_AT))
     if not rows:
         raise UserError(f"{source} holds no rows: there is nothing to train on.")
+    if is_document(rows[0]):
+        if method != SFT:
+            raise UserError(f"{source} is a text, and {method} takes no texts: give it rows.")
+        return
     _read_rows(rows, name, text_field, method)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from leanlift.errors import UserError
+from leanlift.rows.files import is_document
 from leanlift.rows.source import load_rows, stream_rows
 
 
@@ -61,13 +62,13 @@ MEANT = {"weight": "fraction", "probability": "fraction", "data_files": "path", 
 KEYS = tuple(field.name for field in fields(Part))
 
 
-def parts_of(given: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:
-    """What a list of mappings names.
+def parts_of(given: Sequence[Mapping[str, Any]], setting: str = "datasets") -> tuple[Part, ...]:
+    """What a list of mappings, the value of a setting, names.
 
     Raises:
         UserError: keys that there are not, values that they cannot have, or shares of some alone.
     """
-    found = tuple(_part(number, each) for number, each in enumerate(given))
+    found = tuple(_part(f"entry {number} of {setting}", each) for number, each in enumerate(given))
     with_share = [part.path for part in found if part.fraction is not None]
     if with_share and len(with_share) < len(found):
         raise UserError(
@@ -77,8 +78,7 @@ def parts_of(given: Sequence[Mapping[str, Any]]) -> tuple[Part, ...]:
     return found
 
 
-def _part(number: int, given: Mapping[str, Any]) -> Part:
-    where = f"entry {number} of datasets"
+def _part(where: str, given: Mapping[str, Any]) -> Part:
     for key in given:
         if key not in KEYS:
             close = MEANT.get(str(key)) or next(
@@ -109,10 +109,13 @@ def load_mixture(parts: Sequence[Part], streaming: bool = False) -> Any:
     """The rows that parts name: of one part its `Dataset` or stream, of several a `Mixture`.
 
     Raises:
-        UserError: rows that cannot be read, columns that are not there, or a share so small that
-            no row is left.
+        UserError: rows that cannot be read, columns that are not there, a share so small that no
+            row is left, or one of a text, which is a single row.
     """
-    loaded = [_rows_of(part, streaming) for part in parts]
+    loaded = [rows_of(part, streaming) for part in parts]
+    for part, rows in zip(parts, loaded, strict=True):
+        if part.fraction is not None and is_document(rows.column_names):
+            raise UserError(f"{part.path} is one text, and a fraction counts rows: leave it out.")
     shares = None
     if parts[0].fraction is not None and len(parts) > 1:
         total = sum(part.fraction or 0.0 for part in parts)
@@ -130,10 +133,15 @@ def load_mixture(parts: Sequence[Part], streaming: bool = False) -> Any:
                 )
         loaded = [rows.select(range(count)) for rows, count in zip(loaded, counts, strict=True)]
         shares = None
-    return Mixture(_names(parts), tuple(loaded), shares)
+    return Mixture(names_of(parts), tuple(loaded), shares)
 
 
-def _rows_of(part: Part, streaming: bool) -> Any:
+def rows_of(part: Part, streaming: bool = False) -> Any:
+    """The rows of one place, a `Dataset` or a stream.
+
+    Raises:
+        UserError: they cannot be read, or lack a column.
+    """
     if streaming:
         rows: Any = stream_rows(part.path, part.split, part.name)
     else:
@@ -147,7 +155,7 @@ def _rows_of(part: Part, streaming: bool) -> Any:
     return rows.select_columns(list(part.columns))
 
 
-def _names(parts: Sequence[Part]) -> tuple[str, ...]:
+def names_of(parts: Sequence[Part]) -> tuple[str, ...]:
     """The last parts of paths where that tells them apart."""
     short = [Path(part.path).name for part in parts]
     return tuple(short if len(set(short)) == len(short) else [part.path for part in parts])

@@ -31,7 +31,8 @@ __all__ = ["Row", "check_place", "load_rows", "stream_rows"]
 def load_rows(
     source: str, split: str = "train", name: str = "train", config: str | None = None
 ) -> Dataset:
-    """Rows from a local JSON, JSONL, CSV, TSV or Parquet file, or from a dataset's hub name.
+    """Rows from a local JSON, JSONL, CSV, TSV or Parquet file, or from a dataset's hub name; a text
+    file is one row, `DOCUMENT`.
 
     Args:
         source: a path, or a hub name.
@@ -46,6 +47,8 @@ def load_rows(
     import datasets
 
     path, kind = check_place(source)
+    if kind == "text" and "[" in split:
+        raise UserError(f"{source} is one text, and {split!r} asks for a part of its rows.")
     with _in_a_sentence(source, path, kind):
         if is_read_here(kind):
             rows = as_dataset(with_places(read_rows(path), path.parent))
@@ -63,11 +66,13 @@ def stream_rows(source: str, split: str = "train", config: str | None = None) ->
     """As `load_rows`, read as they are asked for.
 
     Raises:
-        UserError: as there; or a part of a file, whose rows nobody has counted.
+        UserError: as there; or a part of a file, whose rows nobody has counted; or a text.
     """
     import datasets
 
     path, kind = check_place(source)
+    if kind == "text":
+        raise UserError(f"{source} is one text, which is read as a whole: leave streaming out.")
     if kind and split != "train":
         raise UserError(
             f"{source} is a file that is read as a stream, whose parts nobody knows, and {split!r} "

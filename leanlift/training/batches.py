@@ -119,7 +119,7 @@ class LargestBatch:
             padded = rows > 1 if ids.device.type != "cpu" else not bool(mask.all())
         seen = Seen.of({key: held for key, held in inputs.items() if key != TRAINED})
         found = Batch(rows, tokens, None if trained is None else trained.numel(), padded, seen)
-        if not self._records or _size(found) > _size(self._records[-1][1]):
+        if not self._records or size_of(found) > size_of(self._records[-1][1]):
             self._records.append((step - self._first, found))
 
     def within(self, steps: int | None = None) -> Batch | None:
@@ -129,6 +129,7 @@ class LargestBatch:
         return found[-1] if found else None
 
 
-def _size(batch: Batch) -> tuple[int, int, int]:
+def size_of(batch: Batch) -> tuple[int, int, int]:
+    """What batches are ordered by."""
     pixels = 0 if batch.seen is None else batch.seen.nbytes
     return pixels, batch.rows * batch.tokens, batch.trained or 0

@@ -100,6 +100,9 @@ def lines_of(
     if report is not None:
         lines.append(f"Rows    {count(report.rows - report.untrained)} examples are trained")
         lines += [INDENT + note for note in report.notes]
+    for rows_kept in ready.kept:
+        named = f"{rows_kept.name}: {count(len(rows_kept.data))} rows"
+        lines.append(f"Kept    the loss on {named} is measured")
     lines += [f"Memory  {line}" if not n else INDENT + line for n, line in _numbered(checked, card)]
     lines.append(f"Disk    {_disk(args, sft, checked)}")
     lines.append(f"Merge   {_merge(checked)}")

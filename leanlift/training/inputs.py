@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,16 @@ from leanlift.training.checkpointing.directory import (
 )
 from leanlift.training.checkpointing.lock import LOCK_NAME
 from leanlift.training.checkpointing.whole import Checkpoint, check_checkpoint
+from leanlift.training.kept import KeptRows
+from leanlift.training.kept_rows import kept_rows
 
 
 @dataclass(frozen=True)
 class ReadyRows:
     """The tokenizer, and the rows to train and to evaluate on, ready for the trainer; and how many
     rows the embedding needs for its tokens, if it has fewer. Rows with images have a processor.
-    Of rows that the trainer tokenizes, how long the longest is, and the first as tokens."""
+    Of rows that the trainer tokenizes, how long the longest is, and the first as tokens. And rows
+    that are to be kept."""
 
     tokenizer: Any
     rows: Any
@@ -47,6 +50,7 @@ class ReadyRows:
     processor: Any = None
     longest: int | None = None
     first: Tokens | None = None
+    kept: tuple[KeptRows, ...] = ()
 
     @property
     def data(self) -> Any:
@@ -79,7 +83,8 @@ def ready_rows(args: RunArguments, sft: LiftSFTConfig) -> ReadyRows:
     ends = end_tokens(base, revision)
     size = needed or embedding
     ready = RowsForTraining(tokenizer, sft, size, ends, function, processor, sees)
-    return ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed, processor)
+    made = ReadyRows(tokenizer, ready.train(rows), ready.eval(eval_rows), needed, processor)
+    return replace(made, kept=kept_rows(args, sft, ready.how, function))
 
 
 def named_rows(args: RunArguments, max_steps: int) -> tuple[Any, Any]:

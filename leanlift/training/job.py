@@ -26,6 +26,7 @@ from leanlift.training.checkpointing.settings import check_same_settings, run_se
 from leanlift.training.checks import check_settings
 from leanlift.training.inputs import ReadyRows, check_merged_dir, checkpoint_of_run, ready_rows
 from leanlift.training.interrupt import Interrupt
+from leanlift.training.kept import with_kept
 from leanlift.training.methods import check_method, ready_for, reward_functions
 from leanlift.training.out_of_memory import card_nbytes
 from leanlift.training.plan import check_growth, check_reached
@@ -130,11 +131,14 @@ def look_at_input(
 def _worst(args: RunArguments, sft: Any, ready: ReadyRows) -> Batches:
     """The largest batches that the rows allow; of a method whose trainer tokenizes them, rows as
     long as the longest of those looked at."""
+    evaluates = ready.eval_rows is not None
     if args.method == SFT:
-        return worst_batches(ready.rows, ready.eval_rows, sft)
+        worst = worst_batches(ready.rows, ready.eval_rows, sft)
+        return with_kept(worst, ready.kept, evaluates)
     loop = planned_loop(args, sft, ready.longest)
     train, evaluation = (
         largest_allowed(size, loop, False)
         for size in (loop.per_device_train_batch_size, loop.per_device_eval_batch_size)
     )
-    return Batches(train, None if ready.eval_rows is None else evaluation)
+    worst = Batches(train, evaluation if evaluates else None)
+    return with_kept(worst, ready.kept, evaluates)

@@ -21,6 +21,7 @@ from leanlift.format import bar, count
 from leanlift.plan import Batch
 from leanlift.plan.auto import takes_images
 from leanlift.rows.examples import ExampleReader
+from leanlift.rows.files import is_document
 from leanlift.rows.source import load_rows
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import lengths_of
@@ -140,7 +141,9 @@ def look(model: str, data: str) -> Look:
         )
     sft = LiftSFTConfig(output_dir="unused", use_cpu=True, max_length=None)
     ready = RowsForTraining(load_tokenizer(model), sft, vocabulary_rows(model), end_tokens(model))
-    first = ExampleReader("train", rows.column_names, ready.how.chat).shape.required[0]
+    first = "text"
+    if not is_document(rows.column_names):
+        first = ExampleReader("train", rows.column_names, ready.how.chat).shape.required[0]
     every = max(1, len(rows) // LOOKED_AT)
     sample = rows if every == 1 else rows.select(range(0, every * LOOKED_AT, every))
     with without_bars():

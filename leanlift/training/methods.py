@@ -8,6 +8,7 @@ it, and rows are made ready. The loss, the reference and the generation are TRL'
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from itertools import islice
@@ -18,7 +19,7 @@ from datasets import Dataset
 
 from leanlift.data.functions import function_named
 from leanlift.data.preferences import previews, rows_for
-from leanlift.data.tokenizer import load_tokenizer
+from leanlift.data.tokenizer import load_tokenizer, vocabulary_rows
 from leanlift.data.tokens import Tokenization, Tokens
 from leanlift.errors import UserError
 from leanlift.methods import METHODS, SFT
@@ -28,6 +29,8 @@ from leanlift.training.arguments import (
     experimental_without_a_word,
 )
 from leanlift.training.inputs import ReadyRows, named_rows
+from leanlift.training.kept import KeptRows
+from leanlift.training.kept_rows import kept_rows
 from leanlift.training.lift_run import LiftRun
 from leanlift.training.trainer import LiftTrainer
 
@@ -102,6 +105,11 @@ def check_method(args: RunArguments, loop: Any) -> None:
         )
     if method == SFT:
         return
+    if method == "reward" and args.keep_dataset_name:
+        raise UserError(
+            "keep_dataset_name measures the cost of next tokens, which a reward model does not "
+            "predict: leave it out."
+        )
     if generates and not args.reward_funcs:
         raise UserError(
             f"{method} needs something that rewards completions: name a function with "
@@ -180,7 +188,11 @@ def ready_for(args: RunArguments, loop: Any) -> ReadyRows:
     looked_at = list(islice(iter(rows), LOOKED_AT)) if isinstance(rows, Dataset) else []
     seen = [previews(row, how) for row in looked_at]
     longest = max((len(t.ids) for each in seen for t in each.values()), default=None)
-    return ReadyRows(tokenizer, rows, eval_rows, longest=longest, first=first_of(seen))
+    kept: tuple[KeptRows, ...] = ()
+    if args.keep_dataset_name:
+        size = vocabulary_rows(base, loop.trust_remote_code, revision)
+        kept = kept_rows(args, loop, replace(how, rows=size))
+    return ReadyRows(tokenizer, rows, eval_rows, longest=longest, first=first_of(seen), kept=kept)
 
 
 def first_of(seen: list[dict[str, Tokens]]) -> Tokens | None:

@@ -189,9 +189,11 @@ def plan_settings(
     sft = planned_loop(args, sft)
     eval_packing = sft.packing if sft.eval_packing is None else sft.eval_packing
     train = batches.train or largest_allowed(sft.per_device_train_batch_size, sft, sft.packing)
-    evaluation = batches.eval or largest_allowed(sft.per_device_eval_batch_size, sft, eval_packing)
     strategy = _value(sft.eval_strategy)
-    if args.eval_dataset_name:  # they are evaluated before and after training, whatever it says
+    evaluates = args.eval_dataset_name or strategy != "no"
+    size = sft.per_device_eval_batch_size if evaluates else 1  # rows to keep go one by one
+    evaluation = batches.eval or largest_allowed(size, sft, evaluates and eval_packing)
+    if args.eval_dataset_name or args.keep_dataset_name:  # before and after training at least
         strategy = "steps"
     return PlanSettings(
         per_device_train_batch_size=sft.per_device_train_batch_size,

@@ -22,6 +22,7 @@ from leanlift.adapters import RUN_NAME
 from leanlift.data.dataset import calibration_batches
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line
 from leanlift.export import MergeReport, merge_adapter
+from leanlift.io.measured import KeptLoss
 from leanlift.io.tensors import write_json
 from leanlift.lift_model import get_lift_model, load_adapter
 from leanlift.measure import (
@@ -46,6 +47,7 @@ from leanlift.training.checkpointing.lock import OutputLock
 from leanlift.training.inputs import ReadyRows
 from leanlift.training.interrupt import Interrupt, StopAfterStep
 from leanlift.training.job import Job, look_at_input
+from leanlift.training.kept import KeptLosses
 from leanlift.training.memory import FOLLOWED_STEPS, MemoryCallback, timeline
 from leanlift.training.methods import check_head, reward_functions, trainer_of
 from leanlift.training.out_of_memory import out_of_memory
@@ -69,12 +71,14 @@ logger = logging.getLogger("leanlift")
 
 @dataclass
 class RunResult:
-    """What a run leaves: the live model and tokenizer, and what was measured."""
+    """What a run leaves: the live model and tokenizer, and what was measured; also of the rows that
+    were to be kept."""
 
     model: Any
     tokenizer: Any
     memory: MemoryReport
     merged: MergeReport | None
+    kept: tuple[KeptLoss, ...] = ()
 
 
 def run(
@@ -142,7 +146,8 @@ def _train(job: Job, ready: ReadyRows, told: dict[str, Any], resume: str | None)
     model = _attached(job, ready, meter, device, resume)
     if job.before_training is not None:
         job.before_training(model, ready.tokenizer)
-    trainer, watch = _trained(job, model, ready, told, meter, resume)
+    kept = KeptLosses(ready.kept)
+    trainer, watch = _trained(job, model, ready, told, meter, resume, kept)
     _compare(job, trainer, meter)
     job.interrupt.moment = lambda: "before the adapter was saved"
     note_refreshes(trainer.refreshes, meter)
@@ -153,10 +158,13 @@ def _train(job: Job, ready: ReadyRows, told: dict[str, Any], resume: str | None)
             save_report(meter.report, output)
             write_json(output / RUN_NAME, settings_for_reader(args, sft))
     job.interrupt.moment = lambda: f"after training; the adapter is saved in {output}"
+    what_is_kept = kept.end(trainer, job.screen)
+    if what_is_kept and is_first():
+        write_json(output / RUN_NAME, settings_for_reader(args, sft, what_is_kept))
     merged = _merge(job, model, trainer, meter)
     if is_first():
-        job.screen.summary(_summary(job, ready, trainer, watch, meter, merged))
-    return RunResult(model, ready.tokenizer, meter.report, merged)
+        job.screen.summary(_summary(job, ready, trainer, watch, meter, merged, what_is_kept))
+    return RunResult(model, ready.tokenizer, meter.report, merged, what_is_kept)
 
 
 def _attached(
@@ -204,6 +212,7 @@ def _trained(
     told: dict[str, Any],
     meter: MemoryMeter,
     resume: str | None,
+    kept: KeptLosses,
 ) -> tuple[Any, Watch]:
     """The trainer after its last step, and who watched it.
 
@@ -220,7 +229,8 @@ def _trained(
     )
     sft = copy.copy(job.sft)
     sft.eval_on_start = sft.eval_on_start or (ready.eval_rows is not None and resume is None)
-    extra = [LastEvaluation()] if ready.eval_rows is not None else []
+    extra: list[Any] = [LastEvaluation()] if ready.eval_rows is not None else []
+    extra += [kept] if kept.rows else []
     try:
         with job.screen.phase("Preparing the training"):
             check_head(model, job.args.method)
@@ -240,6 +250,7 @@ def _trained(
         raise UserError(f"these settings do not work: {first_line(error)}") from error
     silence(trainer)
     job.phase = "train"
+    kept.begin(trainer, resume, job.screen)
     with meter.phase("train") as peak:
         try:
             trainer.train(resume_from_checkpoint=resume)
@@ -300,6 +311,7 @@ def _summary(
     watch: Watch,
     meter: MemoryMeter,
     merged: MergeReport | None,
+    kept: tuple[KeptLoss, ...],
 ) -> Summary:
     data = getattr(ready.eval_rows, "data", ready.eval_rows)
     peak = meter.report.phases["train"].tensors
@@ -314,6 +326,7 @@ def _summary(
         before=watch.before,
         after=watch.after,
         eval_rows=None if data is None else len(data),
+        kept=kept,
         memory=replace(watch.memory(), peak=peak),
         refreshes=watch.refreshes,
         refresh_seconds=watch.refresh_seconds,

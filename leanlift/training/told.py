@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from leanlift.data.dataset import TokenRows
 from leanlift.data.tokens import IGNORED, ROW_KEYS
 from leanlift.export import TRAINING_KEYS
 from leanlift.format import count, share
+from leanlift.io.measured import KEPT, KeptLoss
 from leanlift.io.places import export_words
 from leanlift.measure import MemoryMeter, human, machine_nbytes, resident_now
 from leanlift.methods import SFT
@@ -181,15 +183,22 @@ def note_selection(model: Any, meter: MemoryMeter) -> None:
         )
 
 
-def settings_for_reader(args: RunArguments, sft: LiftSFTConfig) -> dict[str, Any]:
-    """What a reader of the adapter may want to know of the run, JSON-ready."""
+def settings_for_reader(
+    args: RunArguments, sft: LiftSFTConfig, found: Sequence[KeptLoss] = ()
+) -> dict[str, Any]:
+    """What a reader of the adapter may want to know of the run, JSON-ready; also what was `found`
+    of the rows that were to be kept."""
     own = asdict(args)
     parts = [{**asdict(part), "path": _absolute(part.path)} for part in args.parts()]
     own["datasets"] = parts if args.datasets else []
+    own["keep_dataset_name"] = [
+        {**asdict(part), "path": _absolute(part.path)} for part in args.kept_parts()
+    ]
     own["dataset_name"] = "" if args.datasets else _absolute(args.dataset_name)
     loop = sft.to_dict()
     kept = {key: loop[key] for key in (*TRAINING_KEYS, *ROW_KEYS) if key in loop}
-    return {"leanlift_version": __version__, **own, **kept}
+    result = {KEPT: [each.to_dict() for each in found]} if found else {}
+    return {"leanlift_version": __version__, **own, **kept, **result}
 
 
 def _absolute(place: str) -> str:

@@ -32,6 +32,7 @@ OWN_OPTIONS = {
     "formatting_func",
     "eval_dataset_name",
     "eval_dataset_split",
+    "keep_dataset_name",
     "load_in_4bit",
     "load_in_8bit",
     "bnb_4bit_quant_type",

@@ -33,6 +33,7 @@ EVAL_OPTIONS = {
     "base_as_stored",
     "merged",
     "data",
+    "max_length",
     "dataset_text_field",
     "formatting_func",
     "load_in_4bit",

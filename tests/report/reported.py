@@ -55,6 +55,12 @@ SETTINGS = {
     "dataset_name": "rows.json",
     "density": 0.05, "learning_rate": 2e-4, "max_length": 2048, "target_modules": "all-linear",
     "eval_dataset_name": "held.json", "density_pattern": None,
+    "kept": [
+        {"name": "prose.txt", "rows": 120, "tokens": 122_000, "before": 2.3142, "after": 2.3495,
+         "change": 0.0353, "error": 0.0041},
+        {"name": "code.txt", "rows": 64, "tokens": 64_300, "before": 1.2042, "after": 1.1991,
+         "change": -0.0051, "error": None},
+    ],
 }  # fmt: skip
 ANSWERS = {
     "prompt": "next 48219 -> ", "expected": "59320",

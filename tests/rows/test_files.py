@@ -11,7 +11,10 @@ import pytest
 from chats import ANSWER, ROWS, USER, write
 
 from leanlift import UserError
-from leanlift.rows.files import FILE_TYPES, check_place, read_rows
+from leanlift.rows.files import DOCUMENT, FILE_TYPES, check_place, is_document, read_rows
+from leanlift.rows.files import TEXTS as TEXTS_ENDINGS
+from leanlift.rows.first import check_first_rows
+from leanlift.rows.mixture import load_mixture, parts_of
 from leanlift.rows.source import load_rows, stream_rows
 
 TEXTS = [
@@ -95,3 +98,48 @@ def test_a_stream_of_a_file_has_no_parts(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(UserError, match=r"'train\[:2\]' asks for one: leave streaming out"):
         stream_rows(str(path), "train[:2]")
+
+
+# --- plain text -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", TEXTS_ENDINGS)
+def test_a_text_is_one_row_as_it_stands(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a{ending.upper()}"
+    path.write_bytes("\ufeffeins\r\n\r\n zwei: é\n".encode())
+    rows = load_rows(str(path))
+    assert is_document(rows.column_names)
+    assert list(rows) == [{DOCUMENT: "eins\r\n\r\n zwei: é\n"}]
+    assert list(load_rows(str(path), "test", "eval")) == list(rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no rows"),
+        (b" \n\t\n", "holds no rows"),
+        (b"a\0b", "holds NUL bytes"),
+        ("é".encode("latin-1"), "is not UTF-8"),
+        (b"\x89PNG\r\n\x1a\n", "is not UTF-8"),
+    ],
+)
+def test_texts_that_are_none(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    for read in (load_rows, lambda source: check_first_rows(source, "eval")):
+        with pytest.raises(UserError, match=said):
+            read(str(path))
+
+
+def test_what_counts_rows_refuses_a_text(tmp_path: Path) -> None:
+    path, rows = tmp_path / "a.txt", write(tmp_path / "rows.jsonl", ROWS)
+    path.write_text("a text")
+    with pytest.raises(UserError, match="leave streaming out"):
+        stream_rows(str(path))
+    with pytest.raises(UserError, match="asks for a part"):
+        load_rows(str(path), "train[:3]")
+    with pytest.raises(UserError, match="dpo takes no texts"):
+        check_first_rows(str(path), "train", method="dpo")
+    mixed = [{"path": str(path), "fraction": 1}, {"path": str(rows), "fraction": 1}]
+    with pytest.raises(UserError, match="a fraction counts rows"):
+        load_mixture(parts_of(mixed))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import complaint
 from safetensors.torch import load_file
 from sweeps import swept
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -74,7 +75,9 @@ def words(method: str, base: Path, output: str, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("method", swept(PREFERRED, "dpo"))
 def test_a_run_trains_merges_and_goes_on(base: Path, place: Path, method: str) -> None:
-    assert main(words(method, base, "run", "--merged_dir", "merged")) == 0
+    (place / "prose.txt").write_text("It was the best of times. " * 12)
+    keep = () if method == "reward" else ("--keep_dataset_name", "prose.txt")
+    assert main(words(method, base, "run", "--merged_dir", "merged", *keep)) == 0
     report = json.loads((place / "run" / "memory.json").read_text())
     planned, measured = report["plan"]["phases"], report["phases"]["train"]["tensors"]
     assert 0.6 * planned["train"] <= measured
@@ -90,10 +93,18 @@ def test_a_run_trains_merges_and_goes_on(base: Path, place: Path, method: str) -
 
     (place / "again").mkdir()
     (place / "run" / "checkpoint-2").rename(place / "again" / "checkpoint-2")
-    assert main(words(method, base, "again", "--resume_from_checkpoint", "true")) == 0
+    assert main(words(method, base, "again", "--resume_from_checkpoint", "true", *keep)) == 0
     again = load_file(place / "again" / "adapter_model.safetensors")
     assert found.keys() == again.keys()
     assert all(torch.equal(found[key], again[key]) for key in found)
+    if keep:
+        one, two = (
+            json.loads((place / name / "run.json").read_text()) for name in ("run", "again")
+        )
+        assert one["kept"] == two["kept"]
+        assert one["kept"][0]["tokens"] == 12 * 26 - 1
+        assert 3 < one["kept"][0]["before"] < 6
+        assert 0 < abs(one["kept"][0]["change"]) < 2
 
 
 @pytest.mark.parametrize("method", swept(PREFERRED, "kto"))
@@ -228,3 +239,12 @@ def test_a_card_that_is_too_small_gets_other_settings(
     said = capsys.readouterr().out
     assert "embedding_on_cpu=true" in said
     assert "quantize_embeddings" not in said  # which their trainers cannot have
+
+
+def test_a_reward_model_keeps_nothing(
+    base: Path, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "prose.txt").write_text("a text")
+    asked = words("reward", base, "run", "--keep_dataset_name", "prose.txt")
+    assert "a reward model does not predict" in complaint(capsys, *asked)
+    assert not (place / "run").exists()

@@ -38,7 +38,7 @@ _EVALUATED = """
 eval_strategy eval_steps eval_delay eval_accumulation_steps eval_packing
 eval_do_concat_batches eval_use_gather_object per_device_eval_batch_size prediction_loss_only
 include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval load_best_model_at_end
-metric_for_best_model greater_is_better eval_dataset_name eval_dataset_split
+metric_for_best_model greater_is_better eval_dataset_name eval_dataset_split keep_dataset_name
 """
 _COMPUTED_OTHERWISE = """
 use_cpu ops attn_implementation embedding_on_cpu selection_tile_mib optim_in_backward

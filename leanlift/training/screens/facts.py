@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from leanlift.io.measured import KeptLoss
+
 
 @dataclass(frozen=True)
 class Header:
@@ -146,6 +148,7 @@ class Summary:
         first_loss, last_loss: of the first and the last logged step.
         before, after: losses on evaluation rows; None: there are none.
         eval_rows: how many rows that are.
+        kept: what became of the rows that were to be kept.
         memory: at the end.
         refreshes: how often the trained entries were chosen again.
         refresh_seconds: how long that took.
@@ -170,6 +173,7 @@ class Summary:
     churn: float | None
     places: tuple[Place, ...]
     commands: tuple[str, ...]
+    kept: tuple[KeptLoss, ...] = ()
 
 
 class Screen(Protocol):

@@ -7,7 +7,7 @@ import textwrap
 import unicodedata
 from pathlib import Path
 
-from leanlift.format import count, duration, loss, share, size
+from leanlift.format import count, duration, kept_words, loss, share, size
 from leanlift.training.screens.facts import (
     Evaluation,
     FirstRow,
@@ -224,6 +224,8 @@ def summary_lines(summary: Summary) -> list[str]:
         if summary.before is not None:
             shown = f"{loss(summary.before)} → {shown}, before and after training"
         lines += _wrapped("evaluation", shown)
+    for i, kept in enumerate(summary.kept):
+        lines += _wrapped("kept" if not i else "", kept_words(kept))
     lines += _wrapped("memory", _peak_words(summary.memory))
     if summary.refreshes:
         text = f"{summary.refreshes} in {duration(summary.refresh_seconds)}, the last changed "

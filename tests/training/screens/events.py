@@ -21,7 +21,7 @@ EVENTS = {
     "summary": {
         "steps", "begun", "in_all", "tokens", "first_loss", "last_loss", "before", "after",
         "eval_rows", "memory", "refreshes", "refresh_seconds", "churn", "places", "commands",
-        "took",
+        "kept", "took",
     },
 }  # fmt: skip
 """The keys of each event beside `event` and `seconds`: programs read them, so a new one is a
@@ -29,5 +29,6 @@ reviewed change."""
 INSIDE = {
     "memory": {"now", "peak", "planned", "process"},
     "places": {"what", "path", "nbytes"},
+    "kept": {"name", "rows", "tokens", "before", "after", "change", "error"},
     "parts": {"text", "trained"},
 }

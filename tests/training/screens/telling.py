@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from leanlift.io.measured import KeptLoss
 from leanlift.training.screens import (
     Evaluation,
     FirstRow,
@@ -49,6 +50,10 @@ SUMMARY = Summary(
     before=1.311,
     after=0.5912,
     eval_rows=1319,
+    kept=(
+        KeptLoss("prose.txt", 120, 122_000, 2.3142, 2.3495, 0.0353, 0.0041),
+        KeptLoss("code.txt", 64, 64_300, 1.2042, 1.1991, -0.0051, 0.0062),
+    ),
     memory=Memory(None, int(6.9 * GIB), int(6.79 * GIB)),
     refreshes=3,
     refresh_seconds=126.0,
