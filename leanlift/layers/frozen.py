@@ -116,6 +116,12 @@ class FrozenLinear(nn.Module):
     def effective_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows `first:last` of the effective weight, valid until the next one is made: in the
         shared scratch, or where they were dequantized (see `needs_scratch`)."""
+        if self.workspace.stand_in is not None:
+            return self.workspace.stand_in.rows(self, first, last, dtype)
+        return self.made_rows(first, last, dtype)
+
+    def made_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The same, made by the layer itself."""
         source, n = self.weight_tiles, self.weight_tiles.shape[1]
         if not self.needs_scratch(dtype):
             weight = source.rows(first, last)

@@ -159,6 +159,13 @@ class LiftLinear(FrozenLinear):
     def gradient_of_rows(self, left: Tensor, right: Tensor, first: int, out: Tensor) -> None:
         """Write the entries of left^T [r, T] @ right [T, n] that are trained in rows `first:first +
         r` of the weight to their places in `out` [k], by row tiles."""
+        if self.workspace.stand_in is not None:
+            self.workspace.stand_in.gradient(self, left, right, first, out)
+        else:
+            self.formed_gradient(left, right, first, out)
+
+    def formed_gradient(self, left: Tensor, right: Tensor, first: int, out: Tensor) -> None:
+        """The same, formed by the layer itself."""
         (_, r), n = left.shape, right.shape[1]
         ops = self.workspace.ops or self.workspace.choose(right.device)
         for start, stop in row_ranges(r, _gradient_rows(r, n, right)):

@@ -5,12 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from leanlift.ops import TileOps, tile_ops
+
+
+class StandIn(Protocol):
+    """What makes weights and their gradients in the place of the layers: see `Workspace`."""
+
+    def rows(self, layer: Any, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """As `FrozenLinear.made_rows`."""
+
+    def gradient(self, layer: Any, left: Tensor, right: Tensor, first: int, out: Tensor) -> None:
+        """As `LiftLinear.formed_gradient`."""
 
 
 def needs_scratch(fresh: bool, stored: torch.dtype, dtype: torch.dtype, device_type: str) -> bool:
@@ -72,6 +82,8 @@ class Workspace:
     Attributes:
         implementation: the name.
         ops: what was chosen; None: it is to be chosen.
+        stand_in: makes weights and gradients in the place of the layers, in a plan, which has seen
+            one like them; None: they make their own.
         scratch: where weights are made.
         off: whether the layers compute as without an adapter, where a thread has not said
             otherwise with `without_offsets`.
@@ -88,6 +100,7 @@ class Workspace:
         )
         self.stands_for = stands_for
         self.ops: TileOps | None = self._given
+        self.stand_in: StandIn | None = None
         self.scratch = Scratch()
         self.off = False
         self._threads = threading.local()
@@ -132,7 +145,7 @@ class Workspace:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the module behind the operations."""
-        return {**self.__dict__, "ops": self._given, "_threads": None}
+        return {**self.__dict__, "ops": self._given, "stand_in": None, "_threads": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _threads=threading.local())

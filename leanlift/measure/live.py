@@ -51,6 +51,10 @@ class LiveBytes(TorchDispatchMode):
                     self._follow(storage)
         return out
 
+    def allow(self, nbytes: int) -> None:
+        """Take so many bytes more to be alive for a moment."""
+        self.peak = max(self.peak, self.current + nbytes)
+
     def _follow(self, storage: torch.UntypedStorage) -> None:
         if _is_mapped_file(storage):
             return

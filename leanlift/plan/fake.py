@@ -30,6 +30,7 @@ from leanlift.model.tokens import check_tokens, embedding_name, lift_tokens
 from leanlift.model.whole import whole_modules
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
 from leanlift.plan.pieces import first_pieces
+from leanlift.plan.remembered import remembering
 from leanlift.plan.stand_ins import fused_attention, offloading
 from leanlift.sparse import SEGMENT, SegmentedIndex
 from leanlift.tiles import part_shape, parts_of
@@ -219,6 +220,7 @@ def forward_peak(model: Any, loss: Loss, batch: int, length: int, every_block: b
         fused_attention(),
         torch.no_grad(),
         LiveBytes() as live,
+        remembering(model, live),
     ):
         loss(model, ids, ids.clone())
     return live.peak
@@ -251,6 +253,7 @@ def _laps(
             fused_attention(),
             offloading(offload),
             LiveBytes() as live,
+            remembering(model, live),
         ):
             laps = Laps(live)
             handles += _at_hidden_states(model, laps)

@@ -1,0 +1,85 @@
+"""Weights and gradients of a kind that has been made: the same bytes as made each time."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from families import config_of
+from sweeps import swept
+from transformers import AutoModelForCausalLM
+
+from leanlift import LiftConfig
+from leanlift.layers import FrozenLinear
+from leanlift.measure import LiveBytes
+from leanlift.plan.base import without_packing_search
+from leanlift.plan.fake import StepBytes, attach_fake, fake_tensors, step_peak
+from leanlift.plan.loss import loss_of_all_tokens
+from leanlift.plan.pieces import first_pieces
+from leanlift.plan.remembered import Remembered, remembering
+from leanlift.weights.quantized import WeightFormat
+
+WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 5}
+BASES: dict[str, Any] = {
+    "llama": WIDE,
+    "llama, two widths": {**WIDE, "num_key_value_heads": 4},
+    "qwen3, experts": {"num_hidden_layers": 5},
+    "gpt2, turned": {"num_hidden_layers": 5},
+}
+
+
+def step(base: str, kind: str, device: str, in_backward: bool) -> StepBytes:
+    fmt = WeightFormat(kind, "bfloat16" if kind != "dense" else "float32", 64)
+    lift = LiftConfig(approx_rank=8, density_pattern={"down_proj": 0.1} if "widths" in base else {})
+    config = config_of(base.replace(", two widths", ""), **BASES[base])
+    with without_packing_search(), fake_tensors():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        attach_fake(model, lift, fmt, workspace=first_pieces(device))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        return step_peak(
+            model.train(), loss_of_all_tokens, 2, 48, in_backward, accumulate=not in_backward
+        )
+
+
+@pytest.mark.parametrize("in_backward", swept([True, False], True))
+@pytest.mark.parametrize("device", swept(["cuda", "cpu"], "cuda"))
+@pytest.mark.parametrize("kind", swept(["nf4", "int8", "dense"], "nf4"))
+@pytest.mark.parametrize("base", swept(BASES, "llama, two widths"))
+def test_what_is_remembered_has_the_bytes_of_what_is_made(
+    base: str, kind: str, device: str, in_backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"rows": 0, "all": 0}
+    of_kind = Remembered.rows
+
+    def rows(self: Remembered, layer: FrozenLinear, *rest: Any) -> Any:
+        known = len(self._most)
+        found = of_kind(self, layer, *rest)
+        made["rows"] += len(self._most) > known
+        made["all"] += 1
+        return found
+
+    monkeypatch.setattr(Remembered, "rows", rows)
+    remembered = step(base, kind, device, in_backward)
+    assert 0 < made["rows"] < made["all"] / 3
+    monkeypatch.setattr("leanlift.plan.fake.remembering", lambda model, live: nullcontext())
+    assert step(base, kind, device, in_backward) == remembered
+
+
+def test_what_left_something_behind_is_made_again() -> None:
+    """A scratch that had to grow for the first weight is there for the second."""
+    fmt = WeightFormat("nf4", "bfloat16", 64)
+    with without_packing_search(), fake_tensors():
+        model = AutoModelForCausalLM.from_config(config_of("llama"), dtype=torch.float32)
+        attach_fake(model, LiftConfig(approx_rank=8), fmt, workspace=first_pieces("cuda"))
+        layer = next(m for m in model.modules() if isinstance(m, FrozenLinear))
+        with LiveBytes() as live, remembering(model, live):
+            stand_in = layer.workspace.stand_in
+            assert isinstance(stand_in, Remembered)
+            known = []
+            for _ in range(3):
+                layer.effective_weight(torch.bfloat16)
+                known.append(len(stand_in._most))
+    assert known == [0, 1, 1]
+    assert layer.workspace.stand_in is None
