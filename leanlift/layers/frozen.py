@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from leanlift.layers.autograd import KeepInput, Multiply
 from leanlift.layers.workspace import Scratch, Workspace, needs_scratch
 from leanlift.ops import TileOps
 from leanlift.sparse import Offsets, add_offsets_
+from leanlift.streaming import Streamed
 from leanlift.tiles import RowTiles, makes_new_rows, part_shape, row_ranges, tile_rows
 
 TILE_BYTES = 16 * 2**20
@@ -196,9 +198,23 @@ class FrozenLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        with self._without_streamed():
+            super()._apply(fn, recurse)
         self.workspace.moved()
         return self
+
+    @contextmanager
+    def _without_streamed(self) -> Iterator[None]:
+        """The layer without a weight that its pool moves: it stays where it is."""
+        weight = getattr(self.base, "weight", None)
+        if not isinstance(self.weight_tiles, Streamed) or "weight" not in self.base._parameters:
+            yield
+            return
+        try:
+            self.base._parameters["weight"] = None
+            yield
+        finally:
+            self.base._parameters["weight"] = weight
 
 
 def take_packed(

@@ -300,6 +300,12 @@ def weight_tensors(module: nn.Module) -> list[Tensor]:
     return [weight.data]
 
 
+def weight_places(module: nn.Module) -> list[tuple[Any, str]]:
+    """Where the tensors in which a Linear of any supported kind keeps its weight are read from, but
+    for lookup tables: objects and names of attributes."""
+    return bnb.places_of(module) if is_quantized(module) else [(module.weight, "data")]
+
+
 def requantize(weight: RowTiles | Tensor, fmt: WeightFormat, device: torch.device) -> RowTiles:
     """Quantize a 16/32-bit weight [m, n] as stock transformers would have when loading it.
 

@@ -16,6 +16,7 @@ from leanlift.weights.bnb.linear import (
     is_linear4bit,
     is_linear8bit,
     parts_4bit,
+    places_of,
     problem_4bit,
     quantize_4bit,
     quantize_8bit,
@@ -23,6 +24,7 @@ from leanlift.weights.bnb.linear import (
     state_8bit,
     stored_4bit,
     stored_8bit,
+    tables_of,
     tensors_of,
 )
 from leanlift.weights.bnb.moments import (
@@ -53,6 +55,7 @@ __all__ = [
     "is_linear8bit",
     "moment_table",
     "parts_4bit",
+    "places_of",
     "problem_4bit",
     "quantize_4bit",
     "quantize_8bit",
@@ -62,6 +65,7 @@ __all__ = [
     "state_8bit",
     "stored_4bit",
     "stored_8bit",
+    "tables_of",
     "tensors_of",
     "write_moment",
 ]

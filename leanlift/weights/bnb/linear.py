@@ -266,6 +266,30 @@ def quantize_8bit(rows: Rows, shape: tuple[int, int], device: torch.device) -> n
     return stored_8bit(codes, scales)
 
 
+def places_of(module: nn.Module) -> list[tuple[Any, str]]:
+    """Where the tensors of a bitsandbytes Linear are read from that grow with it, as objects and
+    names of attributes; the lookup tables, of a kilobyte, are not among them."""
+    holder: Any = module
+    if is_linear4bit(module):
+        state = state_4bit(module)
+        nested = [(state.state2, "absmax")] if state.nested else []
+        return [(holder.weight, "data"), (state, "absmax"), *nested]
+    codes_and_scales = state_8bit(module)
+    assert codes_and_scales is not None
+    weight = holder.weight
+    place = weight if weight.SCB is not None else holder.state
+    weight.CB = holder.state.CB = None  # other names of the data, which would keep it alive
+    return [(weight, "data"), (place, "SCB")]
+
+
+def tables_of(module: nn.Module) -> list[tuple[Any, str]]:
+    """Where the lookup tables of a 4-bit Linear are read from."""
+    if not is_linear4bit(module):
+        return []
+    state = state_4bit(module)
+    return [(state, "code"), *([(state, "offset"), (state.state2, "code")] if state.nested else [])]
+
+
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """All tensors that hold the weight of a bitsandbytes Linear, lookup tables included."""
     if is_linear4bit(module):
