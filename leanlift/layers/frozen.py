@@ -15,7 +15,7 @@ from leanlift.layers.autograd import KeepInput, Multiply
 from leanlift.layers.workspace import Scratch, Workspace, needs_scratch
 from leanlift.ops import TileOps
 from leanlift.sparse import Offsets, add_offsets_
-from leanlift.streaming import Streamed
+from leanlift.streaming import STREAMED
 from leanlift.tiles import RowTiles, makes_new_rows, part_shape, row_ranges, tile_rows
 
 TILE_BYTES = 16 * 2**20
@@ -205,9 +205,9 @@ class FrozenLinear(nn.Module):
 
     @contextmanager
     def _without_streamed(self) -> Iterator[None]:
-        """The layer without a weight that its pool moves: it stays where it is."""
-        weight = getattr(self.base, "weight", None)
-        if not isinstance(self.weight_tiles, Streamed) or "weight" not in self.base._parameters:
+        """The layer without a weight that a pool brings: it stays where it is."""
+        weight = self.base._parameters.get("weight")
+        if not hasattr(weight, STREAMED):
             yield
             return
         try:

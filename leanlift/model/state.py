@@ -11,7 +11,6 @@ from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.fingerprint import BaseFingerprint
 from leanlift.layers import FrozenLinear, LiftLinear, Scratch, Workspace
-from leanlift.streaming import Pool
 
 DEFAULT = "default"
 """The name of an adapter that got none, as in PEFT."""
@@ -41,7 +40,6 @@ class LiftState(Facts):
 
     Attributes:
         workspace: what all layers share.
-        pool: what brings the base's blocks to the device, where they are streamed.
         ends_quantized: whether the embedding and the head are held in INT8.
         embedding_rows: of an embedding with more rows than the base's; None: it has those.
         selection_seconds: how long the first selection took.
@@ -53,7 +51,6 @@ class LiftState(Facts):
     """
 
     workspace: Workspace = field(default_factory=Workspace)
-    pool: Pool | None = None
     ends_quantized: bool = False
     embedding_rows: int | None = None
     selection_seconds: float = 0.0

@@ -1,4 +1,9 @@
-"""Streaming the frozen weights of a model's blocks from the host's memory."""
+"""Streaming the frozen weights of a model's blocks from the host's memory.
+
+A model is streamed before it is attached, so that entries are chosen from weights that come by as
+they are read, or afterwards. What is marked are the modules that hold the weights; whoever asks for
+the weight of one gets what brings it (`weights.frozen_weight`).
+"""
 
 from __future__ import annotations
 
@@ -12,81 +17,99 @@ from leanlift.errors import UserError
 from leanlift.format import size
 from leanlift.layers import FrozenLinear, LiftEmbedding
 from leanlift.model.blocks import block_lists
-from leanlift.model.state import lift_state, lifted
-from leanlift.streaming import Block, Place, Pool, nbytes_of, streamed
+from leanlift.model.state import lifted
+from leanlift.model.surgery import outer_modules
+from leanlift.streaming import STREAMED, Block, Place, Pool, streamed
 from leanlift.weights import bnb
-from leanlift.weights.quantized import weight_places
-from leanlift.weights.stacks import QuantizedStack
+from leanlift.weights.kinds import is_dense_linear
+from leanlift.weights.quantized import is_quantized, weight_places
+from leanlift.weights.stacks import ExpertStack, QuantizedStack
+
+POOL = "_leanlift_pool"
+"""The attribute of a model that has what brings its blocks."""
 
 
-def stream_base(model: nn.Module, device: torch.device | None = None) -> Pool:
-    """Keep the frozen weights of an attached model's blocks in the host's memory, and bring each
-    block to the device when it computes.
+def stream_base(model: nn.Module, device: torch.device) -> Pool:
+    """Keep the frozen weights of a model's blocks in the host's memory, and bring each block to the
+    device when it is read; all else goes to the device.
 
-    What computes is the same, to the bit. Indices, offsets, norms, biases, embedding and head stay
-    where they are.
+    What is computed is the same, to the bit, as with all of them on the device.
 
     Args:
-        model: attached.
-        device: where the model computes; None: where its offsets are.
+        model: stock or attached; wherever it is, as loaded onto the CPU.
+        device: where it computes.
 
     Returns:
         What brings the blocks.
 
     Raises:
-        UserError: nothing is attached, a model whose blocks cannot be found, or too little memory
-            of the host's.
+        UserError: a model whose blocks cannot be found, or memory of the host's that cannot be had.
     """
     model = lifted(model)
-    state = lift_state(model)
-    if state.pool is not None:
-        return state.pool
-    blocks = layers_of_blocks(model)
-    device = device or next(p.device for p in model.parameters() if p.requires_grad)
-    _check_room(blocks)
-    made = [Block([p for layer in layers for p in _places(layer)], device.type == "cuda")
-            for layers in blocks]  # fmt: skip
-    pool = Pool(made, device)
-    for number, layers in enumerate(blocks):
-        for layer in layers:
-            for holder, name in bnb.tables_of(layer.base):
-                setattr(holder, name, getattr(holder, name).to(device))
-            layer.weight_tiles = _in_pool(layer.weight_tiles, pool, number)
-    state.pool = pool
+    known = pool_of(model)
+    if known is not None:
+        return known
+    blocks = holders_by_block(model)
+    pool = Pool([_block(holders, device) for holders in blocks], device)
+    for number, holders in enumerate(blocks):
+        for holder in holders:
+            setattr(holder.weight, STREAMED, (pool, number))
+    for layer in model.modules():
+        where = getattr(getattr(layer, "base", None), "weight", None)
+        if isinstance(layer, FrozenLinear) and hasattr(where, STREAMED):
+            layer.weight_tiles = _in_pool(layer.weight_tiles, *getattr(where, STREAMED))
+    setattr(model, POOL, pool)
+    _move_the_rest(model, blocks, device)
     return pool
 
 
-def layers_of_blocks(model: nn.Module) -> list[list[FrozenLinear]]:
-    """The layers of ours in each block of the language model, in order; each once.
+def pool_of(model: nn.Module) -> Pool | None:
+    """What brings a model's blocks; None: they are where the model is."""
+    found: Pool | None = getattr(lifted(model), POOL, None)
+    return found
+
+
+def holders_by_block(model: nn.Module) -> list[list[Any]]:
+    """What holds the frozen weights of each block of the language model, in order: Linears, or those
+    under layers of ours, and stacks of experts. Each is there once, under its first block.
 
     Raises:
-        UserError: there are no blocks with such layers.
+        UserError: there are no blocks with such modules.
     """
+    blocks: dict[str, list[Any]] = {}
     seen: set[int] = set()
-    blocks: list[list[FrozenLinear]] = []
-    for path in block_lists(model):
-        listed: Any = model.get_submodule(path)
-        for block in listed:
-            layers = [
-                module
-                for module in block.modules()
-                if isinstance(module, FrozenLinear)
-                and not isinstance(module, LiftEmbedding)
-                and id(module) not in seen
-            ]
-            seen.update(map(id, layers))
-            if layers:
-                blocks.append(layers)
+    inside = tuple(f"{path}." for path in block_lists(model))
+    for name, module in outer_modules(model):
+        path = next((path for path in inside if name.startswith(path)), None)
+        holder: Any = module.base if isinstance(module, FrozenLinear) else module
+        if path is None or isinstance(module, LiftEmbedding) or not _holds_a_weight(holder):
+            continue
+        number = name.removeprefix(path).partition(".")[0]
+        if id(holder.weight) not in seen:
+            blocks.setdefault(path + number, []).append(holder)
+        seen.add(id(holder.weight))
     if not blocks:
         raise UserError(
             f"the blocks of this {type(model).__name__} cannot be found, so its base cannot be "
             "streamed: leave out stream_base."
         )
-    return blocks
+    return list(blocks.values())
 
 
-def _places(layer: FrozenLinear) -> list[Place]:
-    return [Place(holder, name) for holder, name in weight_places(layer.base)]
+def _holds_a_weight(module: nn.Module) -> bool:
+    return is_quantized(module) or is_dense_linear(module) or isinstance(module, ExpertStack)
+
+
+def _block(holders: list[Any], device: torch.device) -> Block:
+    places = [Place(*place) for holder in holders for place in weight_places(holder)]
+    try:
+        return Block(places, pin=device.type == "cuda")
+    except RuntimeError as error:
+        needed = sum(place.tensor.nbytes for place in places)
+        raise UserError(
+            f"a streamed base needs the host's memory, pinned, and {size(needed)} for a block could "
+            "not be had: free some, or leave out stream_base."
+        ) from error
 
 
 def _in_pool(weight: Any, pool: Pool, block: int) -> Any:
@@ -95,26 +118,13 @@ def _in_pool(weight: Any, pool: Pool, block: int) -> Any:
     return streamed(weight, pool, block)
 
 
-def _check_room(blocks: list[list[FrozenLinear]]) -> None:
-    """Refuse what the host's memory cannot hold."""
-    needed = sum(
-        nbytes_of(place.tensor.nbytes for place in _places(layer) if place.tensor.is_cuda)
-        for layers in blocks
-        for layer in layers
-    )
-    free = free_host_bytes()
-    if free is not None and needed > free:
-        raise UserError(
-            f"a streamed base of {size(needed)} does not fit the host's memory, of which "
-            f"{size(free)} are free: leave out stream_base."
-        )
-
-
-def free_host_bytes() -> int | None:
-    """What the host's memory has left; None: it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+def _move_the_rest(model: nn.Module, blocks: list[list[Any]], device: torch.device) -> None:
+    """Move all of a model to a device but for what its pool brings."""
+    held = {id(holder.weight) for holders in blocks for holder in holders}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in held and tensor.device != device:
+            tensor.data = tensor.data.to(device)
+    for holders in blocks:
+        for holder in holders:
+            for owner, name in bnb.tables_of(holder):
+                setattr(owner, name, getattr(owner, name).to(device))

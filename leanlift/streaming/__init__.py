@@ -13,4 +13,7 @@ from leanlift.streaming.block import Block, Place, nbytes_of
 from leanlift.streaming.pool import Pool
 from leanlift.streaming.tiles import Streamed, streamed
 
-__all__ = ["Block", "Place", "Pool", "Streamed", "nbytes_of", "streamed"]
+STREAMED = "_streamed_in"
+"""The attribute of a Parameter that is streamed: its pool, and the number of its block."""
+
+__all__ = ["STREAMED", "Block", "Place", "Pool", "Streamed", "nbytes_of", "streamed"]

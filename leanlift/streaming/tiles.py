@@ -75,6 +75,19 @@ class StreamedPacked(Streamed):
         return self.held.stored()
 
 
+@dataclass(frozen=True)
+class StreamedStack(Streamed):
+    """The rows of a stack of matrices."""
+
+    @property
+    def parts(self) -> int:
+        """How many matrices it is a stack of."""
+        parts: int = self.held.parts
+        return parts
+
+
 def streamed(held: Any, pool: Pool, block: int) -> Streamed:
     """A weight of a block of a pool."""
+    if hasattr(held, "parts"):
+        return StreamedStack(held, pool, block)
     return (StreamedPacked if hasattr(held, "stored") else Streamed)(held, pool, block)

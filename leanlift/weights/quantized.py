@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from leanlift.errors import UserError
 from leanlift.ops import EightBit, FourBit, Scales
+from leanlift.streaming import STREAMED, streamed
 from leanlift.tiles import CastTiles, RowTiles, as_tiles
 from leanlift.weights import bnb
 from leanlift.weights.kinds import computes_turned, is_dense_linear, is_turned_linear, matrix_of
@@ -69,16 +70,21 @@ class WeightFormat:
         """Bytes of all tensors in which a weight of this shape is held."""
         return self.nbytes(shape) + self.tables_nbytes
 
-    def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of a weight of this shape and its scales, without `tables_nbytes`."""
+    def tensor_sizes(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        """Bytes of each tensor of a weight of this shape that grows with it: `weight_places`."""
         numel = shape[0] * shape[1]
         if self.kind == "dense":
-            return numel * self.torch_dtype.itemsize
+            return (numel * self.torch_dtype.itemsize,)
         if self.kind == "int8":
-            return numel + 4 * shape[0]
+            return numel, 4 * shape[0]
         blocks = -(-numel // self.blocksize)
-        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if self.double else 4 * blocks
-        return -(-numel // 2) + scales
+        scales = (blocks, 4 * -(-blocks // NESTED_BLOCK)) if self.double else (4 * blocks,)
+        return -(-numel // 2), *scales
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of a weight of this shape and its scales, without `tables_nbytes`."""
+        offset = 4 * (self.double and self.kind in ("nf4", "fp4"))
+        return sum(self.tensor_sizes(shape)) + offset
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -218,11 +224,22 @@ class WeightTurned(WeightDense):
 
 
 def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
-    """The weight of a Linear of any supported kind as RowTiles.
+    """The weight of a Linear of any supported kind as RowTiles; of one that is streamed, what brings
+    it to its device.
 
     Raises:
         UserError: the module is no Linear that leanlift can read; names it and says why.
     """
+    return in_its_pool(_weight_of(module, name), module)
+
+
+def in_its_pool(weight: Any, module: nn.Module) -> Any:
+    """The weight of a module; where the module is streamed, what brings it to its device."""
+    where = getattr(module.weight, STREAMED, None)
+    return weight if where is None else streamed(weight, *where)
+
+
+def _weight_of(module: nn.Module, name: str) -> FrozenWeight:
     parameter = getattr(module, "weight", None)
     if isinstance(parameter, Tensor) and parameter.device.type == "meta":
         raise UserError(

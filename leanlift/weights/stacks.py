@@ -26,6 +26,7 @@ from leanlift.weights.quantized import (
     WeightFormat,
     dtype_name,
     frozen_weight,
+    in_its_pool,
     requantize,
 )
 
@@ -163,4 +164,4 @@ def target_weight(module: nn.Module, name: str) -> FrozenWeight:
             f"{name} holds experts as {type(weight.data).__name__} of {dtype_name(weight.dtype)}; "
             "expected float32, bfloat16 or float16: load the 16-bit checkpoint."
         )
-    return StackWeight(module)
+    return in_its_pool(StackWeight(module), module)
