@@ -195,6 +195,14 @@ class RunArguments(LiftConfig, BaseAndRows):
             "keep the embedding in the CPU's memory. Not where it is tied to the head.",
         ),
     )
+    stream_base: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH,
+            "keep the frozen blocks in the host's memory. Two of them are on the card at a time, "
+            "and each is copied while the one before it computes.",
+        ),
+    )
     ops: str = field(
         default="auto",
         metadata=about(

@@ -28,7 +28,8 @@ from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.lm_head import FrozenHead
 from leanlift.measure.live import LiveBytes
 from leanlift.optim import state_nbytes
-from leanlift.weights.quantized import weight_tensors
+from leanlift.streaming import STREAMED, Pool
+from leanlift.weights.quantized import weight_tables, weight_tensors
 
 
 @dataclass
@@ -100,12 +101,24 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(storages.values())
 
 
+def held_on_device(layer: FrozenLinear) -> list[Tensor]:
+    """The tensors of a layer's frozen weight where it computes: of one that is streamed, the slots
+    of its pool, and on a CPU, where both are the same memory, those that it is copied from too."""
+    where = getattr(layer.base.weight, STREAMED, None)
+    if where is None:
+        return weight_tensors(layer.base)
+    pool: Pool = where[0]
+    tables = [getattr(holder, name) for holder, name in weight_tables(layer.base)]
+    host = [block.host for block in pool.blocks] if pool.device.type == "cpu" else []
+    return [*(slot.buffer for slot in pool.slots), *host, *tables]
+
+
 def static_categories(model: nn.Module) -> dict[str, int]:
     """Bytes that stay from step to step, by category (without the optimizer's)."""
     layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
     linears = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     linears = [linear for linear in linears if not isinstance(linear, LiftEmbedding)]
-    frozen: list[Tensor] = [t for linear in linears for t in weight_tensors(linear.base)]
+    frozen: list[Tensor] = [t for linear in linears for t in held_on_device(linear)]
     ends: list[Tensor] = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module = getattr(model, getter, lambda: None)()
@@ -125,7 +138,7 @@ def static_categories(model: nn.Module) -> dict[str, int]:
     other = [
         tensor.data
         for tensor in (*model.parameters(), *model.buffers())
-        if tensor.untyped_storage().data_ptr() not in counted
+        if tensor.untyped_storage().data_ptr() not in counted and not hasattr(tensor, STREAMED)
     ]
     return {
         "base weights": tensor_bytes(frozen),

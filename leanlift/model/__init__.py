@@ -14,6 +14,7 @@ from leanlift.model.resize_embeddings import embedding_size, grow_embedding
 from leanlift.model.stacks import quantize_experts
 from leanlift.model.state import LiftState, lift_layers, lift_state, lifted, weights_of
 from leanlift.model.strangers import claim, release
+from leanlift.model.streaming import stream_base
 from leanlift.model.surgery import freeze_quantized
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "restore_adapter",
     "save_adapter",
     "scale_adapter",
+    "stream_base",
     "unload_adapter",
     "use_ops",
     "weights_of",

@@ -20,9 +20,8 @@ from leanlift.model.blocks import block_lists
 from leanlift.model.state import lifted
 from leanlift.model.surgery import outer_modules
 from leanlift.streaming import STREAMED, Block, Place, Pool, streamed
-from leanlift.weights import bnb
 from leanlift.weights.kinds import is_dense_linear
-from leanlift.weights.quantized import is_quantized, weight_places
+from leanlift.weights.quantized import is_quantized, weight_places, weight_tables
 from leanlift.weights.stacks import ExpertStack, QuantizedStack
 
 POOL = "_leanlift_pool"
@@ -49,7 +48,7 @@ def stream_base(model: nn.Module, device: torch.device) -> Pool:
     known = pool_of(model)
     if known is not None:
         return known
-    blocks = holders_by_block(model)
+    blocks = [[*map(holder_of, each)] for each in layers_by_block(model)]
     pool = Pool([_block(holders, device) for holders in blocks], device)
     for number, holders in enumerate(blocks):
         for holder in holders:
@@ -69,9 +68,10 @@ def pool_of(model: nn.Module) -> Pool | None:
     return found
 
 
-def holders_by_block(model: nn.Module) -> list[list[Any]]:
-    """What holds the frozen weights of each block of the language model, in order: Linears, or those
-    under layers of ours, and stacks of experts. Each is there once, under its first block.
+def layers_by_block(model: nn.Module) -> list[list[Any]]:
+    """What has a frozen weight in each block of the language model, in order: layers of ours, and
+    before they are put in Linears and stacks of experts. Each weight is there once, under its
+    first block.
 
     Raises:
         UserError: there are no blocks with such modules.
@@ -81,13 +81,12 @@ def holders_by_block(model: nn.Module) -> list[list[Any]]:
     inside = tuple(f"{path}." for path in block_lists(model))
     for name, module in outer_modules(model):
         path = next((path for path in inside if name.startswith(path)), None)
-        holder: Any = module.base if isinstance(module, FrozenLinear) else module
-        if path is None or isinstance(module, LiftEmbedding) or not _holds_a_weight(holder):
+        weight = id(holder_of(module).weight) if _has_a_weight(module) else None
+        if path is None or weight is None or weight in seen:
             continue
         number = name.removeprefix(path).partition(".")[0]
-        if id(holder.weight) not in seen:
-            blocks.setdefault(path + number, []).append(holder)
-        seen.add(id(holder.weight))
+        blocks.setdefault(path + number, []).append(module)
+        seen.add(weight)
     if not blocks:
         raise UserError(
             f"the blocks of this {type(model).__name__} cannot be found, so its base cannot be "
@@ -96,8 +95,15 @@ def holders_by_block(model: nn.Module) -> list[list[Any]]:
     return list(blocks.values())
 
 
-def _holds_a_weight(module: nn.Module) -> bool:
-    return is_quantized(module) or is_dense_linear(module) or isinstance(module, ExpertStack)
+def holder_of(module: Any) -> Any:
+    """What holds the weight: a module itself, or what is under a layer of ours."""
+    return module.base if isinstance(module, FrozenLinear) else module
+
+
+def _has_a_weight(module: nn.Module) -> bool:
+    ours = isinstance(module, FrozenLinear) and not isinstance(module, LiftEmbedding)
+    stock = is_quantized(module) or is_dense_linear(module) or isinstance(module, ExpertStack)
+    return ours or (stock and not isinstance(module, FrozenLinear))
 
 
 def _block(holders: list[Any], device: torch.device) -> Block:
@@ -126,5 +132,5 @@ def _move_the_rest(model: nn.Module, blocks: list[list[Any]], device: torch.devi
             tensor.data = tensor.data.to(device)
     for holders in blocks:
         for holder in holders:
-            for owner, name in bnb.tables_of(holder):
+            for owner, name in weight_tables(holder):
                 setattr(owner, name, getattr(owner, name).to(device))

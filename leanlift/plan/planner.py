@@ -91,6 +91,7 @@ def plan_step(
         weights=shapes.weights,
         holds_for=_holds_for(planned),
         context=_context(planned.settings),
+        host=0 if shapes.streamed is None else shapes.streamed.host,
     )
 
 
@@ -229,6 +230,7 @@ def _what_decides(planned: Planned) -> tuple[str, ...]:
         activation_offloading=settings.activation_offloading,
         optim_in_backward=settings.optim_in_backward,
         embedding_on_cpu=settings.embedding_on_cpu,
+        stream_base=settings.stream_base,
         dtype=settings.dtype_name,
         cuda=settings.on_cuda,
     )
@@ -259,6 +261,7 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "optim_in_backward": settings.optim_in_backward,
         "quantize_embeddings": config.quantize_embeddings,
         "embedding_on_cpu": settings.embedding_on_cpu,
+        "stream_base": settings.stream_base,
         "refresh_interval": config.refresh_interval,
         "per_device_eval_batch_size": 0 if evaluated is None else evaluated.rows,
         "cuda": settings.on_cuda,

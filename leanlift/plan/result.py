@@ -41,6 +41,7 @@ class MemoryPlan:
         holds_for: the settings that were planned for, by name.
         context: allowance for the CUDA context, in no other figure.
         notes: what the plan takes for granted.
+        host: of the host's memory, what a streamed base has; on a CPU it is in the categories too.
     """
 
     model: str
@@ -52,6 +53,7 @@ class MemoryPlan:
     holds_for: dict[str, Any] = field(default_factory=dict)
     context: int = CONTEXT
     notes: list[str] = field(default_factory=list)
+    host: int = 0
 
     @property
     def peak_phase(self) -> str:

@@ -36,6 +36,7 @@ class PlanSettings:
             checkpoint is held. One that is quantized on disk is held as it is.
         dtype: name of the dtype of what is not quantized; None: bfloat16 on a GPU, else float32.
         embedding_on_cpu: whether the embedding is not on the card.
+        stream_base: whether the frozen blocks are in the host's memory.
         cuda: whether the run is on a GPU; None: if this machine has one.
         largest, largest_eval: the largest batch of training and of evaluation, where it is known;
             None: as large as the settings above allow.
@@ -58,6 +59,7 @@ class PlanSettings:
     bnb_4bit_use_double_quant: bool = RunArguments.bnb_4bit_use_double_quant
     dtype: str | None = RunArguments.dtype
     embedding_on_cpu: bool = RunArguments.embedding_on_cpu
+    stream_base: bool = RunArguments.stream_base
     cuda: bool | None = None
     largest: Batch | None = None
     largest_eval: Batch | None = None

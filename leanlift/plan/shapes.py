@@ -18,10 +18,12 @@ from leanlift.model.embeddings import (
     quantizing_ends_nbytes,
 )
 from leanlift.model.stacks import named_parts
+from leanlift.model.streaming import layers_by_block
 from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
+from leanlift.streaming import SLOTS, nbytes_of
 from leanlift.tiles import parts_of
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import WeightFormat, dtype_of
@@ -51,6 +53,21 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class BlockBytes:
+    """Bytes of the blocks of a streamed base.
+
+    Attributes:
+        tensors: of all tensors that are streamed, wherever they are.
+        host: of the host's buffers for them.
+        slots: of the buffers on the device.
+    """
+
+    tensors: int
+    host: int
+    slots: int
+
+
+@dataclass(frozen=True)
 class Shapes:
     """What a fake model shows without a step.
 
@@ -67,6 +84,7 @@ class Shapes:
         held: bytes of their weights.
         read_whole: entries of the largest matrix or stack that is whole before it is held so.
         by_tiles: bytes that the largest stack takes while it is quantized as it is read.
+        streamed: the blocks of a base that is in the host's memory; None: it is not.
         turned: entries of the largest of them whose transpose a 16-bit checkpoint holds.
     """
 
@@ -83,6 +101,7 @@ class Shapes:
     held: int
     read_whole: int
     by_tiles: int
+    streamed: BlockBytes | None
     turned: int
 
     @property
@@ -146,9 +165,21 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         held=sum(_held(layer.weight_tiles) for layer in layers.values()),
         read_whole=_read_whole(layers.values()),
         by_tiles=_by_tiles(layers.values()),
+        streamed=_streamed(model) if settings.stream_base else None,
         turned=turned,
     )
     return shapes, model
+
+
+def _streamed(model: Any) -> BlockBytes:
+    """Of the blocks of a base that is streamed."""
+    tensors, blocks = 0, []
+    for layers in layers_by_block(model):
+        weights: list[Any] = [layer.weight_tiles for layer in layers]
+        sizes = [size for w in weights for size in w.format.tensor_sizes(w.shape)]
+        tensors += sum(sizes)
+        blocks.append(nbytes_of(sizes))
+    return BlockBytes(tensors, sum(blocks), SLOTS * max(blocks))
 
 
 def _held(weight: Any) -> int:

@@ -19,7 +19,7 @@ def held_nbytes(planned: Planned, shapes: Shapes) -> dict[str, int]:
     """What stays from step to step, by category."""
     value, counts = planned.value_nbytes, shapes.counts
     return {
-        "base weights": shapes.held,
+        "base weights": _base(planned, shapes),
         "embeddings and head": shapes.ends.held,
         "norms and other": shapes.other,
         "index": sum(index_nbytes(shapes.targets[name], count) for name, count in counts.items()),
@@ -28,6 +28,16 @@ def held_nbytes(planned: Planned, shapes: Shapes) -> dict[str, int]:
         "optimizer state": optimizer_nbytes(planned.settings.optim, shapes.entries, value),
         "scratch": shapes.scratch,
     }
+
+
+def _base(planned: Planned, shapes: Shapes) -> int:
+    """The frozen weights; of a streamed base the slots, and on a CPU, whose memory is the host's,
+    what they are filled from."""
+    streamed = shapes.streamed
+    if streamed is None:
+        return shapes.held
+    host = 0 if planned.settings.on_cuda else streamed.host
+    return shapes.held - streamed.tensors + streamed.slots + host
 
 
 def _retired(planned: Planned, shapes: Shapes) -> int:

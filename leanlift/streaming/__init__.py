@@ -10,10 +10,10 @@ time. A guess that was wrong costs a copy, and is right the next time.
 """
 
 from leanlift.streaming.block import Block, Place, nbytes_of
-from leanlift.streaming.pool import Pool
+from leanlift.streaming.pool import SLOTS, Pool
 from leanlift.streaming.tiles import Streamed, streamed
 
 STREAMED = "_streamed_in"
 """The attribute of a Parameter that is streamed: its pool, and the number of its block."""
 
-__all__ = ["STREAMED", "Block", "Place", "Pool", "Streamed", "nbytes_of", "streamed"]
+__all__ = ["SLOTS", "STREAMED", "Block", "Place", "Pool", "Streamed", "nbytes_of", "streamed"]

@@ -9,6 +9,7 @@ quantized form that is not bitsandbytes' own.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from leanlift.plan.auto import auto_class, auto_class_with, parts_left_out
 from leanlift.source import open_checkpoint, stored_quantization
 from leanlift.training.arguments import RunArguments
 from leanlift.training.experts import load_in_few_bits, load_with_experts_as_stored
+from leanlift.training.on_the_host import quantizing_on
 from leanlift.weights.quantized import (
     dtype_name,
     dtype_of,
@@ -46,7 +48,7 @@ def load_model(
 
     Args:
         args: of the run.
-        device: where it goes.
+        device: where it goes; a base that is streamed (`stream_base`) stays on the host.
         trust_remote_code: as in `from_pretrained`.
         experts_too: whether its experts are quantized likewise.
         images: whether rows have some: see `auto_class`.
@@ -69,18 +71,20 @@ def load_model(
             _check_request(args, own)
             _check_merge(args)
         load = load_in_few_bits if experts_too else load_with_experts_as_stored
-        model, found = load(
-            _class_of(args, config, images, modules),
-            name,
-            revision=args.model_revision,
-            dtype=dtype,
-            device_map={"": device.index or 0} if device.type == "cuda" else None,
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **_further(args, None if own is not None else quantization(args, dtype)),
-        )
+        place = torch.device("cpu") if args.stream_base else device
+        with quantizing_on(device) if args.stream_base else nullcontext():
+            model, found = load(
+                _class_of(args, config, images, modules),
+                name,
+                revision=args.model_revision,
+                dtype=dtype,
+                device_map={"": place.index or 0 if place.type == "cuda" else "cpu"} if device.type == "cuda" else None,
+                attn_implementation=args.attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **_further(args, None if own is not None else quantization(args, dtype)),
+            )
     except Exception as error:  # each config class and quantizer has its own ways to refuse
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise

@@ -211,6 +211,7 @@ def plan_settings(
         bnb_4bit_use_double_quant=args.bnb_4bit_use_double_quant,
         dtype=args.dtype,
         embedding_on_cpu=args.embedding_on_cpu,
+        stream_base=args.stream_base,
         cuda=trains_on_gpu(sft) if cuda is None else cuda,
         largest=train,
         largest_eval=evaluation,

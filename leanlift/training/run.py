@@ -33,7 +33,7 @@ from leanlift.measure import (
     static_categories,
 )
 from leanlift.methods import SFT
-from leanlift.model import embedding_to_cpu, lifted, use_ops
+from leanlift.model import embedding_to_cpu, lifted, stream_base, use_ops
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.plan import MemoryPlan
@@ -176,6 +176,8 @@ def _attached(
         images = ready.processor is not None
         set_seed(sft.seed)  # a new head begins with random numbers
         model = load_model(args, device, sft.trust_remote_code, images=images)
+        if args.stream_base:
+            stream_base(model, device)
     job.phase = "select"
     what = "Loading the checkpoint" if resume else "Choosing the entries to train"
     with job.screen.phase(what), meter.phase("select", follow=True) as peak:

@@ -323,6 +323,11 @@ def weight_places(module: nn.Module) -> list[tuple[Any, str]]:
     return bnb.places_of(module) if is_quantized(module) else [(module.weight, "data")]
 
 
+def weight_tables(module: nn.Module) -> list[tuple[Any, str]]:
+    """Where the lookup tables of such a weight are read from."""
+    return bnb.tables_of(module)
+
+
 def requantize(weight: RowTiles | Tensor, fmt: WeightFormat, device: torch.device) -> RowTiles:
     """Quantize a 16/32-bit weight [m, n] as stock transformers would have when loading it.
 
