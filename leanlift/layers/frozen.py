@@ -198,13 +198,13 @@ class FrozenLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        with self._without_streamed():
+        with self.without_streamed():
             super()._apply(fn, recurse)
         self.workspace.moved()
         return self
 
     @contextmanager
-    def _without_streamed(self) -> Iterator[None]:
+    def without_streamed(self) -> Iterator[None]:
         """The layer without a weight that a pool brings: it stays where it is."""
         weight = self.base._parameters.get("weight")
         if not hasattr(weight, STREAMED):

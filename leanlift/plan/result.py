@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-CARDS_GIB = (6, 8, 12, 16, 24, 48)
+CARDS_GIB = (4, 6, 8, 12, 16, 24, 48)
 CONTEXT = int(0.55 * 2**30)
 """What a CUDA process takes before its first tensor, and what the allocator loses to
 fragmentation: an allowance, from reports of 0.5 to 0.6 GiB."""

@@ -12,7 +12,7 @@ from typing import Any
 from leanlift.format import bar, count, gib, share, short_name, size, table
 from leanlift.plan.result import MOMENTS
 
-CARDS_SHOWN = (6, 8, 12, 16, 24)
+CARDS_SHOWN = (4, 6, 8, 12, 16, 24)
 WIDTH = 80
 
 TERMS = {
@@ -47,6 +47,8 @@ def header(plan: dict[str, Any]) -> list[str]:
         base += ", embedding and head in INT8"
     if held["embedding_on_cpu"]:
         base += ", embedding on the CPU"
+    if held["stream_base"]:
+        base += ", its blocks streamed from the host's memory"
     values = f"offsets in {held['values_dtype']}, optimizer {held['optim']}"
     if held["optim_in_backward"]:
         values += " in the backward pass"
@@ -113,6 +115,9 @@ def peak_line(plan: dict[str, Any], width: int = WIDTH) -> list[str]:
         text += (
             f" CUDA itself takes {size(plan['context'])} of a card: {size(plan['needed'])} in all."
         )
+    if plan["holds_for"].get("stream_base"):
+        pinned = ", pinned" if plan["holds_for"]["cuda"] else ""
+        text += f" The host's memory holds {size(plan['host'])} of the base{pinned}."
     return textwrap.wrap(text, width)
 
 

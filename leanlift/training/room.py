@@ -14,6 +14,7 @@ from leanlift.errors import UserError
 from leanlift.export import check_space
 from leanlift.format import size
 from leanlift.plan import MemoryPlan
+from leanlift.processes import processes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 
 
@@ -42,7 +43,35 @@ def check_room(
             f"this run is planned to need {size(plan.needed)}, and the card has {size(card)}: "
             f"choose settings with --fit {card / 2**30:.3g}GB."
         )
+    if args.stream_base:
+        _check_host(plan)
     check_space(output, disk_nbytes(args, sft, plan, steps_of(data, sft)))
+
+
+def _check_host(plan: MemoryPlan | None) -> None:
+    """Refuse a streamed base where several processes would each have one, or the host has no room
+    for it."""
+    if processes() > 1:
+        raise UserError(
+            f"stream_base keeps a base in the host's memory for one process, and {processes()} "
+            "train together: leave it out, or start one process."
+        )
+    free, needed = free_host_nbytes(), 0 if plan is None else plan.host
+    if free is not None and needed > free:
+        raise UserError(
+            f"a streamed base takes {size(needed)} of the host's memory, of which {size(free)} are "
+            "free: hold the base in fewer bits (load_in_4bit), or leave out stream_base."
+        )
+
+
+def free_host_nbytes() -> int | None:
+    """What the host's memory has left; None: it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def _finds(sft: LiftSFTConfig) -> bool:
