@@ -8,7 +8,7 @@ the weight of one gets what brings it (`weights.frozen_weight`).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -57,7 +57,10 @@ def stream_base(model: nn.Module, device: torch.device) -> Pool:
         where = getattr(getattr(layer, "base", None), "weight", None)
         if isinstance(layer, FrozenLinear) and hasattr(where, STREAMED):
             layer.weight_tiles = _in_pool(layer.weight_tiles, *getattr(where, STREAMED))
-    setattr(model, POOL, pool)
+    holder: Any = model
+    setattr(holder, POOL, pool)
+    if getattr(model, "hf_device_map", None):  # says where it was loaded, and is asked where it is
+        holder.hf_device_map = {"": device.index or 0 if device.type == "cuda" else device.type}
     _move_the_rest(model, blocks, device)
     return pool
 
@@ -113,14 +116,14 @@ def _block(holders: list[Any], device: torch.device) -> Block:
     except RuntimeError as error:
         needed = sum(place.tensor.nbytes for place in places)
         raise UserError(
-            f"a streamed base needs the host's memory, pinned, and {size(needed)} for a block could "
-            "not be had: free some, or leave out stream_base."
+            f"a streamed base needs memory of the host's, pinned, and {size(needed)} for a block "
+            "could not be had: free some, or leave out stream_base."
         ) from error
 
 
 def _in_pool(weight: Any, pool: Pool, block: int) -> Any:
     if isinstance(weight, QuantizedStack):
-        return replace(weight, held=streamed(weight.held, pool, block))
+        return replace(weight, held=cast(Any, streamed(weight.held, pool, block)))
     return streamed(weight, pool, block)
 
 

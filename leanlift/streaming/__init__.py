@@ -1,12 +1,12 @@
 """Frozen weights that live in the host's memory, and are on the device while they compute.
 
-A model's blocks compute one after the other, and their frozen weights are only read. So each block's
-weights lie in one buffer of the host, and the device has two slots of the size of the largest: one
-block computes, and the next in the order of the pass is copied meanwhile.
+A model's blocks compute one after the other, and their frozen weights are only read. So the
+weights of a block lie in one buffer of the host, and the device has two slots of the size of the
+largest: one block computes, and the next in the order of the pass is copied meanwhile.
 
-Nothing has to announce a block. Whoever reads a weight's rows (a product, a selection, a merge) says
-so by reading them, and gets that block first; which one comes after is what came after it last
-time. A guess that was wrong costs a copy, and is right the next time.
+Nothing has to announce a block. Whoever reads the rows of a weight (a product, a selection, a
+merge) says so by reading them, and gets that block first; which one comes after it is what came
+after it last time. A guess that was wrong costs a copy, and is right the next time.
 """
 
 from leanlift.streaming.block import Block, Place, nbytes_of

@@ -101,7 +101,9 @@ class Pool:
 
     def _free(self) -> Slot:
         """The slot that holds what is not computed with."""
-        return next(slot for slot in self.slots if slot.holds != self._current or slot.holds is None)
+        return next(
+            slot for slot in self.slots if slot.holds != self._current or slot.holds is None
+        )
 
     def _copy(self, number: int, slot: Slot) -> None:
         self._empty(slot)

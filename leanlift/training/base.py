@@ -78,7 +78,9 @@ def load_model(
                 name,
                 revision=args.model_revision,
                 dtype=dtype,
-                device_map={"": place.index or 0 if place.type == "cuda" else "cpu"} if device.type == "cuda" else None,
+                device_map={"": place.index or 0 if place.type == "cuda" else "cpu"}
+                if device.type == "cuda"
+                else None,
                 attn_implementation=args.attn_implementation,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
