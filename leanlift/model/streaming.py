@@ -51,8 +51,8 @@ def stream_base(model: nn.Module, device: torch.device) -> Pool:
     blocks = [[*map(holder_of, each)] for each in layers_by_block(model)]
     pool = Pool([_block(holders, device) for holders in blocks], device)
     for number, holders in enumerate(blocks):
-        for holder in holders:
-            setattr(holder.weight, STREAMED, (pool, number))
+        for each in holders:
+            setattr(each.weight, STREAMED, (pool, number))
     for layer in model.modules():
         where = getattr(getattr(layer, "base", None), "weight", None)
         if isinstance(layer, FrozenLinear) and hasattr(where, STREAMED):

@@ -71,16 +71,14 @@ def load_model(
             _check_request(args, own)
             _check_merge(args)
         load = load_in_few_bits if experts_too else load_with_experts_as_stored
-        place = torch.device("cpu") if args.stream_base else device
+        place: Any = "cpu" if args.stream_base else device.index or 0
         with quantizing_on(device) if args.stream_base else nullcontext():
             model, found = load(
                 _class_of(args, config, images, modules),
                 name,
                 revision=args.model_revision,
                 dtype=dtype,
-                device_map={"": place.index or 0 if place.type == "cuda" else "cpu"}
-                if device.type == "cuda"
-                else None,
+                device_map={"": place} if device.type == "cuda" else None,
                 attn_implementation=args.attn_implementation,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,

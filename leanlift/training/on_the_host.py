@@ -24,7 +24,8 @@ CPU = torch.device("cpu")
 def quantizing_on(device: torch.device) -> Iterator[None]:
     """While a model is loaded onto the host, its matrices are quantized on `device`."""
     stock = {kind: kind.convert for kind in (Bnb4bitQuantize, Bnb8bitQuantize)}
-    requantize = stacks.requantize
+    holder: Any = stacks  # experts are quantized there, as they are read
+    requantize = holder.requantize
 
     def through(convert: Any) -> Any:
         def converted(self: Any, input_dict: dict[str, Any], *rest: Any, **more: Any) -> Any:
@@ -42,12 +43,12 @@ def quantizing_on(device: torch.device) -> Iterator[None]:
     try:
         for kind, convert in stock.items():
             kind.convert = through(convert)
-        stacks.requantize = requantized
+        holder.requantize = requantized
         yield
     finally:
         for kind, convert in stock.items():
             kind.convert = convert
-        stacks.requantize = requantize
+        holder.requantize = requantize
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -224,8 +224,8 @@ class WeightTurned(WeightDense):
 
 
 def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
-    """The weight of a Linear of any supported kind as RowTiles; of one that is streamed, what brings
-    it to its device.
+    """The weight of a Linear of any supported kind as RowTiles; of one that is streamed, what
+    brings it to its device.
 
     Raises:
         UserError: the module is no Linear that leanlift can read; names it and says why.

@@ -171,5 +171,5 @@ def test_memory_that_cannot_be_pinned_is_said(base, monkeypatch: pytest.MonkeyPa
 
     model = load(base("llama"))
     monkeypatch.setattr("leanlift.streaming.block.torch.empty", none_left)
-    with pytest.raises(UserError, match=r"host's memory, pinned, and .* could not be had"):
+    with pytest.raises(UserError, match=r"memory of the host's, pinned, and .* could not be had"):
         stream_base(model, CPU)
