@@ -102,15 +102,15 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 
 def held_on_device(layer: FrozenLinear) -> list[Tensor]:
-    """The tensors of a layer's frozen weight where it computes: of one that is streamed, the slots
-    of its pool, and on a CPU, where both are the same memory, those that it is copied from too."""
+    """The tensors of a layer's frozen weight where it computes: of one that is streamed, the
+    buffers of its pool, and on a CPU, where both are the same memory, what they are filled from."""
     where = getattr(layer.base.weight, STREAMED, None)
     if where is None:
         return weight_tensors(layer.base)
     pool: Pool = where[0]
     tables = [getattr(holder, name) for holder, name in weight_tables(layer.base)]
     host = [block.host for block in pool.blocks] if pool.device.type == "cpu" else []
-    return [*(slot.buffer for slot in pool.slots), *host, *tables]
+    return [*(buffer.memory for buffer in pool.buffers), *host, *tables]
 
 
 def static_categories(model: nn.Module) -> dict[str, int]:

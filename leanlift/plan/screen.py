@@ -47,7 +47,7 @@ def header(plan: dict[str, Any]) -> list[str]:
         base += ", embedding and head in INT8"
     if held["embedding_on_cpu"]:
         base += ", embedding on the CPU"
-    if held["stream_base"]:
+    if held.get("stream_base"):
         base += ", its blocks streamed from the host's memory"
     values = f"offsets in {held['values_dtype']}, optimizer {held['optim']}"
     if held["optim_in_backward"]:

@@ -23,7 +23,7 @@ from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
-from leanlift.streaming import SLOTS, nbytes_of
+from leanlift.streaming import BUFFERS, nbytes_of
 from leanlift.tiles import parts_of
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
 from leanlift.weights.quantized import WeightFormat, dtype_of
@@ -59,12 +59,12 @@ class BlockBytes:
     Attributes:
         tensors: of all tensors that are streamed, wherever they are.
         host: of the host's buffers for them.
-        slots: of the buffers on the device.
+        buffers: of those on the device.
     """
 
     tensors: int
     host: int
-    slots: int
+    buffers: int
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _streamed(model: Any) -> BlockBytes:
         sizes = [size for w in weights for size in w.format.tensor_sizes(w.shape)]
         tensors += sum(sizes)
         blocks.append(nbytes_of(sizes))
-    return BlockBytes(tensors, sum(blocks), SLOTS * max(blocks))
+    return BlockBytes(tensors, sum(blocks), BUFFERS * max(blocks))
 
 
 def _held(weight: Any) -> int:

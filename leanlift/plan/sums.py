@@ -31,13 +31,13 @@ def held_nbytes(planned: Planned, shapes: Shapes) -> dict[str, int]:
 
 
 def _base(planned: Planned, shapes: Shapes) -> int:
-    """The frozen weights; of a streamed base the slots, and on a CPU, whose memory is the host's,
+    """The frozen weights; of a streamed base the buffers, and on a CPU, whose memory is the host's,
     what they are filled from."""
     streamed = shapes.streamed
     if streamed is None:
         return shapes.held
     host = 0 if planned.settings.on_cuda else streamed.host
-    return shapes.held - streamed.tensors + streamed.slots + host
+    return shapes.held - streamed.tensors + streamed.buffers + host
 
 
 def _retired(planned: Planned, shapes: Shapes) -> int:

@@ -1,7 +1,7 @@
 """Frozen weights that live in the host's memory, and are on the device while they compute.
 
 A model's blocks compute one after the other, and their frozen weights are only read. So the
-weights of a block lie in one buffer of the host, and the device has two slots of the size of the
+weights of a block lie in one buffer of the host, and the device has two buffers of the size of the
 largest: one block computes, and the next in the order of the pass is copied meanwhile.
 
 Nothing has to announce a block. Whoever reads the rows of a weight (a product, a selection, a
@@ -10,10 +10,10 @@ after it last time. A guess that was wrong costs a copy, and is right the next t
 """
 
 from leanlift.streaming.block import Block, Place, nbytes_of
-from leanlift.streaming.pool import SLOTS, Pool
+from leanlift.streaming.pool import BUFFERS, Pool
 from leanlift.streaming.tiles import Streamed, streamed
 
 STREAMED = "_streamed_in"
 """The attribute of a Parameter that is streamed: its pool, and the number of its block."""
 
-__all__ = ["SLOTS", "STREAMED", "Block", "Place", "Pool", "Streamed", "nbytes_of", "streamed"]
+__all__ = ["BUFFERS", "STREAMED", "Block", "Place", "Pool", "Streamed", "nbytes_of", "streamed"]

@@ -1,4 +1,4 @@
-"""The tensors of a block that are streamed: one buffer on the host, laid out alike in a slot."""
+"""The tensors of a block that are streamed: a buffer of the host's, laid out like the device's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Block:
     """Tensors that come and go together.
 
     Their contents are moved into one buffer of the host, pinned where a device shall copy from it
-    while it computes; they are read from there until a slot holds them.
+    while it computes; they are read from there until a buffer of the device holds them.
 
     Args:
         places: where they are read from.
@@ -60,7 +60,7 @@ class Block:
         self.read_from(self.host)
 
     def read_from(self, buffer: Tensor) -> None:
-        """Let all tensors be read from a buffer that holds them: the host's, or a slot's."""
+        """Let all tensors be read from a buffer that holds them: the host's, or the device's."""
         for place, view in zip(self.places, self._in(buffer), strict=True):
             place.put(view)
 

@@ -1,9 +1,9 @@
-"""Two slots on the device, and which block is in which.
+"""Two buffers on the device, and which block is in which.
 
-On CUDA the copies have a stream of their own. A copy into a slot waits until what was enqueued so
-far has computed, for that may still read what the slot held; whoever computes with a slot waits for
-its copy. Both waits are the device's, the host goes on. On a CPU the same slots are filled with
-plain copies.
+On CUDA the copies have a stream of their own. A copy into a buffer waits until what was enqueued so
+far has computed, for that may still read what the buffer held; whoever computes with a buffer waits
+for its copy. Both waits are the device's, the host goes on. On a CPU the same buffers are filled
+with plain copies.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from leanlift.streaming.block import Block
 
-SLOTS = 2
+BUFFERS = 2
 
 
 @dataclass
-class Slot:
+class Buffer:
     """A buffer of the device.
 
     Attributes:
-        buffer: bytes for the largest block.
+        memory: bytes for the largest block.
         holds: the block in it; None: none yet.
         ready: an event behind its copy; None: it is there.
     """
 
-    buffer: Tensor
+    memory: Tensor
     holds: int | None = None
     ready: Any = None
 
@@ -50,8 +50,8 @@ class Pool:
     def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
         self.blocks, self.device = list(blocks), device
         largest = max((block.nbytes for block in self.blocks), default=0)
-        self.slots = [
-            Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(SLOTS)
+        self.buffers = [
+            Buffer(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(BUFFERS)
         ]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._current: int | None = None
@@ -61,8 +61,8 @@ class Pool:
 
     @property
     def nbytes(self) -> int:
-        """Of the slots."""
-        return sum(slot.buffer.nbytes for slot in self.slots)
+        """Of the buffers."""
+        return sum(buffer.memory.nbytes for buffer in self.buffers)
 
     @property
     def host_nbytes(self) -> int:
@@ -73,15 +73,15 @@ class Pool:
         """Let a block's tensors be read from the device, and the next one's be on their way."""
         if number == self._current:
             return
-        slot = next((slot for slot in self.slots if slot.holds == number), None)
-        if slot is None:
-            slot = self._free()
-            self._copy(number, slot)
+        buffer = next((buffer for buffer in self.buffers if buffer.holds == number), None)
+        if buffer is None:
+            buffer = self._free()
+            self._copy(number, buffer)
             self.waited += 1
-        if slot.ready is not None:
-            torch.cuda.current_stream(self.device).wait_event(slot.ready)
-            slot.ready = None
-        self.blocks[number].read_from(slot.buffer)
+        if buffer.ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(buffer.ready)
+            buffer.ready = None
+        self.blocks[number].read_from(buffer.memory)
         turn = (self._current, number)
         if self._turn is not None:
             self._after[self._turn] = number
@@ -90,41 +90,40 @@ class Pool:
 
     def release(self) -> None:
         """Let every block be read from the host again."""
-        for slot in self.slots:
-            self._empty(slot)
+        for buffer in self.buffers:
+            self._empty(buffer)
         self._current = self._turn = None
 
     def _bring(self, number: int | None) -> None:
-        """Copy a block into the slot that does not compute, where it is nowhere yet."""
-        if number is not None and all(slot.holds != number for slot in self.slots):
+        """Copy a block into the buffer that does not compute, where it is nowhere yet."""
+        if number is not None and all(buffer.holds != number for buffer in self.buffers):
             self._copy(number, self._free())
 
-    def _free(self) -> Slot:
-        """The slot that holds what is not computed with."""
-        return next(
-            slot for slot in self.slots if slot.holds != self._current or slot.holds is None
-        )
+    def _free(self) -> Buffer:
+        """The buffer that holds what is not computed with."""
+        idle = (each for each in self.buffers if each.holds is None or each.holds != self._current)
+        return next(idle)
 
-    def _copy(self, number: int, slot: Slot) -> None:
-        self._empty(slot)
+    def _copy(self, number: int, buffer: Buffer) -> None:
+        self._empty(buffer)
         block = self.blocks[number]
-        target = slot.buffer[: block.nbytes]
+        target = buffer.memory[: block.nbytes]
         if self._stream is None:
             target.copy_(block.host)
         else:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 target.copy_(block.host, non_blocking=True)
-            slot.ready = self._stream.record_event()
-        slot.holds = number
+            buffer.ready = self._stream.record_event()
+        buffer.holds = number
         self.copies += 1
 
-    def _empty(self, slot: Slot) -> None:
-        """Let what a slot held be read from the host."""
-        if slot.holds is not None:
-            held = self.blocks[slot.holds]
+    def _empty(self, buffer: Buffer) -> None:
+        """Let what a buffer held be read from the host."""
+        if buffer.holds is not None:
+            held = self.blocks[buffer.holds]
             held.read_from(held.host)
-        slot.holds = slot.ready = None
+        buffer.holds = buffer.ready = None
 
     def _next(self, turn: tuple[int | None, int]) -> int | None:
         """The block that came after these two the last time; at first the neighbour on the way that

@@ -59,7 +59,7 @@ class Streamed:
         return self.held.format
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows `start:stop`; views of a slot are right until another block is read."""
+        """Rows `start:stop`; views of a buffer are right until another block is read."""
         self.pool.need(self.block)
         rows: Tensor = self.held.rows(start, stop)
         return rows
@@ -70,7 +70,7 @@ class StreamedPacked(Streamed):
     """One that kernels dequantize themselves."""
 
     def stored(self) -> Any:
-        """Packed numbers and scales, in a slot."""
+        """Packed numbers and scales, in a buffer."""
         self.pool.need(self.block)
         return self.held.stored()
 

@@ -14,6 +14,7 @@ from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.format import size
 from leanlift.methods import SFT
 from leanlift.plan import MemoryPlan
+from leanlift.processes import processes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.plan import is_tied
 
@@ -163,6 +164,12 @@ def _activations_on_cpu(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> I
         yield Change({"activation_offloading": True}, "costs transfers to the CPU")
 
 
+def _blocks_on_the_host(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
+    if cuda and not args.stream_base and processes() == 1:
+        cost = "frozen blocks come from the host's memory, twice a step: time, for short rows"
+        yield Change({"stream_base": True}, cost)
+
+
 def _updates_in_backward(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     if not sft.optim_in_backward and not sft.fp16:
         keys = {"optim_in_backward": True, "max_grad_norm": 0.0}
@@ -185,6 +192,7 @@ OFFERS: tuple[Offer, ...] = (
     _embeddings_in_int8,
     _embedding_on_cpu,
     _activations_on_cpu,
+    _blocks_on_the_host,
     _updates_in_backward,
     _fewer_entries,
 )
@@ -217,6 +225,7 @@ def at_most(change: Change, plan: MemoryPlan) -> float:
         "optim_in_backward": held["gradients"],
         "gradient_checkpointing": activations,
         "activation_offloading": activations / 2,
+        "stream_base": held["base weights"],
         "per_device_train_batch_size": activations,
         "max_length": activations / 2,
         "per_device_eval_batch_size": plan.peak - plan.phases["train"],

@@ -48,6 +48,7 @@ OWN_OPTIONS = {
     "values_dtype",
     "quantize_embeddings",
     "embedding_on_cpu",
+    "stream_base",
     "ops",
     "snapshot",
     "selector",

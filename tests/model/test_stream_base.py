@@ -16,7 +16,7 @@ from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, save_a
 from leanlift.measure import static_categories
 from leanlift.model import claim, lift_layers, lifted, refresh_mask, stream_base
 from leanlift.model.streaming import layers_by_block, pool_of
-from leanlift.streaming import SLOTS, Pool
+from leanlift.streaming import BUFFERS, Pool
 
 CPU = torch.device("cpu")
 BASES = ("llama", "gpt2, turned", "qwen3, experts", "gpt-oss, experts", "phi3, fused", "gemma2")
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slot's bytes are spoilt the moment that it may be used again."""
+    """A buffer's bytes are spoilt the moment that it may be used again."""
     empty = Pool._empty
 
-    def spoilt(self: Pool, slot: Any) -> None:
-        empty(self, slot)
-        slot.buffer.fill_(0xAB)
+    def spoilt(self: Pool, buffer: Any) -> None:
+        empty(self, buffer)
+        buffer.memory.fill_(0xAB)
 
     monkeypatch.setattr(Pool, "_empty", spoilt)
 
@@ -106,13 +106,13 @@ def test_training_answering_saving_and_loading_are_the_same(
     assert pool.copies > len(pool.blocks)
 
 
-def test_each_pass_copies_what_two_slots_do_not_hold(base) -> None:
+def test_each_pass_copies_what_two_buffers_do_not_hold(base) -> None:
     _, model, pool = trained(base("llama"), "nf4+double", "before", True)
     model.train()
     for _ in range(2):
         before = pool.copies
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-    assert pool.copies - before == 2 * (len(pool.blocks) - SLOTS) == 4
+    assert pool.copies - before == 2 * (len(pool.blocks) - BUFFERS) == 4
 
 
 def test_what_computes_is_on_the_device_and_the_rest_stays(base) -> None:

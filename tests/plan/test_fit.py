@@ -65,7 +65,7 @@ def test_free_changes_come_first_and_a_smaller_batch_before_what_moves(
     assert [next(iter(choices[0].keys)) for choices in groups] == [
         "optim", "values_dtype", "per_device_eval_batch_size", "gradient_checkpointing",
         "per_device_train_batch_size", "quantize_embeddings", "embedding_on_cpu",
-        "activation_offloading", "optim_in_backward", "density",
+        "activation_offloading", "stream_base", "optim_in_backward", "density",
     ]  # fmt: skip
     settings = args, sft
     for choices in groups:
@@ -78,7 +78,7 @@ def test_free_changes_come_first_and_a_smaller_batch_before_what_moves(
     tied, sft = arguments(checkpoints["qwen2, tied"])
     assert all("embedding_on_cpu" not in choices[0].keys for choices in ordered_changes(tied, sft))
     on_a_cpu = list(ordered_changes(*arguments(checkpoints["llama"]), cuda=False))
-    assert not {"embedding_on_cpu", "activation_offloading"} & {
+    assert not {"embedding_on_cpu", "activation_offloading", "stream_base"} & {
         key for choices in on_a_cpu for key in choices[0].keys
     }
 

@@ -170,7 +170,8 @@ def screen_of(**changes: Any) -> tuple[dict[str, Any], list[str]]:
             "bnb_4bit_use_double_quant": True, "dtype": "bfloat16", "values_dtype": "bfloat16",
             "optim": "sparse_adamw_8bit", "gradient_checkpointing": True,
             "activation_offloading": False, "optim_in_backward": False,
-            "quantize_embeddings": False, "embedding_on_cpu": False, "refresh_interval": 0,
+            "quantize_embeddings": False, "embedding_on_cpu": False, "stream_base": False,
+            "refresh_interval": 0,
             "per_device_eval_batch_size": 0, "cuda": True,
         },
         **changes,
@@ -206,8 +207,8 @@ def test_a_line_per_card_says_what_is_left_or_missing() -> None:
     _, lines = screen_of(needed=int(7.5 * GIB))
     cards = [line.split("card  ")[1] for line in lines if " GB card" in line]
     assert cards == [
-        "lacks 1.50 GiB", "fits, 512 MiB free", "fits, 4.50 GiB free", "fits, 8.50 GiB free",
-        "fits, 16.5 GiB free",
+        "lacks 3.50 GiB", "lacks 1.50 GiB", "fits, 512 MiB free", "fits, 4.50 GiB free",
+        "fits, 8.50 GiB free", "fits, 16.5 GiB free",
     ]  # fmt: skip
 
 

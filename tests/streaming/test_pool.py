@@ -15,19 +15,19 @@ POISON = 0xAB
 
 
 class Watched(Pool):
-    """Says what is copied, and poisons a slot the moment that it may be used again."""
+    """Says what is copied, and poisons a buffer the moment that it may be used again."""
 
     def __init__(self, blocks: list[Block]) -> None:
         self.copied: list[int] = []
         super().__init__(blocks, CPU)
 
-    def _copy(self, number, slot):
-        super()._copy(number, slot)
+    def _copy(self, number, buffer):
+        super()._copy(number, buffer)
         self.copied.append(number)
 
-    def _empty(self, slot):
-        super()._empty(slot)
-        slot.buffer.fill_(POISON)
+    def _empty(self, buffer):
+        super()._empty(buffer)
+        buffer.memory.fill_(POISON)
 
 
 def blocks(count: int, sizes: tuple[int, ...] = (300, 7)) -> tuple[list[Block], list]:
@@ -40,12 +40,12 @@ def blocks(count: int, sizes: tuple[int, ...] = (300, 7)) -> tuple[list[Block], 
 
 
 def read(pool: Pool, holders: list, number: int) -> None:
-    """What computes with a block sees its numbers, in a slot."""
+    """What computes with a block sees its numbers, in a buffer."""
     pool.need(number)
-    slots = [(s.buffer.data_ptr(), s.buffer.data_ptr() + s.buffer.nbytes) for s in pool.slots]
+    buffers = [(s.memory.data_ptr(), s.memory.data_ptr() + s.memory.nbytes) for s in pool.buffers]
     for holder in holders[number]:
         assert bool((holder.data == float(number)).all())
-        assert any(a <= holder.data.data_ptr() < b for a, b in slots)
+        assert any(a <= holder.data.data_ptr() < b for a, b in buffers)
 
 
 def passes(count: int) -> list[int]:
@@ -74,12 +74,12 @@ def test_the_next_block_is_on_its_way_while_one_computes() -> None:
     for number in [0, 1, 2, 3, 4]:
         read(pool, holders, number)
         follows = number + 1 if number < 4 else 3
-        assert {slot.holds for slot in pool.slots} == {number, follows}
+        assert {buffer.holds for buffer in pool.buffers} == {number, follows}
     for number in [4, 3, 2, 1]:
         read(pool, holders, number)
-        assert {slot.holds for slot in pool.slots} == {number, number - 1}
+        assert {buffer.holds for buffer in pool.buffers} == {number, number - 1}
     read(pool, holders, 0)
-    assert {slot.holds for slot in pool.slots} == {0, 1}
+    assert {buffer.holds for buffer in pool.buffers} == {0, 1}
 
 
 def test_any_order_is_right_and_learned() -> None:
@@ -102,7 +102,7 @@ def test_what_no_slot_holds_is_read_from_the_host() -> None:
         read(pool, holders, number)
         for other, (of, host) in enumerate(zip(holders, hosts, strict=True)):
             assert all(bool((holder.data == float(other)).all()) for holder in of)
-            if other != number and all(slot.holds != other for slot in pool.slots):
+            if other != number and all(buffer.holds != other for buffer in pool.buffers):
                 assert [holder.data.data_ptr() for holder in of] == host
     pool.release()
     assert [[holder.data.data_ptr() for holder in of] for of in holders] == hosts
