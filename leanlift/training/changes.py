@@ -166,7 +166,7 @@ def _activations_on_cpu(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> I
 
 def _blocks_on_the_host(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     if cuda and not args.stream_base and processes() == 1:
-        cost = "frozen blocks come from the host's memory, twice a step: time, for short rows"
+        cost = "blocks come from the CPU's memory: time, for short rows"
         yield Change({"stream_base": True}, cost)
 
 
