@@ -56,6 +56,7 @@ class Preset:
         densities: budgets, as shares of the Linears' weights; the first has all methods.
         seeds: of the headline's rows at their best learning rate; all else has one.
         quick: methods that are run, if not all.
+        refined: whether sweeps at the first budget go on in quarter decades.
         resamples: of the bootstrap.
     """
 
@@ -64,6 +65,7 @@ class Preset:
     densities: tuple[float, ...] = (0.05, 0.025, 0.01)
     seeds: int = 2
     only: tuple[str, ...] = ()
+    refined: bool = True
     resamples: int = 2000
 
 
@@ -74,16 +76,19 @@ QUICK = Preset(
     densities=(0.05,),
     seeds=1,
     only=(PRINCIPAL, QLORA, RANDOM, SHIRA),
+    refined=False,
 )
 
 
 @dataclass(frozen=True)
 class Job:
-    """A method at a budget: one sweep, then more seeds at the best learning rate."""
+    """A method at a budget: one sweep, `refined` to quarter decades around its best learning rate
+    or not, then more seeds at the best."""
 
     method: Method
     density: float
     seeds: int
+    refined: bool = False
 
     @property
     def name(self) -> str:
@@ -96,7 +101,8 @@ def jobs(preset: Preset) -> Iterator[Job]:
     wanted = preset.only
     for method in methods():
         if not wanted or method.name in wanted:
-            yield Job(method, first, preset.seeds if method.group == "headline" else 1)
+            seeds = preset.seeds if method.group == "headline" else 1
+            yield Job(method, first, seeds, preset.refined)
     for density in others:
         for method in methods():
             if method.group == "headline" and method.name not in AT_ONE_BUDGET:

@@ -18,14 +18,16 @@ from benchmarks.quality.real.texts import SOURCES, Texts, TokenRow
 from leanlift import UserError
 
 EXTENSIONS = 4
+HALF = 2
+"""Quarter decades in a half."""
 BASES = {NF4: "base, NF4", BITS_16: "base, 16 bits", BITS_32: "base, 32 bits"}
 TOKENS = "tokens that count"
 """The line of the rows' file that says how many tokens of each row count."""
 
 
-def rate(half_decade: int) -> float:
-    """The learning rate 10^(k/2)."""
-    return float(10 ** (half_decade / 2))
+def rate(quarter: int) -> float:
+    """The learning rate 10^(k/4)."""
+    return float(10 ** (quarter / 4))
 
 
 @dataclass
@@ -61,24 +63,30 @@ class Runner:
                 self._keep(key, "base", form, asked, {}, started)
 
     def job(self, job: Job) -> None:
-        """A sweep with the first seed, and the other seeds at the best learning rate."""
-        tried = sorted(job.method.lrs)
+        """A sweep with the first seed in half decades, then the quarters beside the best where the
+        job is refined, then the other seeds at the best."""
+        tried = sorted(HALF * step for step in job.method.lrs)
         for step in tried:
             self.run(job, step, 0)
         for _ in range(EXTENSIONS):
             best = self.best(job, tried)
             if best is None or best not in (tried[0], tried[-1]):
                 break
-            tried = [tried[0] - 1, *tried] if best == tried[0] else [*tried, tried[-1] + 1]
+            tried = [tried[0] - HALF, *tried] if best == tried[0] else [*tried, tried[-1] + HALF]
             self.run(job, tried[0], 0)
             self.run(job, tried[-1], 0)
         best = self.best(job, tried)
+        if job.refined and best is not None:
+            tried += [best - 1, best + 1]
+            self.run(job, best - 1, 0)
+            self.run(job, best + 1, 0)
+            best = self.best(job, tried)
         for seed in range(1, job.seeds):
             if best is not None:
                 self.run(job, best, seed)
 
     def best(self, job: Job, tried: list[int]) -> int | None:
-        """The half decade with the least loss on the validation rows; None: left out."""
+        """The quarter decade with the least loss on the validation rows; None: left out."""
         found = {
             step: float(row["valid"])
             for step in tried
@@ -86,12 +94,12 @@ class Runner:
         }
         return min(found, key=lambda step: found[step]) if found else None
 
-    def key(self, job: Job, half_decade: int, seed: int) -> Key:
-        return key_of(job.density, job.method.name, rate(half_decade), seed)
+    def key(self, job: Job, quarter: int, seed: int) -> Key:
+        return key_of(job.density, job.method.name, rate(quarter), seed)
 
-    def run(self, job: Job, half_decade: int, seed: int) -> None:
+    def run(self, job: Job, quarter: int, seed: int) -> None:
         """One run, if it has not been made."""
-        key = self.key(job, half_decade, seed)
+        key = self.key(job, quarter, seed)
         if self.store.find(key) is not None:
             return
         started, method, schedule = time.perf_counter(), job.method, self.preset.schedule
@@ -104,7 +112,7 @@ class Runner:
             self._keep(key, method.group, method.form, nothing, {"note": str(error)}, started)
             return
         built = time.perf_counter() - started
-        trained = train(prepared, self.texts.train, base, schedule, rate(half_decade), seed)
+        trained = train(prepared, self.texts.train, base, schedule, rate(quarter), seed)
         asked = self._ask(prepared.model)
         more = {
             "r": r,
