@@ -53,6 +53,8 @@ directory, or the file. Takes the keys of 'leanlift train' (see its --help):
                 say why
   --save FILE   write the settings, with reasons, for 'leanlift train
                 --config FILE'
+  --max_length max
+                the longest rows that cards have room for, or that of --fit
   --cpu         plan for a run on the CPU
   --json        print JSON (docs/plan.md)
   --plot FILE   also draw the bytes as a stacked bar (needs matplotlib)

@@ -177,20 +177,39 @@ def read_flags(
     parser = Parser(prog=f"leanlift {command}", add_help=False, exit_on_error=False)
     add_settings(parser, table.values())
     add_own(parser, command)
+    longest, argv = _asks_for_the_longest(argv) if command == "plan" else (False, list(argv))
     try:
-        found, rest = parser.parse_known_args(list(argv))
+        found, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(_worded(error)) from None
     if rest:
         known = [name for action in parser._actions for name in action.option_strings]
         raise UserError(_stray(command, rest[0], known))
     own = argparse.Namespace(**{key: each for key, each in vars(found).items() if key in OWN})
+    own.longest = longest
+    if longest and own.save is not None:
+        raise UserError("--max_length max looks for lengths, of which --save cannot write one.")
     given = {key: each for key, each in vars(found).items() if key not in OWN}
     given = todays_names(given, "the command line", say)
     for name, each in given.items():
         if isinstance(each, list):
             given[name] = _taken(f"--{name}", table[name].kind, each)
     return given, own
+
+
+def _asks_for_the_longest(argv: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether `--max_length max` is among the arguments, and the others."""
+    rest: list[str] = []
+    found, flags = False, spellings("max_length")
+    for number, token in enumerate(argv):
+        name, sign, value = token.partition("=")
+        if name in flags and not sign and list(argv[number + 1 : number + 2]) == ["max"]:
+            found = True
+        elif name in flags and value == "max":
+            found = True
+        elif not (token == "max" and number and argv[number - 1] in flags):
+            rest.append(token)
+    return found, rest
 
 
 def _worded(error: argparse.ArgumentError) -> str:

@@ -1,5 +1,7 @@
 """`leanlift plan --model_name_or_path M [--any_key value] [--fit 8GB [--save run.yaml]] [--json]`.
 
+With `--max_length max` the longest rows that cards have room for (`cli/longest.py`).
+
 Takes every key that `leanlift train` takes, with the same defaults, which are leaner than those of
 the Python classes (8-bit moments, bf16 offsets, one row at a time, eight to a step: see
 `command_defaults`); keys without a bearing on memory change nothing. A run on a GPU is planned,
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from leanlift.cli.longest import longest, picture
 from leanlift.cli.places import new_settings_file
 from leanlift.cli.settings import read_command
 from leanlift.cli.trying import Trying
@@ -45,6 +48,12 @@ def plan_command(argv: Sequence[str]) -> int:
     if own.cpu and asked.given.setdefault("use_cpu", True) is False:
         raise UserError("--cpu and use_cpu=false contradict each other: leave one of them out.")
     cuda = not asked.given.get("use_cpu")
+    if own.longest:
+        lengths = longest(args, sft, gib, cuda, own.json)
+        if own.plot is not None:
+            picture(own.plot, short_name(args.model_name_or_path), lengths)
+            _say(f"Wrote {own.plot}")
+        return 0
     found, plan = _planned(args, sft, gib, cuda)
     taken = () if found is None else found.taken
     if found is not None:

@@ -75,6 +75,39 @@ def draw(
         figure.savefig(temporary, format=target.suffix.removeprefix("."), dpi=150)
 
 
+def draw_lengths(lines: Mapping[str, Mapping[str, int]], path: str | Path, title: str) -> None:
+    """Draw tokens as horizontal bars, a group for each card, a colour for each setting.
+
+    Args:
+        lines: setting -> card -> tokens.
+        path: the image.
+        title: what is drawn, for which model.
+
+    Raises:
+        UserError: as `check_picture`.
+    """
+    check_picture(path)
+    cards = list(dict.fromkeys(card for line in lines.values() for card in line))
+    figure = _figure()(figsize=(9, 1.8 + 0.2 * len(cards) * len(lines)), layout="constrained")
+    axes, height = figure.subplots(), 0.8 / len(lines)
+    for number, (name, line) in enumerate(lines.items()):
+        places = [at + height * (number - (len(lines) - 1) / 2) for at in range(len(cards))]
+        tokens = [line.get(card, 0) for card in cards]
+        axes.barh(places, tokens, height, color=f"C{number % 10}", label=name)
+        for place, count in zip(places, tokens, strict=True):
+            axes.annotate(f" {count:,}" if count else " –", (count, place), va="center",
+                          fontsize="x-small")  # fmt: skip
+    axes.set_yticks(range(len(cards)), cards)
+    axes.set_title(title)
+    axes.set_xlabel("tokens")
+    axes.margins(x=0.12)
+    axes.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    target = Path(path).expanduser()
+    with replacing(target) as temporary:
+        figure.savefig(temporary, format=target.suffix.removeprefix("."), dpi=150)
+
+
 def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
