@@ -15,7 +15,8 @@ from benchmarks.quality.methods import Prepared
 from leanlift.layers import LiftLinear
 from leanlift.measure.live import LiveBytes
 from leanlift.model import RefreshReport, refresh_mask
-from leanlift.weights.quantized import is_quantized, weight_tensors
+from leanlift.weights.places import weight_tensors
+from leanlift.weights.quantized import is_quantized
 
 EPS, MAX_NORM = 1e-6, 1.0
 MEASURED = 2  # first steps, whose bytes are followed and whose time does not count

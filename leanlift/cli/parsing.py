@@ -20,7 +20,7 @@ from leanlift.methods import METHODS, SFT
 from leanlift.settings import FORMER_NAMES, NOT_TAKEN, Kind, todays_names
 
 HELP = ("help", "help_all")
-OWN = ("config", "fit", "dry_run", "save", "plot", "json", "cpu", *HELP)
+OWN = ("config", "fit", "dry_run", "save", "plot", "json", "cpu", "longest", *HELP)
 """Options of `train` and `plan` that are no settings."""
 
 
@@ -186,7 +186,8 @@ def read_flags(
         known = [name for action in parser._actions for name in action.option_strings]
         raise UserError(_stray(command, rest[0], known))
     own = argparse.Namespace(**{key: each for key, each in vars(found).items() if key in OWN})
-    own.longest = longest
+    if command == "plan":
+        own.longest = longest
     if longest and own.save is not None:
         raise UserError("--max_length max looks for lengths, of which --save cannot write one.")
     given = {key: each for key, each in vars(found).items() if key not in OWN}
@@ -199,17 +200,15 @@ def read_flags(
 
 def _asks_for_the_longest(argv: Sequence[str]) -> tuple[bool, list[str]]:
     """Whether `--max_length max` is among the arguments, and the others."""
-    rest: list[str] = []
-    found, flags = False, spellings("max_length")
-    for number, token in enumerate(argv):
-        name, sign, value = token.partition("=")
-        if name in flags and not sign and list(argv[number + 1 : number + 2]) == ["max"]:
-            found = True
-        elif name in flags and value == "max":
-            found = True
-        elif not (token == "max" and number and argv[number - 1] in flags):
-            rest.append(token)
-    return found, rest
+    rest = list(argv)
+    for flag in spellings("max_length"):
+        if f"{flag}=max" in rest:
+            rest.remove(f"{flag}=max")
+        for at in range(len(rest) - 1):
+            if rest[at : at + 2] == [flag, "max"]:
+                del rest[at : at + 2]
+                break
+    return rest != list(argv), rest
 
 
 def _worded(error: argparse.ArgumentError) -> str:

@@ -288,10 +288,9 @@ class LiftLinear(FrozenLinear):
         """Moves what is learned, and never changes its dtype: `half` is meant for a base."""
         moves, merged = keep_dtype(fn), self.merged
         super()._apply(moves, recurse=False)
-        if recurse:
-            with self.without_streamed():
-                for child in self.children():
-                    child._apply(fn)
+        with self.without_streamed():
+            for child in self.children() if recurse else ():
+                child._apply(fn)
         self.index = self.index.map(moves)
         if self.retired_index is not None and self.retired_values is not None:
             self.retired_index = self.retired_index.map(moves)

@@ -29,7 +29,7 @@ from leanlift.layers.lm_head import FrozenHead
 from leanlift.measure.live import LiveBytes
 from leanlift.optim import state_nbytes
 from leanlift.streaming import STREAMED, Pool
-from leanlift.weights.quantized import weight_tables, weight_tensors
+from leanlift.weights.places import weight_tables, weight_tensors
 
 
 @dataclass

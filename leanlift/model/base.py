@@ -34,12 +34,12 @@ from leanlift.source import find, layout_in, open_checkpoint, plain_view, stored
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import parts_of_stacks
 from leanlift.weights.kinds import is_stored_turned
+from leanlift.weights.places import weight_tensors
 from leanlift.weights.quantized import (
     FrozenWeight,
     WeightFormat,
     dtype_of,
     is_quantized,
-    weight_tensors,
 )
 from leanlift.weights.stacks import target_weight
 

@@ -12,6 +12,7 @@ from leanlift.errors import UserError
 from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.lm_head import FrozenHead, Head
 from leanlift.layers.tokens import LiftEmbedding, TiedHead
+from leanlift.weights.places import weight_tensors
 from leanlift.weights.quantized import (
     Weight8bit,
     WeightFormat,
@@ -20,7 +21,6 @@ from leanlift.weights.quantized import (
     is_quantized,
     quantizing_int8_nbytes,
     requantize,
-    weight_tensors,
 )
 
 INT8 = WeightFormat("int8", "float32")

@@ -21,7 +21,8 @@ from leanlift.model.state import lifted
 from leanlift.model.surgery import outer_modules
 from leanlift.streaming import STREAMED, Block, Place, Pool, streamed
 from leanlift.weights.kinds import is_dense_linear
-from leanlift.weights.quantized import is_quantized, weight_places, weight_tables
+from leanlift.weights.places import weight_places, weight_tables
+from leanlift.weights.quantized import is_quantized
 from leanlift.weights.stacks import ExpertStack, QuantizedStack
 
 POOL = "_leanlift_pool"

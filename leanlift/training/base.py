@@ -71,14 +71,13 @@ def load_model(
             _check_request(args, own)
             _check_merge(args)
         load = load_in_few_bits if experts_too else load_with_experts_as_stored
-        place: Any = "cpu" if args.stream_base else device.index or 0
         with quantizing_on(device) if args.stream_base else nullcontext():
             model, found = load(
                 _class_of(args, config, images, modules),
                 name,
                 revision=args.model_revision,
                 dtype=dtype,
-                device_map={"": place} if device.type == "cuda" else None,
+                device_map=_place(args, device),
                 attn_implementation=args.attn_implementation,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
@@ -90,14 +89,20 @@ def load_model(
             raise
         raise UserError(f"the base {name} cannot be loaded: {first_line(error)}") from error
     found = {**found, "mismatched_keys": _other_shapes(model, found)}
-    if args.method == "reward":
-        found = _with_a_new_head(found)
+    found = _with_a_new_head(found) if args.method == "reward" else found
     check_read_whole(_of_what_is_loaded(found, config, name, model), name)
     for path, module in model.named_modules():
         if is_quantized(module):
             frozen_weight(module, path)  # has the shape that it should have, and can be read
     model.config._commit_hash = cached_commit(name, args.model_revision)
     return model
+
+
+def _place(args: RunArguments, device: torch.device) -> dict[str, Any] | None:
+    """Where transformers puts a base."""
+    if device.type != "cuda":
+        return None
+    return {"": "cpu" if args.stream_base else device.index or 0}
 
 
 def _further(args: RunArguments, asked: Any) -> dict[str, Any]:

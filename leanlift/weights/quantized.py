@@ -2,9 +2,8 @@
 
 Whatever stock transformers loaded a Linear as, `frozen_weight(module)` gives its dequantized
 rows: `bnb.nn.Linear4bit` (NF4 or FP4, double quantization or not, any block size),
-`bnb.nn.Linear8bitLt` (INT8), a plain 16/32-bit `nn.Linear`, or a class that computes what it
-computes, also where that keeps the transpose of the matrix (Conv1D). The tiles read the module at
-each call, so they stay right after `model.to(device)`.
+`bnb.nn.Linear8bitLt` (INT8), a plain 16/32-bit `nn.Linear`, or a class that computes the same, also
+one that keeps the transpose (Conv1D). Tiles read the module at each call, wherever it has moved.
 
 D(Q) is taken in the dtype in which bitsandbytes itself would dequantize (the dtype that the
 weight had when it was quantized; fp32 for INT8), so an untouched leanlift layer computes with
@@ -71,20 +70,19 @@ class WeightFormat:
         return self.nbytes(shape) + self.tables_nbytes
 
     def tensor_sizes(self, shape: tuple[int, int]) -> tuple[int, ...]:
-        """Bytes of each tensor of a weight of this shape that grows with it: `weight_places`."""
+        """Bytes of each tensor of such a weight that `places.weight_places` names."""
         numel = shape[0] * shape[1]
         if self.kind == "dense":
             return (numel * self.torch_dtype.itemsize,)
         if self.kind == "int8":
             return numel, 4 * shape[0]
         blocks = -(-numel // self.blocksize)
-        scales = (blocks, 4 * -(-blocks // NESTED_BLOCK)) if self.double else (4 * blocks,)
-        return -(-numel // 2), *scales
+        nested = (4 * -(-blocks // NESTED_BLOCK),) if self.double else ()
+        return -(-numel // 2), blocks if self.double else 4 * blocks, *nested
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of a weight of this shape and its scales, without `tables_nbytes`."""
-        offset = 4 * (self.double and self.kind in ("nf4", "fp4"))
-        return sum(self.tensor_sizes(shape)) + offset
+        return sum(self.tensor_sizes(shape)) + 4 * (self.double and self.kind in ("nf4", "fp4"))
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -224,8 +222,7 @@ class WeightTurned(WeightDense):
 
 
 def frozen_weight(module: nn.Module, name: str = "this module") -> FrozenWeight:
-    """The weight of a Linear of any supported kind as RowTiles; of one that is streamed, what
-    brings it to its device.
+    """The weight of a Linear of any supported kind as RowTiles, streamed where the module is.
 
     Raises:
         UserError: the module is no Linear that leanlift can read; names it and says why.
@@ -306,26 +303,6 @@ def _of_its_shape(weight: FrozenWeight, module: nn.Module, name: str) -> FrozenW
 def is_quantized(module: nn.Module) -> bool:
     """Whether bitsandbytes holds this module's weight."""
     return bnb.is_linear4bit(module) or bnb.is_linear8bit(module)
-
-
-def weight_tensors(module: nn.Module) -> list[Tensor]:
-    """Every tensor in which a Linear of any supported kind keeps its weight."""
-    if is_quantized(module):
-        return bnb.tensors_of(module)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return [weight.data]
-
-
-def weight_places(module: nn.Module) -> list[tuple[Any, str]]:
-    """Where the tensors in which a Linear of any supported kind keeps its weight are read from, but
-    for lookup tables: objects and names of attributes."""
-    return bnb.places_of(module) if is_quantized(module) else [(module.weight, "data")]
-
-
-def weight_tables(module: nn.Module) -> list[tuple[Any, str]]:
-    """Where the lookup tables of such a weight are read from."""
-    return bnb.tables_of(module)
 
 
 def requantize(weight: RowTiles | Tensor, fmt: WeightFormat, device: torch.device) -> RowTiles:

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from leanlift.layers import LiftLinear, Workspace
 from leanlift.layers.autograd import KeepInput
-from leanlift.weights.quantized import weight_tensors
+from leanlift.weights.places import weight_tensors
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])

@@ -22,7 +22,7 @@ from leanlift import (
 from leanlift.measure import tensor_bytes
 from leanlift.model import embedding_to_cpu
 from leanlift.model.embeddings import embeddings_nbytes
-from leanlift.weights.quantized import weight_tensors
+from leanlift.weights.places import weight_tensors
 
 ENDS = LiftConfig(density=0.1, approx_rank=8, quantize_embeddings=True)
 

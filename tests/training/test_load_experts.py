@@ -24,7 +24,7 @@ from leanlift.measure import LiveBytes
 from leanlift.source import loading_nbytes
 from leanlift.training import RunArguments
 from leanlift.training.base import load_model
-from leanlift.weights.quantized import weight_tensors
+from leanlift.weights.places import weight_tensors
 from leanlift.weights.stacks import quantizing_nbytes
 
 FILE = "model.safetensors"

@@ -24,7 +24,8 @@ from leanlift.training.on_the_host import quantizing_on
 from leanlift.training.room import check_room
 from leanlift.training.screens import QuietScreen
 from leanlift.weights import stacks
-from leanlift.weights.quantized import WeightFormat, weight_tensors
+from leanlift.weights.places import weight_tensors
+from leanlift.weights.quantized import WeightFormat
 
 CPU = torch.device("cpu")
 FORMATS: dict[str, dict[str, bool]] = {

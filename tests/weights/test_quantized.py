@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from leanlift.errors import UserError
 from leanlift.tiles import RowTiles
+from leanlift.weights.places import weight_tensors
 from leanlift.weights.quantized import (
     FrozenWeight,
     WeightFormat,
@@ -33,7 +34,6 @@ from leanlift.weights.quantized import (
     embedding_rows,
     frozen_weight,
     requantize,
-    weight_tensors,
 )
 
 SHAPES = [(96, 80), (128, 256), (65, 48), (33, 257), (130, 1000)]
