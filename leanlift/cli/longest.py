@@ -6,8 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from leanlift.cli.trying import Trying
-from leanlift.errors import UserError, first_line
+from leanlift.cli.trying import planning
 from leanlift.format import short_name, table
 from leanlift.measure.picture import draw_lengths
 from leanlift.plan.result import CARDS_GIB
@@ -32,15 +31,8 @@ def longest(
         UserError: a model that cannot be planned for.
     """
     cards = CARDS_GIB[:-1] if gib is None else (gib,)
-    try:
-        with Trying() as trying:
-            found = longest_rows(args, sft, cards, cuda, trying)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a model's own code does under fake tensors
-        raise UserError(
-            f"the model {args.model_name_or_path} cannot be planned for: {first_line(error)}"
-        ) from error
+    with planning(args.model_name_or_path) as trying:
+        found = longest_rows(args, sft, cards, cuda, trying)
     if as_json:
         print(json.dumps([_as_json(line) for line in found], indent=2))
     else:

@@ -18,9 +18,9 @@ from typing import Any
 from leanlift.cli.longest import longest, picture
 from leanlift.cli.places import new_settings_file
 from leanlift.cli.settings import read_command
-from leanlift.cli.trying import Trying
+from leanlift.cli.trying import Trying, planning
 from leanlift.defaults import command_defaults
-from leanlift.errors import UserError, first_line
+from leanlift.errors import UserError
 from leanlift.format import short_name, size
 from leanlift.measure.picture import check_picture, draw
 from leanlift.plan import MemoryPlan, format_plan
@@ -85,16 +85,9 @@ def _planned(
     Raises:
         UserError: nothing fits, or the model cannot be planned for.
     """
-    try:
-        with Trying() as trying:
-            found = None if gib is None else fit(args, sft, gib, cuda, trying)
-            return found, plan_of(args, sft, cuda) if found is None else found.plan
-    except UserError:
-        raise
-    except Exception as error:  # whatever a model's own code does under fake tensors
-        raise UserError(
-            f"the model {args.model_name_or_path} cannot be planned for: {first_line(error)}"
-        ) from error
+    with planning(args.model_name_or_path) as trying:
+        found = None if gib is None else fit(args, sft, gib, cuda, trying)
+        return found, plan_of(args, sft, cuda) if found is None else found.plan
 
 
 def advice(useful: Sequence[Taken]) -> list[str]:

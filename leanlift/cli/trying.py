@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
+
+from leanlift.errors import UserError, first_line
 
 
 class Trying:
@@ -30,3 +34,19 @@ class Trying:
         line = line[:78]
         print(f"\r{line.ljust(self._shown)}\r{line}", end="", file=sys.stderr, flush=True)
         self._shown = len(line)
+
+
+@contextmanager
+def planning(model: str) -> Iterator[Trying]:
+    """Plans are made inside, and what is tried is said.
+
+    Raises:
+        UserError: in the place of whatever a model's own code does under fake tensors.
+    """
+    try:
+        with Trying() as trying:
+            yield trying
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the model {model} cannot be planned for: {first_line(error)}") from error

@@ -79,11 +79,14 @@ class FrozenLinear(nn.Module):
         numbers: packed bytes would be taken for some. Of a head its numbers, made anew."""
         weight: Any = self.base.weight
         if weight.dtype.is_floating_point:
+            if hasattr(weight, STREAMED):
+                pool, block = getattr(weight, STREAMED)
+                pool.need(block)
             return weight  # type: ignore[no-any-return]
         if self.is_head:
             return dense(self.weight_tiles, self.weight_tiles.dtype)
-        nothing = torch.full((), torch.nan, dtype=self.weight_tiles.dtype, device=weight.device)
-        return nothing.expand(self.weight_tiles.shape)
+        tiles = self.weight_tiles
+        return torch.full((), torch.nan, dtype=tiles.dtype, device=tiles.device).expand(tiles.shape)
 
     @property
     def bias(self) -> Tensor | None:

@@ -88,12 +88,6 @@ class Pool:
         self._turn, self._current = turn, number
         self._bring(self._next(turn))
 
-    def release(self) -> None:
-        """Let every block be read from the host again."""
-        for buffer in self.buffers:
-            self._empty(buffer)
-        self._current = self._turn = None
-
     def _bring(self, number: int | None) -> None:
         """Copy a block into the buffer that does not compute, where it is nowhere yet."""
         if number is not None and all(buffer.holds != number for buffer in self.buffers):

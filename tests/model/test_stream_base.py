@@ -131,6 +131,18 @@ def test_what_computes_is_on_the_device_and_the_rest_stays(base) -> None:
     assert stream_base(model, CPU) is pool
 
 
+def test_a_weight_that_a_model_asks_for_is_where_it_computes(base) -> None:
+    """Some models put what they compute where a weight of theirs is."""
+    model = load(base("llama"), "dense")
+    pool = stream_base(model, CPU)
+    model = get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+    layers = list(lift_layers(model).values())
+    for layer in (layers[-1], layers[0], layers[14]):
+        place = layer.weight.data_ptr()
+        memories = [buffer.memory for buffer in pool.buffers]
+        assert any(m.data_ptr() <= place < m.data_ptr() + m.nbytes for m in memories)
+
+
 @pytest.mark.parametrize("kind", ["nf4+double", "int8", "dense"])
 def test_its_bytes_are_counted_once(kind: str, base) -> None:
     model = load(base("llama"), kind)

@@ -19,7 +19,7 @@ from leanlift import LiftConfig
 from leanlift.model import claim, lift_layers
 from leanlift.model.attach import Choice, attach
 from leanlift.model.base import LiveBase, stock_base
-from leanlift.selection import Favoring, Magnitude, Principal, count_by_rank, select
+from leanlift.selection import Favoring, Gradient, Magnitude, Principal, count_by_rank, select
 from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles
@@ -80,8 +80,8 @@ def times_gradient(setting: Setting, name: str) -> Scorer:
 
 
 def gradient_alone(setting: Setting, name: str) -> Scorer:
-    """The root of the accumulated squared gradient (Fisher information's diagonal)."""
-    return Times(Magnitude(), squares(setting)[name].sqrt(), alone=True)
+    """The accumulated squared gradient (Fisher information's diagonal)."""
+    return Gradient(squares(setting)[name])
 
 
 def off_principal(setting: Setting, live: LiveBase) -> Masks:
@@ -150,15 +150,14 @@ def from_original(setting: Setting, live: LiveBase) -> Masks:
 
 @dataclass(frozen=True)
 class Times:
-    """Another scorer's scores times those of a matrix [m, n]; `alone`: these only."""
+    """Another scorer's scores times those of a matrix [m, n]."""
 
     scorer: Scorer
     factor: Tensor
-    alone: bool = False
     block: int = 1
 
     def prepare(self, tiles: RowTiles, count: int, tile_bytes: int) -> RowScores:
-        return _TimesScores(self.scorer.prepare(tiles, count, tile_bytes), self.factor, self.alone)
+        return _TimesScores(self.scorer.prepare(tiles, count, tile_bytes), self.factor)
 
     def nbytes(self, shape: tuple[int, int]) -> ScorerBytes:
         return self.scorer.nbytes(shape)
@@ -168,7 +167,6 @@ class Times:
 class _TimesScores:
     inner: RowScores
     factor: Tensor
-    alone: bool
     resolution: float = 0.0
 
     @property
@@ -176,8 +174,7 @@ class _TimesScores:
         return self.inner.converged
 
     def scores(self, start: int, stop: int) -> Tensor:
-        mine = self.factor[start:stop].float()
-        return mine.clone() if self.alone else self.inner.scores(start, stop) * mine
+        return self.inner.scores(start, stop) * self.factor[start:stop]
 
 
 def _by_scale(model: torch.nn.Module) -> dict[str, float]:

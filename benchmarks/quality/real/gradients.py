@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -12,31 +10,17 @@ from leanlift.model.attach import frozen_layers
 from leanlift.model.base import stock_base
 
 Squares = dict[str, Tensor]
+_kept: dict[tuple[str, int, str], Squares] = {}
 
 
 def squares(setting: Setting) -> Squares:
-    """Sum over batches of the squared gradient, fp32 [m, n] by matrix, over the base in NF4."""
-    return _kept(Kept(setting))
-
-
-class Kept:
-    """A setting, known by what its squares depend on."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        rows = [row.ids for batch in setting.calibration for row in batch]
-        self.key = (str(setting.base.path.resolve()), setting.seed, hash(str(rows)))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Kept) and self.key == other.key
-
-
-@lru_cache(1)
-def _kept(kept: Kept) -> Squares:
-    return made(kept.setting)
+    """Sum over batches of the squared gradient, fp32 [m, n] by matrix, over the base in NF4; those
+    of the last setting are kept."""
+    key = (str(setting.base.path.resolve()), setting.seed, str(setting.calibration))
+    if key not in _kept:
+        _kept.clear()
+        _kept[key] = made(setting)
+    return _kept[key]
 
 
 def made(setting: Setting) -> Squares:

@@ -14,6 +14,7 @@ from benchmarks.quality.real.measure import padded
 from benchmarks.quality.real.texts import TokenRow
 from leanlift import LiftConfig
 from leanlift.model import claim, lift
+from leanlift.training.room import free_host_nbytes
 
 CALIBRATION = 8
 """Batches of training rows for what looks at gradients."""
@@ -62,22 +63,12 @@ Build = Callable[[Setting], Prepared]
 def full(setting: Setting) -> Prepared:
     """Every weight, norms and embedding included, in fp32."""
     base = setting.base
-    needed, free = 18 * base.numel, free_bytes(base.device)
-    if needed > free:
+    on_card = base.device.type == "cuda"
+    free = torch.cuda.mem_get_info(base.device)[0] if on_card else free_host_nbytes()
+    needed = 18 * base.numel
+    if free is not None and needed > free:
         raise LeftOutError(f"needs about {needed / GIB:.1f} GiB, {free / GIB:.1f} are free")
     return Prepared(base.load("32"))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of the card, or of the host where that says it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except OSError:
-        return 2**62
 
 
 def lora(form: str, **more: Any) -> Build:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from benchmarks.quality.real.run import BASES, TOKENS
 from benchmarks.quality.real.store import Key, Row, Store, key_of
 
 REFERENCE = {NF4: PRINCIPAL, BITS_16: PRINCIPAL_16, BITS_32: PRINCIPAL_16}
+Compare = Callable[[Measured, Measured], Figure]
 SETS = ("test", "prose", "code", "chat")
 
 
@@ -169,10 +170,10 @@ def _budget(
     )  # fmt: skip
 
 
-def _versus(line: Line, reference: Line | None, compare: object) -> str:
+def _versus(line: Line, reference: Line | None, compare: Compare) -> str:
     if reference is None or reference.name == line.name:
         return "–"
-    found: Figure = compare(line.measured, reference.measured)  # type: ignore[operator]
+    found = compare(line.measured, reference.measured)
     word = "level" if not found.sure else "worse" if found.value > 0 else "**better**"
     return f"{_signed(found)} {word}"
 

@@ -268,7 +268,8 @@ def quantize_8bit(rows: Rows, shape: tuple[int, int], device: torch.device) -> n
 
 def places_of(module: nn.Module) -> list[tuple[Any, str]]:
     """Where the tensors of a bitsandbytes Linear are read from that grow with it, as objects and
-    names of attributes; the lookup tables, of a kilobyte, are not among them."""
+    names of attributes; the lookup tables, of a kilobyte, are not among them. What INT8 codes are
+    called besides is dropped, so that others can be put in their place."""
     holder: Any = module
     if is_linear4bit(module):
         state = state_4bit(module)
