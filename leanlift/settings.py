@@ -308,6 +308,7 @@ def _as_meant(key: Any, value: Any) -> Any:
 # --- the training loop ----------------------------------------------------------------------
 
 NOT_NEGATIVE = number("0 or more", lambda value: value >= 0)
+COUNT = whole("0 or more", lambda value: value >= 0)
 POSITIVE = number("more than 0", lambda value: value > 0)
 BELOW_1 = number("in [0, 1)", lambda value: 0 <= value < 1)
 AUTO = Kind(
@@ -320,9 +321,7 @@ NUMBERS: Mapping[str, Kind] = {
     "per_device_train_batch_size": AT_LEAST_1,
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
-    "max_steps": whole(
-        "at least 1, or -1 for num_train_epochs", lambda value: value >= 1 or value == -1
-    ),
+    "max_steps": whole("at least 1, or -1 for num_train_epochs", lambda v: v >= 1 or v == -1),
     "num_train_epochs": POSITIVE,
     "max_length": optional(AT_LEAST_1),
     "learning_rate": NOT_NEGATIVE,
@@ -339,7 +338,8 @@ NUMBERS: Mapping[str, Kind] = {
     "save_steps": POSITIVE,
     "save_total_limit": optional(AT_LEAST_1),
     "dataset_num_proc": optional(AT_LEAST_1),
-    "dataloader_num_workers": whole("0 or more", lambda value: value >= 0),
+    "dataloader_num_workers": COUNT,
+    "kept_blocks": COUNT,
     "eval_accumulation_steps": optional(AT_LEAST_1),
     "torch_empty_cache_steps": optional(AT_LEAST_1),
     "neftune_noise_alpha": optional(NOT_NEGATIVE),

@@ -8,8 +8,9 @@ periods that were run have the same laps, every further one has them too, and th
 step follow, one after the other.
 
 Blocks count as alike when everything a block is made of is: kinds of modules, shapes, dtypes,
-trained entries, plain settings, all but its number. Where blocks are not, or two periods differ,
-the whole model is run.
+trained entries, plain settings, all but its number. Where some are recomputed in the backward pass
+and some are not, each of the two stretches is run in part. Where blocks are not alike, or two
+periods differ, the whole model is run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ from leanlift.model.blocks import block_lists
 Mark = tuple[str, int]
 NUMBERED = ("idx", "index", "layer_id", "layer_number", "layer_num")
 """Parts of names under which a block keeps its own number."""
+
+RECOMPUTED = "gradient_checkpointing"
+"""Where a block keeps whether it is recomputed; what it is made of is the same."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,17 @@ class Lap:
 
 
 @dataclass(frozen=True)
-class Repetition:
-    """How to run a model's blocks in part.
+class Stretch:
+    """Blocks next to each other that repeat, and how to run them in part.
 
     Attributes:
-        path: of the list of blocks.
-        kept: blocks that are run, the first ones.
+        start: of the blocks that are run, the first one of these.
+        kept: how many of these are run, the first ones.
         period: after so many, the kinds repeat.
         times: periods that are left out.
     """
 
-    path: str
+    start: int
     kept: int
     period: int
     times: int
@@ -57,12 +62,34 @@ class Repetition:
     @property
     def before(self) -> range:
         """The last period but one of those that are run."""
-        return range(self.kept - 2 * self.period, self.kept - self.period)
+        end = self.start + self.kept
+        return range(end - 2 * self.period, end - self.period)
 
     @property
     def last(self) -> range:
         """The last period that is run."""
-        return range(self.kept - self.period, self.kept)
+        end = self.start + self.kept
+        return range(end - self.period, end)
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """How to run a model's blocks in part.
+
+    Attributes:
+        path: of the list of blocks.
+        run: the blocks that are run.
+        stretches: those of which some are left out.
+    """
+
+    path: str
+    run: tuple[int, ...]
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def kept(self) -> int:
+        """How many blocks are run."""
+        return len(self.run)
 
 
 def repetition(model: nn.Module) -> Repetition | None:
@@ -74,12 +101,34 @@ def repetition(model: nn.Module) -> Repetition | None:
     blocks = list(listed)
     numbers: dict[Any, int] = {}
     kinds = [numbers.setdefault(_kind(block), len(numbers)) for block in blocks]
+    run: list[int] = []
+    stretches: list[Stretch] = []
+    for blocks_alike in _recomputed_alike(blocks):
+        kept, period, times = _in_part([kinds[number] for number in blocks_alike])
+        if times:
+            stretches.append(Stretch(len(run), kept, period, times))
+        run += blocks_alike[:kept]
+    if not stretches or [kinds[number] for number in run] != kinds[: len(run)]:
+        return None  # a model may ask by a block's place which kind of it is there
+    return Repetition(paths[0], tuple(run), tuple(stretches))
+
+
+def _recomputed_alike(blocks: list[Any]) -> list[list[int]]:
+    """Numbers of blocks next to each other that are recomputed, or are not."""
+    flags = [bool(getattr(block, RECOMPUTED, False)) for block in blocks]
+    alike = groupby(range(len(blocks)), key=flags.__getitem__)
+    return [list(numbers) for _, numbers in alike]
+
+
+def _in_part(kinds: list[int]) -> tuple[int, int, int]:
+    """How many of the first blocks of these kinds are run, after how many the kinds repeat, and how
+    many periods are left out."""
     found = [
-        Repetition(paths[0], kept, period, (len(kinds) - kept) // period)
+        (kept, period, (len(kinds) - kept) // period)
         for period in range(1, len(kinds) // 2)
         if (kept := _kept(kinds, period)) < len(kinds)
     ]
-    return min(found, key=lambda way: way.kept, default=None)
+    return min(found, default=(len(kinds), 1, 0))
 
 
 def _kept(kinds: list[int], period: int) -> int:
@@ -115,18 +164,18 @@ def _looks(tensor: Tensor | None) -> Any:
 
 def _is_setting(key: str, value: Any) -> bool:
     plain = isinstance(value, (bool, int, float, str, tuple, type(None)))
-    return plain and not any(part in key for part in NUMBERED)
+    return plain and key != RECOMPUTED and not any(part in key for part in NUMBERED)
 
 
 @contextmanager
 def in_part(model: nn.Module, way: Repetition | None) -> Iterator[None]:
-    """The model with the first `kept` blocks alone."""
+    """The model with the blocks of `run` alone."""
     if way is None:
         yield
         return
     whole: Any = model.get_submodule(way.path)
     try:
-        model.set_submodule(way.path, nn.ModuleList(list(whole)[: way.kept]))
+        model.set_submodule(way.path, nn.ModuleList([whole[number] for number in way.run]))
         yield
     finally:
         model.set_submodule(way.path, whole)
@@ -196,9 +245,10 @@ def repeats(laps: list[Lap], way: Repetition) -> bool:
             name, number = lap.mark
             if name == direction:
                 costs.setdefault(number, []).append((lap.peak - start, lap.end - start))
-        for one, other in zip(way.before, way.last, strict=True):
-            if one not in costs or costs[one] != costs.get(other):
-                return False
+        for stretch in way.stretches:
+            for one, other in zip(stretch.before, stretch.last, strict=True):
+                if one not in costs or costs[one] != costs.get(other):
+                    return False
     return True
 
 
@@ -206,21 +256,21 @@ def whole_step(laps: list[Lap], way: Repetition | None) -> list[Lap]:
     """The laps of a step through all blocks, from those of a step through some of them."""
     if way is None:
         return laps
+    again = {number: stretch for stretch in way.stretches for number in stretch.before}
     whole: list[Lap] = []
     period: list[Lap] = []  # peak over the start, and growth, of the laps to repeat
-    last = {"forward": way.before[-1], "backward": way.before[0]}
     start = 0
     for lap in laps:
         name, number = lap.mark
         cost = Lap(lap.mark, lap.peak - start, lap.end - start)
         start = lap.end
         _append(whole, cost)
-        if name in last and number in way.before:
+        if name in ("forward", "backward") and number in again:
+            stretch = again[number]
             period.append(cost)
-            if number == last[name]:
-                for _ in range(way.times):
-                    for again in period:
-                        _append(whole, again)
+            if number == stretch.before[-1 if name == "forward" else 0]:
+                for each in period * stretch.times:
+                    _append(whole, each)
                 period = []
     return whole
 

@@ -19,6 +19,7 @@ from leanlift.errors import UserError, first_line
 from leanlift.layers.lm_head import Finish
 from leanlift.measure.meter import CATEGORIES
 from leanlift.model.base import check_checkpointing, without_input_gradients
+from leanlift.model.kept_blocks import keep_last_blocks
 from leanlift.plan.batch import Batch
 from leanlift.plan.fake import StepBytes, fake_tensors, forward_peak, step_peak
 from leanlift.plan.logits import planned_finish
@@ -122,6 +123,7 @@ def _training(
             if settings.gradient_checkpointing:
                 check_checkpointing(model)
                 model.gradient_checkpointing_enable({"use_reentrant": False})
+                keep_last_blocks(model, settings.kept_blocks, settings.activation_offloading)
                 without_input_gradients(model)
             with _in_one_sentence(model, "training step"):
                 counted = _loss_of(model, loss, batch, known)
@@ -226,6 +228,7 @@ def _what_decides(planned: Planned) -> tuple[str, ...]:
     step = PlanSettings(
         largest=settings.batch,
         gradient_checkpointing=settings.gradient_checkpointing,
+        kept_blocks=settings.kept_blocks,
         gradient_accumulation_steps=min(2, settings.gradient_accumulation_steps),
         activation_offloading=settings.activation_offloading,
         optim_in_backward=settings.optim_in_backward,
@@ -257,6 +260,7 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "values_dtype": config.values_dtype,
         "optim": settings.optim,
         "gradient_checkpointing": settings.gradient_checkpointing,
+        "kept_blocks": settings.kept_blocks,
         "activation_offloading": settings.activation_offloading,
         "optim_in_backward": settings.optim_in_backward,
         "quantize_embeddings": config.quantize_embeddings,

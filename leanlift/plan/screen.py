@@ -53,6 +53,8 @@ def header(plan: dict[str, Any]) -> list[str]:
     if held["optim_in_backward"]:
         values += " in the backward pass"
     kept = f"activations {'recomputed' if held['gradient_checkpointing'] else 'kept'}"
+    if held.get("kept_blocks"):
+        kept += f" but for the last {held['kept_blocks']} blocks"
     kept += " and moved to the CPU" if held["activation_offloading"] else ""
     refreshed = held["refresh_interval"]
     again = f"selected anew every {refreshed} steps" if refreshed else "selected once"

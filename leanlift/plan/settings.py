@@ -27,6 +27,7 @@ class PlanSettings:
             None: no limit, for which 2048 are planned.
         gradient_accumulation_steps: micro-batches per step.
         gradient_checkpointing: whether activations are recomputed.
+        kept_blocks: of how many blocks they are not, the last ones.
         activation_offloading: whether saved activations are moved to the CPU.
         optim: a name that Trainer knows, or one of ours.
         optim_in_backward: whether each gradient is freed as soon as it exists.
@@ -47,6 +48,7 @@ class PlanSettings:
     max_length: int | None = 1024
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
+    kept_blocks: int = 0
     activation_offloading: bool = False
     optim: str = "adamw_torch"
     optim_in_backward: bool = False

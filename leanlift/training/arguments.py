@@ -63,6 +63,13 @@ class LiftArguments:
             "which is freed then; needs a sparse_adamw optim, and no gradient accumulation"
         },
     )
+    kept_blocks: int = field(
+        default=0,
+        metadata={
+            "help": "the last blocks that are not recomputed, a number. With "
+            "gradient_checkpointing: they keep their activations, which takes memory and saves time"
+        },
+    )
     max_nonfinite_steps: int = field(
         default=3,
         metadata={
@@ -84,6 +91,7 @@ class LiftArguments:
 
     if TYPE_CHECKING:
         gradient_accumulation_steps: int = 1
+        gradient_checkpointing: bool = True
         max_grad_norm: float = 1.0
         fp16: bool = False
 
@@ -113,6 +121,11 @@ class LiftArguments:
         super().__post_init__()  # type: ignore[misc]
         if own:
             self.optim = own
+        if self.kept_blocks and not self.gradient_checkpointing:
+            raise UserError(
+                "kept_blocks are blocks that gradient_checkpointing does not recompute, and it is "
+                "off, so all are kept: leave kept_blocks out."
+            )
         if self.optim_in_backward:
             self._check_in_backward(own)
 

@@ -19,6 +19,7 @@ from leanlift.errors import UserError
 from leanlift.layers import LiftLinear
 from leanlift.model import RefreshReport, lift_layers, lift_state, refresh_mask
 from leanlift.model.base import without_input_gradients
+from leanlift.model.kept_blocks import keep_last_blocks
 from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, unwrap
 from leanlift.training.checkpointing.directory import last_checkpoint
 from leanlift.training.step_guard import GradientHooks, StepGuard
@@ -114,6 +115,24 @@ class FrozenInputs(TrainerCallback):
     ) -> None:
         if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False):
             without_input_gradients(kwargs["model"])
+
+
+class KeptBlocks(TrainerCallback):
+    """Lets the last blocks keep their activations where the others are recomputed.
+
+    Args:
+        count: blocks; None: as the arguments of the loop have it.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = count
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        count = getattr(args, "kept_blocks", 0) if self.count is None else self.count
+        count = count if args.gradient_checkpointing else 0
+        keep_last_blocks(kwargs["model"], count, getattr(args, "activation_offloading", False))
 
 
 class LastEvaluation(TrainerCallback):

@@ -15,6 +15,7 @@ from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError
 from leanlift.model import LiftState
 from leanlift.model.base import check_checkpointing
+from leanlift.model.kept_blocks import check_kept_blocks
 from leanlift.optim import SparseAdamW, check_remappable, unwrap
 from leanlift.plan.auto import how_loaded
 from leanlift.processes import launched, processes
@@ -102,6 +103,7 @@ def make_checkpointing_safe(model: Any, args: SFTConfig) -> None:
     """
     if args.gradient_checkpointing:
         check_checkpointing(model)
+        check_kept_blocks(model, getattr(args, "kept_blocks", 0))
     options = args.gradient_checkpointing_kwargs
     if not args.gradient_checkpointing or not options:
         return  # transformers' own default is non-reentrant

@@ -23,7 +23,7 @@ from leanlift.model import (
     release,
 )
 from leanlift.processes import check_same, is_first
-from leanlift.training.callbacks import FrozenInputs, Guard, Refresh
+from leanlift.training.callbacks import FrozenInputs, Guard, KeptBlocks, Refresh
 from leanlift.training.given import check_optimizer, one_gpu
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.step_guard import GradientHooks, StepGuard
@@ -41,6 +41,7 @@ class LiftCallback(TrainerCallback):
         max_nonfinite_steps: steps in a row with a NaN or infinite gradient that end the run; one
             is not applied, and said.
         memory: whether the memory is measured and reported.
+        kept_blocks: where blocks are recomputed, how many are not, the last ones.
 
     Attributes:
         guard: which steps were not applied.
@@ -52,8 +53,11 @@ class LiftCallback(TrainerCallback):
             something else is to generate than the model.
     """
 
-    def __init__(self, max_nonfinite_steps: int = 3, memory: bool = True) -> None:
+    def __init__(
+        self, max_nonfinite_steps: int = 3, memory: bool = True, kept_blocks: int = 0
+    ) -> None:
         self.guard = StepGuard(max_nonfinite_steps)
+        self.keeping = KeptBlocks(kept_blocks)
         self.guarding = Guard(self.guard, in_backward=False)
         self.refreshing = Refresh()
         self.refreshes: list[RefreshReport] = self.refreshing.reports
@@ -99,6 +103,7 @@ class LiftCallback(TrainerCallback):
             self._peak = self._phase.__enter__()
         self.guarding.scaled = bool(args.fp16)
         FrozenInputs().on_train_begin(args, state, control, **kwargs)
+        self.keeping.on_train_begin(args, state, control, **kwargs)
         self.guarding.on_train_begin(args, state, control, **kwargs)
         self.refreshing.on_train_begin(args, state, control, **kwargs)
 

@@ -23,7 +23,7 @@ from leanlift.model import RefreshReport, claim, lift_state, lifted, release
 from leanlift.processes import is_first, processes, wait_for_all
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
-from leanlift.training.callbacks import FrozenInputs, Guard, Refresh
+from leanlift.training.callbacks import FrozenInputs, Guard, KeptBlocks, Refresh
 from leanlift.training.checkpointing.directory import checkpoint_to_resume, clean
 from leanlift.training.checkpointing.lock import OutputLock, make_output
 from leanlift.training.checkpointing.names import TRAINER_STATE
@@ -110,6 +110,7 @@ class LiftRun(RunOverrides):
         self._refreshing = Refresh(partial(Trainer.log, self))
         self.refreshes: list[RefreshReport] = self._refreshing.reports
         self.add_callback(FrozenInputs())
+        self.add_callback(KeptBlocks())
         self.add_callback(self._guarding)
         self.add_callback(self._refreshing)
         release(self.model)

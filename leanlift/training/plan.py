@@ -13,6 +13,7 @@ from leanlift.fingerprint import Layout
 from leanlift.format import size
 from leanlift.methods import REWARD_HEAD
 from leanlift.model.blocks import inside_language
+from leanlift.model.kept_blocks import check_kept_blocks
 from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.targets import beyond_text, find_targets
 from leanlift.model.whole import check_growth_beside, whole_modules
@@ -135,6 +136,23 @@ def check_reached(args: RunArguments, sft: LiftSFTConfig) -> None:
         raise UserError(f"{beyond} {NAME_OTHERS}")
 
 
+def check_kept(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> None:
+    """Refuse kept_blocks of a model that has not so many; where the model cannot be made without
+    its weights, the trainer says so.
+
+    Raises:
+        UserError: it has not.
+    """
+    if not sft.kept_blocks:
+        return
+    with fake_tensors():
+        try:
+            model = _planned(args, sft, False, images).build()
+        except UserError:
+            return
+        check_kept_blocks(model, sft.kept_blocks)
+
+
 def layout_of_base(
     args: RunArguments, sft: LiftSFTConfig, checkpoint: Path, images: bool = False
 ) -> Layout:
@@ -200,6 +218,7 @@ def plan_settings(
         max_length=sft.max_length,
         gradient_accumulation_steps=sft.gradient_accumulation_steps,
         gradient_checkpointing=bool(sft.gradient_checkpointing),
+        kept_blocks=sft.kept_blocks if sft.gradient_checkpointing else 0,
         activation_offloading=bool(sft.activation_offloading),
         optim=_value(sft.optim),
         optim_in_backward=sft.optim_in_backward,
