@@ -20,11 +20,12 @@ from leanlift import LiftCallback, LiftConfig, LiftTrainer, UserError, get_lift_
 from leanlift.layers import LiftLinear
 from leanlift.measure import LiveBytes, MemoryMeter
 from leanlift.model.kept_blocks import keep_last_blocks, recomputed_blocks
-from leanlift.plan import blocks
+from leanlift.plan import Batch, blocks
 from leanlift.plan.base import without_packing_search
 from leanlift.plan.fake import StepBytes, attach_fake, fake_tensors, step_peak
 from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.training import LiftSFTConfig, MemoryCallback, plan_of
+from leanlift.training.batches import Batches
 from leanlift.training.plan import check_kept
 from leanlift.weights.quantized import WeightFormat
 
@@ -77,33 +78,33 @@ def test_the_plan_of_both_kinds_of_blocks_is_that_of_all_to_the_byte(
     assert ran == [run]
 
 
-def test_a_kind_that_depends_on_its_place_is_run_whole() -> None:
-    """Where the kinds of the kept blocks do not go on as those before them."""
-    sliding, full = "sliding_attention", "full_attention"
-    layers = [sliding, full] * 6 + [full, sliding] * 4
+@pytest.mark.parametrize(("turned", "run"), [(False, 12), (True, None)])
+def test_blocks_whose_kinds_would_change_places_are_all_run(turned: bool, run: int | None) -> None:
+    """Some models ask by a block's place which kind of it is there."""
+    kinds = ["sliding_attention", "full_attention"]
+    layers = kinds * 6 + (kinds[::-1] if turned else kinds) * 4
     config = config_of("gemma2", num_hidden_layers=len(layers), layer_types=layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     keep_last_blocks(model, 8)
     way = blocks.repetition(model)
-    kinds = [block.self_attn.is_sliding for block in model.model.layers]
-    assert way is None or [kinds[i] for i in way.run] == kinds[: len(way.run)]
+    assert (None if way is None else way.kept) == run
 
 
 def test_the_last_ones_are_kept_whatever_is_enabled_later() -> None:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of("llama", num_hidden_layers=5))
+    model = AutoModelForCausalLM.from_config(config_of("llama", num_hidden_layers=5)).train()
+    ids = torch.zeros(1, 4, dtype=torch.long)
     model.gradient_checkpointing_enable()
     keep_last_blocks(model, 2)
     assert [b.gradient_checkpointing for b in model.model.layers] == [True] * 3 + [False] * 2
     model.gradient_checkpointing_disable()  # as for generation
     model.gradient_checkpointing_enable()
-    model.train()(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+    model(ids)
     assert [b.gradient_checkpointing for b in model.model.layers] == [True] * 3 + [False] * 2
     keep_last_blocks(model, 0)
     model.gradient_checkpointing_enable()
-    model(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+    model(ids)
     assert all(b.gradient_checkpointing for b in model.model.layers)
     assert recomputed_blocks(model) == list(model.model.layers)
 
@@ -158,7 +159,8 @@ def test_a_run_is_the_same_to_the_bit_and_its_memory_is_as_planned(
     for kept in (0, 3):
         args, sft = arguments(
             deep, approx_rank=8, kept_blocks=kept, max_steps=3, max_length=128,
-            optim="sparse_adamw", per_device_train_batch_size=2, save_strategy="no", disable_tqdm=True,
+            optim="sparse_adamw", per_device_train_batch_size=2, save_strategy="no",
+            disable_tqdm=True,
             output_dir=str(tmp_path / str(kept)),
         )  # fmt: skip
         model = attached(deep)
@@ -171,7 +173,8 @@ def test_a_run_is_the_same_to_the_bit_and_its_memory_is_as_planned(
             callbacks=[memory],
         ).train()
         assert memory.peak is not None
-        planned = plan_of(args, sft, cuda=False).phases["train"]
+        batches = Batches(Batch(2, 128))
+        planned = plan_of(args, sft, False, batches).phases["train"]
         assert abs(planned / memory.peak - 1) <= 0.05, (planned, memory.peak)
         trained.append(values_of(model))
         peaks.append(memory.peak)
