@@ -55,6 +55,8 @@ directory, or the file. Takes the keys of 'leanlift train' (see its --help):
                 --config FILE'
   --max_length max
                 the longest rows that cards have room for, or that of --fit
+  --card NAME   say how long a step takes there, modelled: rtx4090, a100, …;
+                else on this machine's card, or on one of the size of --fit
   --cpu         plan for a run on the CPU
   --json        print JSON (docs/plan.md)
   --plot FILE   also draw the bytes as a stacked bar (needs matplotlib)

@@ -20,7 +20,7 @@ from leanlift.methods import METHODS, SFT
 from leanlift.settings import FORMER_NAMES, NOT_TAKEN, Kind, todays_names
 
 HELP = ("help", "help_all")
-OWN = ("config", "fit", "dry_run", "save", "plot", "json", "cpu", "longest", *HELP)
+OWN = ("config", "fit", "dry_run", "save", "plot", "json", "cpu", "card", "longest", *HELP)
 """Options of `train` and `plan` that are no settings."""
 
 
@@ -87,6 +87,7 @@ def add_own(parser: argparse.ArgumentParser, command: str) -> None:
         add("--save", type=_something, help="write the settings to this file")
         add("--plot", type=_something, help="also draw the bytes as a stacked bar")
         add("--json", action="store_true", help="print JSON")
+        add("--card", type=_something, help="say how long a step takes on it, such as rtx4090")
         add("--cpu", action="store_true", help="plan for a run on the CPU")
     add("--help", "-h", action="store_true", help="show the options that matter most")
     add("--help_all", action="store_true", help="show every option there is")

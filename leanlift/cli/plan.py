@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from leanlift.cli.longest import longest, picture
@@ -24,9 +26,13 @@ from leanlift.errors import UserError
 from leanlift.format import short_name, size
 from leanlift.measure.picture import check_picture, draw
 from leanlift.plan import MemoryPlan, format_plan
+from leanlift.plan.calibrate import detected
+from leanlift.plan.cards import Card, card_named, card_of_size
+from leanlift.plan.time import step_time
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of
 from leanlift.training.changes import Taken
 from leanlift.training.checks import check_settings
+from leanlift.training.faster import Bought
 from leanlift.training.fit import Fit, fit, parse_card, useful_changes
 from leanlift.training.propose import reasons_of
 from leanlift.training.recipe import Section, write_recipe
@@ -48,22 +54,27 @@ def plan_command(argv: Sequence[str]) -> int:
     if own.cpu and asked.given.setdefault("use_cpu", True) is False:
         raise UserError("--cpu and use_cpu=false contradict each other: leave one of them out.")
     cuda = not asked.given.get("use_cpu")
+    card = card_for_times(gib, cuda, own.card)
     if own.longest:
         lengths = longest(args, sft, gib, cuda, own.json)
         if own.plot is not None:
             picture(own.plot, short_name(args.model_name_or_path), lengths)
             _say(f"Wrote {own.plot}")
         return 0
-    found, plan = _planned(args, sft, gib, cuda)
-    taken = () if found is None else found.taken
+    found, plan = _planned(args, sft, gib, cuda, card, asked.given)
+    taken, bought = ((), ()) if found is None else (found.taken, found.bought)
     if found is not None:
         args, sft = found.args, found.sft
     if own.json:
-        print(json.dumps({**plan.to_dict(), "changed": [_as_json(t) for t in taken]}, indent=2))
+        changes = {
+            "changed": [_as_json(t) for t in taken],
+            "bought": [_bought_as_json(b) for b in bought],
+        }
+        print(json.dumps({**plan.to_dict(), **changes}, indent=2))
     else:
         print(format_plan(plan.to_dict()), flush=True)
     if gib is not None and not own.json:
-        print("\n".join(["", *fitted(taken, plan, gib)]))
+        print("\n".join(["", *fitted(taken, plan, gib, bought)]))
     elif not own.json and plan.needed > SMALL:
         with Trying() as trying:
             useful = useful_changes(args, sft, plan, cuda, say=trying)
@@ -77,8 +88,33 @@ def plan_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def card_for_times(gib: float | None, cuda: bool, name: str | None = None) -> Card | None:
+    """The card whose step times are modelled: the one that was named; else this machine's, its
+    figures measured; else one that stands for the size asked for. None: there is none of these.
+
+    Args:
+        gib: the size that was asked for.
+        cuda: whether the run is on a card.
+        name: that was asked for.
+
+    Raises:
+        UserError: no such card is known.
+    """
+    if name is not None:
+        return card_named(name) if cuda else None
+    here = detected() if cuda else None
+    if here is not None and (gib is None or abs(here.gib - gib) <= 1):
+        return here
+    return card_of_size(gib) if cuda and gib is not None else None
+
+
 def _planned(
-    args: RunArguments, sft: LiftSFTConfig, gib: float | None, cuda: bool
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    gib: float | None,
+    cuda: bool,
+    card: Card | None,
+    asked: Collection[str],
 ) -> tuple[Fit | None, MemoryPlan]:
     """What was changed to fit a card, if one is given, and the plan.
 
@@ -86,8 +122,17 @@ def _planned(
         UserError: nothing fits, or the model cannot be planned for.
     """
     with planning(args.model_name_or_path) as trying:
-        found = None if gib is None else fit(args, sft, gib, cuda, trying)
-        return found, plan_of(args, sft, cuda) if found is None else found.plan
+        found = None
+        if gib is not None:
+            found = fit(args, sft, gib, cuda, trying, card=card, asked=asked)
+        return found, timed(plan_of(args, sft, cuda) if found is None else found.plan, card)
+
+
+def timed(plan: MemoryPlan, card: Card | None) -> MemoryPlan:
+    """The plan with the time of a step on a card, where there is one."""
+    if card is None or plan.work is None:
+        return plan
+    return replace(plan, time=step_time(plan.work, card))
 
 
 def advice(useful: Sequence[Taken]) -> list[str]:
@@ -101,14 +146,21 @@ def advice(useful: Sequence[Taken]) -> list[str]:
     return lines
 
 
-def fitted(taken: Sequence[Taken], plan: MemoryPlan, gib: float) -> list[str]:
-    """What was changed for a card, and why that is enough."""
+def fitted(
+    taken: Sequence[Taken], plan: MemoryPlan, gib: float, bought: Sequence[Bought] = ()
+) -> list[str]:
+    """What was changed for a card, and why that is enough; and what is faster for what is left."""
     free = size(gib * 2**30 - plan.needed)
-    if not taken:
-        return [f"It fits {gib:g} GB as it is, with {free} to spare."]
     lines = [f"Changed to fit {gib:g} GB, with {free} to spare:"]
+    if not taken:
+        lines = [f"It fits {gib:g} GB as it is, with {free} to spare."]
     for number, step in enumerate(taken, 1):
         lines += [f"{number}. {step.change.named}", f"   saves {size(step.saved)}: {_cost(step)}"]
+    if bought:
+        lines += ["Of what was left, time was bought back:"]
+    for number, each in enumerate(bought, 1):
+        lines += [f"{number}. {each.change.named}"]
+        lines += textwrap.wrap(each.why, 76, initial_indent="   ", subsequent_indent="   ")
     return lines
 
 
@@ -118,6 +170,14 @@ def _cost(taken: Taken) -> str:
 
 def _as_json(taken: Taken) -> dict[str, Any]:
     return {"keys": taken.change.keys, "cost": taken.change.cost, "saved": taken.saved}
+
+
+def _bought_as_json(bought: Bought) -> dict[str, Any]:
+    return {
+        "keys": bought.change.keys,
+        "takes": bought.taken,
+        "seconds": [bought.slower.seconds, bought.faster.seconds],
+    }
 
 
 def _save(
@@ -130,8 +190,10 @@ def _save(
 ) -> None:
     """Write the settings that were given, the command's defaults and what was changed."""
     taken = () if found is None else found.taken
-    changed = {key: value for step in taken for key, value in step.change.keys.items()}
-    why = reasons_of(taken)
+    bought = () if found is None else found.bought
+    steps = [*(step.change for step in taken), *(each.change for each in bought)]
+    changed = {key: value for change in steps for key, value in change.keys.items()}
+    why = reasons_of(taken, bought)
     kept = {key: value for key, value in given.items() if key not in changed}
     if not {"dataset_name", "datasets"} & set(kept):
         kept["dataset_name"] = args.dataset_name

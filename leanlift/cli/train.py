@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from leanlift.cli.parsing import take_switch, without
+from leanlift.cli.plan import card_for_times
 from leanlift.cli.settings import parse_train, read_command
 from leanlift.cli.trying import Trying
 from leanlift.errors import MaskError, first_line
@@ -41,8 +42,10 @@ def train_command(argv: Sequence[str]) -> int:
         logger.setLevel(logging.ERROR)
     if asked.own.fit is not None:
         check_settings(sft, args.lift_config())
+        gib = parse_card(asked.own.fit)
+        card = card_for_times(gib, cuda)
         with Trying() as trying:
-            found = fit(args, sft, parse_card(asked.own.fit), cuda, trying)
+            found = fit(args, sft, gib, cuda, trying, card=card, asked=asked.given)
         args, sft = found.args, found.sft
     if not is_first():
         if not asked.own.dry_run:

@@ -35,6 +35,7 @@ from leanlift.plan.sums import (
     one_selection_nbytes,
     updating_nbytes,
 )
+from leanlift.plan.work import Running, step_work
 
 Known = dict[tuple[str, ...], Any]
 """What fake steps of one model and loss have shown, by all that decides it."""
@@ -93,6 +94,25 @@ def plan_step(
         holds_for=_holds_for(planned),
         context=_context(planned.settings),
         host=0 if shapes.streamed is None else shapes.streamed.host,
+        work=step_work(shapes.work, _running(planned, shapes, held)),
+    )
+
+
+def _running(planned: Planned, shapes: Shapes, held: dict[str, int]) -> Running:
+    """What of the settings decides a step's work."""
+    settings, batch = planned.settings, planned.settings.batch
+    return Running(
+        rows=batch.rows,
+        tokens=batch.tokens,
+        trained=batch.rows * batch.tokens if batch.trained is None else batch.trained,
+        times=settings.gradient_accumulation_steps,
+        checkpointing=settings.gradient_checkpointing,
+        kept=settings.kept_blocks,
+        offloading=settings.activation_offloading,
+        item=settings.model_dtype.itemsize,
+        value=planned.value_nbytes,
+        streamed=0 if shapes.streamed is None else shapes.streamed.tensors,
+        state=held["optimizer state"],
     )
 
 

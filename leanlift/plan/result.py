@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from leanlift.plan.time import StepTime
+from leanlift.plan.work import StepWork
 
 CARDS_GIB = (4, 6, 8, 12, 16, 24, 48)
 CONTEXT = int(0.55 * 2**30)
@@ -42,6 +45,8 @@ class MemoryPlan:
         context: allowance for the CUDA context, in no other figure.
         notes: what the plan takes for granted.
         host: of the host's memory, what a streamed base has; on a CPU it is in the categories too.
+        work: what a step has to compute.
+        time: how long that takes on a card, modelled; None: no card was asked for.
     """
 
     model: str
@@ -54,6 +59,8 @@ class MemoryPlan:
     context: int = CONTEXT
     notes: list[str] = field(default_factory=list)
     host: int = 0
+    work: StepWork | None = None
+    time: StepTime | None = None
 
     @property
     def peak_phase(self) -> str:
@@ -89,8 +96,9 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; see docs/plan.md."""
-        return {
-            **asdict(self),
+        data = {
+            **asdict(replace(self, work=None, time=None)),
+            "time": None if self.time is None else self.time.to_dict(),
             "peak": self.peak,
             "peak_phase": self.peak_phase,
             "peak_moment": self.peak_moment,
@@ -98,3 +106,5 @@ class MemoryPlan:
             "needed": self.needed,
             "fits_gib": {str(card): self.fits(card) for card in CARDS_GIB},
         }
+        del data["work"]  # counts for a model of times, not for a reader
+        return data

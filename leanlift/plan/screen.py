@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from leanlift.format import bar, count, gib, share, short_name, size, table
+from leanlift.format import bar, count, duration, gib, share, short_name, size, table
 from leanlift.plan.result import MOMENTS
 
 CARDS_SHOWN = (4, 6, 8, 12, 16, 24)
@@ -32,7 +32,7 @@ BASES = {"nf4": "NF4", "fp4": "FP4", "int8": "INT8"}
 def format_plan(plan: dict[str, Any]) -> str:
     """The screen of a plan, as `MemoryPlan.to_dict` has it."""
     return "\n".join(
-        [*header(plan), "", *byte_table(plan), "", *peak_line(plan), *cards(plan), "",
+        [*header(plan), "", *byte_table(plan), "", *peak_line(plan), *cards(plan), *time_lines(plan), "",
          *terms(plan), *_wrapped(*plan["notes"])]
     ).rstrip()  # fmt: skip
 
@@ -133,6 +133,20 @@ def cards(plan: dict[str, Any]) -> list[str]:
         verdict = f"fits, {size(left)} free" if left >= 0 else f"lacks {size(-left)}"
         lines.append(f"{card:>3} GB card  {verdict}")
     return lines
+
+
+def time_lines(plan: dict[str, Any]) -> list[str]:
+    """How long a step takes on a card, where one was asked for or is there."""
+    time = plan.get("time")
+    if time is None:
+        return []
+    parts = [f"{name} {duration(seconds)}" for name, seconds in time["parts"].items()
+             if seconds >= 0.01 * time["seconds"]]  # fmt: skip
+    how = "from figures measured here" if time["calibrated"] else "from the card's data sheet"
+    return ["", *_wrapped(
+        f"A step takes about {duration(time['seconds'])} on {time['card']}, modelled {how}: "
+        f"{count(round(time['tokens_per_second']))} tokens/s ({', '.join(parts)})."
+    )]  # fmt: skip
 
 
 def terms(plan: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
+from leanlift.plan.work import ModelWork, model_work
 from leanlift.streaming import BUFFERS, nbytes_of
 from leanlift.tiles import parts_of
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
@@ -86,6 +87,7 @@ class Shapes:
         by_tiles: bytes that the largest stack takes while it is quantized as it is read.
         streamed: the blocks of a base that is in the host's memory; None: it is not.
         turned: entries of the largest of them whose transpose a 16-bit checkpoint holds.
+        work: what a step has to compute.
     """
 
     ends: EmbeddingBytes
@@ -103,6 +105,7 @@ class Shapes:
     by_tiles: int
     streamed: BlockBytes | None
     turned: int
+    work: ModelWork
 
     @property
     def chosen(self) -> dict[str, tuple[int, int]]:
@@ -135,6 +138,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     head_is_target = model.get_output_embeddings() in whole
     ends = embeddings_nbytes(model, config.quantize_embeddings, elsewhere, head_is_target)
     quantizing = quantizing_ends_nbytes(model) if config.quantize_embeddings else 0
+    dtype, head = settings.model_dtype, _shape_of_head(model)
     tensors = _tensors_outside_ends(model)
     turned = max((matrix_of(m).numel() for m in model.modules() if is_turned_linear(m)), default=0)
     own = {
@@ -155,7 +159,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         ends=ends,
         quantizing=quantizing,
         other=sum(tensors.values()) + TOKEN_NBYTES * len(config.trainable_token_indices),
-        scratch=scratch_nbytes(layers.values(), settings.model_dtype),
+        scratch=scratch_nbytes(layers.values(), dtype),
         weights=weights,
         targets={name: index.shape for name, index in indices.items()},
         counts={name: index.count for name, index in indices.items()},
@@ -167,6 +171,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         by_tiles=_by_tiles(layers.values()),
         streamed=_streamed(model) if settings.stream_base else None,
         turned=turned,
+        work=model_work(model, head, layers, {n: i.count for n, i in indices.items()}, dtype),
     )
     return shapes, model
 
@@ -207,6 +212,12 @@ def _tensors_outside_ends(model: Any) -> dict[int, int]:
     counted = {id(tensor) for tensor in ends}
     tensors = (*model.parameters(), *model.buffers())
     return {id(tensor): tensor.nbytes for tensor in tensors if id(tensor) not in counted}
+
+
+def _shape_of_head(model: Any) -> tuple[int, int]:
+    """Vocabulary and width; nothing where there is no head."""
+    found = [p.shape for p in _parameters(model.get_output_embeddings()) if p.dim() == 2]
+    return (found[0][0], found[0][1]) if found else (0, 0)
 
 
 def _parameters(module: nn.Module | None) -> list[nn.Parameter]:

@@ -132,6 +132,11 @@ def _recomputing(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator
         yield Change({"gradient_checkpointing": True}, "costs a second forward pass")
 
 
+def _all_recomputed(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
+    if sft.kept_blocks:
+        yield Change({"kept_blocks": 0}, "costs the rest of a second forward pass")
+
+
 def _smaller_micro_batch(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     """The same batch in more pieces. An update in the backward pass cannot be in pieces."""
     rows, times = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
@@ -188,6 +193,7 @@ OFFERS: tuple[Offer, ...] = (
     _offsets_in_16_bits,
     _smaller_evaluation,
     _recomputing,
+    _all_recomputed,
     _smaller_micro_batch,
     _embeddings_in_int8,
     _embedding_on_cpu,
@@ -224,6 +230,7 @@ def at_most(change: Change, plan: MemoryPlan) -> float:
         "values_dtype": (held["values"] + held["gradients"]) / 2,
         "optim_in_backward": held["gradients"],
         "gradient_checkpointing": activations,
+        "kept_blocks": activations,
         "activation_offloading": activations / 2,
         "stream_base": held["base weights"],
         "per_device_train_batch_size": activations,

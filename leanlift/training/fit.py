@@ -9,12 +9,13 @@ alone say so in a moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from leanlift.errors import UserError
 from leanlift.format import parse_card, short_name, size
 from leanlift.plan import MOMENTS, Batch, Known, MemoryPlan
+from leanlift.plan.cards import Card
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batches
 from leanlift.training.changes import (
@@ -26,6 +27,7 @@ from leanlift.training.changes import (
     ordered_changes,
     shorter_rows,
 )
+from leanlift.training.faster import Bought, faster
 from leanlift.training.plan import least_of, plan_of
 
 __all__ = ["Fit", "fit", "parse_card", "useful_changes"]
@@ -42,12 +44,14 @@ class Fit:
         args, sft: the settings.
         plan: what they need.
         taken: the changes.
+        bought: what was changed after that, for time.
     """
 
     args: RunArguments
     sft: LiftSFTConfig
     plan: MemoryPlan
     taken: tuple[Taken, ...]
+    bought: tuple[Bought, ...] = ()
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -86,6 +90,8 @@ def fit(
     cuda: bool = True,
     say: Callable[[str], None] = lambda line: None,
     batches: Batches | None = None,
+    card: Card | None = None,
+    asked: Collection[str] = (),
 ) -> Fit:
     """Change settings in a fixed order until the plan fits a card of `gib` GiB.
 
@@ -95,6 +101,8 @@ def fit(
         cuda: whether the run is on a GPU.
         say: is told what is being tried, a line each.
         batches: how long rows are; None: as long as `max_length` allows.
+        card: whose time what is left buys back (`training/faster.py`); None: nothing is bought.
+        asked: keys that the user has set, which no time is bought with.
 
     Raises:
         UserError: nothing fits; says how much is missing.
@@ -117,7 +125,10 @@ def fit(
             settings, plan = change(settings), changed
     if not search.fits(plan):
         _refuse(args, search, plan.needed)
-    return Fit(*settings, plan, tuple(taken))
+    if card is None:
+        return Fit(*settings, plan, tuple(taken))
+    made = faster((args, sft), tuple(taken), plan, gib, card, search.plan, asked)
+    return Fit(*made.settings, made.plan, made.taken, made.bought)
 
 
 def useful_changes(

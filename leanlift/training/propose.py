@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError
 from leanlift.format import count, share, short_name, size
 from leanlift.plan import MemoryPlan
+from leanlift.plan.cards import card_of_size
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
 from leanlift.training.batches import Batches
 from leanlift.training.changes import Taken
+from leanlift.training.faster import Bought
 from leanlift.training.fit import fit
 from leanlift.training.look import Look
 from leanlift.training.plan import plan_of
@@ -72,6 +75,7 @@ class Proposal:
         args, sft: the settings.
         plan: what they need.
         taken: what was changed to fit the card.
+        bought: what was changed after that, for time.
         card: GiB; None: a run on the CPU.
         sections: the settings as a file has them, with reasons.
     """
@@ -80,6 +84,7 @@ class Proposal:
     sft: LiftSFTConfig
     plan: MemoryPlan
     taken: tuple[Taken, ...]
+    bought: tuple[Bought, ...]
     card: float | None
     sections: tuple[Section, ...]
 
@@ -105,6 +110,9 @@ class Proposal:
         for step in self.taken:
             lines += [f"      {step.change.named}"]
             lines += [f"        saves {size(step.saved)}: {step.change.cost}"]
+        for each in self.bought:
+            lines += [f"      {each.change.named}"]
+            lines += wrap(each.why, 78, initial_indent=" " * 8, subsequent_indent=" " * 8)
         return lines
 
 
@@ -142,25 +150,28 @@ def propose(
     args = RunArguments(**base)
     sft = LiftSFTConfig(**{**loop, **defaults, "use_cpu": True})  # here it is only planned
     batches = Batches(found.worst(length))
-    taken: tuple[Taken, ...] = ()
+    taken, bought = tuple[Taken, ...](), tuple[Bought, ...]()
     if card is None:
         plan = plan_of(args, sft, False, batches)
         defaults["use_cpu"] = True
     else:
-        fitted = fit(args, sft, card, True, say, batches)
-        args, sft, plan, taken = fitted.args, fitted.sft, fitted.plan, fitted.taken
-    changed = {key: value for step in taken for key, value in step.change.keys.items()}
-    why = {**wanted.why, **_reasons(found, length), **reasons_of(taken)}
+        fitted = fit(args, sft, card, True, say, batches, card_of_size(card))
+        args, sft, plan = fitted.args, fitted.sft, fitted.plan
+        taken, bought = fitted.taken, fitted.bought
+    steps = [*(step.change for step in taken), *(each.change for each in bought)]
+    changed = {key: value for change in steps for key, value in change.keys.items()}
+    why = {**wanted.why, **_reasons(found, length), **reasons_of(taken, bought)}
     sections = _sections(wanted, {**base, **loop, **defaults, **changed}, why)
-    return Proposal(args, sft, plan, taken, card, sections)
+    return Proposal(args, sft, plan, taken, bought, card, sections)
 
 
-def reasons_of(taken: tuple[Taken, ...]) -> dict[str, str]:
+def reasons_of(taken: tuple[Taken, ...], bought: tuple[Bought, ...] = ()) -> dict[str, str]:
     """What each change saves and costs, at the first of its settings."""
-    return {
+    saving = {
         next(iter(step.change.keys)): f"saves {size(step.saved)}: {step.change.cost}"
         for step in taken
     }
+    return saving | {next(iter(each.change.keys)): each.why for each in bought}
 
 
 def _reasons(found: Look, length: int) -> dict[str, str]:

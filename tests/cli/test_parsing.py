@@ -173,7 +173,18 @@ def test_the_options_that_are_no_settings_are_a_reviewed_set() -> None:
 
 COMMANDS = {
     "train": {"config", "fit", "dry_run", "help", "help_all"},
-    "plan": {"longest", "config", "fit", "save", "plot", "json", "cpu", "help", "help_all"},
+    "plan": {
+        "longest",
+        "config",
+        "fit",
+        "save",
+        "plot",
+        "json",
+        "cpu",
+        "card",
+        "help",
+        "help_all",
+    },  # fmt: skip
 }
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {

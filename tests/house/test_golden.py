@@ -76,7 +76,7 @@ FORMER_KEYS = {
 
 
 SINCE: dict[str, dict[str, Any]] = {
-    "categories": {"host": 0},
+    "categories": {"host": 0, "time": None},
     "per_device_train_batch_size": {"stream_base": False, "kept_blocks": 0},
     "6": {"4": True},
 }

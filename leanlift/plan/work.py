@@ -1,0 +1,308 @@
+"""What a training step has to compute and to move, counted from the shapes of a fake model.
+
+Counts, no times: multiplications and additions of matrix products (2 T m n for T tokens and an m x
+n matrix), and bytes that go through a card's memory and over its bus. `time` makes seconds of them.
+
+Left out: the first block's input gradients that nobody needs (they are counted), routers, norms'
+arithmetic, kernels' launches, the host's own work, images, generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from leanlift.model.blocks import block_lists
+from leanlift.model.kept_blocks import recomputed_blocks
+from leanlift.tiles import parts_of
+
+TOUCHES = 3
+"""How often what enters and leaves a product is read or written by what is between products (norms,
+activations, residuals), in a forward pass; in a backward pass twice that."""
+
+LOGIT_TOUCHES = 10
+"""How often a logit in fp32 is read or written: the loss goes over the vocabulary twice."""
+
+LOSS_PRODUCTS = 3
+"""Of the head: the logits twice, and the gradient of the hidden states."""
+
+ATTENTION_BACK = 2.5
+"""Products of a fused attention's backward pass, by those of its forward pass: five and two."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A frozen matrix, or a stack of experts.
+
+    Attributes:
+        block: number of the block that it is in; None: in none.
+        m, n: its shape, all experts of a stack one above the other.
+        entries: that are trained.
+        share: of a stack, the share of its rows that a token meets.
+        held: bytes of the stored form.
+        made: whether its numbers are made anew for each use.
+    """
+
+    block: int | None
+    m: int
+    n: int
+    entries: int
+    share: float
+    held: int
+    made: bool
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """What a model has to compute.
+
+    Attributes:
+        matrices: in the order in which they stand in the model.
+        attention: of each block, the numbers of all its heads, and how far a token looks back;
+            None: as far as there are tokens.
+        recomputable: blocks that checkpointing can compute again, one by one.
+        head: vocabulary and width.
+    """
+
+    matrices: tuple[Matrix, ...]
+    attention: tuple[tuple[int, int | None], ...]
+    recomputable: int
+    head: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step.
+
+    Attributes:
+        products: FLOP of matrix products.
+        attention: FLOP of the products in attention.
+        traffic: bytes read or written in the card's memory beside products.
+        bus: bytes over the bus meanwhile.
+    """
+
+    products: float = 0
+    attention: float = 0
+    traffic: float = 0
+    bus: float = 0
+
+    def __add__(self, other: Part) -> Part:
+        return Part(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Part)))
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """The work of an optimizer's step.
+
+    Attributes:
+        times: micro-batches.
+        tokens: of a micro-batch.
+        forward, loss, recomputed, backward: of each of them.
+        optimizer: of its step.
+        recomputable: blocks of the model that could be kept.
+    """
+
+    times: int
+    tokens: int
+    forward: Part
+    loss: Part
+    recomputed: Part
+    backward: Part
+    optimizer: Part
+    recomputable: int
+
+
+@dataclass(frozen=True)
+class Running:
+    """The settings of a step that decide its work.
+
+    Attributes:
+        rows, tokens: of a micro-batch, and of a row.
+        trained: tokens that the loss is over.
+        times: micro-batches of a step.
+        checkpointing: whether blocks are recomputed.
+        kept: how many are not.
+        offloading: whether what blocks are given waits in the host's memory.
+        item, value: bytes of a number, and of a trained offset.
+        streamed: bytes of blocks that are brought from the host's memory.
+        state: bytes of the optimizer's state.
+    """
+
+    rows: int
+    tokens: int
+    trained: int
+    times: int
+    checkpointing: bool
+    kept: int
+    offloading: bool
+    item: int
+    value: int
+    streamed: int
+    state: int
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+def model_work(
+    model: Any,
+    head: tuple[int, int],
+    layers: Mapping[str, Any],
+    entries: Mapping[str, int],
+    dtype: torch.dtype,
+) -> ModelWork:
+    """Of a fake model with layers of ours.
+
+    Args:
+        model: attached.
+        head: vocabulary and width.
+        layers: of ours, by name.
+        entries: that are trained, of each of them that has some.
+        dtype: of the computation.
+    """
+    paths = [f"{path}." for path in block_lists(model)]
+    text = _text_config(model)
+    ends = model.get_output_embeddings()
+    matrices = []
+    for name, layer in layers.items():
+        if layer is ends:  # which is the loss's
+            continue
+        weight = layer.weight_tiles
+        (m, n), parts = weight.shape, parts_of(weight)
+        held = weight.format.held_nbytes(weight.shape)
+        made = bool(layer.needs_scratch(dtype))
+        share = min(1.0, _chosen(text, parts) / parts)
+        block = _block_of(name, paths)
+        matrices.append(Matrix(block, m, n, entries.get(name, 0), share, held, made))
+    blocks = 1 + max((m.block for m in matrices if m.block is not None), default=-1)
+    attention = tuple(_attention(text, number) for number in range(blocks))
+    return ModelWork(tuple(matrices), attention, len(recomputed_blocks(model)), head)
+
+
+def _block_of(name: str, paths: Iterable[str]) -> int | None:
+    path = next((path for path in paths if name.startswith(path)), None)
+    return None if path is None else int(name.removeprefix(path).partition(".")[0])
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _chosen(text: Any, parts: int) -> int:
+    """Experts that a token meets; all where a configuration does not say it."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
+    return next((c for name in names if isinstance(c := getattr(text, name, None), int)), parts)
+
+
+def _attention(text: Any, block: int) -> tuple[int, int | None]:
+    """Numbers of all heads of a token, and how far it looks back."""
+    heads = getattr(text, "num_attention_heads", None)
+    width = getattr(text, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return 0, None
+    each = getattr(text, "head_dim", None) or width // heads
+    kinds = getattr(text, "layer_types", None) or ()
+    window = getattr(text, "sliding_window", None)
+    slides = not kinds or (block < len(kinds) and "sliding" in str(kinds[block]))
+    return heads * int(each), window if slides and isinstance(window, int) else None
+
+
+# --- the step -------------------------------------------------------------------------------
+
+
+def step_work(model: ModelWork, run: Running) -> StepWork:
+    """The work of a step."""
+    again = _recomputed(model, run)
+    last = {matrix.block: place for place, matrix in enumerate(model.matrices)}
+    forward, recomputed, backward = Part(), Part(), Part()
+    for place, matrix in enumerate(model.matrices):
+        forward += _product(matrix, run)
+        backward += _product(matrix, run, 2) + _gradient(matrix, run)
+        # all a block's last product gives is needed by nobody
+        if matrix.block in again and place != last[matrix.block]:
+            recomputed += _product(matrix, run)
+    for block, (width, window) in enumerate(model.attention):
+        attention = Part(attention=_attention_flop(width, window, run))
+        forward += attention
+        backward += Part(attention=ATTENTION_BACK * attention.attention)
+        recomputed += attention if block in again else Part()
+    bus = Part(bus=_streamed(model, run) + _offloaded(model, run, again))
+    return StepWork(
+        times=run.times,
+        tokens=run.rows * run.tokens,
+        forward=forward + bus,
+        loss=_loss(model.head, run),
+        recomputed=recomputed,
+        backward=backward + bus,
+        optimizer=_optimizer(model, run),
+        recomputable=model.recomputable,
+    )
+
+
+def _recomputed(model: ModelWork, run: Running) -> range:
+    """The blocks that are computed again."""
+    blocks = len(model.attention)
+    return range(max(0, blocks - run.kept) if run.checkpointing else 0)
+
+
+def _product(matrix: Matrix, run: Running, passes: int = 1) -> Part:
+    """A product with a matrix: its numbers are made, if they have to be, with the offsets put in;
+    then it is multiplied with. What is between products is as often touched as `passes` say."""
+    tokens, numbers = run.rows * run.tokens * matrix.share, matrix.m * matrix.n
+    made = matrix.held
+    if matrix.made:
+        made += 2 * numbers * run.item + matrix.entries * (1 + run.value + 2 * run.item)
+    around = passes * TOUCHES * tokens * (matrix.m + matrix.n) * run.item
+    return Part(products=2 * tokens * numbers, traffic=made + around)
+
+
+def _gradient(matrix: Matrix, run: Running) -> Part:
+    """The gradient of a matrix's values: on a card a dense product, of which they are picked."""
+    if not matrix.entries:
+        return Part()
+    tokens, numbers = run.rows * run.tokens * matrix.share, matrix.m * matrix.n
+    picked = matrix.entries * (1 + run.item + run.value)
+    return Part(products=2 * tokens * numbers, traffic=2 * numbers * run.item + picked)
+
+
+def _attention_flop(width: int, window: int | None, run: Running) -> float:
+    """Two products, over the tokens before each one alone."""
+    length = run.tokens
+    seen = length * length / 2
+    if window is not None and window < length:
+        seen = length * window - window * window / 2
+    return 4 * run.rows * seen * width
+
+
+def _loss(head: tuple[int, int], run: Running) -> Part:
+    vocabulary, width = head
+    logits = run.trained * vocabulary
+    read = LOSS_PRODUCTS * vocabulary * width * run.item
+    return Part(LOSS_PRODUCTS * 2 * logits * width, 0, LOGIT_TOUCHES * 4 * logits + read)
+
+
+def _optimizer(model: ModelWork, run: Running) -> Part:
+    """Values and state are read and written, gradients read."""
+    entries = sum(matrix.entries for matrix in model.matrices)
+    return Part(traffic=3 * run.value * entries + 2 * run.state)
+
+
+def _streamed(model: ModelWork, run: Running) -> float:
+    """Bytes of blocks that are brought in a pass: two are there at each turn."""
+    blocks = max(1, len(model.attention))
+    return run.streamed * max(0, blocks - 2) / blocks
+
+
+def _offloaded(model: ModelWork, run: Running, again: range) -> float:
+    """Bytes that wait in the host's memory: what recomputed blocks are given, or, where nothing is
+    recomputed, what enters each product."""
+    if not run.offloading:
+        return 0
+    tokens = run.rows * run.tokens * run.item
+    if run.checkpointing:
+        return len(again) * tokens * model.head[1]
+    return tokens * sum(matrix.n * matrix.share for matrix in model.matrices)
