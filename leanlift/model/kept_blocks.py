@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from leanlift.errors import UserError
 from leanlift.model.blocks import block_lists
 from leanlift.model.state import lifted
+
+SWITCH = "gradient_checkpointing"
+"""The attribute of a block that says whether it is computed again."""
 
 HANDLES = "_leanlift_kept_blocks"
 """The attribute of a model that has the hooks of its kept blocks."""
@@ -71,15 +73,16 @@ def check_kept_blocks(model: nn.Module, count: int) -> None:
 
 
 def recomputed_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of the language model that checkpointing computes again, each for itself."""
+    """The blocks of the language model that checkpointing computes again, each for itself: where
+    transformers does so, each has a switch of its own."""
     lists: list[Any] = [model.get_submodule(path) for path in block_lists(model)]
-    return [b for blocks in lists for b in blocks if isinstance(b, GradientCheckpointingLayer)]
+    return [b for blocks in lists for b in blocks if hasattr(b, SWITCH)]
 
 
 def _keep(block: Any, args: Any = None) -> None:
     """Before each forward pass: some trainers disable checkpointing while they generate, and then
     enable it for all blocks."""
-    block.gradient_checkpointing = False
+    setattr(block, SWITCH, False)
 
 
 class _Staying:

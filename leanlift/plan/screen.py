@@ -32,8 +32,8 @@ BASES = {"nf4": "NF4", "fp4": "FP4", "int8": "INT8"}
 def format_plan(plan: dict[str, Any]) -> str:
     """The screen of a plan, as `MemoryPlan.to_dict` has it."""
     return "\n".join(
-        [*header(plan), "", *byte_table(plan), "", *peak_line(plan), *cards(plan), *time_lines(plan), "",
-         *terms(plan), *_wrapped(*plan["notes"])]
+        [*header(plan), "", *byte_table(plan), "", *peak_line(plan), *cards(plan),
+         *time_lines(plan), "", *terms(plan), *_wrapped(*plan["notes"])]
     ).rstrip()  # fmt: skip
 
 

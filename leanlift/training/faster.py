@@ -238,17 +238,16 @@ class _Buyer:
 
 
 def _next(known: dict[int, MemoryPlan], gib: float) -> int | None:
-    """The number to plan next, between the largest that fits and the least that does not: where the
-    line through the two largest numbers known, which it follows where blocks make the peak, meets
-    the card; None: they are neighbours, or all fit."""
+    """The number to plan next, between the largest that fits and the least that does not: where a
+    line meets the card, through the two least that do not fit, where blocks make the peak; None:
+    they are neighbours, or all fit."""
     card = gib * 2**30
     low = max(count for count, plan in known.items() if plan.fits(gib))
-    above = [count for count in known if count > low]
-    if not above or min(above) - low == 1:
+    above = sorted(count for count in known if count > low)
+    if not above or above[0] - low == 1:
         return None
-    high = min(above)
-    one = max(count for count in known if count < high)
-    other = high
+    high = above[0]
+    one, other = (high, above[1]) if len(above) > 1 else (low, high)
     rise = (known[other].needed - known[one].needed) / (other - one)
     over = known[high].needed - card
     guess = high - math.ceil(over / rise) if rise > 0 else low + 1

@@ -30,6 +30,7 @@ from leanlift.plan import (
 )
 from leanlift.plan.auto import how_loaded
 from leanlift.plan.fake import fake_tensors
+from leanlift.plan.keeping import kept_plan, key_of
 from leanlift.source import layout_in
 from leanlift.training.arguments import (
     LiftSFTConfig,
@@ -59,17 +60,23 @@ def plan_of(
         batches: its largest ones; what is None there is as large as the arguments allow.
         known: as in `plan_memory`.
     """
-    plan = plan_memory(
-        args.model_name_or_path,
-        planned_mask(args),
-        plan_settings(args, sft, cuda, batches or Batches()),
-        args.attn_implementation,
-        bool(sft.trust_remote_code),
-        objective_of(sft),
-        args.model_revision,
-        known,
-        batches is not None and batches.images,
-        args.method,
+    images = batches is not None and batches.images
+    config, objective = planned_mask(args), objective_of(sft)
+    settings = plan_settings(args, sft, cuda, batches or Batches())
+    plan = kept_plan(
+        lambda: key_of(_base(args, sft, images), config, settings, objective, args.method),
+        lambda: plan_memory(
+            args.model_name_or_path,
+            config,
+            settings,
+            args.attn_implementation,
+            bool(sft.trust_remote_code),
+            objective,
+            args.model_revision,
+            known,
+            images,
+            args.method,
+        ),
     )
     template = getattr(sft, "chat_template_path", None)
     if template is not None and not Path(template).expanduser().is_file():

@@ -171,20 +171,10 @@ def test_the_options_that_are_no_settings_are_a_reviewed_set() -> None:
     assert set().union(*COMMANDS.values()) == set(OWN)
 
 
+HELP = {"help", "help_all"}
 COMMANDS = {
-    "train": {"config", "fit", "dry_run", "help", "help_all"},
-    "plan": {
-        "longest",
-        "config",
-        "fit",
-        "save",
-        "plot",
-        "json",
-        "cpu",
-        "card",
-        "help",
-        "help_all",
-    },  # fmt: skip
+    "train": {"config", "fit", "dry_run"} | HELP,
+    "plan": {"longest", "config", "fit", "save", "plot", "json", "cpu", "card"} | HELP,
 }
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {

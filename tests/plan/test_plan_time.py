@@ -148,8 +148,9 @@ def test_a_calibration_reads_the_clock_around_what_it_does(
 @pytest.mark.parametrize(
     ("asked", "name"),
     [
-        ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"), ("4070", "RTX 4070"),
-        ("a100", "A100 80GB"), ("NVIDIA A100 40GB PCIe", "A100 40GB"), ("h100", "H100 SXM"),
+        ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
+        ("4070", "RTX 4070"), ("a100", "A100 80GB"), ("NVIDIA A100 40GB PCIe", "A100 40GB"),
+        ("h100", "H100 SXM"),
         ("Tesla T4", "T4"),
     ],
 )  # fmt: skip
