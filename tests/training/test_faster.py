@@ -61,12 +61,14 @@ def test_as_many_blocks_as_fit_are_kept(deep: Path) -> None:
     assert asked.bought == (), "what the user has set stays"
 
 
+@pytest.mark.thorough
 def test_all_are_kept_where_there_is_room_and_none_where_nothing_is_recomputed(deep: Path) -> None:
     found = fit(*told(deep), 8, True, card=CARD)
     assert found.sft.kept_blocks == 12
     assert fit(*told(deep, gradient_checkpointing=False), 8, True, card=CARD).bought == ()
 
 
+@pytest.mark.thorough
 def test_packed_rows_come_in_larger_pieces(deep: Path) -> None:
     loop = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 6, "max_length": 64}
     packed = fit(*told(deep, packing=True, **loop), 8, True, card=CARD)
@@ -99,6 +101,7 @@ def bought_after(deep: Path, taken: list[dict[str, Any]], room: float) -> Faster
     return faster(start, tuple(steps), plan, room * plan.needed / GIB, CARD, made, ("kept_blocks",))
 
 
+@pytest.mark.thorough
 def test_what_a_later_change_made_needless_is_taken_back(deep: Path) -> None:
     taken = [
         {"quantize_embeddings": True}, {"activation_offloading": True}, {"stream_base": True},
