@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from leanlift.errors import UserError
-from leanlift.format import duration, size
+from leanlift.format import share, size
 from leanlift.plan import MemoryPlan
 from leanlift.plan.cards import Card
 from leanlift.plan.time import StepTime, step_time
@@ -66,11 +66,8 @@ class Bought:
     @property
     def why(self) -> str:
         """In words."""
-        seconds = [duration(time.seconds) for time in (self.faster, self.slower)]
-        return (
-            f"takes {size(max(0, self.taken))}: {self.change.cost}; a step of {seconds[0]} "
-            f"instead of {seconds[1]} (modelled)"
-        )
+        less = share(self.saved, self.slower.seconds)
+        return f"takes {size(max(0, self.taken))}: {self.change.cost}, {less} less time (modelled)"
 
 
 @dataclass(frozen=True)

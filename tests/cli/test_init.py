@@ -88,7 +88,8 @@ def test_a_small_card_changes_what_is_proposed(base: Path, tmp_path: Path) -> No
     found = look(str(base), str(rows_of(tmp_path, ROWS)))
     plain = proposing.propose(str(base), "rows", found, "answers", 8.0, "out")
     assert plain.taken == ()
-    card = (plain.plan.needed - 2000) / 2**30
+    assert [each.change.keys for each in plain.bought] == [{"kept_blocks": 2}]
+    card = (plain.bought[0].before - 2000) / 2**30
     made = proposing.propose(str(base), "rows", found, "answers", card, "out")
     assert made.plan.fits(card)
     keys = {key: value for section in made.sections for key, value in section.keys.items()}

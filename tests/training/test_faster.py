@@ -15,7 +15,7 @@ from leanlift.cli import main
 from leanlift.plan import MemoryPlan
 from leanlift.plan.cards import card_named
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of
-from leanlift.training.changes import Change, Taken
+from leanlift.training.changes import Change, Taken, ordered_changes
 from leanlift.training.faster import Faster, faster
 from leanlift.training.fit import fit
 
@@ -59,6 +59,16 @@ def test_as_many_blocks_as_fit_are_kept(deep: Path) -> None:
     assert fit(*settings, room / GIB, True).bought == (), "no card, no times"
     asked = fit(*settings, room / GIB, True, card=CARD, asked={"kept_blocks"})
     assert asked.bought == (), "what the user has set stays"
+
+
+def test_kept_blocks_are_given_up_to_fit(deep: Path) -> None:
+    groups = [choices[0].keys for choices in ordered_changes(*told(deep, kept_blocks=3))]
+    assert {"kept_blocks": 0} in groups
+    assert {"kept_blocks": 0} not in [c[0].keys for c in ordered_changes(*told(deep))]
+    settings = told(deep, kept_blocks=3)
+    room = needed(settings, kept_blocks=0) + 1000
+    found = fit(*settings, room / GIB, True)
+    assert [step.change.keys for step in found.taken] == [{"kept_blocks": 0}]
 
 
 @pytest.mark.thorough
