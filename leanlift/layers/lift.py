@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from leanlift.sparse import (
     change_mask,
     common,
 )
+from leanlift.streaming import StatePool
 from leanlift.tiles import RowTiles, row_ranges, tile_rows
 
 SAMPLED_TILE_BYTES = 64 * 2**20
@@ -44,6 +46,8 @@ class LiftLinear(FrozenLinear):
         shelf: what other adapters have learned here, by their names; it moves with the layer.
         is_new: whether the base has nothing here, so that there is nothing to compute as without
             an adapter.
+        brought_by: what brings all that is learned here to the device, and as which block; None: it
+            is there.
     """
 
     index: SegmentedIndex
@@ -63,6 +67,7 @@ class LiftLinear(FrozenLinear):
         super().__init__(base, weight, workspace)
         if index.shape != weight.shape:
             raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
+        self.brought_by: tuple[StatePool, int] | None = None
         self.put_on(Slot.zero(index, values_dtype))
         self.shelf: dict[str, Slot] = {}
         self._merged: tuple[tuple[float, ...], Tensor] | None = None
@@ -76,7 +81,20 @@ class LiftLinear(FrozenLinear):
     def _carrier(self, x: Tensor) -> Tensor | None:
         if self.observer is not None or not self.trains_now:
             return super()._carrier(x)
+        self.bring()
         return KeepInput.apply(x, self.values, self, self.values_gradient)
+
+    def bring(self) -> None:
+        """Let what is learned here be where it is computed with, until another block is brought."""
+        if self.brought_by is not None:
+            pool, block = self.brought_by
+            pool.need(block)
+
+    def wrote(self) -> None:
+        """What is learned here has been changed in place, where `bring` has let it be."""
+        if self.brought_by is not None:
+            pool, block = self.brought_by
+            pool.wrote(block)
 
     @property
     def weight(self) -> Tensor:
@@ -130,6 +148,7 @@ class LiftLinear(FrozenLinear):
         """The active and the retired offsets of rows `start:stop` that are computed with."""
         if self.is_off:
             return ()
+        self.bring()
         stores = self.learned.stores
         if stop - start == self.out_features:
             return stores
@@ -137,6 +156,7 @@ class LiftLinear(FrozenLinear):
 
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop`, scaled, to `rows` [stop - start, n], in place."""
+        self.bring()
         self.learned.add_to_(rows, start, stop)
 
     @property
@@ -152,6 +172,7 @@ class LiftLinear(FrozenLinear):
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
+        self.bring()
         gradient = torch.empty_like(self.values)
         self.gradient_of_rows(grad_y, x, 0, gradient)
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
@@ -287,17 +308,31 @@ class LiftLinear(FrozenLinear):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LiftLinear:
         """Moves what is learned, and never changes its dtype: `half` is meant for a base."""
         moves, merged = keep_dtype(fn), self.merged
-        super()._apply(moves, recurse=False)
+        with self._without_brought():
+            super()._apply(moves, recurse=False)
         with self.without_streamed():
             for child in self.children() if recurse else ():
                 child._apply(fn)
+        self.merged = None if merged is None else moves(merged)
+        if self.brought_by is not None:
+            return self
         self.index = self.index.map(moves)
         if self.retired_index is not None and self.retired_values is not None:
             self.retired_index = self.retired_index.map(moves)
             self.retired_values = moves(self.retired_values)
-        self.merged = None if merged is None else moves(merged)
         self.shelf = {name: slot.map(moves) for name, slot in self.shelf.items()}
         return self
+
+    @contextmanager
+    def _without_brought(self) -> Iterator[None]:
+        """The layer without values that a pool brings: they stay where they are."""
+        values = self.values
+        try:
+            if self.brought_by is not None:
+                self._parameters["values"] = None
+            yield
+        finally:
+            self._parameters["values"] = values
 
 
 class _HeadWeight(torch.autograd.Function):
@@ -332,7 +367,7 @@ class EffectiveTiles:
 
     @property
     def device(self) -> torch.device:
-        return self.layer.values.device
+        return self.layer.weight_tiles.device
 
     def rows(self, start: int, stop: int) -> Tensor:
         rows = self.layer.weight_tiles.rows(start, stop).to(torch.float32, copy=True)

@@ -74,6 +74,7 @@ def refresh_mask(
         total += layer.index.count
         if layer.is_fixed:
             continue
+        layer.bring()
         mask, converged = _choose(layer, name, state.config)
         if not converged:
             unconverged.append(name)
