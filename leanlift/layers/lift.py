@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from leanlift.layers.autograd import KeepInput
-from leanlift.layers.frozen import FrozenLinear, dense
+from leanlift.layers.effective import EffectiveTiles, HeadWeight
+from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.slot import Slot, is_state_key, keep_dtype, learned_of, state_of
 from leanlift.layers.workspace import Workspace
 from leanlift.sparse import (
@@ -101,7 +101,7 @@ class LiftLinear(FrozenLinear):
         """As of `FrozenLinear`; of a head the effective one, with a gradient to its values."""
         if self.is_off or not self.is_head:
             return super().weight
-        weight: Tensor = _HeadWeight.apply(self.values, self)
+        weight: Tensor = HeadWeight.apply(self.values, self)
         return weight
 
     @property
@@ -333,46 +333,6 @@ class LiftLinear(FrozenLinear):
             yield
         finally:
             self._parameters["values"] = values
-
-
-class _HeadWeight(torch.autograd.Function):
-    """The effective weight [m, n] of a layer, in the dtype of its base."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, layer: LiftLinear) -> Tensor:
-        ctx.index, ctx.dtype, ctx.scale = layer.index, values.dtype, layer.scale
-        return dense(layer.effective, layer.weight_tiles.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        gradient = grad.reshape(-1)
-        if not ctx.index.is_full:
-            gradient = gradient[ctx.index.to_flat()]
-        gradient = gradient.to(ctx.dtype)
-        return (gradient if ctx.scale == 1 else gradient * ctx.scale), None
-
-
-class EffectiveTiles:
-    """The effective weight of a LiftLinear, read by rows in fp32 without touching the scratch."""
-
-    dtype = torch.float32
-
-    def __init__(self, layer: LiftLinear) -> None:
-        self.layer = layer
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.layer.weight_tiles.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.weight_tiles.device
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        rows = self.layer.weight_tiles.rows(start, stop).to(torch.float32, copy=True)
-        self.layer.add_offsets_(rows, start, stop)
-        return rows
 
 
 def _gradient_rows(m: int, n: int, x: Tensor) -> int:

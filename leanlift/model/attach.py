@@ -33,6 +33,7 @@ from leanlift.model.resize_embeddings import rows_to_grow_to, with_more_rows
 from leanlift.model.state import LiftState, lift_layers, lift_state, print_trainable_parameters
 from leanlift.model.strangers import guard, own_base
 from leanlift.model.stream_state import at_rest, stream_state
+from leanlift.model.streaming import computes_on
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets, what_is_left
 from leanlift.model.tokens import check_tokens, lift_tokens
@@ -166,7 +167,8 @@ def attach(
         facts = with_base_samples(base, indices, checkpoint)
     workspace = Workspace()
     make_layer = layers_over(base.weights, indices, workspace, getattr(torch, config.values_dtype))
-    ends = operate(model, make_layer, int8 if config.quantize_embeddings else None, embedding_rows)
+    hold = partial(int8, device=computes_on(model)) if config.quantize_embeddings else None
+    ends = operate(model, make_layer, hold, embedding_rows)
     if config.trainable_token_indices:
         dtype = getattr(torch, config.values_dtype)
         lift_tokens(model, config.trainable_token_indices, workspace, dtype)

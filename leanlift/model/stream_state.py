@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,9 @@ def stream_state(model: nn.Module) -> StatePool | None:
 
 def _layers(model: nn.Module) -> Iterator[LiftLinear]:
     for layer in model.modules():
-        if isinstance(layer, LiftLinear) and layer.index.count:
-            if _base_pool(layer.base) is not None:
-                yield layer
+        trains = isinstance(layer, LiftLinear) and layer.index.count
+        if trains and _base_pool(layer.base) is not None:
+            yield cast(LiftLinear, layer)
 
 
 def _base_pool(module: Any) -> Pool | None:
@@ -113,6 +113,7 @@ def stream_moments(model: nn.Module, optimizer: SparseAdamW) -> None:
         state.optimizer = optimizer
         for layer in state.layers:
             optimizer.reserve(layer.values)
+    let_rest(model)
 
 
 def let_rest(model: nn.Module) -> None:

@@ -80,6 +80,12 @@ def pool_of(model: nn.Module) -> Pool | None:
     return found
 
 
+def computes_on(model: nn.Module) -> torch.device | None:
+    """Where a model computes whose blocks are brought; None: where it is."""
+    pool = pool_of(model)
+    return None if pool is None else pool.device
+
+
 def layers_by_block(model: nn.Module) -> list[list[Any]]:
     """What has a frozen weight in each block of the language model, in order: layers of ours, and
     before they are put in Linears and stacks of experts. Each weight is there once, under its

@@ -70,11 +70,15 @@ class StatePool(Pool):
 
     def rest(self) -> None:
         """Let all that was written be on the host, and everything be read from there; waits for
-        that."""
+        that. Blocks are laid out for what they have by now."""
         for buffer in self.buffers:
             self._empty(buffer)
         self._current = self._turn = None
         self._wait()
+        for number in range(len(self.blocks)):
+            self._follow(number)
+        for buffer in self.buffers:
+            self._make_room(buffer, max((block.nbytes for block in self.blocks), default=0))
 
     def _follow(self, number: int) -> None:
         """Lay a block out anew where its tensors are others than it was laid out for."""
@@ -95,9 +99,7 @@ class StatePool(Pool):
     def _copy(self, number: int, buffer: Buffer) -> None:
         self._empty(buffer)
         self._follow(number)
-        if buffer.memory.nbytes < self.blocks[number].nbytes:  # retired entries have come in
-            self._wait()
-            buffer.memory = torch.empty_like(self.blocks[number].host, device=self.device)
+        self._make_room(buffer, self.blocks[number].nbytes)
         super()._copy(number, buffer)
 
     def _empty(self, buffer: Buffer) -> None:
@@ -111,6 +113,12 @@ class StatePool(Pool):
             self._changed.discard(number)
             self.written_back += 1
         super()._empty(buffer)
+
+    def _make_room(self, buffer: Buffer, nbytes: int) -> None:
+        """Let an empty buffer have so many bytes: moments or retired entries have come in."""
+        if buffer.memory.nbytes < nbytes:
+            self._wait()
+            buffer.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def _wait(self) -> None:
         if self._stream is not None:
