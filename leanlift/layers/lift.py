@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanlift.errors import UserError
 from leanlift.layers.autograd import KeepInput
 from leanlift.layers.effective import EffectiveTiles, HeadWeight
 from leanlift.layers.frozen import FrozenLinear
@@ -268,7 +269,16 @@ class LiftLinear(FrozenLinear):
         return taken
 
     def put_on(self, slot: Slot) -> None:
-        """Compute and train with what an adapter has learned here, whatever was here before."""
+        """Compute and train with what an adapter has learned here, whatever was here before.
+
+        Raises:
+            UserError: what is learned here comes with its block, which knows one adapter.
+        """
+        if self.brought_by is not None:
+            raise UserError(
+                "streamed state is that of one adapter: load the base anew for another one, "
+                "without stream_state."
+            )
         self.index, self.values, self.scale = slot.index, slot.values, slot.scale
         self.retired_index, self.retired_values = slot.retired_index, slot.retired_values
 

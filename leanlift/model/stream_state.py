@@ -68,7 +68,11 @@ def at_rest(weight: FrozenWeight, index: SegmentedIndex) -> SegmentedIndex:
 
 def stream_state(model: nn.Module) -> StatePool | None:
     """Let what is learned in the blocks of a model come with them, where it was streamed so
-    (`stream_base(..., state=True)`); None: it was not."""
+    (`stream_base(..., state=True)`); None: it was not.
+
+    Raises:
+        UserError: memory of the host's that cannot be had.
+    """
     model = lifted(model)
     base = pool_of(model)
     if base is None or not base.with_state:
@@ -78,7 +82,13 @@ def stream_state(model: nn.Module) -> StatePool | None:
         number = getattr(layer.base.weight, STREAMED)[1]
         blocks.setdefault(number, []).append(layer)
     states = [Learned(layers) for _, layers in sorted(blocks.items())]
-    pool = StatePool(states, base.device)
+    try:
+        pool = StatePool(states, base.device)
+    except RuntimeError as error:
+        raise UserError(
+            "streamed state needs memory of the host's, pinned, which could not be had: free some, "
+            "or leave out stream_state."
+        ) from error
     for number, state in enumerate(states):
         for layer in state.layers:
             layer.brought_by = pool, number
