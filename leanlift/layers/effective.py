@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from leanlift.layers.frozen import dense
+from leanlift.sparse import SegmentedIndex
+from leanlift.tiles import RowTiles
 
-if TYPE_CHECKING:
-    from leanlift.layers.lift import LiftLinear
+
+class Layer(Protocol):
+    """What is asked of a layer: as of `LiftLinear`."""
+
+    index: SegmentedIndex
+    scale: float
+
+    @property
+    def weight_tiles(self) -> RowTiles:
+        """The frozen weight."""
+
+    @property
+    def effective(self) -> RowTiles:
+        """W_eff."""
+
+    def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
+        """Add the offsets of rows `start:stop` to them."""
 
 
 class EffectiveTiles:
@@ -19,7 +36,7 @@ class EffectiveTiles:
 
     dtype = torch.float32
 
-    def __init__(self, layer: LiftLinear) -> None:
+    def __init__(self, layer: Layer) -> None:
         self.layer = layer
 
     @property
@@ -40,7 +57,7 @@ class HeadWeight(torch.autograd.Function):
     """The effective weight [m, n] of a layer, in the dtype of its base."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, layer: LiftLinear) -> Tensor:
+    def forward(ctx: Any, values: Tensor, layer: Layer) -> Tensor:
         ctx.index, ctx.dtype, ctx.scale = layer.index, values.dtype, layer.scale
         return dense(layer.effective, layer.weight_tiles.dtype)
 

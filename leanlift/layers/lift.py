@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from leanlift.errors import UserError
 from leanlift.layers.autograd import KeepInput
 from leanlift.layers.effective import EffectiveTiles, HeadWeight
-from leanlift.layers.frozen import FrozenLinear
+from leanlift.layers.frozen import FrozenLinear, gradient_rows
 from leanlift.layers.slot import Slot, is_state_key, keep_dtype, learned_of, state_of
 from leanlift.layers.workspace import Workspace
 from leanlift.sparse import (
@@ -24,10 +24,7 @@ from leanlift.sparse import (
     common,
 )
 from leanlift.streaming import StatePool
-from leanlift.tiles import RowTiles, row_ranges, tile_rows
-
-SAMPLED_TILE_BYTES = 64 * 2**20
-"""Of fp32 rows whose selected entries are formed at once on a CPU."""
+from leanlift.tiles import RowTiles, row_ranges
 
 
 class LiftLinear(FrozenLinear):
@@ -190,7 +187,7 @@ class LiftLinear(FrozenLinear):
         """The same, formed by the layer itself."""
         (_, r), n = left.shape, right.shape[1]
         ops = self.workspace.ops or self.workspace.choose(right.device)
-        for start, stop in row_ranges(r, _gradient_rows(r, n, right)):
+        for start, stop in row_ranges(r, gradient_rows(r, n, right)):
             index, place = self.index.part(first + start, first + stop), out
             if index.count < out.numel():
                 place = out[slice(*self.index.span(first + start, first + stop))]
@@ -343,13 +340,3 @@ class LiftLinear(FrozenLinear):
             yield
         finally:
             self._parameters["values"] = values
-
-
-def _gradient_rows(m: int, n: int, x: Tensor) -> int:
-    """Rows of the values' gradient that are formed at once.
-
-    On CUDA all: the scratch has room for any layer's weight, and one product is as fast as several
-    whose results stay in the cache for the gather (`benchmarks/gpu_proof`). On a CPU, many: of most
-    masks the entries alone are formed.
-    """
-    return m if x.device.type == "cuda" else tile_rows(n, 4, SAMPLED_TILE_BYTES)
