@@ -33,6 +33,7 @@ class Sample:
         labels: as many as `whole`; -100 does not count in the loss.
         expected: the completion as text; None where there is no prompt to generate from.
         answer: what the `answer` column holds, or None.
+        row: the number of the row that it is of: a chat has one for each turn of the assistant.
     """
 
     prompt: list[int]
@@ -40,6 +41,7 @@ class Sample:
     labels: list[int]
     expected: str | None
     answer: str | None = None
+    row: int = 0
 
     @property
     def start(self) -> int:
