@@ -27,6 +27,7 @@ from benchmarks.quality.shared import Work, run_jobs
 from benchmarks.quality.skills import skills
 from benchmarks.quality.table import update_readme
 from benchmarks.quality.text import text
+from leanlift.errors import UserError
 
 PRESETS = {"cpu": CPU, "gpu": GPU}
 TEXT_PRESETS = {"cpu": CPU_TEXT, "gpu": GPU}
@@ -48,13 +49,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tables", action="store_true", help="only write tables and plots")
     add_arguments(parser.add_argument_group("the paper preset"))
     args = parser.parse_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"expected --jobs of at least 1, got {args.jobs}")
     if args.preset == "paper":
         from_arguments(args, parser)
         return
     if args.preset == "real":
         if not args.tables and (args.data is None or not args.data.is_file()):
             parser.error(f"real needs --data, a file of worked problems; got {args.data}")
-        real_preset(args, list(sys.argv[1:] if argv is None else argv))
+        try:
+            real_preset(args, list(sys.argv[1:] if argv is None else argv))
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
         return
     if (args.source is None) != (args.data is None):
         parser.error("the text domain needs both --source and --data")
