@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from leanlift.config import LiftConfig
-from leanlift.layers import FrozenLinear, LiftEmbedding, scratch_nbytes
+from leanlift.layers import FrozenLinear, LiftEmbedding, LiftLinear, scratch_nbytes
 from leanlift.layers.tokens import TOKEN_NBYTES
 from leanlift.model.embeddings import (
     EmbeddingBytes,
@@ -60,11 +60,13 @@ class BlockBytes:
         tensors: of all tensors that are streamed, wherever they are.
         host: of the host's buffers for them.
         buffers: of those on the device.
+        targets: the names of the targets in each block.
     """
 
     tensors: int
     host: int
     buffers: int
+    targets: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -173,13 +175,16 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
 
 def _streamed(model: Any) -> BlockBytes:
     """Of the blocks of a base that is streamed."""
-    tensors, blocks = 0, []
+    names = {module: name for name, module in named_parts(model).items()}
+    tensors, blocks, targets = 0, [], []
     for layers in layers_by_block(model):
+        trained = [layer for layer in layers if isinstance(layer, LiftLinear)]
+        targets.append(tuple(names[layer] for layer in trained))
         weights: list[Any] = [layer.weight_tiles for layer in layers]
         sizes = [size for w in weights for size in w.format.tensor_sizes(w.shape)]
         tensors += sum(sizes)
         blocks.append(nbytes_of(sizes))
-    return BlockBytes(tensors, sum(blocks), BUFFERS * max(blocks))
+    return BlockBytes(tensors, sum(blocks), BUFFERS * max(blocks), tuple(targets))
 
 
 def _held(weight: Any) -> int:

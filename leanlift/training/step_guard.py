@@ -224,4 +224,5 @@ class GradientHooks:
         self.guard.see_gradient(layer, values.grad)
         if self.optimizer is not None:
             self.optimizer.step_parameter(values, self.guard.fine)
+            self._layers[layer].wrote()
             values.grad = None
