@@ -49,8 +49,8 @@ def check_same(place: Path, now: dict[str, str]) -> None:
     if other:
         raise UserError(
             f"{place.parent} has results of the same name by {' and '.join(other)} that differ "
-            f"from what is given now: take {place.name} and what belongs to it away, or give the "
-            "model's directory another name."
+            f"from what is given now: take {place.name} and what lies beside it under this name "
+            "away, or give the directory or the file another name."
         )
     place.parent.mkdir(parents=True, exist_ok=True)
     write_json(place, now)

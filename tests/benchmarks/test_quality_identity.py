@@ -107,6 +107,30 @@ def test_results_of_a_test_set_and_of_a_text_are_known_by_what_is_in_them() -> N
     assert one.text_mark == asked("2").text_mark != asked(text="another").text_mark
 
 
+def test_a_base_of_the_text_domain_is_that_of_its_files(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Files of the same names with other rows; and one that has none of questions."""
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(command, "base_of", lambda *given: pytest.fail("began"))
+    source, cache = rows_of(tmp_path / "source.json", "-"), str(tmp_path / "cache")
+    argv = ["--source", str(source), "--data", str(data), "--cache", cache]
+    with pytest.raises(pytest.fail.Exception, match="began"):
+        command.main(argv)
+    rows_of(source, "less")
+    for results in ("results", "others"):
+        monkeypatch.setattr(command, "RESULTS", tmp_path / results)
+        with pytest.raises(SystemExit, match="2"):
+            command.main(argv)
+        assert "of the same name by --source that differ" in capsys.readouterr().err
+        (tmp_path / "others").mkdir(exist_ok=True)
+    source.write_text('[{"text": "a"}]')
+    with pytest.raises(SystemExit, match="2"):
+        command.main(argv)
+    assert "row 0 of" in capsys.readouterr().err
+
+
 # --- what is wrong ----------------------------------------------------------------------------
 
 
