@@ -74,7 +74,8 @@ class Run:
         self.model = lift(model, config).train()
         optimizer = SparseAdamW(trained(self.model), lr=1e-3, moments="8bit")
         stream_moments(self.model, optimizer)
-        self._hooks = GradientHooks(self.model, StepGuard(1), optimizer)
+        self.guard = StepGuard(1)
+        self._hooks = GradientHooks(self.model, self.guard, optimizer)
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.allocated: list[int] = []
@@ -89,6 +90,7 @@ class Run:
             with self.apart():
                 loss = tiled_loss(self.model, self.scale.ids)
                 loss.backward()
+            self.guard.end_step(len(self.losses), lambda: "nothing was saved")
             let_rest(self.model)
             return float(loss.detach())
 

@@ -77,6 +77,7 @@ def stream_state(model: nn.Module) -> StatePool | None:
     base = pool_of(model)
     if base is None or not base.with_state:
         return None
+    check_used_once(model)
     blocks: dict[int, list[LiftLinear]] = {}
     for layer in _layers(model):
         number = getattr(layer.base.weight, STREAMED)[1]
@@ -95,6 +96,22 @@ def stream_state(model: nn.Module) -> StatePool | None:
     holder: Any = model
     setattr(holder, POOL, pool)
     return pool
+
+
+def check_used_once(model: nn.Module) -> None:
+    """Refuse blocks that a model goes through several times in a pass: they would come in between,
+    and be updated after each.
+
+    Raises:
+        UserError: there is one.
+    """
+    paths = model.named_modules(remove_duplicate=False)
+    used = [id(module) for _, module in paths if isinstance(module, LiftLinear)]
+    if len(used) > len(set(used)):
+        raise UserError(
+            f"this {type(model).__name__} goes through the same block several times, whose state "
+            "cannot come and go with it: leave out stream_state."
+        )
 
 
 def _layers(model: nn.Module) -> Iterator[LiftLinear]:

@@ -18,6 +18,7 @@ from leanlift.model.embeddings import (
     quantizing_ends_nbytes,
 )
 from leanlift.model.stacks import named_parts
+from leanlift.model.stream_state import check_used_once
 from leanlift.model.streaming import layers_by_block
 from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
@@ -146,6 +147,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     }
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
+    if settings.stream_state:
+        check_used_once(model)
     layers = {
         name: m
         for name, m in model.named_modules()

@@ -77,12 +77,14 @@ class Run:
         """Losses; a refresh after the second step."""
         torch.manual_seed(1)
         stream_moments(self.model, self.optimizer)
-        hooks = GradientHooks(self.model, StepGuard(3), self.optimizer)
+        guard = StepGuard(3)
+        hooks = GradientHooks(self.model, guard, self.optimizer)
         losses = []
         self.model.train()
         for step in range(count):
             loss = self.model(input_ids=IDS, labels=IDS, use_cache=False).loss
             loss.backward()
+            assert guard.end_step(step, lambda: "")
             let_rest(self.model)
             losses.append(loss.item())
             if step == 1:
@@ -185,3 +187,31 @@ def test_it_is_refused_where_gradients_wait(base) -> None:
     check_updates_in_backward(run.model, True)
     with pytest.raises(UserError, match=r"call it before get_lift_model"):
         stream_base(get_lift_model(load(base("llama")), progress=False), CPU, state=True)
+
+
+def test_blocks_that_are_gone_through_several_times_are_refused(base) -> None:
+    model = load(base("llama"))
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+    stream_base(model, CPU, state=True)
+    with pytest.raises(UserError, match=r"goes through the same block several times.*stream_state"):
+        get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
+
+
+def test_a_second_gradient_in_one_step_is_refused(base) -> None:
+    run = Run(base("llama"), False, "nf4+double", "8bit", "bfloat16")
+    hooks = GradientHooks(run.model, StepGuard(3), run.optimizer)
+    for expected in (False, True):
+        loss = run.model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        if expected:
+            with pytest.raises(UserError, match="second gradient in one step"):
+                loss.backward()
+        else:
+            loss.backward()
+    hooks.remove()
+
+
+def test_streamed_state_knows_one_adapter(base) -> None:
+    run = Run(base("llama"), True, "nf4+double", "8bit", "bfloat16")
+    layer = next(iter(lift_layers(run.model).values()))
+    with pytest.raises(UserError, match="that of one adapter"):
+        layer.take_off()
