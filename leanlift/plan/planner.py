@@ -28,10 +28,13 @@ from leanlift.plan.seen import keeping_numbers
 from leanlift.plan.settings import PlanSettings
 from leanlift.plan.shapes import Planned, Shapes, attached, shapes_of
 from leanlift.plan.sums import (
+    adapter_nbytes,
     before_training,
     beside_training,
     gradient_nbytes,
     held_nbytes,
+    host_nbytes,
+    moments_nbytes,
     one_selection_nbytes,
     updating_nbytes,
 )
@@ -74,7 +77,7 @@ def plan_step(
     categories["activations and workspace"] = train - sum(categories.values())
     return MemoryPlan(
         model=name,
-        categories={category: categories[category] for category in CATEGORIES},
+        categories={name: categories[name] for name in CATEGORIES if name in categories},
         phases={
             **before_training(planned, shapes, held),
             "train": train,
@@ -93,12 +96,14 @@ def plan_step(
         weights=shapes.weights,
         holds_for=_holds_for(planned),
         context=_context(planned.settings),
-        host=0 if shapes.streamed is None else shapes.streamed.host,
-        work=step_work(shapes.work, _running(planned, shapes, held)),
+        host=host_nbytes(planned, shapes),
+        adapter=adapter_nbytes(planned, shapes),
+        moments=moments_nbytes(planned, shapes),
+        work=step_work(shapes.work, _running(planned, shapes)),
     )
 
 
-def _running(planned: Planned, shapes: Shapes, held: dict[str, int]) -> Running:
+def _running(planned: Planned, shapes: Shapes) -> Running:
     """What of the settings decides a step's work."""
     settings, batch = planned.settings, planned.settings.batch
     return Running(
@@ -112,7 +117,10 @@ def _running(planned: Planned, shapes: Shapes, held: dict[str, int]) -> Running:
         item=settings.model_dtype.itemsize,
         value=planned.value_nbytes,
         streamed=0 if shapes.streamed is None else shapes.streamed.tensors,
-        state=held["optimizer state"],
+        learned=0
+        if shapes.streamed is None
+        else host_nbytes(planned, shapes) - shapes.streamed.host,
+        state=moments_nbytes(planned, shapes),
     )
 
 
@@ -286,6 +294,7 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "quantize_embeddings": config.quantize_embeddings,
         "embedding_on_cpu": settings.embedding_on_cpu,
         "stream_base": settings.stream_base,
+        "stream_state": settings.stream_state,
         "refresh_interval": config.refresh_interval,
         "per_device_eval_batch_size": 0 if evaluated is None else evaluated.rows,
         "cuda": settings.on_cuda,

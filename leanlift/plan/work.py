@@ -128,6 +128,7 @@ class Running:
         offloading: whether what blocks are given waits in the host's memory.
         item, value: bytes of a number, and of a trained offset.
         streamed: bytes of blocks that are brought from the host's memory.
+        learned: bytes of what is learned in them, where that is brought too.
         state: bytes of the optimizer's state.
     """
 
@@ -141,6 +142,7 @@ class Running:
     item: int
     value: int
     streamed: int
+    learned: int
     state: int
 
 
@@ -231,13 +233,14 @@ def step_work(model: ModelWork, run: Running) -> StepWork:
         backward += Part(attention=ATTENTION_BACK * attention.attention)
         recomputed += attention if block in again else Part()
     bus = Part(bus=_streamed(model, run) + _offloaded(model, run, again))
+    back = Part(bus=_written(model, run))
     return StepWork(
         times=run.times,
         tokens=run.rows * run.tokens,
         forward=forward + bus,
         loss=_loss(model.head, run),
         recomputed=recomputed,
-        backward=backward + bus,
+        backward=backward + bus + back,
         optimizer=_optimizer(model, run),
         recomputable=model.recomputable,
     )
@@ -294,7 +297,13 @@ def _optimizer(model: ModelWork, run: Running) -> Part:
 def _streamed(model: ModelWork, run: Running) -> float:
     """Bytes of blocks that are brought in a pass: two are there at each turn."""
     blocks = max(1, len(model.attention))
-    return run.streamed * max(0, blocks - 2) / blocks
+    return (run.streamed + run.learned) * max(0, blocks - 2) / blocks
+
+
+def _written(model: ModelWork, run: Running) -> float:
+    """Bytes of values and moments that go back to the host behind an update in the backward pass."""
+    entries = sum(matrix.entries for matrix in model.matrices)
+    return run.state + run.value * entries if run.learned else 0
 
 
 def _offloaded(model: ModelWork, run: Running, again: range) -> float:

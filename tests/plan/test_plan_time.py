@@ -26,7 +26,7 @@ MATRICES = tuple(
 MODEL = ModelWork(MATRICES, ((4, None), (4, 3)), 2, (10, 4))
 RUN = Running(
     rows=2, tokens=6, trained=12, times=3, checkpointing=True, kept=1, offloading=False, item=2,
-    value=2, streamed=0, state=12,
+    value=2, streamed=0, learned=0, state=12,
 )  # fmt: skip
 
 
@@ -53,6 +53,9 @@ def test_what_crosses_the_bus() -> None:
     moved = step_work(four, dataclasses.replace(RUN, streamed=400, offloading=True, kept=1))
     inputs = 3 * 12 * 4 * 2
     assert moved.forward.bus == moved.backward.bus == 400 * 2 / 4 + inputs
+    learned = step_work(four, dataclasses.replace(RUN, streamed=400, learned=100))
+    assert learned.forward.bus == 500 * 2 / 4
+    assert learned.backward.bus == learned.forward.bus + 12 + 2 * 6, "moments and values go back"
     alone = step_work(four, dataclasses.replace(RUN, offloading=True, checkpointing=False))
     assert alone.forward.bus == 12 * 2 * sum(m.n for m in MATRICES)
 
