@@ -120,7 +120,7 @@ def _read(file: Path) -> MemoryPlan | None:
         data: dict[str, Any] = read_json(file)
         work = data.pop("work")
         plan = MemoryPlan(**data, work=None if work is None else _work(work))
-        if set(plan.categories) != set(CATEGORIES) or plan.peak < 1:
+        if not {"values"} <= set(plan.categories) <= set(CATEGORIES) or plan.peak < 1:
             return None
     except Exception:  # whatever somebody has put there
         return None

@@ -105,7 +105,7 @@ def plan_step(
 
 def _running(planned: Planned, shapes: Shapes) -> Running:
     """What of the settings decides a step's work."""
-    settings, batch = planned.settings, planned.settings.batch
+    settings, batch, streamed = planned.settings, planned.settings.batch, shapes.streamed
     return Running(
         rows=batch.rows,
         tokens=batch.tokens,
@@ -116,10 +116,8 @@ def _running(planned: Planned, shapes: Shapes) -> Running:
         offloading=settings.activation_offloading,
         item=settings.model_dtype.itemsize,
         value=planned.value_nbytes,
-        streamed=0 if shapes.streamed is None else shapes.streamed.tensors,
-        learned=0
-        if shapes.streamed is None
-        else host_nbytes(planned, shapes) - shapes.streamed.host,
+        streamed=0 if streamed is None else streamed.tensors,
+        learned=0 if streamed is None else host_nbytes(planned, shapes) - streamed.host,
         state=moments_nbytes(planned, shapes),
     )
 

@@ -301,7 +301,7 @@ def _streamed(model: ModelWork, run: Running) -> float:
 
 
 def _written(model: ModelWork, run: Running) -> float:
-    """Bytes of values and moments that go back to the host behind an update in the backward pass."""
+    """Bytes of values and moments that go back to the host, updated in the backward pass."""
     entries = sum(matrix.entries for matrix in model.matrices)
     return run.state + run.value * entries if run.learned else 0
 

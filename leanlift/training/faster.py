@@ -257,7 +257,10 @@ def _with(start: Settings, taken: tuple[Taken, ...]) -> Settings | None:
     for step in taken:
         if not step.change.possible(settings):
             return None
-        settings = step.change(settings)
+        try:
+            settings = step.change(settings)
+        except UserError:  # as of streamed state without a streamed base
+            return None
     return settings
 
 
