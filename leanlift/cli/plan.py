@@ -132,7 +132,7 @@ def timed(plan: MemoryPlan, card: Card | None) -> MemoryPlan:
     """The plan with the time of a step on a card, where there is one."""
     if card is None or plan.work is None:
         return plan
-    return replace(plan, time=step_time(plan.work, card))
+    return replace(plan, time=step_time(plan.work, card).to_dict())
 
 
 def advice(useful: Sequence[Taken]) -> list[str]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from leanlift.plan.time import StepTime
-from leanlift.plan.work import StepWork
-
 CARDS_GIB = (4, 6, 8, 12, 16, 24, 48)
 CONTEXT = int(0.55 * 2**30)
 """What a CUDA process takes before its first tensor, and what the allocator loses to
@@ -48,8 +45,8 @@ class MemoryPlan:
             is streamed; on a CPU it is in the categories too.
         adapter: positions, offsets and retired entries, wherever they are.
         moments: the optimizer's state, wherever it is.
-        work: what a step has to compute.
-        time: how long that takes on a card, modelled; None: no card was asked for.
+        work: what a step has to compute (`leanlift.plan.work`), of which a time is made.
+        time: how long a step takes on a card, modelled, JSON-ready; None: no card was asked for.
     """
 
     model: str
@@ -64,8 +61,8 @@ class MemoryPlan:
     host: int = 0
     adapter: int = 0
     moments: int = 0
-    work: StepWork | None = None
-    time: StepTime | None = None
+    work: Any = None
+    time: dict[str, Any] | None = None
 
     @property
     def peak_phase(self) -> str:
@@ -102,8 +99,7 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; see docs/plan.md."""
         data = {
-            **asdict(replace(self, work=None, time=None)),
-            "time": None if self.time is None else self.time.to_dict(),
+            **asdict(replace(self, work=None)),
             "peak": self.peak,
             "peak_phase": self.peak_phase,
             "peak_moment": self.peak_moment,
