@@ -52,8 +52,8 @@ LIMIT = number(f"0 or more and at most {MOST:g}", lambda value: 0 <= value <= MO
 class LiftConfig:
     """How many entries of which matrices are trained, and how they are chosen.
 
-    Where a default comes from stands with it; "measured" means `benchmarks/quality`: miniatures, and
-    SmolLM2-135M where that is said.
+    Where a default comes from stands with it; "measured" means `benchmarks/quality`, a miniature
+    where no other base is named.
     """
 
     density: float = field(
@@ -116,8 +116,7 @@ class LiftConfig:
             "principal, magnitude, random or gradient. Principal is the method; gradient takes the "
             "largest accumulated gradients over a calibration set. The paper's ablation on "
             "Llama-2-7B has principal ahead of magnitude ahead of gradient. Measured on "
-            "SmolLM2-135M at 5 %, principal, magnitude and random learn and keep as much, and "
-            "gradient learns less; magnitude and random need no approximation.",
+            "SmolLM2-135M, principal, magnitude and random learn as much, gradient less.",
         ),
     )
     block: int = field(
