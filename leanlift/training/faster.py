@@ -30,8 +30,8 @@ LEAST_PACKED, LEAST_PADDED = 0.01, 0.2
 """Shares of a step's time that a larger micro-batch must save: of packed rows, and of others."""
 
 RESERVE = 0.05
-"""Of a card, that is not spent on time: so far may what a step needs be above its plan (on an H100 it
-was 2 %, `benchmarks/gpu_proof`)."""
+"""Of a card, that is not spent on time: so far may what a step needs be above its plan (on an H100
+it was 2 %, `benchmarks/gpu_proof`)."""
 
 ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 

@@ -16,7 +16,7 @@ from leanlift.plan import MemoryPlan
 from leanlift.plan.cards import card_named
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of
 from leanlift.training.changes import Change, Taken, ordered_changes
-from leanlift.training.faster import Faster, faster
+from leanlift.training.faster import RESERVE, Faster, faster
 from leanlift.training.fit import fit
 
 CARD = card_named("RTX 3060")
@@ -46,8 +46,9 @@ def needed(settings: tuple[RunArguments, LiftSFTConfig], **loop: Any) -> int:
 def test_as_many_blocks_as_fit_are_kept(deep: Path) -> None:
     settings = told(deep)
     room = needed(settings, kept_blocks=5) + 1000
+    gib = room / GIB / (1 - RESERVE)
     tried: list[str] = []
-    found = fit(*settings, room / GIB, True, tried.append, card=CARD)
+    found = fit(*settings, gib, True, tried.append, card=CARD)
     assert found.taken == ()
     assert [each.change.keys for each in found.bought] == [{"kept_blocks": 5}]
     bought = found.bought[0]
@@ -56,9 +57,11 @@ def test_as_many_blocks_as_fit_are_kept(deep: Path) -> None:
     assert bought.taken == found.plan.needed - needed(settings)
     assert bought.saved > 0
     assert sum("kept_blocks" in line for line in tried) <= 4, "two plans, a line, and the proof"
-    assert fit(*settings, room / GIB, True).bought == (), "no card, no times"
-    asked = fit(*settings, room / GIB, True, card=CARD, asked={"kept_blocks"})
+    assert fit(*settings, gib, True).bought == (), "no card, no times"
+    asked = fit(*settings, gib, True, card=CARD, asked={"kept_blocks"})
     assert asked.bought == (), "what the user has set stays"
+    tight = fit(*settings, needed(settings) * 1.01 / GIB, True, card=CARD)
+    assert (tight.taken, tight.bought) == ((), ()), "the reserve is not spent"
 
 
 def test_kept_blocks_are_given_up_to_fit(deep: Path) -> None:
