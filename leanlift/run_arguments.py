@@ -203,6 +203,14 @@ class RunArguments(LiftConfig, BaseAndRows):
             "and each is copied while the one before it computes.",
         ),
     )
+    tiled_mlp: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH,
+            "MLPs go over the tokens of long rows in pieces. Less memory for activations, and "
+            "weights that are made more often.",
+        ),
+    )
     ops: str = field(
         default="auto",
         metadata=about(

@@ -19,6 +19,7 @@ from leanlift.model.embeddings import (
 )
 from leanlift.model.stacks import named_parts
 from leanlift.model.streaming import layers_by_block
+from leanlift.model.tiled import tiled_mlp
 from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
@@ -124,7 +125,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     """The fake model, ready for a step, and its shapes; call it under `fake_tensors`.
 
     Raises:
-        UserError: a model without targets, or an embedding that cannot be on the CPU.
+        UserError: a model without targets or MLPs that can be tiled, or an embedding that cannot be
+            on the CPU.
     """
     config, settings, model = planned.config, planned.settings, planned.build()
     if settings.embedding_on_cpu:
@@ -144,6 +146,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     }
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
+    if settings.tiled_mlp:
+        tiled_mlp(model)
     layers = {
         name: m
         for name, m in model.named_modules()

@@ -42,9 +42,10 @@ metric_for_best_model greater_is_better eval_dataset_name eval_dataset_split kee
 """
 _COMPUTED_OTHERWISE = """
 use_cpu ops attn_implementation embedding_on_cpu stream_base selection_tile_mib optim_in_backward
-gradient_checkpointing activation_checkpointing activation_offloading torch_empty_cache_steps tf32
-dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
-dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc
+tiled_mlp gradient_checkpointing activation_checkpointing activation_offloading
+torch_empty_cache_steps tf32 dataloader_num_workers dataloader_pin_memory
+dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+dataset_num_proc
 """
 _MOVED = """
 model_name_or_path dataset_name dataset_split datasets formatting_func
