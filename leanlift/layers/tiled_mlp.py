@@ -272,7 +272,7 @@ def _over_pieces(ctx: Any, x: Tensor, grad_y: Tensor, sums: list[Tensor | None])
     """The gradient of x, piece by piece; those of the values are added to `sums`."""
     flat, grads = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     wanted = ctx.needs_input_grad[0]
-    grad_x = torch.empty_like(flat) if wanted else None
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
     for start, stop in pieces(flat.shape[0]):
         piece = flat[start:stop].detach().requires_grad_(wanted or _is_observed(ctx.mlp))
         inputs = [piece, *ctx.values] if piece.requires_grad else ctx.values
@@ -284,11 +284,11 @@ def _over_pieces(ctx: Any, x: Tensor, grad_y: Tensor, sums: list[Tensor | None])
         del unseen, gradient
         of_piece = found.pop(0) if piece.requires_grad else None
         if grad_x is not None and of_piece is not None:
-            grad_x[start:stop] = of_piece
+            grad_x.view(flat.shape)[start:stop] = of_piece
         del of_piece
         for at in range(len(sums)):
             _add(sums, at, found.pop(0))
-    return None if grad_x is None else grad_x.view(x.shape)
+    return grad_x
 
 
 def _add(sums: list[Tensor | None], at: int, part: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """Norms that go over the tokens of a long row in pieces.
 
-A norm in 16 bits computes in fp32, and written as a handful of operations it keeps half a dozen
-tensors of that width for its backward pass and makes as many there: twice as wide as anything else
-outside of an MLP, they are what a long step peaks at once its MLPs go in pieces. Each token has a
+A norm in 16 bits computes in fp32. Written as a handful of operations it keeps its input in that
+width, and its backward pass has half a dozen such tensors at once, each twice as wide as anything
+else outside of an MLP: once MLPs go in pieces they are what a long step peaks at. Each token has a
 result of its own, so a norm can go in pieces too, keeping its input alone, and computes each piece
 once more in the backward pass. Every number is the same, to the bit.
 
@@ -77,15 +77,16 @@ class InPieces(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         grads = grad_y.reshape(-1, x.shape[-1])
-        grad_x = torch.empty(grads.shape, dtype=x.dtype, device=x.device)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        into = grad_x.view(grads.shape)
         with ctx.autocast.again():
             for start, stop, piece in _pieces(x):
                 piece = piece.detach().requires_grad_()
                 with torch.enable_grad(), kept_here():
                     part = ctx.own(ctx.norm, piece)
-                (grad_x[start:stop],) = torch.autograd.grad(part, piece, grads[start:stop])
+                (into[start:stop],) = torch.autograd.grad(part, piece, grads[start:stop])
                 del part, piece
-        return grad_x.view(x.shape), None, None
+        return grad_x, None, None
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[int, int, Tensor]]:

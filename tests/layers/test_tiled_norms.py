@@ -67,13 +67,15 @@ def test_the_input_is_kept_and_pieces_are_made() -> None:
     model = model_of("llama", torch.bfloat16)
     norm, x = model.model.norm, torch.randn(700, 64, dtype=torch.bfloat16, requires_grad=True)
 
+    grad_y = torch.randn_like(x)
+
     def peak() -> int:
         with LiveBytes() as live:
-            norm(x).backward(torch.ones(()).to(x).expand(x.shape))
+            norm(x).backward(grad_y)
         return live.peak
 
     whole = peak()
-    assert saved_nbytes(norm, x) > 3 * x.nbytes
+    assert saved_nbytes(norm, x) > 2 * x.nbytes
     use_tiled_norms(model)
     assert saved_nbytes(norm, x) == x.nbytes
     assert peak() < 2.3 * x.nbytes
