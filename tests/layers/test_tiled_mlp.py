@@ -216,14 +216,17 @@ def test_nothing_inside_is_as_long_as_the_rows(family: str) -> None:
 def test_what_observes_a_layer_sees_what_it_saw() -> None:
     model = attached()
     seen: list[dict[str, Tensor]] = []
+
+    def observer(name: str) -> Any:
+        def observe(x: Tensor, grad_y: Tensor, first: int = 0) -> None:
+            sums[name] = sums.get(name, 0) + grad_y.T @ x
+
+        return observe
+
     for _ in range(2):
         sums: dict[str, Tensor] = {}
         for name, layer in lift_layers(model).items():
-
-            def observe(x: Tensor, grad_y: Tensor, first: int = 0, name: str = name) -> None:
-                sums[name] = sums.get(name, 0) + grad_y.reshape(x.shape[0], -1).T @ x
-
-            layer.observer = observe
+            layer.observer = observer(name)
         lifted(model)(input_ids=IDS, labels=IDS).loss.backward()
         seen.append(sums)
         tiled_mlp(model)
@@ -349,7 +352,7 @@ def test_a_chain_that_mixes_tokens_is_no_mlp() -> None:
             hidden_states = self.one(hidden_states)
             hidden_states = self.act(hidden_states)
             hidden_states = self.two(hidden_states)
-            return hidden_states
+            return hidden_states  # noqa: RET504
 
     model = Mixing()
     with pytest.raises(UserError, match="no MLP of this Mixing"):

@@ -17,7 +17,7 @@ from leanlift.layers.fused_glu import use_stock_glu
 from leanlift.layers.tiled_norms import use_tiled_norms
 from leanlift.measure import LiveBytes
 
-PIECE = 7
+PIECE = 64
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_numbers_are_the_own_ones(family: str, dtype: torch.dtype, autocast: boo
     for name in names:
         norm, own = model.get_submodule(name), stock.get_submodule(name)
         n = next(iter(norm.parameters())).shape[0]
-        for shape in ((2, 33, n), (2, 5, 4, n)):
+        for shape in ((2, 133, n), (2, 5, 40, n)):
             x, grad_y = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
             for got, wanted in zip(
                 passed(norm, x, grad_y, autocast), passed(own, x, grad_y, autocast), strict=True
@@ -65,7 +65,7 @@ def test_numbers_are_the_own_ones(family: str, dtype: torch.dtype, autocast: boo
 
 def test_the_input_is_kept_and_pieces_are_made() -> None:
     model = model_of("llama", torch.bfloat16)
-    norm, x = model.model.norm, torch.randn(700, 64, dtype=torch.bfloat16, requires_grad=True)
+    norm, x = model.model.norm, torch.randn(7000, 64, dtype=torch.bfloat16, requires_grad=True)
 
     grad_y = torch.randn_like(x)
 
