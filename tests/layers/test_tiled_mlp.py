@@ -1,6 +1,8 @@
 """MLPs in pieces: the plain step within rounding, no tensor of the whole length inside, and no
 products more than a checkpointed step has."""
 
+# ruff: noqa: RET504 - forwards are written as transformers writes them
+
 from __future__ import annotations
 
 import copy
@@ -352,7 +354,7 @@ def test_a_chain_that_mixes_tokens_is_no_mlp() -> None:
             hidden_states = self.one(hidden_states)
             hidden_states = self.act(hidden_states)
             hidden_states = self.two(hidden_states)
-            return hidden_states  # noqa: RET504
+            return hidden_states
 
     model = Mixing()
     with pytest.raises(UserError, match="no MLP of this Mixing"):
