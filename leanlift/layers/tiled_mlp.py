@@ -45,7 +45,6 @@ from leanlift.layers.lift import LiftLinear
 from leanlift.layers.tiled_norms import Autocast, kept_here
 from leanlift.streaming import STREAMED
 from leanlift.tiles import row_ranges
-from leanlift.weights.kinds import is_dense_linear
 
 PIECES, LEAST, MOST = 4, 1024, 4096
 """A row is cut into four pieces, of no fewer than LEAST tokens and no more than MOST: with fewer,
@@ -169,7 +168,8 @@ def _chain(module: nn.Module, body: str) -> Way | None:
 
 
 def _is_linear(part: Any) -> bool:
-    return isinstance(part, nn.Module) and (isinstance(part, FrozenLinear) or is_dense_linear(part))
+    turned = hasattr(part, "nf") and getattr(getattr(part, "weight", None), "ndim", 0) == 2
+    return isinstance(part, (FrozenLinear, nn.Linear)) or turned
 
 
 def _is_activation(part: Any) -> bool:
@@ -340,7 +340,7 @@ def _width(last: Any) -> int:
     """How wide its output is."""
     if hasattr(last, "out_features"):
         return int(last.out_features)
-    return int(last.nf)  # a GPT-2's
+    return int(last.nf)
 
 
 def _without_product(last: Any, x: Tensor) -> Tensor:
