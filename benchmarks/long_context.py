@@ -112,12 +112,12 @@ def rows_of(work: Path, length: int, shape: dict[str, int]) -> list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--length", type=int, help="tokens of the row (16384; quick: 2048)")
+    parser.add_argument("--length", type=int, help="tokens of the row (16384; quick: 4096)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a small block; nothing is kept")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    length = arguments.length or (2048 if arguments.quick else 16384)
+    length = arguments.length or (4096 if arguments.quick else 16384)
     with tempfile.TemporaryDirectory() as directory:
         rows = rows_of(Path(directory), length, QUICK if arguments.quick else FULL)
     worst = max(abs(r["planned / measured"] - 1) for r in rows)

@@ -54,6 +54,7 @@ def header(plan: dict[str, Any]) -> list[str]:
         values += " in the backward pass"
     kept = f"activations {'recomputed' if held['gradient_checkpointing'] else 'kept'}"
     kept += " and moved to the CPU" if held["activation_offloading"] else ""
+    kept += ", MLPs in pieces" if held.get("tiled_mlp") else ""
     refreshed = held["refresh_interval"]
     again = f"selected anew every {refreshed} steps" if refreshed else "selected once"
     return _wrapped(

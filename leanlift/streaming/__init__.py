@@ -7,6 +7,8 @@ largest: one block computes, and the next in the order of the pass is copied mea
 Nothing has to announce a block. Whoever reads the rows of a weight (a product, a selection, a
 merge) says so by reading them, and gets that block first; which one comes after it is what came
 after it last time. A guess that was wrong costs a copy, and is right the next time.
+
+`leanlift.streaming.offload` does the like with what autograd keeps for the backward pass.
 """
 
 from leanlift.streaming.block import Block, Place, nbytes_of

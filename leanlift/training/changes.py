@@ -135,7 +135,7 @@ def _recomputing(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator
 
 def _mlps_in_pieces(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     if not args.tiled_mlp and can_be_tiled(args, sft):
-        cost = "MLPs take long rows in pieces: weights are made more often, a little time"
+        cost = "MLPs in pieces: weights are made more often"
         yield Change({"tiled_mlp": True}, cost)
 
 

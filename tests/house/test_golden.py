@@ -77,7 +77,7 @@ FORMER_KEYS = {
 
 SINCE: dict[str, dict[str, Any]] = {
     "categories": {"host": 0},
-    "per_device_train_batch_size": {"stream_base": False},
+    "per_device_train_batch_size": {"stream_base": False, "tiled_mlp": False},
     "6": {"4": True},
 }
 """What a plan also says today, by a key of what it is said beside; all of those fit 4 GB."""
