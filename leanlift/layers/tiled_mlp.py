@@ -47,8 +47,8 @@ from leanlift.streaming import STREAMED
 from leanlift.tiles import row_ranges
 
 PIECES, LEAST, MOST = 4, 2048, 4096
-"""A row is cut into four pieces, of no fewer than LEAST tokens and no more than MOST. For 2048 tokens
-an H100 takes a quarter of the products' time to make the weights; for fewer, more than that."""
+"""A row is cut into four pieces, of no fewer than LEAST tokens and no more than MOST. An H100 takes
+a quarter of the products' time to make the weights for 2048 tokens; for fewer, more than that."""
 
 FUSED = re.compile(
     r"(\w+)=self\.(?P<first>\w+)\(\w+\)gate,\1=\1\.chunk\(2,dim=-1\)"
