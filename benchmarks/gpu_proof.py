@@ -9,7 +9,8 @@
 4. the same step with PEFT QLoRA r = 64 and PEFT SHiRA, interleaved, as ratios;
 5. a refresh, and how fast merged weights leave the device;
 6. a small model on generated data, whose loss falls the same with torch and Triton;
-7. what a user does: train in every format, resume, evaluate, merge and verify (`gpu_run`).
+7. what a user does: train in every format, resume, evaluate, merge and verify (`gpu_run`);
+8. blocks that are streamed from the host: the same bits, no creep, times beside the bus's.
 
 Prints one table and writes results/gpu_proof-<gpu>.csv, again after each section: what was measured
 is there however the run ends. A section that fails, or that would begin after the time is over, is
@@ -31,6 +32,7 @@ from benchmarks.common import timed, write_rows
 from benchmarks.gpu_kernels import Rows, kernels
 from benchmarks.gpu_run import runs
 from benchmarks.gpu_steps import by_torch, peers, release, steps
+from benchmarks.gpu_streaming import streaming
 from benchmarks.trainee import Scale, Trainee, lifted
 
 BUDGET = 420.0
@@ -174,7 +176,7 @@ def prove(
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
-        for number in range(2, 8):
+        for number in range(2, 9):
             sections.skip(number, "bitsandbytes is not installed")
         return sections.rows
     ours: list[Trainee] = []
@@ -196,6 +198,8 @@ def prove(
     sections.run(6, lambda: learning(scale))
     release()
     sections.run(7, lambda: runs(scale.device, scale.small))
+    release()
+    sections.run(8, lambda: streaming(scale))
     for setting in ("int8_embeddings", "offloaded"):
         release()
         sections.run(

@@ -31,6 +31,7 @@ INT8_EMBEDDINGS = [
     "--optim_in_backward", "true", "--max_grad_norm", "0",
 ]  # fmt: skip
 OFFLOADED = [*INT8_EMBEDDINGS, "--activation_offloading", "true", "--embedding_on_cpu", "true"]
+STREAMED = [*OFFLOADED, "--stream_base", "true", "--stream_state", "true"]
 KINDS = {
     "nf4": [],
     "int8_embeddings": INT8_EMBEDDINGS,
@@ -55,7 +56,9 @@ def _runs(root: Path, cuda: bool, small: bool) -> Rows:
     make_base(root / "base", small)
     make_rows(root / "rows.json", 160)
     make_rows(root / "few.json", 16)
-    kinds = {"int8_embeddings": INT8_EMBEDDINGS} if small else {**KINDS, "offloaded": OFFLOADED}
+    kinds = {"int8_embeddings": INT8_EMBEDDINGS} if small else {
+        **KINDS, "offloaded": OFFLOADED, "streamed": STREAMED,
+    }  # fmt: skip
     for kind, options in kinds.items():
         out = root / kind.replace(" ", "-")
         said, took = timed(lambda o=out, more=options: train(root, o, more))
@@ -67,7 +70,7 @@ def _runs(root: Path, cuda: bool, small: bool) -> Rows:
         few, merged = str(root / "few.json"), root / f"merged-{out.name}"
         said = told(["eval", "--adapter", str(out), "--data", few])
         holds(f"eval, {kind}", said or "ok", "ends well", said == "")
-        if cuda and kind not in ("nf4", "offloaded"):
+        if cuda and kind not in ("nf4", "offloaded", "streamed"):
             continue
         restart(out, root / "again")
         said = train(root, root / "again", [*options, "--resume_from_checkpoint", "true"])

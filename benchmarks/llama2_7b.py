@@ -1,6 +1,6 @@
 """A whole Llama-2-7B-shaped run on a CPU: load, select, one step, refresh, export.
 
-    python -m benchmarks.llama2_7b [--work DIR] [--layers 32]
+    python -m benchmarks.llama2_7b [--work DIR] [--layers 32] [--streamed]
 
 Writes a checkpoint of random bf16 weights (13 GB) where there is none, loads it in NF4 with stock
 transformers, selects 5 %, makes one real training step of 128 tokens, refreshes the mask and
@@ -11,6 +11,9 @@ spectrum, as trained ones do; a flat one would have no principal weights to find
 The step's plan is one without retired entries, which a run has only after its first refresh; the
 refresh's plan has room for them. Loading is not spread over threads here, so that every tensor of
 it is seen.
+
+--streamed: base and state are streamed, embedding and head in INT8, updates in the backward pass.
+On a CPU what is streamed is in the same memory as the two buffers, and is counted beside them.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ from leanlift import LiftTrainer, get_lift_model, merge_adapter, refresh_mask, s
 from leanlift.data.tokenizer import load_tokenizer
 from leanlift.demo.run import BASE
 from leanlift.io.tensors import write_json
-from leanlift.measure import MemoryMeter, static_categories
+from leanlift.measure import MemoryMeter, state_buffers, static_categories
+from leanlift.model import stream_base
 from leanlift.optim import state_nbytes
 from leanlift.training import LiftSFTConfig, MemoryCallback, RunArguments, plan_of
 from leanlift.training.base import load_model
@@ -136,14 +140,18 @@ class Phases:
         print(self.rows[-1], flush=True)
 
 
-def settings(work: Path) -> tuple[RunArguments, LiftSFTConfig]:
+def settings(work: Path, streamed: bool) -> tuple[RunArguments, LiftSFTConfig]:
     """What the run is told."""
+    loop: dict[str, Any] = {"optim_in_backward": True, "max_grad_norm": 0.0} if streamed else {}
     args = RunArguments(
         model_name_or_path=str(work / "base"),
         dataset_name="rows.json",
         dtype="bfloat16",
         values_dtype="bfloat16",
         refresh_interval=400,
+        stream_base=streamed,
+        stream_state=streamed,
+        quantize_embeddings=streamed,
     )
     sft = LiftSFTConfig(
         output_dir=str(work / "run"),
@@ -154,18 +162,21 @@ def settings(work: Path) -> tuple[RunArguments, LiftSFTConfig]:
         per_device_train_batch_size=1,
         max_length=TOKENS,
         save_strategy="no",
+        **loop,
     )
     return args, sft
 
 
-def run(work: Path) -> list[dict[str, Any]]:
+def run(work: Path, streamed: bool) -> list[dict[str, Any]]:
     """Load, select, step, refresh and export over `work`'s base; one row per phase."""
-    args, sft = settings(work)
+    args, sft = settings(work, streamed)
     plan = plan_of(replace(args, refresh_interval=0), sft, cuda=False).phases
     plan["refresh"] = plan_of(args, sft, cuda=False).phases["refresh"]
     phases = Phases(plan)
     with phases.phase("load", follow=True):
         model = load_model(args, torch.device("cpu"))
+        if streamed:
+            stream_base(model, torch.device("cpu"), state=True)
     held = sum(static_categories(model).values())
     with phases.phase("select", follow=True, static=held):
         get_lift_model(model, args.lift_config())
@@ -180,7 +191,8 @@ def run(work: Path) -> list[dict[str, Any]]:
         )
         trainer.train()
         peak.tensors = memory.peak
-    static = sum(static_categories(model).values()) + state_nbytes(trainer.optimizer)
+    moments = state_nbytes(trainer.optimizer, state_buffers(model))
+    static = sum(static_categories(model).values()) + moments
     with phases.phase("refresh", follow=True, static=static):
         print(refresh_mask(model, trainer.optimizer))
     save_adapter(model, work / "adapter")
@@ -194,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", default="llama2-7b-random", help="13 GB twice")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--streamed", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -203,11 +216,12 @@ def main() -> None:
         write_checkpoint(work / "base", arguments.layers)
     for leftover in ("adapter", "merged", "run"):
         shutil.rmtree(work / leftover, ignore_errors=True)
-    rows = run(work)
+    rows = run(work, arguments.streamed)
     for row in rows:
         row["layers"] = arguments.layers
     if arguments.layers == 32:
-        print(f"Wrote {write_rows('llama2_7b', rows)}")
+        name = "llama2_7b_streamed" if arguments.streamed else "llama2_7b"
+        print(f"Wrote {write_rows(name, rows)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What `plan_memory` says of eight models at 1 × 2048 tokens, in four settings.
+"""What `plan_memory` says of nine models at 1 × 2048 tokens, in five settings.
 
     python -m benchmarks.plan [--models Llama-2-7B ...]
 
 Nothing is downloaded: the shapes are facts of the models' public config.json files. NF4 with
-double quantization, 5 % of every Linear, activation checkpointing, `sparse_adamw_8bit`, bf16
-values, the tiled loss. default: that. int8_embeddings: also INT8 embedding and head, and updates in
-the backward pass. offloaded: also activation offloading, and the embedding on the CPU where it is
-not tied. streamed: also the frozen blocks in the host's memory ("host GiB").
+double quantization, 5 % of every Linear (of the 70B model's 1 %), activation checkpointing,
+`sparse_adamw_8bit`, bf16 values, the tiled loss. default: that. int8_embeddings: also INT8
+embedding and head, and updates in the backward pass. offloaded: also activation offloading, and the
+embedding on the CPU where it is not tied. streamed: also the frozen blocks in the host's memory
+("host GiB"). streamed_state: also what is learned in them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from transformers import (
 
 from benchmarks.common import write_rows
 from leanlift import LiftConfig, PlanSettings, UserError, plan_memory
+from leanlift.measure import CATEGORIES
 
 GIB = 2**30
 
@@ -63,7 +65,9 @@ MODELS: dict[str, Any] = {
         **{**shape(256000, 3584, 14336, 42, 16, 8, head_dim=256), "tie_word_embeddings": True}
     ),
     "Phi-3-mini": Phi3Config(**shape(32064, 3072, 8192, 32, 32, 32)),
+    "Llama-3-70B": LlamaConfig(**shape(128256, 8192, 28672, 80, 64, 8)),
 }
+DENSITIES = {"Llama-3-70B": 0.01}
 STEP: dict[str, Any] = {
     "per_device_train_batch_size": 1,
     "max_length": 2048,
@@ -79,6 +83,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 SETTINGS["streamed"] = (SETTINGS["offloaded"][0], {**SETTINGS["offloaded"][1], "stream_base": True})
+SETTINGS["streamed_state"] = (
+    SETTINGS["streamed"][0],
+    {**SETTINGS["streamed"][1], "stream_state": True},
+)
 
 
 def row(name: str, setting: str, directory: Path) -> dict[str, Any]:
@@ -88,7 +96,8 @@ def row(name: str, setting: str, directory: Path) -> dict[str, Any]:
     path.write_text(json.dumps(MODELS[name].to_dict()), encoding="utf-8")
     AutoConfig.from_pretrained(path)
     lift, step = SETTINGS[setting]
-    config = LiftConfig(density=0.05, values_dtype="bfloat16", **lift)
+    density = DENSITIES.get(name, 0.05)
+    config = LiftConfig(density=density, values_dtype="bfloat16", **lift)
     started = time.perf_counter()
     try:
         plan = plan_memory(path, config, PlanSettings(**STEP, **step))
@@ -98,10 +107,11 @@ def row(name: str, setting: str, directory: Path) -> dict[str, Any]:
     return {
         "model": name,
         "setting": setting,
+        "density": density,
         "entries": plan.entries,
         "peak GiB": round(plan.peak / GIB, 3),
         "peak phase": plan.peak_phase,
-        **{f"{key} GiB": round(nbytes / GIB, 3) for key, nbytes in plan.categories.items()},
+        **{f"{key} GiB": round(plan.categories.get(key, 0) / GIB, 3) for key in CATEGORIES},
         **{f"phase {key} GiB": round(nbytes / GIB, 3) for key, nbytes in plan.phases.items()},
         "host GiB": round(plan.host / GIB, 3),
         "smallest card GB": next((c for c in (4, 6, 8, 12, 16, 24, 48) if plan.fits(c)), ""),

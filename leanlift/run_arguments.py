@@ -203,6 +203,14 @@ class RunArguments(LiftConfig, BaseAndRows):
             "and each is copied while the one before it computes.",
         ),
     )
+    stream_state: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH,
+            "keep what is learned there too. Positions, offsets and moments come with their "
+            "block; needs stream_base and optim_in_backward.",
+        ),
+    )
     tiled_mlp: bool = field(
         default=False,
         metadata=about(

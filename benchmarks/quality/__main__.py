@@ -17,6 +17,7 @@ import transformers
 from benchmarks.common import RESULTS
 from benchmarks.quality.base import known, pretrained
 from benchmarks.quality.domain import Domain
+from benchmarks.quality.identity import check_same
 from benchmarks.quality.methods import Method
 from benchmarks.quality.paper.command import add_arguments, from_arguments
 from benchmarks.quality.presets import CPU, CPU_TEXT, GPU, QUICK, Preset, methods, quick
@@ -27,6 +28,8 @@ from benchmarks.quality.shared import Work, run_jobs
 from benchmarks.quality.skills import skills
 from benchmarks.quality.table import update_readme
 from benchmarks.quality.text import text
+from leanlift.errors import UserError
+from leanlift.io.files import digest_of
 
 PRESETS = {"cpu": CPU, "gpu": GPU}
 TEXT_PRESETS = {"cpu": CPU_TEXT, "gpu": GPU}
@@ -48,13 +51,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tables", action="store_true", help="only write tables and plots")
     add_arguments(parser.add_argument_group("the paper preset"))
     args = parser.parse_args(argv)
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"expected --jobs of at least 1, got {args.jobs}")
     if args.preset == "paper":
         from_arguments(args, parser)
         return
     if args.preset == "real":
         if not args.tables and (args.data is None or not args.data.is_file()):
             parser.error(f"real needs --data, a file of worked problems; got {args.data}")
-        real_preset(args, list(sys.argv[1:] if argv is None else argv))
+        try:
+            real_preset(args, list(sys.argv[1:] if argv is None else argv))
+        except UserError as error:
+            parser.exit(2, f"error: {error}\n")
         return
     if (args.source is None) != (args.data is None):
         parser.error("the text domain needs both --source and --data")
@@ -63,25 +71,36 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     name = f"quality_{args.preset}" + ("_quick" if args.quick else "")
     results = Results(RESULTS / f"{name}.csv")
-    if not args.tables:
-        preset = (PRESETS if args.source is None else TEXT_PRESETS)[args.preset]
-        preset = quick(preset) if args.quick else preset
-        domain = domain_of(preset, args.source, args.data)
-        chosen = list(methods(preset))
-        if args.quick:
-            chosen = chosen[:QUICK]
-        elif args.source is not None:
-            chosen = [method for method in chosen if method.group == "headline"]
-        base = base_of(domain, preset, args.cache)
-        jobs = args.jobs or (1 if DEVICE.type == "cuda" else min(2, os.cpu_count() or 1))
-        if args.claims is not None or jobs == 1:
-            run(domain, preset, chosen, base, results, Work(args.claims))
-        else:
-            with tempfile.TemporaryDirectory() as claims:
-                given = sys.argv[1:] if argv is None else argv
-                run_jobs(jobs, "benchmarks.quality", [*given, "--claims", claims])
+    try:
+        if not args.tables:
+            make_runs(args, name, results, list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     if args.claims is None:
         update_readme(name, results.rows())
+
+
+def make_runs(args: argparse.Namespace, name: str, results: Results, given: list[str]) -> None:
+    """The runs of the presets that pretrain their base."""
+    preset = (PRESETS if args.source is None else TEXT_PRESETS)[args.preset]
+    preset = quick(preset) if args.quick else preset
+    domain = domain_of(preset, args.source, args.data)
+    if args.source is not None and args.claims is None:
+        marks = {"--source": digest_of(args.source), "--data": digest_of(args.data)}
+        for place in (RESULTS / f"{name}_{domain.name}", args.cache / domain.name):
+            check_same(place.with_name(f"{place.name}_of.json"), marks)
+    chosen = list(methods(preset))
+    if args.quick:
+        chosen = chosen[:QUICK]
+    elif args.source is not None:
+        chosen = [method for method in chosen if method.group == "headline"]
+    base = base_of(domain, preset, args.cache)
+    jobs = args.jobs or (1 if DEVICE.type == "cuda" else min(2, os.cpu_count() or 1))
+    if args.claims is not None or jobs == 1:
+        run(domain, preset, chosen, base, results, Work(args.claims))
+    else:
+        with tempfile.TemporaryDirectory() as claims:
+            run_jobs(jobs, "benchmarks.quality", [*given, "--claims", claims])
 
 
 def real_preset(args: argparse.Namespace, given: list[str]) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.quality.domain import Domain, Rows
 from leanlift.data.dataset import load_rows
+from leanlift.errors import UserError
 from leanlift.evaluation.evaluate import Sample, greedy_answers, is_right, last_number
 
 PAD, END = "<pad>", "</s>"
@@ -84,9 +85,15 @@ def text(
 
 
 def _pairs(path: Path) -> list[Pair]:
-    """Question and answer of each row."""
+    """Question and answer of each row.
+
+    Raises:
+        UserError: a row without one of them.
+    """
     pairs = []
-    for row in load_rows(str(path)):
+    for number, row in enumerate(load_rows(str(path))):
+        if not all(isinstance(row.get(key), str) for key in ("instruction", "output")):
+            raise UserError(f"row {number} of {path} has no texts as instruction and output.")
         extra = row.get("input") or ""
         question = f"Q: {row['instruction']}" + (f"\n{extra}" if extra else "")
         pairs.append((question + "\nA:", " " + row["output"].strip().removeprefix("A:").strip()))

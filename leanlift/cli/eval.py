@@ -14,8 +14,13 @@ from typing import Any
 import torch
 
 from leanlift.adapters import open_adapter
-from leanlift.cli.eval_base import arguments_of, format_of, tokenization_of
-from leanlift.cli.eval_rows import Dataset, datasets_of
+from leanlift.cli.eval_base import (
+    arguments_of,
+    check_same_tokens,
+    format_of,
+    tokenization_of,
+)
+from leanlift.cli.eval_rows import Dataset, datasets_of, tokens_in
 from leanlift.cli.eval_several import compared_with, datasets_data, several_text
 from leanlift.cli.eval_text import eval_text
 from leanlift.errors import UserError
@@ -72,6 +77,8 @@ def eval_command(options: argparse.Namespace) -> int:
     tokenizer, how = tokenization_of(base, revision, options)
     # before a load that takes minutes
     datasets = datasets_of(options, tokenizer, how, base, revision)
+    if options.merged:
+        check_same_tokens(options.merged, tokenizer, tokens_in(datasets))
 
     def measured(model: Any, name: str) -> list[Measured]:
         return [_measure(options, model, tokenizer, name, each, len(datasets)) for each in datasets]
@@ -134,6 +141,7 @@ def _data(
         return {
             **{k: value for k, value in main.to_dict().items() if k not in ("name", "seconds")},
             "data": datasets[0].data.path,
+            "is_text": datasets[0].is_text,
             "compared": judged(datasets[0]),
             "models": [row.to_dict() for row in found],
         }

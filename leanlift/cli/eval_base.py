@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -71,9 +72,41 @@ def tokenization_of(
     tokenizer = load_tokenizer(source, revision=revision if source == base else None)
     how = Tokenization.as_trained(tokenizer, facts, rows, end_tokens(base, revision))
     text_field = "text" if options.formatting_func else options.dataset_text_field
-    if text_field:
-        how = replace(how, text_field=text_field)
-    return tokenizer, how
+    return tokenizer, replace(how, asked=True, text_field=text_field or how.text_field)
+
+
+def check_same_tokens(merged: str, tokenizer: Any, used: Collection[int]) -> None:
+    """Whether ids mean the same to a merged model as to those that it is put beside.
+
+    Args:
+        merged: its directory, or a hub name.
+        tokenizer: the one that rows are tokenized with.
+        used: ids in these rows.
+
+    Raises:
+        UserError: it has no embedding for one, or another token.
+    """
+    advice = "measure it alone, as --model_name_or_path."
+    rows, highest = vocabulary_rows(merged), max(used, default=0)
+    if rows is not None and highest >= rows:
+        raise UserError(
+            f"--merged {merged} has {rows} rows in its embedding, and the rows that are measured "
+            f"have a token {tokenizer.convert_ids_to_tokens(highest)!r} with the id {highest}: it "
+            f"is no merge of this base; {advice}"
+        )
+    try:
+        own = load_tokenizer(merged)
+    except UserError:  # it has none of its own
+        return
+    ids = sorted(used)
+    both = (each.convert_ids_to_tokens(ids) for each in (tokenizer, own))
+    for token, here, there in zip(ids, *both, strict=True):
+        if here != there:
+            raise UserError(
+                f"--merged {merged} has another tokenizer: the id {token} is {there!r} to it, and "
+                f"{here!r} in the rows that are measured, so its losses would mean nothing; "
+                f"{advice}"
+            )
 
 
 def format_of(args: RunArguments) -> str:

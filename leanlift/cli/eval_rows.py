@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,11 @@ class Dataset:
     samples: list[Sample]
     asked: list[Sample]
     is_text: bool
+
+    @property
+    def units(self) -> int:
+        """Rows of the file, or windows of the text: a chat is one, with all its turns."""
+        return len({sample.row for sample in self.samples})
 
 
 def datasets_of(
@@ -63,3 +69,9 @@ def datasets_of(
         return Dataset(data, samples, asked_of(samples, options.max_new_tokens), is_text)
 
     return tuple(map(read, options.data))
+
+
+def tokens_in(datasets: Sequence[Dataset]) -> set[int]:
+    """The ids that occur in them."""
+    samples = [sample for dataset in datasets for sample in dataset.samples]
+    return set().union(*(sample.whole for sample in samples), *(s.prompt for s in samples))

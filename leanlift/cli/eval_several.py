@@ -18,7 +18,7 @@ BASES = ("base", "base as stored", "model")
 
 PAIRED = (
     "Change of loss: from that of {}, over the same rows, ± one standard error, whose unit is a "
-    "row, or a window of a text."
+    "row, with all turns of its chat, or a window of a text."
 )
 
 Models = Sequence[tuple[str, Sequence[Measured]]]
@@ -62,6 +62,7 @@ def datasets_data(
                 "data": dataset.data.path,
                 "is_text": dataset.is_text,
                 "rows": len(dataset.samples),
+                "units": dataset.units,
                 "tokens": sum(sample.trained for sample in dataset.samples),
                 "compared": judged(dataset),
                 "models": each,
@@ -71,13 +72,16 @@ def datasets_data(
 
 
 def _changes(before: Measured, after: Measured, dataset: Dataset) -> dict[str, Any]:
-    """Of the loss per token, and of the share that is right, where both were judged."""
-    tokens = [sample.trained for sample in dataset.samples]
-    pairs = zip(before.right, after.right, strict=True)
-    both = [(float(a), float(b)) for a, b in pairs if a is not None and b is not None]
+    """Of the loss per token, and of the share that is right, where both were judged; a row, with
+    all turns of its chat, is the unit."""
+    tokens, rows = [s.trained for s in dataset.samples], [s.row for s in dataset.samples]
+    asked = [s.row for s in dataset.asked]
+    answers = zip(before.right, after.right, asked, strict=True)
+    both = [(float(a), float(b), row) for a, b, row in answers if a is not None and b is not None]
+    rights = [list(each) for each in zip(*both, strict=True)] or [[], [], []]
     changes = {
-        "loss_change": change_of(before.losses, after.losses, tokens),
-        "exact_match_change": change_of([a for a, _ in both], [b for _, b in both]),
+        "loss_change": change_of(before.losses, after.losses, tokens, rows),
+        "exact_match_change": change_of(rights[0], rights[1], rows=rights[2]),
     }
     return {key: None if made is None else made.to_dict() for key, made in changes.items()}
 
@@ -90,13 +94,11 @@ def several_text(
 ) -> str:
     """The screen of 80 columns; the arguments are those of `eval_text`."""
     what = f"{data['adapter']} over {data['model']}" if data["adapter"] else data["model"]
+    names = short_names([each["name"] for each in data["datasets"]])
     lines = [*wrapped(f"{what} on {len(data['datasets'])} datasets:"), ""]
     for each in data["datasets"]:
-        rows = (
-            f"{each['rows']:,} {'window' if each['is_text'] else 'row'}{'s' * (each['rows'] != 1)}"
-        )
-        text = f"{each['data']}: {rows}, {count(each['tokens'])} tokens"
-        lines += wrapped(text, f"  {_short(each['name']):<{NAME + 2}}", " " * (NAME + 4))
+        text = f"{each['data']}: {_rows(each)}, {count(each['tokens'])} tokens"
+        lines += wrapped(text, f"  {names[each['name']]:<{NAME + 2}}", " " * (NAME + 4))
     lines += ["", *_table(data, weights), ""]
     if data["compared_with"]:
         lines += wrapped(PAIRED.format(data["compared_with"]))
@@ -115,17 +117,37 @@ NAME = 14
 """Columns of a dataset's name."""
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else name[: NAME - 1] + "…"
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Of each as much as a column has room for: its beginning where that tells it from the others,
+    else beginning and end, else its number."""
+    cut = [name if len(name) <= NAME else name[: NAME - 1] + "…" for name in names]
+    half = (NAME - 1) // 2
+    ends = [name if len(name) <= NAME else f"{name[:half]}…{name[-half:]}" for name in names]
+    numbered = [
+        name if len(name) <= NAME else f"{name[: NAME - 4]}… {number}"
+        for number, name in enumerate(names, 1)
+    ]
+    made = next((each for each in (cut, ends) if len(set(each)) == len(names)), numbered)
+    return dict(zip(names, made, strict=True))
+
+
+def _rows(dataset: dict[str, Any]) -> str:
+    """How many, and of what."""
+    rows, units = dataset["rows"], dataset["units"]
+    if dataset["is_text"]:
+        return f"{rows:,} window{'s' * (rows != 1)}"
+    of_rows = f"{units:,} row{'s' * (units != 1)}"
+    return of_rows if rows == units else f"{rows:,} turns of {of_rows}"
 
 
 def _table(data: dict[str, Any], weights: Sequence[str]) -> list[str]:
     """A block of lines for each figure, a line for each dataset, a column for each model."""
     names = [model["name"] for model in data["models"]]
+    short = short_names([each["name"] for each in data["datasets"]])
     rows: list[list[str]] = [["weights", *(w.replace(" + offsets", " +") for w in weights)]]
 
     def block(title: str, cell: Callable[[dict[str, Any]], str]) -> None:
-        made = [[f"  {_short(d['name'])}", *map(cell, d["models"])] for d in data["datasets"]]
+        made = [[f"  {short[d['name']]}", *map(cell, d["models"])] for d in data["datasets"]]
         made = [line for line in made if set(line[1:]) != {"–"}]
         if made:
             rows.extend([[title, *("" for _ in names)], *made])

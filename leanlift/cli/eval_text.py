@@ -43,7 +43,8 @@ def eval_text(
     models = data["models"]
     rows, tokens = data["rows"], count(data["tokens"])
     what = f"{data['adapter']} over {data['model']}" if data["adapter"] else data["model"]
-    how_many = f"{rows:,} row{'s' * (rows != 1)}, {tokens} trained tokens"
+    each, counted = ("window", "tokens") if data["is_text"] else ("row", "trained tokens")
+    how_many = f"{rows:,} {each}{'s' * (rows != 1)}, {tokens} {counted}"
     lines = wrapped(f"{what} on {data['data']}: {how_many}.")
     lines += ["", *_table(models, weights), ""]
     if len(models) == 1 and data["adapter"]:

@@ -123,7 +123,9 @@ def _add_rows(parser: Any) -> None:
         "--formatting_func", help="module:function that makes a text of a row, as it was trained"
     )
     rows.add_argument("--limit", type=int, help="the first so many rows alone")
-    rows.add_argument("--batch_size", type=int, default=8, help="rows at a time (8)")
+    rows.add_argument(
+        "--batch_size", type=int, default=8, help="rows at a time, at most (8); of long texts fewer"
+    )
     answers = parser.add_argument_group("greedy answers")
     answers.add_argument(
         "--max_new_tokens", type=int, default=256, help="of an answer (256); 0: loss alone"

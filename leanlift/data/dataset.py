@@ -51,10 +51,17 @@ logger = logging.getLogger("leanlift")
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Tokenized examples, `input_ids` and `labels`, and the report about them."""
+    """Tokenized examples.
+
+    Attributes:
+        data: `input_ids` and `labels`.
+        report: what became of the rows.
+        origin: the number of the `row` that each is of: a chat may be several; None: not known.
+    """
 
     data: Dataset
     report: LengthReport
+    origin: Dataset | None = None
 
 
 def to_examples(
@@ -133,7 +140,7 @@ def token_rows(
     if not given:
         lines += _left_out(made, len(rows))
     data, report = _drop_untrained(made, name, worker.cut, lines, given)
-    return TokenRows(data.select_columns(list(columns)), report)
+    return TokenRows(data.select_columns(list(columns)), report, data.select_columns(["row"]))
 
 
 def a_dataset(rows: Any, name: str) -> Dataset:

@@ -61,6 +61,8 @@ class Tokenization:
         assistant_only: train what the template marks as the assistant's alone.
         rows: of the embedding; None: not known.
         ends: ids at which generation stops.
+        asked: whether rows are measured, not trained on: of a text, which has no part that could
+            count alone, all counts then.
     """
 
     tokenizer: Any
@@ -70,6 +72,7 @@ class Tokenization:
     assistant_only: bool = False
     rows: int | None = None
     ends: frozenset[int] = frozenset()
+    asked: bool = False
 
     @classmethod
     def of(
@@ -142,13 +145,13 @@ class Tokenization:
     # --- texts -------------------------------------------------------------------------------
 
     def _of_text(self, example: Row, where: str) -> Tokens:
-        if self.assistant_only:
+        if self.assistant_only and not self.asked:
             raise UserError(
                 f"{where} is no chat, and assistant_only_loss trains the assistant's turns alone: "
                 "leave it out."
             )
         if "text" in example:
-            if self.completion_only:
+            if self.completion_only and not self.asked:
                 raise UserError(
                     f"{where} is a text, which has no completion for completion_only_loss to train "
                     "alone: leave it out, or give prompt and completion."

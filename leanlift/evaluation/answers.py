@@ -22,6 +22,10 @@ from transformers import GenerationConfig
 from leanlift.data.tokenizer import as_ids
 from leanlift.data.tokens import IGNORED
 
+LOGITS = 2**28
+"""Logits of a batch, at most, where it is of more than one row: half a GiB in 16 bits. Windows of a
+text predict all their tokens, and a vocabulary may have 150,000."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -33,6 +37,7 @@ class Sample:
         labels: as many as `whole`; -100 does not count in the loss.
         expected: the completion as text; None where there is no prompt to generate from.
         answer: what the `answer` column holds, or None.
+        row: the number of the row that it is of: a chat has one for each turn of the assistant.
     """
 
     prompt: list[int]
@@ -40,6 +45,7 @@ class Sample:
     labels: list[int]
     expected: str | None
     answer: str | None = None
+    row: int = 0
 
     @property
     def start(self) -> int:
@@ -74,12 +80,16 @@ def losses_of(
     progress: bool = False,
     name: str = "",
 ) -> list[float]:
-    """Summed cross-entropy of each sample's trained tokens, in nats; 0 where there are none."""
+    """Summed cross-entropy of each sample's trained tokens, in nats; 0 where there are none. Of
+    long texts fewer than `batch_size` are taken at a time, as `LOGITS` says."""
     losses = [0.0] * len(samples)
     trained = [i for i, sample in enumerate(samples) if sample.trained]
     only_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+    longest = max((len(samples[i].whole) - samples[i].start + 1 for i in trained), default=1)
+    words = int(getattr(model.config.get_text_config(), "vocab_size", 1) or 1)
+    size = max(1, min(batch_size, LOGITS // (longest * words)))
     for batch in _batches(
-        trained, lambda i: len(samples[i].whole), batch_size, _bar(name, "loss"), progress
+        trained, lambda i: len(samples[i].whole), size, _bar(name, "loss"), progress
     ):
         inputs = pad_left([samples[i].whole for i in batch], model.device)
         spans = [len(samples[i].whole) - samples[i].start for i in batch]

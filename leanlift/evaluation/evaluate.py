@@ -7,6 +7,7 @@ judged `judge`'s.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,8 @@ from leanlift.rows.judge import (
     same_answer,
 )
 from leanlift.rows.source import Row
+
+logger = logging.getLogger("leanlift")
 
 __all__ = [
     "Evaluation",
@@ -84,8 +87,11 @@ class Evaluation:
     judge: str = "text"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return asdict(self)
+        """A JSON-ready dictionary; null for a loss that is not finite, for which JSON has no
+        form."""
+        held = asdict(self)
+        fine = self.loss is None or math.isfinite(self.loss)
+        return held if fine else {**held, "loss": None, "perplexity": None}
 
 
 @dataclass(frozen=True)
@@ -212,6 +218,7 @@ def measure(
     judged = [found for found in right if found is not None]
     tokens = sum(sample.trained for sample in samples)
     loss = sum(losses) / tokens if tokens else None
+    _say_what_is_not_finite(losses, f"{name or type(model).__name__}{f' on {data}' * bool(data)}")
     evaluation = Evaluation(
         rows=len(samples),
         tokens=tokens,
@@ -224,6 +231,19 @@ def measure(
         judge="+".join(sorted(judges_used(asked, judge))) or judge,
     )
     return Measured(evaluation, answers, right, losses, time.perf_counter() - started)
+
+
+def _say_what_is_not_finite(losses: Sequence[float], where: str) -> None:
+    """Warn of rows that a model makes no finite loss of: there is none of all of them then."""
+    wrong = sum(not math.isfinite(loss) for loss in losses)
+    if wrong:
+        logger.warning(
+            "%s: the loss of %d of %d rows is not finite, so there is none of all: the weights are "
+            "damaged, or too large for the dtype of the products (--dtype bfloat16, float32).",
+            where,
+            wrong,
+            len(losses),
+        )
 
 
 def to_samples(
@@ -260,7 +280,7 @@ def to_samples(
         if answer is not None and number == before:
             samples[-1] = replace(samples[-1], expected=None, answer=None)
         expected = _expected(example, tokens, how)
-        samples.append(Sample(tokens.prompt, tokens.ids, tokens.labels, expected, answer))
+        samples.append(Sample(tokens.prompt, tokens.ids, tokens.labels, expected, answer, number))
         before = number
     return samples
 

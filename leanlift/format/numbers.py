@@ -8,6 +8,8 @@ from leanlift.errors import UserError
 
 THOUSANDS = ("", " k", " M", " B", " T")
 SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
+LONG = 1e15
+"""From where on a number is written with its power of ten: a perplexity may have 300 digits."""
 
 
 def count(number: float) -> str:
@@ -69,10 +71,12 @@ def change(mean: float | None, error: float | None = None) -> str:
 
 
 def digits(number: float, least: int | None = None) -> str:
-    """Three digits: "0.00123", "4.56", "78.9", "1,234". `least`: decimals that a small one is cut
-    to, so that "0.0412" is "0.04"; and what ends in zeros after the point loses them."""
+    """Three digits: "0.00123", "4.56", "78.9", "1,234", "1.01e+304". `least`: decimals that a small
+    one is cut to, so that "0.0412" is "0.04"; and what ends in zeros after the point loses them."""
     if number == 0 or not math.isfinite(number):
         return "0" if number == 0 else str(number)
+    if abs(number) >= LONG:
+        return f"{number:.3g}"
     magnitude = math.floor(math.log10(abs(float(f"{number:.3g}"))))
     decimals = max(0, 2 - magnitude)
     if least is not None:

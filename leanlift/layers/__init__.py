@@ -21,6 +21,7 @@ one at a time.
 Shapes: x [..., n], y [..., m], W [m, n], k entries, T = product of the leading dimensions.
 """
 
+from leanlift.layers.effective import EffectiveTiles
 from leanlift.layers.experts import FrozenExperts, LiftExperts
 from leanlift.layers.frozen import (
     FrozenLinear,
@@ -28,7 +29,7 @@ from leanlift.layers.frozen import (
     patched_rows,
     scratch_nbytes,
 )
-from leanlift.layers.lift import EffectiveTiles, LiftLinear
+from leanlift.layers.lift import LiftLinear
 from leanlift.layers.tokens import LiftEmbedding, TiedHead
 from leanlift.layers.workspace import Scratch, Workspace
 

@@ -149,12 +149,14 @@ class LiftExperts(FrozenExperts, LiftLinear):
     def keep(self, x: Tensor, product: ExpertsProduct) -> Tensor | None:
         if self.observer is not None or not self.trains_now:
             return super().keep(x, product)
+        self.bring()
         return KeepInput.apply(x, self.values, product, self._gradient_of(product))
 
     def _gradient_of(self, product: ExpertsProduct) -> Callable[[Tensor, Tensor], Tensor]:
         """What forms d loss / d values [k] from x [S, in] and grad_y [S, out]."""
 
         def gradient_of(x: Tensor, grad_y: Tensor) -> Tensor:
+            self.bring()
             gradient = torch.zeros_like(self.values)
             for left, right, first in product.factors(x, grad_y):
                 self.gradient_of_rows(left, right, first, gradient)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from leanlift.errors import UserError
 from leanlift.layers.autograd import KeepInput
-from leanlift.layers.frozen import FrozenLinear, dense
+from leanlift.layers.effective import EffectiveTiles, HeadWeight
+from leanlift.layers.frozen import FrozenLinear, gradient_rows
 from leanlift.layers.slot import Slot, is_state_key, keep_dtype, learned_of, state_of
 from leanlift.layers.workspace import Workspace
 from leanlift.sparse import (
@@ -21,10 +23,8 @@ from leanlift.sparse import (
     change_mask,
     common,
 )
-from leanlift.tiles import RowTiles, row_ranges, tile_rows
-
-SAMPLED_TILE_BYTES = 64 * 2**20
-"""Of fp32 rows whose selected entries are formed at once on a CPU."""
+from leanlift.streaming import StatePool
+from leanlift.tiles import RowTiles, row_ranges
 
 
 class LiftLinear(FrozenLinear):
@@ -44,6 +44,8 @@ class LiftLinear(FrozenLinear):
         shelf: what other adapters have learned here, by their names; it moves with the layer.
         is_new: whether the base has nothing here, so that there is nothing to compute as without
             an adapter.
+        brought_by: what brings all that is learned here to the device, and as which block; None: it
+            is there.
     """
 
     index: SegmentedIndex
@@ -63,6 +65,7 @@ class LiftLinear(FrozenLinear):
         super().__init__(base, weight, workspace)
         if index.shape != weight.shape:
             raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
+        self.brought_by: tuple[StatePool, int] | None = None
         self.put_on(Slot.zero(index, values_dtype))
         self.shelf: dict[str, Slot] = {}
         self._merged: tuple[tuple[float, ...], Tensor] | None = None
@@ -76,14 +79,27 @@ class LiftLinear(FrozenLinear):
     def _carrier(self, x: Tensor) -> Tensor | None:
         if self.observer is not None or not self.trains_now:
             return super()._carrier(x)
+        self.bring()
         return KeepInput.apply(x, self.values, self, self.values_gradient)
+
+    def bring(self) -> None:
+        """Let what is learned here be where it is computed with, until another block is brought."""
+        if self.brought_by is not None:
+            pool, block = self.brought_by
+            pool.need(block)
+
+    def wrote(self) -> None:
+        """What is learned here has been changed in place, where `bring` has let it be."""
+        if self.brought_by is not None:
+            pool, block = self.brought_by
+            pool.wrote(block)
 
     @property
     def weight(self) -> Tensor:
         """As of `FrozenLinear`; of a head the effective one, with a gradient to its values."""
         if self.is_off or not self.is_head:
             return super().weight
-        weight: Tensor = _HeadWeight.apply(self.values, self)
+        weight: Tensor = HeadWeight.apply(self.values, self)
         return weight
 
     @property
@@ -130,6 +146,7 @@ class LiftLinear(FrozenLinear):
         """The active and the retired offsets of rows `start:stop` that are computed with."""
         if self.is_off:
             return ()
+        self.bring()
         stores = self.learned.stores
         if stop - start == self.out_features:
             return stores
@@ -137,6 +154,7 @@ class LiftLinear(FrozenLinear):
 
     def add_offsets_(self, rows: Tensor, start: int, stop: int) -> None:
         """Add all offsets of rows `start:stop`, scaled, to `rows` [stop - start, n], in place."""
+        self.bring()
         self.learned.add_to_(rows, start, stop)
 
     @property
@@ -152,6 +170,7 @@ class LiftLinear(FrozenLinear):
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
+        self.bring()
         gradient = torch.empty_like(self.values)
         self.gradient_of_rows(grad_y, x, 0, gradient)
         return gradient if self.scale == 1 else gradient.mul_(self.scale)
@@ -168,7 +187,7 @@ class LiftLinear(FrozenLinear):
         """The same, formed by the layer itself."""
         (_, r), n = left.shape, right.shape[1]
         ops = self.workspace.ops or self.workspace.choose(right.device)
-        for start, stop in row_ranges(r, _gradient_rows(r, n, right)):
+        for start, stop in row_ranges(r, gradient_rows(r, n, right)):
             index, place = self.index.part(first + start, first + stop), out
             if index.count < out.numel():
                 place = out[slice(*self.index.span(first + start, first + stop))]
@@ -247,7 +266,16 @@ class LiftLinear(FrozenLinear):
         return taken
 
     def put_on(self, slot: Slot) -> None:
-        """Compute and train with what an adapter has learned here, whatever was here before."""
+        """Compute and train with what an adapter has learned here, whatever was here before.
+
+        Raises:
+            UserError: what is learned here comes with its block, which knows one adapter.
+        """
+        if self.brought_by is not None:
+            raise UserError(
+                "streamed state is that of one adapter: load the base anew for another one, "
+                "without stream_state."
+            )
         self.index, self.values, self.scale = slot.index, slot.values, slot.scale
         self.retired_index, self.retired_values = slot.retired_index, slot.retired_values
 
@@ -287,64 +315,28 @@ class LiftLinear(FrozenLinear):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LiftLinear:
         """Moves what is learned, and never changes its dtype: `half` is meant for a base."""
         moves, merged = keep_dtype(fn), self.merged
-        super()._apply(moves, recurse=False)
+        with self._without_brought():
+            super()._apply(moves, recurse=False)
         with self.without_streamed():
             for child in self.children() if recurse else ():
                 child._apply(fn)
+        self.merged = None if merged is None else moves(merged)
+        if self.brought_by is not None:
+            return self
         self.index = self.index.map(moves)
         if self.retired_index is not None and self.retired_values is not None:
             self.retired_index = self.retired_index.map(moves)
             self.retired_values = moves(self.retired_values)
-        self.merged = None if merged is None else moves(merged)
         self.shelf = {name: slot.map(moves) for name, slot in self.shelf.items()}
         return self
 
-
-class _HeadWeight(torch.autograd.Function):
-    """The effective weight [m, n] of a layer, in the dtype of its base."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, layer: LiftLinear) -> Tensor:
-        ctx.index, ctx.dtype, ctx.scale = layer.index, values.dtype, layer.scale
-        return dense(layer.effective, layer.weight_tiles.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        gradient = grad.reshape(-1)
-        if not ctx.index.is_full:
-            gradient = gradient[ctx.index.to_flat()]
-        gradient = gradient.to(ctx.dtype)
-        return (gradient if ctx.scale == 1 else gradient * ctx.scale), None
-
-
-class EffectiveTiles:
-    """The effective weight of a LiftLinear, read by rows in fp32 without touching the scratch."""
-
-    dtype = torch.float32
-
-    def __init__(self, layer: LiftLinear) -> None:
-        self.layer = layer
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.layer.weight_tiles.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.values.device
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        rows = self.layer.weight_tiles.rows(start, stop).to(torch.float32, copy=True)
-        self.layer.add_offsets_(rows, start, stop)
-        return rows
-
-
-def _gradient_rows(m: int, n: int, x: Tensor) -> int:
-    """Rows of the values' gradient that are formed at once.
-
-    On CUDA all: the scratch has room for any layer's weight, and one product is as fast as several
-    whose results stay in the cache for the gather (`benchmarks/gpu_proof`). On a CPU, many: of most
-    masks the entries alone are formed.
-    """
-    return m if x.device.type == "cuda" else tile_rows(n, 4, SAMPLED_TILE_BYTES)
+    @contextmanager
+    def _without_brought(self) -> Iterator[None]:
+        """The layer without values that a pool brings: they stay where they are."""
+        values = self.values
+        try:
+            if self.brought_by is not None:
+                self._parameters["values"] = None
+            yield
+        finally:
+            self._parameters["values"] = values

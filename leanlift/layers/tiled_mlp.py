@@ -17,20 +17,15 @@ made anew for each piece. Products are those of a checkpointed step; where activ
 recomputed anyway, all Linears but the last are multiplied with once more. Rows of one piece, as
 those of a generation, go the plain way.
 
-Taken are MLPs whose forward is written in one of the well-known ways: gated, gated with both
-factors from one Linear, and a chain of Linears and activations. Experts are left as they are: their
-tokens are split by their routes already.
+Taken are MLPs whose forward is written in one of the well-known ways (`mlp_ways`). Experts are left
+as they are: their tokens are split by their routes already.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,8 +35,9 @@ from torch.autograd.function import once_differentiable
 from leanlift.errors import UserError
 from leanlift.layers.autograd import Multiply, check_unchanged
 from leanlift.layers.frozen import FrozenLinear
-from leanlift.layers.fused_glu import OurForward, fused_glu, is_stock_glu
+from leanlift.layers.fused_glu import OurForward
 from leanlift.layers.lift import LiftLinear
+from leanlift.layers.mlp_ways import Way, way_of
 from leanlift.layers.tiled_norms import Autocast, kept_here
 from leanlift.streaming import STREAMED
 from leanlift.tiles import row_ranges
@@ -49,36 +45,6 @@ from leanlift.tiles import row_ranges
 PIECES, LEAST, MOST = 4, 2048, 4096
 """A row is cut into four pieces, of no fewer than LEAST tokens and no more than MOST. An H100 takes
 a quarter of the products' time to make the weights for 2048 tokens; for fewer, more than that."""
-
-FUSED = re.compile(
-    r"(\w+)=self\.(?P<first>\w+)\(\w+\)gate,\1=\1\.chunk\(2,dim=-1\)"
-    r"\1=\1\*self\.(?P<act>\w+)\(gate\)returnself\.(?P<last>\w+)\(\1\)"
-)
-LINK = re.compile(r"hidden_states=self\.(\w+)\(hidden_states\)")
-DROPOUT = re.compile(
-    r"hidden_states=nn\.functional\.dropout\(hidden_states,p=self\.(\w+),training=self\.training\)"
-)
-"""Of the sources of forwards, without spaces."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How an MLP computes: all up to its last Linear, that, and dropouts behind it.
-
-    Attributes:
-        inner: its input [T, n] -> that of the last Linear.
-        last: the name of this.
-        dropouts: names of modules, or of probabilities.
-    """
-
-    inner: Callable[[Any, Tensor], Tensor]
-    last: str
-    dropouts: tuple[str, ...] = ()
-
-    def is_exact(self, mlp: Any) -> bool:
-        """Whether no dropout is active now."""
-        found = (getattr(mlp, name) for name in self.dropouts)
-        return not mlp.training or not any(each.p if hasattr(each, "p") else each for each in found)
 
 
 def use_tiled_mlp(model: nn.Module) -> list[str]:
@@ -97,7 +63,7 @@ def use_tiled_mlp(model: nn.Module) -> list[str]:
     found = []
     for name, module in model.named_modules():
         own = "forward" not in vars(module) or isinstance(vars(module)["forward"], OurForward)
-        way = _way(module) if own else None
+        way = way_of(module) if own else None
         if way is not None:
             module.forward = OurForward(_forward, module, way)
             found.append(name)
@@ -113,80 +79,6 @@ def pieces(tokens: int) -> list[tuple[int, int]]:
     """The pieces of so many tokens, as even as can be: (start, stop)."""
     most = min(MOST, max(LEAST, math.ceil(tokens / PIECES)))
     return list(row_ranges(tokens, math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1))
-
-
-# --- which MLPs -------------------------------------------------------------------------------
-
-
-def _way(module: nn.Module) -> Way | None:
-    """How a module computes, where it is an MLP of a known form."""
-    forward = type(module).forward
-    if is_stock_glu(forward):
-        return Way(_gated, "down_proj")
-    body = _source(forward)
-    fused = FUSED.fullmatch(body)
-    if fused is not None:
-        return Way(partial(_both, fused["first"], fused["act"]), fused["last"])
-    return _chain(module, body)
-
-
-def _gated(mlp: Any, x: Tensor) -> Tensor:
-    return fused_glu(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn)
-
-
-def _both(first: str, act: str, mlp: Any, x: Tensor) -> Tensor:
-    gate, up = getattr(mlp, first)(x).chunk(2, dim=-1)
-    return fused_glu(gate, up, getattr(mlp, act))
-
-
-def _through(names: tuple[str, ...], mlp: Any, x: Tensor) -> Tensor:
-    for name in names:
-        x = getattr(mlp, name)(x)
-    return x
-
-
-def _chain(module: nn.Module, body: str) -> Way | None:
-    """Linears and activations, one after the other, and dropouts."""
-    if not body.endswith("returnhidden_states"):
-        return None
-    body = body.removesuffix("returnhidden_states")
-    dropouts = tuple(DROPOUT.findall(body))
-    body = DROPOUT.sub("", body)
-    names = tuple(LINK.findall(body))
-    parts = [getattr(module, name, None) for name in names]
-    linears = [name for name, part in zip(names, parts, strict=True) if _is_linear(part)]
-    if LINK.sub("", body) or len(linears) < 2 or names[0] != linears[0]:
-        return None
-    inner = names[: names.index(linears[-1])]
-    for name, part in zip(names, parts, strict=True):
-        if isinstance(part, nn.Dropout):
-            dropouts += (name,)
-        elif not _is_linear(part) and not (name in inner and _is_activation(part)):
-            return None
-    inner = tuple(name for name in inner if name not in dropouts)
-    return Way(partial(_through, inner), linears[-1], dropouts)
-
-
-def _is_linear(part: Any) -> bool:
-    turned = hasattr(part, "nf") and getattr(getattr(part, "weight", None), "ndim", 0) == 2
-    return isinstance(part, (FrozenLinear, nn.Linear)) or turned
-
-
-def _is_activation(part: Any) -> bool:
-    """Whether a module works number by number, as far as its place and its state tell."""
-    known = ("torch.nn.modules.activation", "transformers.activations")
-    plain = isinstance(part, nn.Module) and not [*part.parameters(), *part.buffers()]
-    return plain and type(part).__module__ in known
-
-
-@cache
-def _source(forward: Callable[..., Any]) -> str:
-    """What a forward consists of, without its first line and without spaces."""
-    try:
-        lines = inspect.getsource(forward).splitlines()
-    except (OSError, TypeError):
-        return ""
-    return "".join("".join(lines[1:]).split())
 
 
 # --- how they compute -------------------------------------------------------------------------
@@ -219,11 +111,12 @@ def _layers(mlp: nn.Module) -> list[FrozenLinear]:
 
 def _gradients_of(mlp: nn.Module) -> list[nn.Parameter]:
     """The values that get a gradient of a forward pass of now."""
-    return [
-        layer.values
-        for layer in _layers(mlp)
-        if isinstance(layer, LiftLinear) and layer.trains_now and layer.observer is None
-    ]
+    found = []
+    for layer in _layers(mlp):
+        if isinstance(layer, LiftLinear) and layer.trains_now and layer.observer is None:
+            layer.bring()
+            found.append(layer.values)
+    return found
 
 
 def _trains_others(mlp: nn.Module) -> bool:

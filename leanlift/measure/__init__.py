@@ -13,6 +13,7 @@ from leanlift.measure.meter import (
     machine_nbytes,
     resident_now,
     resident_peak,
+    state_buffers,
     static_categories,
     tensor_bytes,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "resident_now",
     "resident_peak",
     "save_report",
+    "state_buffers",
     "static_categories",
     "tensor_bytes",
 ]

@@ -86,6 +86,7 @@ CATEGORIES = (
     "retired entries",
     "gradients",
     "optimizer state",
+    "streamed state",
     "scratch",
     "activations and workspace",
 )
@@ -113,6 +114,17 @@ def held_on_device(layer: FrozenLinear) -> list[Tensor]:
     return [*(buffer.memory for buffer in pool.buffers), *host, *tables]
 
 
+def state_buffers(model: nn.Module) -> list[Tensor]:
+    """What holds the state of blocks that come with it: the device's buffers, and on a CPU, where
+    both are the same memory, the host's."""
+    layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
+    pool = next((layer.brought_by[0] for layer in layers if layer.brought_by is not None), None)
+    if pool is None:
+        return []
+    host = [block.host for block in pool.blocks] if pool.device.type == "cpu" else []
+    return [*(buffer.memory for buffer in pool.buffers), *host]
+
+
 def static_categories(model: nn.Module) -> dict[str, int]:
     """Bytes that stay from step to step, by category (without the optimizer's)."""
     layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
@@ -130,11 +142,16 @@ def static_categories(model: nn.Module) -> dict[str, int]:
             ends.extend(weight_tensors(module.base))
         elif module is not None and not isinstance(module, FrozenLinear):  # else it is a target
             ends.extend(parameter.data for parameter in module.parameters())
-    slots = [slot for layer in layers for slot in (layer.worn, *layer.shelf.values())]
+    brought = [layer for layer in layers if layer.brought_by is not None]
+    here = [layer for layer in layers if layer.brought_by is None]
+    state = state_buffers(model)
+    slots = [slot for layer in here for slot in (layer.worn, *layer.shelf.values())]
     values = [slot.values.data for slot in slots]
-    retired = [layer.retired_values for layer in layers if layer.retired_values is not None]
-    retired_index = [layer.retired_index for layer in layers if layer.retired_index is not None]
+    retired = [layer.retired_values for layer in here if layer.retired_values is not None]
+    retired_index = [layer.retired_index for layer in here if layer.retired_index is not None]
+    anchors = sum(layer.index.anchors.nbytes for layer in brought)
     counted = {t.untyped_storage().data_ptr() for t in (*frozen, *ends, *values, *retired)}
+    counted |= {layer.values.untyped_storage().data_ptr() for layer in brought}
     other = [
         tensor.data
         for tensor in (*model.parameters(), *model.buffers())
@@ -144,10 +161,11 @@ def static_categories(model: nn.Module) -> dict[str, int]:
         "base weights": tensor_bytes(frozen),
         "embeddings and head": tensor_bytes(ends),
         "norms and other": tensor_bytes(other),
-        "index": sum(slot.index.nbytes for slot in slots if slot.index.count),
+        "index": anchors + sum(slot.index.nbytes for slot in slots if slot.index.count),
         "values": tensor_bytes(values),
         "retired entries": tensor_bytes(retired) + sum(index.nbytes for index in retired_index),
         "gradients": tensor_bytes(layer.values.grad for layer in layers),
+        **({"streamed state": tensor_bytes(state)} if state else {}),
         "scratch": layers[0].scratch.nbytes if layers else 0,
     }
 
@@ -201,11 +219,14 @@ class MemoryMeter:
         self, model: nn.Module, optimizer: Optimizer | None, gradients: int, peak: int
     ) -> None:
         """Split the training peak into categories; `gradients` as seen before the update."""
-        categories = {**static_categories(model), "optimizer state": state_nbytes(optimizer)}
+        categories = {
+            **static_categories(model),
+            "optimizer state": state_nbytes(optimizer, state_buffers(model)),
+        }
         categories["gradients"] = gradients
         rest = peak - sum(categories.values())
         categories["activations and workspace"] = max(0, rest)
-        self.report.categories = {name: categories[name] for name in CATEGORIES}
+        self.report.categories = {n: categories[n] for n in CATEGORIES if n in categories}
         self.report.entries = sum(
             m.index.count for m in model.modules() if isinstance(m, LiftLinear)
         )

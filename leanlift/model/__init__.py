@@ -8,7 +8,7 @@ from leanlift.model.adapters import (
     unload_adapter,
 )
 from leanlift.model.attach import lift, use_ops
-from leanlift.model.embeddings import embedding_to_cpu, output_head
+from leanlift.model.embeddings import embedding_to_cpu, ends_that_wait, output_head
 from leanlift.model.refresh import RefreshReport, refresh_mask
 from leanlift.model.resize_embeddings import embedding_size, grow_embedding
 from leanlift.model.stacks import quantize_experts
@@ -24,6 +24,7 @@ __all__ = [
     "claim",
     "embedding_size",
     "embedding_to_cpu",
+    "ends_that_wait",
     "freeze_quantized",
     "grow_embedding",
     "lift",

@@ -32,6 +32,8 @@ from leanlift.model.gradient import gradient_masks
 from leanlift.model.resize_embeddings import rows_to_grow_to, with_more_rows
 from leanlift.model.state import LiftState, lift_layers, lift_state, print_trainable_parameters
 from leanlift.model.strangers import guard, own_base
+from leanlift.model.stream_state import at_rest, stream_state
+from leanlift.model.streaming import computes_on
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets, what_is_left
 from leanlift.model.tokens import check_tokens, lift_tokens
@@ -165,7 +167,8 @@ def attach(
         facts = with_base_samples(base, indices, checkpoint)
     workspace = Workspace()
     make_layer = layers_over(base.weights, indices, workspace, getattr(torch, config.values_dtype))
-    ends = operate(model, make_layer, int8 if config.quantize_embeddings else None, embedding_rows)
+    hold = partial(int8, device=computes_on(model)) if config.quantize_embeddings else None
+    ends = operate(model, make_layer, hold, embedding_rows)
     if config.trainable_token_indices:
         dtype = getattr(torch, config.values_dtype)
         lift_tokens(model, config.trainable_token_indices, workspace, dtype)
@@ -180,6 +183,7 @@ def attach(
         unconverged=[name for name, choice in choices.items() if not choice.converged],
     )
     holder.print_trainable_parameters = partial(print_trainable_parameters, model)
+    stream_state(model)
     guard(model)
 
 
@@ -191,7 +195,9 @@ def _choices(
     with tqdm(base.facts.shapes, desc=what, unit="matrix", disable=not progress) as bar:
         for target in bar:
             started = time.perf_counter()
-            choices[target] = choose(target, base.weights[target])
+            weight = base.weights[target]
+            chosen = choose(target, weight)
+            choices[target] = replace(chosen, index=at_rest(weight, chosen.index))
             note = "" if choices[target].converged else ", not converged"
             bar.set_postfix_str(f"{target} {time.perf_counter() - started:.1f} s{note}")
     return choices
@@ -259,5 +265,5 @@ def use_ops(model: nn.Module, name: str) -> None:
         UserError: nothing is attached, an unknown name, or "triton" where it cannot run.
     """
     workspace = lift_state(model).workspace
-    resolve(name, next(iter(lift_layers(model).values())).values.device)
+    resolve(name, next(iter(lift_layers(model).values())).weight_tiles.device)
     workspace.use(name)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from leanlift.errors import UserError
@@ -29,9 +30,9 @@ Hold = Callable[[Tensor], Weight8bit]
 """How a 16/32-bit matrix [V, d] is held in INT8: `int8`, or for a plan without its numbers."""
 
 
-def int8(weight: Tensor) -> Weight8bit:
-    """A matrix quantized to INT8, one scale per row, on its device."""
-    tiles = requantize(weight.detach(), INT8, weight.device)
+def int8(weight: Tensor, device: torch.device | None = None) -> Weight8bit:
+    """A matrix quantized to INT8, one scale per row, on a device: its own if none is given."""
+    tiles = requantize(weight.detach(), INT8, device or weight.device)
     assert isinstance(tiles, Weight8bit)
     return tiles
 
@@ -59,9 +60,28 @@ def quantize_embeddings(model: Any, hold: Hold = int8) -> dict[str, WeightFormat
     model.set_submodule(first, lookup)
     del embedding  # and its numbers, before the head has two forms
     base = held if tied else hold(head.weight)
-    bias = None if head.bias is None else head.bias.data
+    bias = None if head.bias is None else head.bias.data.to(base.device)
     model.set_submodule(last, FrozenHead(base.module, base, bias, dtype))
     return {first: INT8, last: INT8}
+
+
+def ends_that_wait(
+    model: Any, in_int8: bool, embedding_on_cpu: bool, grows: bool
+) -> list[nn.Module]:
+    """Of a stock model on the host, the embedding and the head that need not be on the device
+    before they have the form that they are trained with.
+
+    Args:
+        model: loaded.
+        in_int8: whether both will be held in INT8.
+        embedding_on_cpu: whether the embedding will be on the CPU.
+        grows: whether the embedding will have more rows, which are made where it trains.
+    """
+    if grows:
+        return []
+    if in_int8:
+        return [*check_embeddings(model)]
+    return [model.get_input_embeddings()] if embedding_on_cpu else []
 
 
 def quantizing_ends_nbytes(model: Any) -> int:
@@ -129,10 +149,12 @@ class EmbeddingBytes:
     Attributes:
         loaded: in 16 or 32 bits.
         held: where the model is, as they are held in training.
+        in_int8: both in INT8, wherever they are then.
     """
 
     loaded: int
     held: int
+    in_int8: int
 
 
 def embeddings_nbytes(
@@ -154,7 +176,8 @@ def embeddings_nbytes(
     kept = own_head if elsewhere else [embedding.weight, *own_head]
     held = sum(INT8.held_nbytes(tuple(w.shape)) if in_int8 else w.nbytes for w in kept)
     loaded = sum(weight.nbytes for weight in (embedding.weight, *own_head))
-    return EmbeddingBytes(loaded + bias, held + bias)
+    both = sum(INT8.held_nbytes(tuple(w.shape)) for w in (embedding.weight, *own_head))
+    return EmbeddingBytes(loaded + bias, held + bias, both + bias)
 
 
 def _storage(tensor: Tensor) -> int:

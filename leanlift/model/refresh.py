@@ -21,6 +21,7 @@ from leanlift.config import LiftConfig
 from leanlift.layers import LiftLinear
 from leanlift.model.attach import selecting_nbytes
 from leanlift.model.state import lift_layers, lift_state
+from leanlift.model.stream_state import let_rest
 from leanlift.optim import remap_entries
 from leanlift.processes import of_the_first
 from leanlift.selection import Favoring, scores_of, selection
@@ -74,6 +75,7 @@ def refresh_mask(
         total += layer.index.count
         if layer.is_fixed:
             continue
+        layer.bring()
         mask, converged = _choose(layer, name, state.config)
         if not converged:
             unconverged.append(name)
@@ -84,6 +86,7 @@ def refresh_mask(
         retired += change.retired_count
         retired_nbytes += layer.retired_nbytes
         held_back += mask.held_back
+    let_rest(model)
     state.refreshes += 1
     state.unconverged = unconverged
     return RefreshReport(

@@ -7,6 +7,7 @@ the weight of one gets what brings it (`weights.frozen_weight`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from leanlift.errors import UserError
 from leanlift.format import size
-from leanlift.layers import FrozenLinear, LiftEmbedding
+from leanlift.layers import FrozenLinear, LiftEmbedding, LiftLinear
 from leanlift.model.blocks import block_lists
 from leanlift.model.state import lifted
 from leanlift.model.surgery import outer_modules
@@ -29,7 +30,9 @@ POOL = "_leanlift_pool"
 """The attribute of a model that has what brings its blocks."""
 
 
-def stream_base(model: nn.Module, device: torch.device) -> Pool:
+def stream_base(
+    model: nn.Module, device: torch.device, state: bool = False, waiting: Iterable[nn.Module] = ()
+) -> Pool:
     """Keep the frozen weights of a model's blocks in the host's memory, and bring each block to the
     device when it is read; all else goes to the device.
 
@@ -38,6 +41,9 @@ def stream_base(model: nn.Module, device: torch.device) -> Pool:
     Args:
         model: stock or attached; wherever it is, as loaded onto the CPU.
         device: where it computes.
+        state: whether what will be learned in a block comes with it (`stream_state`): positions,
+            offsets, retired entries and moments. Of a stock model.
+        waiting: modules that stay on the host, since they get another form first.
 
     Returns:
         What brings the blocks.
@@ -49,8 +55,10 @@ def stream_base(model: nn.Module, device: torch.device) -> Pool:
     known = pool_of(model)
     if known is not None:
         return known
+    if state and any(isinstance(module, LiftLinear) for module in model.modules()):
+        raise UserError("state=True streams what will be learned: call it before get_lift_model.")
     blocks = [[*map(holder_of, each)] for each in layers_by_block(model)]
-    pool = Pool([_block(holders, device) for holders in blocks], device)
+    pool = Pool([_block(holders, device) for holders in blocks], device, state)
     for number, holders in enumerate(blocks):
         for each in holders:
             setattr(each.weight, STREAMED, (pool, number))
@@ -62,7 +70,7 @@ def stream_base(model: nn.Module, device: torch.device) -> Pool:
     setattr(holder, POOL, pool)
     if getattr(model, "hf_device_map", None):  # says where it was loaded, and is asked where it is
         holder.hf_device_map = {"": device.index or 0 if device.type == "cuda" else device.type}
-    _move_the_rest(model, blocks, device)
+    _move_the_rest(model, blocks, device, waiting)
     return pool
 
 
@@ -70,6 +78,12 @@ def pool_of(model: nn.Module) -> Pool | None:
     """What brings a model's blocks; None: they are where the model is."""
     found: Pool | None = getattr(lifted(model), POOL, None)
     return found
+
+
+def computes_on(model: nn.Module) -> torch.device | None:
+    """Where a model computes whose blocks are brought; None: where it is."""
+    pool = pool_of(model)
+    return None if pool is None else pool.device
 
 
 def layers_by_block(model: nn.Module) -> list[list[Any]]:
@@ -128,9 +142,12 @@ def _in_pool(weight: Any, pool: Pool, block: int) -> Any:
     return streamed(weight, pool, block)
 
 
-def _move_the_rest(model: nn.Module, blocks: list[list[Any]], device: torch.device) -> None:
-    """Move all of a model to a device but for what its pool brings."""
+def _move_the_rest(
+    model: nn.Module, blocks: list[list[Any]], device: torch.device, waiting: Iterable[nn.Module]
+) -> None:
+    """Move all of a model to a device but for what its pool brings, and what waits."""
     held = {id(holder.weight) for holders in blocks for holder in holders}
+    held |= {id(tensor) for module in waiting for tensor in module.parameters()}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in held and tensor.device != device:
             tensor.data = tensor.data.to(device)

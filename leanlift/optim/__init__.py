@@ -3,7 +3,7 @@
 from leanlift.optim.adamw import SparseAdamW
 from leanlift.optim.arithmetic import adamw_update
 from leanlift.optim.moments import TABLES_NBYTES, adamw_nbytes
-from leanlift.optim.nbytes import optimizer_nbytes, update_nbytes
+from leanlift.optim.nbytes import moment_sizes, optimizer_nbytes, update_nbytes
 from leanlift.optim.remap import check_remappable, remap_entries, state_nbytes
 from leanlift.optim.saved import SavedState, check_saved, restore_state, saved_state, unwrap
 from leanlift.optim.validate import LARGEST_GRADIENT
@@ -17,6 +17,7 @@ __all__ = [
     "adamw_update",
     "check_remappable",
     "check_saved",
+    "moment_sizes",
     "optimizer_nbytes",
     "remap_entries",
     "restore_state",

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from leanlift.errors import UserError
 from leanlift.ops import adamw_kernel
 from leanlift.optim.arithmetic import adamw_update, round_stochastically, seed_of, uniform_noise
-from leanlift.optim.moments import BLOCK, CHUNK, own_moments
+from leanlift.optim.moments import BLOCK, CHUNK, OwnMoments, own_moments
 
 ROUNDINGS = ("stochastic", "nearest")
 
@@ -77,6 +77,7 @@ class SparseAdamW(Optimizer):
     ) -> None:
         self._ops = ops
         self._places: dict[int, tuple[dict[str, Any], int]] = {}
+        self._reserved: dict[int, dict[str, Any]] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -136,13 +137,35 @@ class SparseAdamW(Optimizer):
         Raises:
             UserError: a parameter that is in no group, or a gradient of another size.
         """
+        place = self._place_of(parameter)
+        self._update(parameter, *place, apply)
+
+    def reserve(self, parameter: Tensor) -> None:
+        """Make the moments of a parameter now, where it is, instead of at its first step, which
+        takes these; nothing where it has some."""
+        if not self.state.get(parameter) and id(parameter) not in self._reserved:
+            moments = self._moments_of(parameter)
+            made = moments.create(parameter.numel(), parameter.device)
+            self._reserved[id(parameter)] = made
+
+    def moments_of(self, parameter: Tensor) -> list[Tensor]:
+        """The tensors that hold the moments of a parameter, reserved ones too; none before its
+        first step otherwise."""
+        state = self.state.get(parameter) or self._reserved.get(id(parameter), {})
+        return [state[key] for key in self._moments_of(parameter).keys if state]
+
+    def _moments_of(self, parameter: Tensor) -> OwnMoments:
+        return own_moments(self._place_of(parameter)[0]["moments"])
+
+    def _place_of(self, parameter: Tensor) -> tuple[dict[str, Any], int]:
+        """The group of a parameter, and its place."""
         found = self._places.get(id(parameter))
         if found is None:
             raise UserError(
-                "step_parameter expects a parameter of this optimizer, got another tensor: add it "
-                "with add_param_group first."
+                "expected a parameter of this optimizer, got another tensor: add it with "
+                "add_param_group first."
             )
-        self._update(parameter, *found, apply)
+        return found
 
     def uncount_step(self, parameter: Tensor) -> None:
         """Take back that a step was counted which `apply` did not allow."""
@@ -175,6 +198,7 @@ class SparseAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_ops", "auto")  # what is pickled has groups and state alone
+        self.__dict__.setdefault("_reserved", {})
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -200,7 +224,8 @@ class SparseAdamW(Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())
-            state.update(moments.create(parameter.numel(), parameter.device))
+            reserved = self._reserved.pop(id(parameter), None)
+            state.update(reserved or moments.create(parameter.numel(), parameter.device))
         _check_gradient(parameter, grad)
         _check_state(state, parameter, group["moments"])
         state["step"] += 1

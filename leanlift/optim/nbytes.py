@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from leanlift.errors import UserError
-from leanlift.optim.moments import CHUNK, TABLES_NBYTES, EightBitMoments, adamw_nbytes
+from leanlift.optim.moments import BLOCK, CHUNK, TABLES_NBYTES, EightBitMoments, adamw_nbytes
 
 CHUNK_TENSORS = 9
 """fp32 chunks that a step of `SparseAdamW` makes at most: values, gradients, both moments, the
@@ -45,6 +45,18 @@ def optimizer_nbytes(optim: str, counts: Sequence[int], itemsize: int) -> int:
         UserError: there is no rule for it.
     """
     return _rule(optim).state(counts, itemsize)
+
+
+def moment_sizes(optim: str, count: int) -> list[int]:
+    """Bytes of the tensors that hold the moments of a vector in `SparseAdamW`.
+
+    Args:
+        optim: "sparse_adamw" or "sparse_adamw_8bit".
+        count: its length.
+    """
+    if optim == "sparse_adamw":
+        return [4 * count, 4 * count]
+    return [count, 4 * -(-count // BLOCK)] * 2
 
 
 def update_nbytes(optim: str, counts: Sequence[int], itemsize: int, cuda: bool) -> int:

@@ -20,6 +20,8 @@ the largest second moment of the matrix.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -71,10 +73,14 @@ def remap_entries(optimizer: Optimizer, parameter: nn.Parameter, source: Tensor)
     )
 
 
-def state_nbytes(optimizer: Optimizer | None) -> int:
+def state_nbytes(optimizer: Optimizer | None, apart: Iterable[Tensor] = ()) -> int:
     """Bytes of all tensors in the optimizer's state, shared lookup tables counted once.
 
     The tables of `SparseAdamW` are no part of its state, but are counted, once per device.
+
+    Args:
+        optimizer: None: no bytes.
+        apart: buffers in which some of them lie that are counted elsewhere.
     """
     if optimizer is None:
         return 0
@@ -85,6 +91,8 @@ def state_nbytes(optimizer: Optimizer | None) -> int:
         for tensor in state.values()
         if isinstance(tensor, Tensor)
     }
+    for buffer in apart:
+        tensors.pop(buffer.untyped_storage().data_ptr(), None)
     devices = {
         state["exp_avg_codes"].device
         for state in optimizer.state.values()

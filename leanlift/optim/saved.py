@@ -26,7 +26,7 @@ class SavedState:
     """Everything that an optimizer's `state_dict` holds.
 
     Attributes:
-        tensors: "<parameter>.<key>" -> tensor; no two share storage.
+        tensors: "<parameter>.<key>" -> tensor; no two overlap.
         facts: JSON-ready: "optimizer", "groups" (names of parameters, options), "numbers", and
             "unstarted", the parameters that never had a gradient, where others had.
     """
@@ -61,7 +61,7 @@ def saved_state(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -> Sa
             numbers[name] = {}
             for key, value in optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    place = value.untyped_storage().data_ptr()
+                    place = value.data_ptr()  # several may lie in one buffer, apart
                     tensors[f"{name}.{key}"] = value.clone() if place in shared else value
                     shared.add(place)
                 elif _is_plain(value):

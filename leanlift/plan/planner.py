@@ -27,10 +27,13 @@ from leanlift.plan.seen import keeping_numbers
 from leanlift.plan.settings import PlanSettings
 from leanlift.plan.shapes import Planned, Shapes, attached, shapes_of
 from leanlift.plan.sums import (
+    adapter_nbytes,
     before_training,
     beside_training,
     gradient_nbytes,
     held_nbytes,
+    host_nbytes,
+    moments_nbytes,
     one_selection_nbytes,
     updating_nbytes,
 )
@@ -72,7 +75,7 @@ def plan_step(
     categories["activations and workspace"] = train - sum(categories.values())
     return MemoryPlan(
         model=name,
-        categories={category: categories[category] for category in CATEGORIES},
+        categories={name: categories[name] for name in CATEGORIES if name in categories},
         phases={
             **before_training(planned, shapes, held),
             "train": train,
@@ -91,7 +94,9 @@ def plan_step(
         weights=shapes.weights,
         holds_for=_holds_for(planned),
         context=_context(planned.settings),
-        host=0 if shapes.streamed is None else shapes.streamed.host,
+        host=host_nbytes(planned, shapes),
+        adapter=adapter_nbytes(planned, shapes),
+        moments=moments_nbytes(planned, shapes),
     )
 
 
@@ -263,6 +268,7 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "quantize_embeddings": config.quantize_embeddings,
         "embedding_on_cpu": settings.embedding_on_cpu,
         "stream_base": settings.stream_base,
+        "stream_state": settings.stream_state,
         "tiled_mlp": settings.tiled_mlp,
         "refresh_interval": config.refresh_interval,
         "per_device_eval_batch_size": 0 if evaluated is None else evaluated.rows,

@@ -41,7 +41,10 @@ class MemoryPlan:
         holds_for: the settings that were planned for, by name.
         context: allowance for the CUDA context, in no other figure.
         notes: what the plan takes for granted.
-        host: of the host's memory, what a streamed base has; on a CPU it is in the categories too.
+        host: of the host's memory, what a streamed base has, and what is learned in it where that
+            is streamed; on a CPU it is in the categories too.
+        adapter: positions, offsets and retired entries, wherever they are.
+        moments: the optimizer's state, wherever it is.
     """
 
     model: str
@@ -54,6 +57,8 @@ class MemoryPlan:
     context: int = CONTEXT
     notes: list[str] = field(default_factory=list)
     host: int = 0
+    adapter: int = 0
+    moments: int = 0
 
     @property
     def peak_phase(self) -> str:

@@ -21,6 +21,7 @@ TERMS = {
     "retired entries": "trained once, let go by a refresh; offsets are kept",
     "gradients": "one for each trained entry, none for the rest",
     "optimizer state": "two running means for each trained entry",
+    "streamed state": "of two blocks at a time: positions, offsets, running means",
     "scratch": "one matrix, unpacked: the layers take turns",
     "activations and workspace": "kept for the backward pass, and temporary tensors",
 }
@@ -48,7 +49,8 @@ def header(plan: dict[str, Any]) -> list[str]:
     if held["embedding_on_cpu"]:
         base += ", embedding on the CPU"
     if held.get("stream_base"):
-        base += ", its blocks streamed from the host's memory"
+        state = " with what is learned in them" if held.get("stream_state") else ""
+        base += f", its blocks streamed from the host's memory{state}"
     values = f"offsets in {held['values_dtype']}, optimizer {held['optim']}"
     if held["optim_in_backward"]:
         values += " in the backward pass"
@@ -116,9 +118,11 @@ def peak_line(plan: dict[str, Any], width: int = WIDTH) -> list[str]:
         text += (
             f" CUDA itself takes {size(plan['context'])} of a card: {size(plan['needed'])} in all."
         )
-    if plan["holds_for"].get("stream_base"):
-        pinned = ", pinned" if plan["holds_for"]["cuda"] else ""
-        text += f" The host's memory holds {size(plan['host'])} of the base{pinned}."
+    held = plan["holds_for"]
+    if held.get("stream_base"):
+        pinned = ", pinned" if held["cuda"] else ""
+        what = "the base and of what is learned" if held.get("stream_state") else "the base"
+        text += f" The host's memory holds {size(plan['host'])} of {what}{pinned}."
     return textwrap.wrap(text, width)
 
 

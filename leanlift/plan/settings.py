@@ -37,6 +37,7 @@ class PlanSettings:
         dtype: name of the dtype of what is not quantized; None: bfloat16 on a GPU, else float32.
         embedding_on_cpu: whether the embedding is not on the card.
         stream_base: whether the frozen blocks are in the host's memory.
+        stream_state: whether what is learned in them is there too.
         tiled_mlp: whether MLPs go over the tokens of long rows in pieces.
         cuda: whether the run is on a GPU; None: if this machine has one.
         largest, largest_eval: the largest batch of training and of evaluation, where it is known;
@@ -61,6 +62,7 @@ class PlanSettings:
     dtype: str | None = RunArguments.dtype
     embedding_on_cpu: bool = RunArguments.embedding_on_cpu
     stream_base: bool = RunArguments.stream_base
+    stream_state: bool = RunArguments.stream_state
     tiled_mlp: bool = RunArguments.tiled_mlp
     cuda: bool | None = None
     largest: Batch | None = None

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from leanlift.config import LiftConfig
-from leanlift.layers import FrozenLinear, LiftEmbedding, scratch_nbytes
+from leanlift.layers import FrozenLinear, LiftEmbedding, LiftLinear, scratch_nbytes
 from leanlift.layers.tokens import TOKEN_NBYTES
 from leanlift.model.embeddings import (
     EmbeddingBytes,
@@ -18,6 +18,7 @@ from leanlift.model.embeddings import (
     quantizing_ends_nbytes,
 )
 from leanlift.model.stacks import named_parts
+from leanlift.model.stream_state import check_used_once
 from leanlift.model.streaming import layers_by_block
 from leanlift.model.tiled import tiled_mlp
 from leanlift.model.whole import whole_modules
@@ -61,11 +62,13 @@ class BlockBytes:
         tensors: of all tensors that are streamed, wherever they are.
         host: of the host's buffers for them.
         buffers: of those on the device.
+        targets: the names of the targets in each block.
     """
 
     tensors: int
     host: int
     buffers: int
+    targets: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     }
     workspace = first_pieces(settings.device_type)
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
+    if settings.stream_state:
+        check_used_once(model)
     if settings.tiled_mlp:
         tiled_mlp(model)
     layers = {
@@ -177,13 +182,16 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
 
 def _streamed(model: Any) -> BlockBytes:
     """Of the blocks of a base that is streamed."""
-    tensors, blocks = 0, []
+    names = {module: name for name, module in named_parts(model).items()}
+    tensors, blocks, targets = 0, [], []
     for layers in layers_by_block(model):
+        trained = [layer for layer in layers if isinstance(layer, LiftLinear)]
+        targets.append(tuple(names[layer] for layer in trained))
         weights: list[Any] = [layer.weight_tiles for layer in layers]
         sizes = [size for w in weights for size in w.format.tensor_sizes(w.shape)]
         tensors += sum(sizes)
         blocks.append(nbytes_of(sizes))
-    return BlockBytes(tensors, sum(blocks), BUFFERS * max(blocks))
+    return BlockBytes(tensors, sum(blocks), BUFFERS * max(blocks), tuple(targets))
 
 
 def _held(weight: Any) -> int:

@@ -2,7 +2,14 @@
 change."""
 
 from leanlift.sparse.bound import BoundedMask, bounded_mask, retired_nbytes
-from leanlift.sparse.index import SEGMENT, SegmentedIndex, encoding_nbytes, index_nbytes
+from leanlift.sparse.index import (
+    SEGMENT,
+    SegmentedIndex,
+    anchors_nbytes,
+    encoding_nbytes,
+    index_nbytes,
+    index_sizes,
+)
 from leanlift.sparse.offsets import LayerOffsets, Offsets, add_offsets_, common, find_positions
 from leanlift.sparse.update import MaskChange, change_mask
 
@@ -14,11 +21,13 @@ __all__ = [
     "Offsets",
     "SegmentedIndex",
     "add_offsets_",
+    "anchors_nbytes",
     "bounded_mask",
     "change_mask",
     "common",
     "encoding_nbytes",
     "find_positions",
     "index_nbytes",
+    "index_sizes",
     "retired_nbytes",
 ]

@@ -240,7 +240,17 @@ def encoding_nbytes(count: int) -> int:
     return 6 * 8 * min(count, ENCODED_AT_ONCE)
 
 
+def index_sizes(shape: tuple[int, int], count: int) -> list[int]:
+    """Bytes of the tensors of a `SegmentedIndex` that are on its device: columns, counts, ends."""
+    m, n = shape
+    return [count, m * -(-n // SEGMENT), 4 * m]
+
+
+def anchors_nbytes(rows: int) -> int:
+    """Bytes of the anchors of so many rows, which are on the CPU."""
+    return 8 * (-(-rows // ANCHOR_ROWS) + 1)
+
+
 def index_nbytes(shape: tuple[int, int], count: int) -> int:
     """Bytes of a `SegmentedIndex`, from shapes alone."""
-    m, n = shape
-    return count + m * (-(-n // SEGMENT) + 4) + 8 * (-(-m // ANCHOR_ROWS) + 1)
+    return sum(index_sizes(shape, count)) + anchors_nbytes(shape[0])

@@ -59,6 +59,11 @@ class Block:
             view.copy_(place.tensor)
         self.read_from(self.host)
 
+    def start(self, place: int) -> int:
+        """Where the tensor of a place begins in a buffer, in bytes; of one past the last, where the
+        buffer ends."""
+        return self._starts[place] if place < len(self._starts) else self.nbytes
+
     def read_from(self, buffer: Tensor) -> None:
         """Let all tensors be read from a buffer that holds them: the host's, or the device's."""
         for place, view in zip(self.places, self._in(buffer), strict=True):

@@ -41,14 +41,17 @@ class Pool:
     Args:
         blocks: of a model, in the order in which they compute.
         device: where they are read.
+        with_state: whether what is learned in a block comes with it, in a pool of its own.
 
     Attributes:
         copies: blocks that were copied, so far.
         waited: of these, the ones that were not on their way before they were asked for.
     """
 
-    def __init__(self, blocks: Sequence[Block], device: torch.device) -> None:
-        self.blocks, self.device = list(blocks), device
+    def __init__(
+        self, blocks: Sequence[Block], device: torch.device, with_state: bool = False
+    ) -> None:
+        self.blocks, self.device, self.with_state = list(blocks), device, with_state
         largest = max((block.nbytes for block in self.blocks), default=0)
         self.buffers = [
             Buffer(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(BUFFERS)
@@ -101,16 +104,21 @@ class Pool:
     def _copy(self, number: int, buffer: Buffer) -> None:
         self._empty(buffer)
         block = self.blocks[number]
-        target = buffer.memory[: block.nbytes]
-        if self._stream is None:
-            target.copy_(block.host)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                target.copy_(block.host, non_blocking=True)
+        self._transfer(block.host, buffer.memory[: block.nbytes])
+        if self._stream is not None:
             buffer.ready = self._stream.record_event()
         buffer.holds = number
         self.copies += 1
+
+    def _transfer(self, source: Tensor, target: Tensor) -> None:
+        """Copy between the host and a buffer: behind what was enqueued so far, and beside what will
+        be."""
+        if self._stream is None:
+            target.copy_(source)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
 
     def _empty(self, buffer: Buffer) -> None:
         """Let what a buffer held be read from the host."""

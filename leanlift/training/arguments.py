@@ -40,7 +40,7 @@ class LiftArguments:
     adam_beta2, adam_epsilon, no weight decay, linear decay after 3 % warm-up. In the miniatures of
     `benchmarks/quality`, β2 = 0.999 and 10 % warm-up change what is learned by less than the seeds
     do, and principal weights take a third of the learning rate that LoRA, magnitude and random
-    masks do best at. max_nonfinite_steps is our choice. All else is TRL's.
+    masks do best at; on SmolLM2-135M, in 32 steps, all of them do best at 2e-3 to 3e-3. max_nonfinite_steps is our choice. All else is TRL's.
     """
 
     output_dir: str | None = field(

@@ -19,6 +19,7 @@ from leanlift.errors import UserError
 from leanlift.layers import LiftLinear
 from leanlift.model import RefreshReport, lift_layers, lift_state, refresh_mask
 from leanlift.model.base import without_input_gradients
+from leanlift.model.stream_state import check_updates_in_backward, let_rest, stream_moments
 from leanlift.optim import LARGEST_GRADIENT, SparseAdamW, unwrap
 from leanlift.training.checkpointing.directory import last_checkpoint
 from leanlift.training.step_guard import GradientHooks, StepGuard
@@ -48,12 +49,15 @@ class Guard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._check_begun_again(args)
+        check_updates_in_backward(kwargs["model"], self.in_backward)
         self.remove_hooks()
         self.guard.forget_step()
         if self.scaled:
             return
         optimizer = unwrap(kwargs["optimizer"]) if self.in_backward else None
         assert optimizer is None or isinstance(optimizer, SparseAdamW)
+        if optimizer is not None:
+            stream_moments(kwargs["model"], optimizer)
         self.hooks = GradientHooks(kwargs["model"], self.guard, optimizer)
 
     def on_pre_optimizer_step(
@@ -75,6 +79,7 @@ class Guard(TrainerCallback):
             else:
                 for layer in layers.values():
                     layer.values.grad = None
+            let_rest(kwargs["model"])
 
     def end_training(self) -> None:
         """After `train`, also after an error."""

@@ -53,8 +53,11 @@ class Change:
         sft = settings[1]
         ours = _name(sft.optim) in SPARSE_OPTIMIZERS
         if "optim_in_backward" in self.keys:
-            backward = self.keys["optim_in_backward"]
-            return not backward or (ours and sft.gradient_accumulation_steps == 1)
+            if not self.keys["optim_in_backward"]:
+                return not settings[0].stream_state
+            return ours and sft.gradient_accumulation_steps == 1
+        if "stream_state" in self.keys:
+            return settings[0].stream_base and sft.optim_in_backward
         return ours or "values_dtype" not in self.keys
 
     @property
@@ -183,6 +186,11 @@ def _updates_in_backward(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> 
         yield Change(keys, "gives up gradient clipping")
 
 
+def _state_on_the_host(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
+    if cuda and not args.stream_state and processes() == 1:
+        yield Change({"stream_state": True}, "what is learned comes along with the blocks: time")
+
+
 def _fewer_entries(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     if args.rank_budget is None and args.density > LEAST_DENSITY:
         for density in densities(args.density):
@@ -202,6 +210,7 @@ OFFERS: tuple[Offer, ...] = (
     _activations_on_cpu,
     _blocks_on_the_host,
     _updates_in_backward,
+    _state_on_the_host,
     _fewer_entries,
 )
 """In the order in which they are made. Each gives the sizes of one change, or nothing where there
@@ -234,6 +243,7 @@ def at_most(change: Change, plan: MemoryPlan) -> float:
         "gradient_checkpointing": activations,
         "activation_offloading": activations / 2,
         "stream_base": held["base weights"],
+        "stream_state": held["index"] + held["values"] + held["optimizer state"],
         "tiled_mlp": activations / 2 if plan.holds_for["max_length"] > LEAST else 0,
         "per_device_train_batch_size": activations,
         "max_length": activations / 2,

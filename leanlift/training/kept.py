@@ -55,10 +55,12 @@ class KeptRows:
     Attributes:
         name: by which they are told of.
         data: tokenized, `input_ids` and `labels`.
+        origin: the number of the row that each is of; None: each is of its own.
     """
 
     name: str
     data: Dataset
+    origin: Sequence[int] | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -135,7 +137,7 @@ class KeptLosses(TrainerCallback, ExportableState):
 
 def _kept(rows: KeptRows, before: Sequence[float], after: Sequence[float]) -> KeptLoss:
     counts = rows.tokens
-    total, differs = sum(counts), change(before, after, counts)
+    total, differs = sum(counts), change(before, after, counts, rows.origin)
     assert differs is not None, "rows without a token that counts are dropped as they are read"
     first, last = math.fsum(before) / total, math.fsum(after) / total
     return KeptLoss(rows.name, len(counts), total, first, last, differs.mean, differs.error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from leanlift.data.dataset import token_rows
@@ -25,7 +26,8 @@ def kept_rows(
     args: RunArguments, loop: Any, how: Tokenization, format: Callable[[Row], str] | None = None
 ) -> tuple[KeptRows, ...]:
     """Read and tokenize them; what is said of them is said of each by its name. Rows are cut to
-    max_length as others are; texts are read in windows of it.
+    max_length as others are; texts are read in windows of it. All of a text counts, whatever of
+    others is trained alone.
 
     Args:
         args, loop: of the run.
@@ -35,7 +37,7 @@ def kept_rows(
     Raises:
         UserError: rows that cannot be used; says which.
     """
-    parts = args.kept_parts()
+    parts, how = args.kept_parts(), replace(how, asked=True)
     length = getattr(loop, "max_length", None)
     cut = Cut(length, getattr(loop, "truncation_mode", None) == "keep_end")
     found = []
@@ -52,5 +54,6 @@ def kept_rows(
         made = token_rows(rows, how, where, within, getattr(loop, "dataset_num_proc", None))
         lost = made.report.truncated or made.report.untrained
         (logger.warning if lost else logger.info)("%s", made.report)
-        found.append(KeptRows(name, made.data))
+        assert made.origin is not None
+        found.append(KeptRows(name, made.data, tuple(made.origin["row"])))
     return tuple(found)

@@ -12,7 +12,13 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from leanlift.io.tensors import replacing
-from leanlift.measure import LiveBytes, MemoryMeter, static_categories, tensor_bytes
+from leanlift.measure import (
+    LiveBytes,
+    MemoryMeter,
+    state_buffers,
+    static_categories,
+    tensor_bytes,
+)
 from leanlift.model import lift_layers
 from leanlift.optim import state_nbytes
 
@@ -42,7 +48,8 @@ class MemoryCallback(TrainerCallback):
         if self.meter.cuda or self._steps >= FOLLOWED_STEPS or self._live is not None:
             return
         model = kwargs["model"]
-        self._static = sum(static_categories(model).values()) + state_nbytes(kwargs["optimizer"])
+        state = state_nbytes(kwargs["optimizer"], state_buffers(model))
+        self._static = sum(static_categories(model).values()) + state
         self._live = LiveBytes()
         self._live.__enter__()
 

@@ -209,10 +209,29 @@ def planned_mask(args: RunArguments) -> LiftConfig:
     return replace(config, modules_to_save=tuple(n for n in names if n != REWARD_HEAD))
 
 
+def check_streaming(args: RunArguments, sft: LiftSFTConfig) -> None:
+    """Refuse streamed state without what it needs.
+
+    Raises:
+        UserError: its blocks are not streamed, or gradients wait for a step at the end.
+    """
+    if args.stream_state and not (args.stream_base and sft.optim_in_backward):
+        raise UserError(
+            "stream_state updates what is learned while its block is on the device: set "
+            "stream_base, optim_in_backward, a sparse_adamw optim and max_grad_norm=0 too, or "
+            "leave it out."
+        )
+
+
 def plan_settings(
     args: RunArguments, sft: LiftSFTConfig, cuda: bool | None, batches: Batches
 ) -> PlanSettings:
-    """What decides the memory of a run, of its arguments."""
+    """What decides the memory of a run, of its arguments.
+
+    Raises:
+        UserError: state that is streamed without what it needs.
+    """
+    check_streaming(args, sft)
     sft = planned_loop(args, sft)
     eval_packing = sft.packing if sft.eval_packing is None else sft.eval_packing
     train = batches.train or largest_allowed(sft.per_device_train_batch_size, sft, sft.packing)
@@ -239,6 +258,7 @@ def plan_settings(
         dtype=args.dtype,
         embedding_on_cpu=args.embedding_on_cpu,
         stream_base=args.stream_base,
+        stream_state=args.stream_state,
         tiled_mlp=args.tiled_mlp,
         cuda=trains_on_gpu(sft) if cuda is None else cuda,
         largest=train,

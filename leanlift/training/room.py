@@ -96,9 +96,7 @@ def disk_nbytes(
     """What a run writes at most: checkpoints while one replaces another, adapter, merge."""
     if plan is None:
         return 0
-    held = plan.categories
-    adapter = held["index"] + held["values"] + held["retired entries"]
-    checkpoint = adapter + held["optimizer state"]
+    adapter, checkpoint = plan.adapter, plan.adapter + plan.moments
     merged = 2 * plan.weights if args.merged_dir else 0
     return checkpoint * kept(sft, steps) + adapter + merged
 

@@ -33,7 +33,8 @@ from leanlift.measure import (
     static_categories,
 )
 from leanlift.methods import SFT
-from leanlift.model import embedding_to_cpu, lifted, stream_base, tiled_mlp, use_ops
+from leanlift.model import embedding_to_cpu, ends_that_wait, lifted, stream_base, use_ops
+from leanlift.model.tiled import tiled_mlp
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.plan import MemoryPlan
@@ -177,7 +178,10 @@ def _attached(
         set_seed(sft.seed)  # a new head begins with random numbers
         model = load_model(args, device, sft.trust_remote_code, images=images)
         if args.stream_base:
-            stream_base(model, device)
+            grows = ready.embedding_rows is not None or config.selector == "gradient"
+            quantized = config.quantize_embeddings
+            waiting = ends_that_wait(model, quantized, args.embedding_on_cpu, grows)
+            stream_base(model, device, args.stream_state, waiting)
     job.phase = "select"
     what = "Loading the checkpoint" if resume else "Choosing the entries to train"
     with job.screen.phase(what), meter.phase("select", follow=True) as peak:

@@ -94,6 +94,10 @@ class StepGuard:
         self._largest[layer] = largest if seen is None else torch.maximum(seen, largest)
         self._note(largest <= LARGEST_GRADIENT)  # not where it is NaN
 
+    def has_seen(self, layer: str) -> bool:
+        """Whether a gradient of a layer was noted in the present step."""
+        return layer in self._largest
+
     def _is_fine(self) -> bool:
         """Whether nothing was seen that is not finite, here or in another process."""
         if processes() == 1:
@@ -217,11 +221,25 @@ class GradientHooks:
             if self.optimizer is not None and name in self.guard.unapplied:
                 self.optimizer.uncount_step(layer.values)
 
+    def _check_first(self, layer: str) -> None:
+        """Refuse a second update of a matrix in one step.
+
+        Raises:
+            UserError: the loss has gone through the model several times.
+        """
+        if self.guard.has_seen(layer):
+            raise UserError(
+                f"{layer} got a second gradient in one step, and optim_in_backward has updated it "
+                "after the first: leave out optim_in_backward (and stream_state)."
+            )
+
     def _after(self, layer: str, values: Any) -> None:
         assert values.grad is not None
         if self.optimizer is not None:
+            self._check_first(layer)
             mean_(values.grad)  # what is updated now nobody else adds up
         self.guard.see_gradient(layer, values.grad)
         if self.optimizer is not None:
             self.optimizer.step_parameter(values, self.guard.fine)
+            self._layers[layer].wrote()
             values.grad = None

@@ -251,8 +251,8 @@ def test_a_sweep_goes_on_at_its_ends_and_seeds_follow(
 
     monkeypatch.setattr(runner, "run", pretend)
     method = next(plan.methods())
-    runner.job(Job(replace(method, name="any", lrs=(-6, -5)), 0.05, 2, True))
-    runner.job(Job(replace(method, name="none", lrs=(-6, -5)), 0.05, 2, True))
+    runner.job(Job(replace(method, name="any"), 0.05, (-6, -5), 2, True))
+    runner.job(Job(replace(method, name="none"), 0.05, (-6, -5), 2, True))
     made = [(row["method"], row["lr"], row["seed"]) for row in store.runs()]
     half = ["1.00e-03", "3.16e-03", "3.16e-04", "1.00e-04", "3.16e-05"]
     assert made == [
@@ -267,7 +267,7 @@ def test_one_method_from_a_run_to_its_line(base: Base, data: Path, tmp_path: Pat
     runner = Runner(base, texts(base.tokenizer, data, TINY.lengths), TINY, store, lambda _: None)
     runner.bases()
     method = replace(next(plan.methods()), build=leanlift(NF4, approx_rank=2))
-    job = Job(method, 0.05, 1)
+    job = Job(method, 0.05, method.lrs, 1)
     for step in (-12, -10):
         runner.run(job, step, 0)
     before = store.path.read_bytes(), store.rows_path.read_bytes()

@@ -17,6 +17,8 @@ from sweeps import swept
 from tiny import load, make_tokenizer
 
 from leanlift.cli import main
+from leanlift.evaluation import answers
+from leanlift.evaluation.answers import losses_of
 from leanlift.evaluation.evaluate import (
     evaluate,
     greedy_answers,
@@ -224,3 +226,17 @@ def test_answers_stay_with_their_rows_where_others_are_dropped() -> None:
     ]
     samples = to_samples(rows, make_tokenizer())
     assert [(s.expected, s.answer) for s in samples] == [("2", "2"), ("3", None)]
+
+
+def test_of_long_texts_few_are_taken_at_a_time(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load(base).eval(), make_tokenizer()
+    samples = to_samples([{"text": "ab" * n} for n in range(3, 12)], tokenizer)
+    expected, shapes = losses_of(model, samples, 4), []
+    model.lm_head.register_forward_hook(lambda _, __, logits: shapes.append(tuple(logits.shape)))
+    bound = 2 * 23 * len(tokenizer)  # two of the longest
+    monkeypatch.setattr(answers, "LOGITS", bound)
+    assert losses_of(model, samples, 4) == pytest.approx(expected, rel=1e-4)
+    assert {rows for rows, *_ in shapes} == {1, 2}
+    assert max(math.prod(shape) for shape in shapes) <= bound
+    monkeypatch.setattr(answers, "LOGITS", 1)
+    assert losses_of(model, samples, 4) == pytest.approx(expected, rel=1e-4)

@@ -185,7 +185,7 @@ def test_the_screen_of_a_comparison() -> None:
     ]
     data = {
         "model": "Qwen/Qwen2.5-7B-Instruct", "adapter": "runs/math", "data": "gsm8k_test.json",
-        "rows": 30, "tokens": 4012, "models": models,
+        "rows": 30, "tokens": 4012, "models": models, "is_text": False,
         "compared": judged_words([Sample([1], [1], [1], "so it is 4", "4")], "auto"),
     }  # fmt: skip
     weights = ["as stored", "NF4", "NF4 + offsets", "as stored"]
@@ -202,6 +202,8 @@ def test_the_screen_of_a_comparison() -> None:
     plain = eval_text(alone, weights[2:3], [], 0, True)
     assert "--base measures the base" in plain
     assert "go by the loss" in plain
+    text = eval_text({**alone, "is_text": True}, weights[2:3], [], 0, False)
+    assert "30 windows, 4.01 k tokens" in " ".join(text.split())
 
 
 def test_rows_are_first_looked_at_by_the_column_that_the_adapter_was_trained_on(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from asked import ROWS
 from command import complaint
+from safetensors.torch import load_file, save_file
 from snapshots import assert_screen
 from tiny import load, make_tokenizer
 
@@ -16,13 +19,17 @@ from leanlift import UserError, load_adapter, merge_adapter
 from leanlift.cli import eval as evaluating
 from leanlift.cli import main
 from leanlift.cli.eval_data import Data, read_data
-from leanlift.cli.eval_several import several_text
+from leanlift.cli.eval_several import several_text, short_names
 from leanlift.evaluation.answers import losses_of
 from leanlift.evaluation.evaluate import to_samples
 from leanlift.model import scale_adapter
 from leanlift.paired import change
 from leanlift.rows.source import load_rows
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{% if m.role == 'assistant' %}</s>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
 PROSE = "It was the best of times, it was the worst of times. " * 8
 
 
@@ -105,12 +112,13 @@ def test_the_screen() -> None:
 
     datasets = [
         {"name": "target", "data": "gsm8k_test.json", "is_text": False, "rows": 1319,
-         "tokens": 163_000, "compared": "Exact match compares the last numbers.", "models": [
+         "units": 1319, "tokens": 163_000, "compared": "Exact match compares the last numbers.",
+         "models": [
             model("base", 0.9874, 0.031, None),
             model("base + adapter", 0.5912, 0.274, (-0.3962, 0.0113)),
             model("merged", 0.5713, 0.281, (-0.4161, 0.0121))]},
         {"name": "prose", "data": "texts/prose.txt", "is_text": True, "rows": 120,
-         "tokens": 122_000, "compared": None, "models": [
+         "units": 120, "tokens": 122_000, "compared": None, "models": [
             model("base", 2.314, None, None),
             model("base + adapter", 2.349, None, (0.0353, 0.0041)),
             model("merged", 2.291, None, (-0.0231, 0.0052))]},
@@ -125,6 +133,131 @@ def test_the_screen() -> None:
            "right": {name: text == "It is 2." for name, text in answers.items()}}  # fmt: skip
     weights = ["NF4", "NF4 + offsets", "as stored"]
     assert_screen(several_text(found, weights, [row], False), "eval-several")
+
+
+def test_names_that_are_cut_tell_datasets_apart() -> None:
+    cases = [
+        ["target", "a name that is very long"],
+        ["validation_split_a", "validation_split_b", "test"],
+        [f"validation_{n}_split_of_rows" for n in range(12)],
+    ]
+    for names in cases:
+        short = short_names(names)
+        assert list(short) == names
+        assert len(set(short.values())) == len(names)
+        assert max(map(len, short.values())) <= 14
+    assert short_names(cases[0])["a name that is very long"] == "a name that i…"
+    assert short_names(cases[1])["validation_split_b"] == "valida…plit_b"
+
+
+# --- turns of a chat --------------------------------------------------------------------------
+
+
+def chat_of(turns: int, word: str) -> dict[str, Any]:
+    said = [
+        [{"role": "user", "content": f"{word} {n}"}, {"role": "assistant", "content": word * n}]
+        for n in range(1, turns + 1)
+    ]
+    return {"messages": [turn for both in said for turn in both]}
+
+
+def test_a_chat_with_all_its_turns_is_one_row_of_a_standard_error(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, chats = tmp_path / "base", tmp_path / "chats.jsonl"
+    shutil.copytree(base, place)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place)
+    rows = [chat_of(turns, word) for turns, word in ((3, "yes"), (1, "no"), (4, "oh"), (2, "why"))]
+    chats.write_text("\n".join(map(json.dumps, rows)))
+    argv = ["--adapter", adapter, "--model_name_or_path", place, "--base", "--judge", "contains"]
+    found = measured(capsys, *argv, "--data", chats, "--data", f"again={chats}")["datasets"][0]
+    assert (found["rows"], found["units"]) == (10, 4)
+    model = load_adapter(load(base), adapter).eval()
+    sums: list[list[float]] = []
+    for scale in (0.0, 1.0):
+        scale_adapter(model, scale)
+        of_rows = [to_samples([row], tokenizer) for row in rows]
+        sums.append([math.fsum(losses_of(model, samples, 1)) for samples in of_rows])
+    counts = [sum(sample.trained for sample in samples) for samples in of_rows]
+    expected = change(*sums, counts)
+    assert expected is not None
+    assert found["models"][1]["loss_change"] == pytest.approx(expected.to_dict(), rel=1e-3)
+    assert found["models"][1]["exact_match_change"] == {"mean": 0.0, "error": 0.0}
+    assert main(["eval", *map(str, argv), "--max_new_tokens", "0", "--data", str(chats),
+                 "--data", f"again={chats}"]) == 0  # fmt: skip
+    assert "10 turns of 4 rows" in capsys.readouterr().out
+
+
+# --- what a text counts as --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only", ["completion_only_loss", "assistant_only_loss"])
+def test_all_of_a_text_counts_whatever_the_adapter_was_trained_on(
+    adapter: Path, tmp_path: Path, only: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, texts = tmp_path / "adapter", tmp_path / "texts.jsonl"
+    shutil.copytree(adapter, copy)
+    (copy / "run.json").write_text(json.dumps({only: True}))
+    texts.write_text("".join(json.dumps({"text": word}) + "\n" for word in ("a text", "another")))
+    found = measured(capsys, "--adapter", copy, "--data", texts)
+    assert found["tokens"] == len("a text") + len("another")  # all but the first, and the end
+
+
+# --- a merged model of another kind -----------------------------------------------------------
+
+
+def test_a_merged_model_to_which_tokens_mean_something_else_is_refused_before_a_load(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    other, small, bare = (tmp_path / name for name in ("other", "small", "bare"))
+    for place in (other, small, bare):
+        shutil.copytree(base, place)
+    file = other / "tokenizer.json"
+    held = json.loads(file.read_text())
+    vocabulary = held["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(held))
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    argv = ("eval", "--model_name_or_path", str(base), "--data", str(data), "--merged")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluating, "load_model", lambda *a, **more: pytest.fail("loaded"))
+        assert "has another tokenizer: the id 3 is 'b' to it" in complaint(
+            capsys, *argv, str(other)
+        )
+        assert "has 20 rows in its embedding" in complaint(capsys, *argv, str(small))
+    assert main([*argv, str(bare), "--max_new_tokens", "0"]) == 0
+
+
+# --- losses that are none ---------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_is_said_and_json_stays_json(
+    base: Path, data: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    (file,) = broken.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.norm.weight"].fill_(math.nan)
+    save_file(tensors, file, {"format": "pt"})
+    argv = ["--model_name_or_path", base, "--merged", broken, "--max_length", 64]
+    argv += ["--data", data, "--data", prose]
+    capsys.readouterr()
+    assert main(["eval", "--max_new_tokens", "0", "--json", *map(str, argv)]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(shown, parse_constant=lambda name: pytest.fail(name))
+    for each in found["datasets"]:
+        merged = each["models"][1]
+        assert merged["loss"] is merged["perplexity"] is None
+        assert merged["loss_change"] == {"mean": None, "error": None}
+    assert f"merged, prose on prose: the loss of {found['datasets'][1]['rows']} of" in caplog.text
 
 
 # --- what is wrong ----------------------------------------------------------------------------

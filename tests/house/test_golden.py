@@ -77,7 +77,11 @@ FORMER_KEYS = {
 
 SINCE: dict[str, dict[str, Any]] = {
     "categories": {"host": 0},
-    "per_device_train_batch_size": {"stream_base": False, "tiled_mlp": False},
+    "per_device_train_batch_size": {
+        "stream_base": False,
+        "stream_state": False,
+        "tiled_mlp": False,
+    },
     "6": {"4": True},
 }
 """What a plan also says today, by a key of what it is said beside; all of those fit 4 GB."""
@@ -87,6 +91,10 @@ def today(golden: Any) -> Any:
     """What was written, under the names that keys have today."""
     if isinstance(golden, dict):
         since = next((more for key, more in SINCE.items() if key in golden), {})
+        if "categories" in golden:
+            held = golden["categories"]
+            learned = held["index"] + held["values"] + held["retired entries"]
+            since = {**since, "adapter": learned, "moments": held["optimizer state"]}
         return since | {FORMER_KEYS.get(key, key): today(part) for key, part in golden.items()}
     return golden
 

@@ -51,8 +51,38 @@ def test_rows_that_count_for_nothing_and_rows_that_are_alone() -> None:
     assert change([1.0], [3.0], [4]) == Change(0.5, None)
     assert change([], []) is None
     assert change([1.0], [1.0], [0]) is None
+    assert change([1.0, 2.0], [3.0, 4.0], [4, 2], [7, 7]) == Change(4 / 6, None)
     with pytest.raises(ValueError, match="argument"):
         change([1.0], [1.0, 2.0])
+
+
+def test_parts_of_a_row_are_not_independent_of_each_other() -> None:
+    chance = np.random.default_rng(4)
+    rows = np.repeat(np.arange(60), chance.integers(1, 6, 60))
+    counts = chance.integers(1, 9, len(rows))
+    after = counts * chance.normal(0.1, 0.3, 60)[rows]  # what a row does, all its parts do
+    before, order = np.zeros(len(rows)), chance.permutation(len(rows))
+    found = change(*(x[order].tolist() for x in (before, after, counts, rows)))
+    whole = change(*(np.bincount(rows, x).tolist() for x in (before, after, counts)))  # type: ignore[arg-type]
+    assert found is not None
+    assert whole is not None
+    assert found.error is not None
+    assert found.mean == pytest.approx(whole.mean)
+    assert found.error == pytest.approx(whole.error)
+    apart = change(before.tolist(), after.tolist(), counts.tolist())
+    assert apart is not None
+    assert apart.error is not None
+    assert apart.error < 0.8 * found.error
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_where_a_figure_is_not_finite_there_is_no_difference(wrong: float) -> None:
+    for before, after in (([1.0, 1.0], [wrong, 1.0]), ([wrong, 1.0], [1.0, wrong])):
+        found = change(before, after)
+        assert found is not None
+        assert math.isnan(found.mean)
+        assert found.to_dict() == {"mean": None, "error": None}
+    assert Change(0.5, None).to_dict() == {"mean": 0.5, "error": None}
 
 
 @pytest.mark.parametrize(

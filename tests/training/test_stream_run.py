@@ -34,6 +34,8 @@ FORMATS: dict[str, dict[str, bool]] = {
     "dense": {"load_in_4bit": False},
 }
 
+STATE = {"stream_state": True, "optim_in_backward": True, "quantize_embeddings": True}
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
 
@@ -64,8 +66,8 @@ def told(places: tuple[Path, Path], output: Path, **args: Any) -> tuple[Any, Any
 @pytest.mark.parametrize("form", swept(FORMATS, "nf4"))
 @pytest.mark.parametrize(
     "more",
-    swept([{}, {"optim_in_backward": True}, {"quantize_embeddings": True}], {}),
-    ids=["plain", "updates in backward", "ends in INT8"],
+    swept([{}, {"optim_in_backward": True}, {"quantize_embeddings": True}, STATE], {}, STATE),
+    ids=["plain", "updates in backward", "ends in INT8", "state too"],
 )
 def test_a_streamed_run_is_the_same_and_as_planned(
     form: str, more: dict[str, Any], places: tuple[Path, Path], tmp_path: Path
@@ -73,17 +75,20 @@ def test_a_streamed_run_is_the_same_and_as_planned(
     files = []
     for stream in (False, True):
         output = tmp_path / str(stream)
-        args, sft = told(places, output, stream_base=stream, **FORMATS[form], **more)
+        changed = {**more, "stream_state": stream and more.get("stream_state", False)}
+        args, sft = told(places, output, stream_base=stream, **FORMATS[form], **changed)
         plan = lambda batches, args=args, sft=sft: plan_of(args, sft, False, batches)  # noqa: E731
         report = run(args, sft, screen=QuietScreen(), plan=plan).memory
         files.append((output / "adapter_model.safetensors").read_bytes())
         planned = report.plan
         assert planned is not None
-        for name in ("base weights", "embeddings and head", "norms and other", "index", "values"):
+        exact = ["base weights", "embeddings and head", "norms and other", "index", "values"]
+        for name in (*exact, "optimizer state"):
             assert report.categories[name] == planned["categories"][name], name
-        retired = "retired entries"  # which a plan counts as full
-        measured = sum(report.categories.values()) - report.categories[retired]
-        wanted = planned["phases"]["train"] - planned["categories"][retired]
+        full = {"retired entries", "streamed state"}  # a plan counts retired stores as full
+        measured = sum(v for name, v in report.categories.items() if name not in full)
+        held = sum(v for name, v in planned["categories"].items() if name in full)
+        wanted = planned["phases"]["train"] - held
         assert measured == pytest.approx(wanted, rel=0.05)
     assert files[0] == files[1]
     assert planned["host"] > 0

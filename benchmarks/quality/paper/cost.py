@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from leanlift.errors import UserError, first_line
+
 SHARE = 0.4
 """Of a card's peak: what well-fed training of this kind reaches. An assumption, not a figure."""
 
@@ -71,10 +73,19 @@ class Shapes:
 
     @classmethod
     def of(cls, directory: str) -> Shapes:
-        """Of a checkpoint's config.json, without a weight."""
-        config: Any = AutoConfig.from_pretrained(directory).get_text_config()
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+        """Of a checkpoint's config.json, without a weight.
+
+        Raises:
+            UserError: it is none of a language model.
+        """
+        try:
+            config: Any = AutoConfig.from_pretrained(directory).get_text_config()
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config)
+        except Exception as error:  # each config class has its own ways to refuse
+            raise UserError(
+                f"{directory} is no checkpoint of a language model: {first_line(error)}"
+            ) from error
         head = model.get_output_embeddings().weight
         found = tuple(
             (name, *module.weight.shape)

@@ -70,13 +70,15 @@ class Given:
         return list(self.methods or suite.methods)
 
     def test_files(self, suite: Suite) -> dict[str, Path]:
-        """Those of the suite's test sets that are there."""
+        """Those of the suite's test sets that are there, whatever the case of their names."""
+        there = sorted(self.tests.iterdir()) if self.tests.is_dir() else []
+        called = {path.name.lower(): path for path in there if path.is_file()}
         found = {}
         for name in suite.tests:
-            places = [self.tests / f"{name}.{ending}" for ending in ENDINGS]
-            there = [place for place in places if place.is_file()]
-            if there:
-                found[name] = there[0]
+            places = [called.get(f"{name}.{ending}") for ending in ENDINGS]
+            first = next((place for place in places if place is not None), None)
+            if first is not None:
+                found[name] = first
         return found
 
     @property
@@ -108,6 +110,9 @@ def check(given: Given, suite: Suite) -> None:
         raise UserError(f"nothing is downloaded here, and this is not there: {'; '.join(missing)}.")
     if given.limit is not None and given.limit < 1:
         raise UserError(f"expected a --limit of at least 1, got {given.limit}.")
+    for option, value in (("lr", given.loop.get("learning_rate")), ("tflops", given.tflops)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"expected a --{option} above 0, got {value}.")
 
 
 def base_of(given: Given, suite: Suite) -> str | None:

@@ -22,6 +22,7 @@ from leanlift.data.lengths import Cut
 from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
 from leanlift.io.tensors import replacing
+from leanlift.rows.files import DOCUMENT, is_document
 
 PROMPT = "Question: {query} Think step by step.\nAnswer:"
 """PEFT's `query_template`."""
@@ -74,8 +75,10 @@ def training_rows(
             lines = (json.dumps({"text": text}) + "\n" for text in texts)
             temporary.write_text("".join(lines), encoding="utf-8")
         data = place
-    cut = Cut(loop["max_length"])
-    tokens = token_rows(load_rows(str(data)), Tokenization.of(tokenizer), cut=cut).data
+    cut, given = Cut(loop["max_length"]), load_rows(str(data))
+    if is_document(given.column_names):
+        raise UserError(f"{data} is a text: expected a file of rows to train on.")
+    tokens = token_rows(given, Tokenization.of(tokenizer), cut=cut).data
     lengths = [len(ids) for ids in tokens["input_ids"][:]]
     steps = loop.get("max_steps", -1)
     if steps < 1:
@@ -117,10 +120,11 @@ def texts_of(path: Path, most: int = 100) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    if path.suffix == ".txt":
-        found = path.read_text(encoding="utf-8").split("\n***\n")
+    rows = load_rows(str(path))
+    if is_document(rows.column_names):
+        whole = "\n".join(line.rstrip("\r") for line in rows[0][DOCUMENT].split("\n"))
+        found = whole.split("\n***\n")
     else:
-        rows = load_rows(str(path))
         if "text" not in rows.column_names:
             raise UserError(f"{path} has the columns {rows.column_names}: expected text.")
         found = [row["text"] for row in rows.select(range(min(most, len(rows))))]

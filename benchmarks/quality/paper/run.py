@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.identity import weights_mark
 from benchmarks.quality.paper.cost import Shapes, in_hours, peak_of
 from benchmarks.quality.paper.given import Given, base_of, card, check
 from benchmarks.quality.paper.rows import texts_of, training_rows
@@ -43,6 +44,9 @@ def paper(suite: Suite, given: Given, say: Say = print, cost_alone: bool = False
     base = base_of(given, suite)
     shapes = Shapes.of(given.model)
     stages = _look(suite, given, base, say)
+    lacking = [name for name in suite.tests if name not in stages[0].asked.tests]
+    if lacking:
+        say(f"Not in {given.tests}, and left out: {', '.join(lacking)}.")
     _say_cost(stages, shapes, given, say)
     if cost_alone:
         return []
@@ -87,8 +91,8 @@ def _look(suite: Suite, given: Given, base: str | None, say: Say) -> list[Stages
         name: questions(suite, path, tokenizer, given.limit)
         for name, path in given.test_files(suite).items()
     }
-    config = Path(given.model) / "config.json"
-    identity = {"model": given.name, "config": digest_of(config), "data": digest_of(given.data)}
+    weights = weights_mark(Path(given.model))
+    identity = {"model": given.name, "weights": weights, "data": digest_of(given.data)}
     asked = Asked(suite, tokenizer, tests, given.limit, (text.name, texts_of(text)), identity)
     stages = []
     for name in given.of(suite):

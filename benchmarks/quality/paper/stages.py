@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import environment
+from benchmarks.quality.identity import mark_of
 from benchmarks.quality.paper.score import accuracy, text_loss
 from benchmarks.quality.paper.suites import Suite
 from benchmarks.quality.paper.task import Method, Task, device, load_base
@@ -57,7 +58,13 @@ class Asked:
     @property
     def text_mark(self) -> dict[str, Any]:
         """By which a loss of the text is known."""
-        return {"text": self.text[0], "texts": len(self.text[1])}
+        name, texts = self.text
+        return {"text": name, "texts": len(texts), "mark": mark_of(list(texts))}
+
+    def test_mark(self, name: str) -> dict[str, Any]:
+        """By which the result of a test set is known."""
+        rows = [[s.prompt, s.expected, s.answer] for s in self.tests[name]]
+        return {"limit": self.limit, "mark": mark_of(rows)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Stages:
 
     def test(self, name: str) -> dict[str, Any] | None:
         """The result of a test set."""
-        return self._read(self._file(f"test-{name}"), limit=self.asked.limit)
+        return self._read(self._file(f"test-{name}"), **self.asked.test_mark(name))
 
     @property
     def text(self) -> dict[str, Any] | None:
@@ -181,7 +188,7 @@ class Stages:
             with meter.phase("test") as peak:
                 right = accuracy(self.asked.suite, model, self.asked.tokenizer, samples)
             result = {
-                "accuracy": right, "rows": len(samples), "limit": self.asked.limit,
+                "accuracy": right, "rows": len(samples), **self.asked.test_mark(name),
                 "peak_bytes": peak.reserved or peak.resident or 0,
                 "seconds": round(peak.seconds, 1),
             }  # fmt: skip

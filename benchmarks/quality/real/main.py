@@ -13,14 +13,16 @@ import torch
 import transformers
 
 from benchmarks.common import RESULTS
-from benchmarks.quality.real.base import DEFAULT, open_base
+from benchmarks.quality.identity import check_same, mark_of, weights_mark
+from benchmarks.quality.real.base import DEFAULT, Base, open_base
 from benchmarks.quality.real.picture import draw
 from benchmarks.quality.real.plan import QUICK, REAL, Preset, jobs
-from benchmarks.quality.real.run import Runner
-from benchmarks.quality.real.store import Store
+from benchmarks.quality.real.run import TOKENS, Runner
+from benchmarks.quality.real.store import Store, key_of
 from benchmarks.quality.real.table import Results, tables
-from benchmarks.quality.real.texts import texts
+from benchmarks.quality.real.texts import Texts, texts
 from benchmarks.quality.shared import Work, run_jobs
+from leanlift.errors import UserError
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 README = Path(__file__).parent / "README.md"
@@ -58,6 +60,9 @@ def real(
 
     Returns:
         Where the runs are.
+
+    Raises:
+        UserError: a base or rows that cannot be used, or runs of others under this name.
     """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -65,8 +70,10 @@ def real(
     if DEVICE.type == "cpu":
         torch.set_num_threads(1)
     base = open_base(model, cache, DEVICE)
-    store = Store(RESULTS / f"{name}.csv")
-    runner = Runner(base, texts(base.tokenizer, data, preset.lengths), preset, store, say)
+    store, asked = Store(RESULTS / f"{name}.csv"), texts(base.tokenizer, data, preset.lengths)
+    if claims is None:
+        _check_same(store, base, asked)
+    runner = Runner(base, asked, preset, store, say)
     count = processes or (1 if DEVICE.type == "cuda" else min(2, os.cpu_count() or 1))
     if claims is None:
         runner.bases()
@@ -79,6 +86,22 @@ def real(
         if work.claim(job.name):
             runner.job(job)
     return store
+
+
+def _check_same(store: Store, base: Base, asked: Texts) -> None:
+    """Whether the runs that are there are of this base and of these rows."""
+    sets = {"train": asked.train, **asked.asked}
+    rows = {name: [[row.start, *row.ids] for row in of] for name, of in sets.items()}
+    counted = store.nats().get(key_of(0, TOKENS, 0, 0))
+    if counted is not None:  # of runs that nothing else is said of
+        now = {name: [float(row.counted) for row in of] for name, of in asked.asked.items()}
+        if now != {name: of.tolist() for name, of in counted.items()}:
+            raise UserError(
+                f"{store.path} has runs of other rows, or of another tokenizer, than are given "
+                "now: take it away, or give the model's directory another name."
+            )
+    marks = {"the model": weights_mark(base.path), "the rows": mark_of(rows)}
+    check_same(store.path.with_name(f"{store.path.stem}_of.json"), marks)
 
 
 def update_readme(name: str, preset: Preset, readme: Path = README, out: Path = RESULTS) -> None:

@@ -23,6 +23,7 @@ from benchmarks.quality.real.texts import Lengths
 
 PRINCIPAL, QLORA = "leanlift principal, NF4", "QLoRA, NF4"
 PRINCIPAL_16 = "leanlift principal, 16 bits"
+GRADIENT, RS_LORA = "leanlift gradient, NF4", "QLoRA (rsLoRA), NF4"
 RANDOM, SHIRA = "leanlift random, NF4", "SHiRA (PEFT), NF4"
 NF4, BITS_16, BITS_32 = "nf4", "16", "32"
 
@@ -38,6 +39,7 @@ class Method:
         build: makes it.
         lrs: half decades (exponents of the root of 10) that the sweep begins with; it goes on
             where the best is at an end.
+        later: the same at smaller budgets, which want larger rates.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Method:
     form: str
     build: Build
     lrs: tuple[int, ...]
+    later: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,12 @@ QUICK = Preset(
 
 @dataclass(frozen=True)
 class Job:
-    """A method at a budget: one sweep, `refined` to quarter decades around its best learning rate
-    or not, then more seeds at the best."""
+    """A method at a budget: one sweep that begins with the half decades `lrs`, `refined` to quarter
+    decades around its best learning rate or not, then more seeds at the best."""
 
     method: Method
     density: float
+    lrs: tuple[int, ...]
     seeds: int
     refined: bool = False
 
@@ -102,11 +106,11 @@ def jobs(preset: Preset) -> Iterator[Job]:
     for method in methods():
         if not wanted or method.name in wanted:
             seeds = preset.seeds if method.group == "headline" else 1
-            yield Job(method, first, seeds, preset.refined)
+            yield Job(method, first, method.lrs, seeds, preset.refined)
     for density in others:
         for method in methods():
             if method.group == "headline" and method.name not in AT_ONE_BUDGET:
-                yield Job(method, density, 1)
+                yield Job(method, density, method.later, 1)
 
 
 LORA_16, FULL = "LoRA, 16 bits", "full fine-tuning"
@@ -119,14 +123,15 @@ def methods() -> Iterator[Method]:
     """All rows of the tables."""
 
     def headline(name: str, build: Build, lrs: tuple[int, ...], form: str = NF4) -> Method:
-        return Method(name, "headline", form, build, lrs)
+        later = MIDDLE if name in (GRADIENT, RS_LORA) else HIGH
+        return Method(name, "headline", form, build, lrs, later)
 
     yield headline(PRINCIPAL, leanlift(NF4), MIDDLE)
     yield headline(QLORA, lora(NF4), MIDDLE)
     yield headline(RANDOM, leanlift(NF4, selector="random"), HIGH)
     yield headline("leanlift magnitude, NF4", leanlift(NF4, selector="magnitude"), MIDDLE)
-    yield headline("leanlift gradient, NF4", leanlift(NF4, selector="gradient"), MIDDLE)
-    yield headline("QLoRA (rsLoRA), NF4", lora(NF4, use_rslora=True), LOW)
+    yield headline(GRADIENT, leanlift(NF4, selector="gradient"), MIDDLE)
+    yield headline(RS_LORA, lora(NF4, use_rslora=True), LOW)
     yield headline(SHIRA, shira(NF4), HIGH)
     yield headline("Super-Tuning (PEFT), 16 bits", super_tuning(BITS_16), MIDDLE, BITS_16)
     yield headline(PRINCIPAL_16, leanlift(BITS_16), MIDDLE, BITS_16)

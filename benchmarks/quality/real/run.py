@@ -65,7 +65,7 @@ class Runner:
     def job(self, job: Job) -> None:
         """A sweep with the first seed in half decades, then the quarters beside the best where the
         job is refined, then the other seeds at the best."""
-        tried = sorted(HALF * step for step in job.method.lrs)
+        tried = sorted(HALF * step for step in job.lrs)
         for step in tried:
             self.run(job, step, 0)
         for _ in range(EXTENSIONS):

@@ -41,11 +41,11 @@ include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval load_best_m
 metric_for_best_model greater_is_better eval_dataset_name eval_dataset_split keep_dataset_name
 """
 _COMPUTED_OTHERWISE = """
-use_cpu ops attn_implementation embedding_on_cpu stream_base selection_tile_mib optim_in_backward
-tiled_mlp gradient_checkpointing activation_checkpointing activation_offloading
+use_cpu ops attn_implementation embedding_on_cpu stream_base stream_state selection_tile_mib
+optim_in_backward gradient_checkpointing activation_checkpointing activation_offloading
 torch_empty_cache_steps tf32 dataloader_num_workers dataloader_pin_memory
 dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
-dataset_num_proc
+dataset_num_proc tiled_mlp
 """
 _MOVED = """
 model_name_or_path dataset_name dataset_split datasets formatting_func
