@@ -22,6 +22,12 @@ BASES = ("llama", "phi3, fused", "gemma2", "qwen3")
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "streamed": {"stream_base": True},
+    "all streamed": {
+        "stream_base": True,
+        "stream_state": True,
+        "optim_in_backward": True,
+        "max_grad_norm": 0.0,
+    },
     "kept": {"gradient_checkpointing": False},
     "in backward": {"optim_in_backward": True, "max_grad_norm": 0.0},
     "in bf16": {"dtype": "bfloat16"},
@@ -93,3 +99,15 @@ def test_a_model_without_mlps_to_tile_is_refused_before_anything_is_loaded(
     base = make_checkpoint_of(config_of("qwen3, experts"), tmp_path / "experts")
     with pytest.raises(UserError, match=r"no MLP of this Qwen3Moe.*leave out tiled_mlp"):
         trained((base, rows), tmp_path / "out", tiled_mlp=True)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["llama", "phi3, fused"])
+def test_streamed_or_not_pieces_learn_the_same(family: str, places, tmp_path: Path) -> None:
+    files = []
+    for streamed in (False, True):
+        output = tmp_path / str(streamed)
+        told = {**SETTINGS["in backward"], "tiled_mlp": True, "refresh_interval": 1}
+        trained(places(family), output, **told, stream_base=streamed, stream_state=streamed)
+        files.append((output / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
