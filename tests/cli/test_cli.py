@@ -49,6 +49,7 @@ OWN_OPTIONS = {
     "quantize_embeddings",
     "embedding_on_cpu",
     "stream_base",
+    "stream_state",
     "tiled_mlp",
     "ops",
     "snapshot",
