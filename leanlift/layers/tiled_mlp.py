@@ -38,7 +38,7 @@ from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.fused_glu import OurForward
 from leanlift.layers.lift import LiftLinear
 from leanlift.layers.mlp_ways import Way, way_of
-from leanlift.layers.tiled_norms import Autocast, kept_here
+from leanlift.layers.tiled_norms import Autocast, few_of, kept_here
 from leanlift.streaming import STREAMED
 from leanlift.tiles import row_ranges
 
@@ -166,7 +166,7 @@ def _over_pieces(ctx: Any, x: Tensor, grad_y: Tensor, sums: list[Tensor | None])
     flat, grads = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     wanted = ctx.needs_input_grad[0]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
-    for start, stop in pieces(flat.shape[0]):
+    for start, stop in few_of(pieces(flat.shape[0]), flat):
         piece = flat[start:stop].detach().requires_grad_(wanted or _is_observed(ctx.mlp))
         inputs = [piece, *ctx.values] if piece.requires_grad else ctx.values
         with torch.enable_grad(), kept_here():
@@ -211,7 +211,7 @@ class Compute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Tensor | None, x: Tensor, mlp: Any, way: Way) -> Tensor:
         flat, y = x.reshape(-1, x.shape[-1]), None
-        for start, stop in pieces(flat.shape[0]):
+        for start, stop in few_of(pieces(flat.shape[0]), flat):
             part = _whole(mlp, way, flat[start:stop])
             if y is None:
                 y = part.new_empty(flat.shape[0], part.shape[-1])
