@@ -211,6 +211,14 @@ class RunArguments(LiftConfig, BaseAndRows):
             "block; needs stream_base and optim_in_backward.",
         ),
     )
+    tiled_mlp: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH,
+            "MLPs go over the tokens of long rows in pieces. Less memory for activations, and "
+            "weights that are made more often.",
+        ),
+    )
     ops: str = field(
         default="auto",
         metadata=about(

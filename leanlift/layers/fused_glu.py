@@ -22,9 +22,12 @@ from leanlift.tiles import row_ranges
 
 STOCK = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
 """What a forward must consist of to be replaced, without spaces."""
-
 SILU = "transformers.activations.SiLUActivation"
 TOKENS = 256
+
+
+class OurForward(partial):  # type: ignore[type-arg]
+    """A forward of ours in the place of a module's own."""
 
 
 def use_fused_glu(model: nn.Module) -> list[str]:
@@ -35,17 +38,16 @@ def use_fused_glu(model: nn.Module) -> list[str]:
     """
     found = []
     for name, module in model.named_modules():
-        if "forward" not in vars(module) and _is_stock(type(module).forward):
-            module.forward = partial(_forward, module)  # type: ignore[method-assign]
+        if "forward" not in vars(module) and is_stock_glu(type(module).forward):
+            module.forward = OurForward(_forward, module)
             found.append(name)
     return found
 
 
 def use_stock_glu(model: nn.Module) -> None:
-    """Give every MLP that `use_fused_glu` found its own forward again."""
+    """Give every MLP that has a forward of ours its own again."""
     for module in model.modules():
-        forward = vars(module).get("forward")
-        if isinstance(forward, partial) and forward.func is _forward:
+        if isinstance(vars(module).get("forward"), OurForward):
             del module.forward
 
 
@@ -61,7 +63,8 @@ def _forward(self: Any, x: Tensor) -> Tensor:
 
 
 @cache
-def _is_stock(forward: Callable[..., Any]) -> bool:
+def is_stock_glu(forward: Callable[..., Any]) -> bool:
+    """Whether a forward is that of the gated MLP of most models."""
     try:
         lines = inspect.getsource(forward).splitlines()
     except (OSError, TypeError):

@@ -16,6 +16,7 @@ from leanlift.model.state import LiftState, lift_layers, lift_state, lifted, wei
 from leanlift.model.strangers import claim, release
 from leanlift.model.streaming import stream_base
 from leanlift.model.surgery import freeze_quantized
+from leanlift.model.tiled import tiled_mlp
 
 __all__ = [
     "LiftState",
@@ -39,6 +40,7 @@ __all__ = [
     "save_adapter",
     "scale_adapter",
     "stream_base",
+    "tiled_mlp",
     "unload_adapter",
     "use_ops",
     "weights_of",

@@ -251,7 +251,7 @@ def _laps(
         with (
             in_part(model, way),
             fused_attention(),
-            offloading(offload),
+            offloading(model, offload),
             LiveBytes() as live,
             remembering(model, live),
         ):

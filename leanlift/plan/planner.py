@@ -260,6 +260,7 @@ def _what_decides(planned: Planned) -> tuple[str, ...]:
         optim_in_backward=settings.optim_in_backward,
         embedding_on_cpu=settings.embedding_on_cpu,
         stream_base=settings.stream_base,
+        tiled_mlp=settings.tiled_mlp,
         dtype=settings.dtype_name,
         cuda=settings.on_cuda,
     )
@@ -293,6 +294,7 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "embedding_on_cpu": settings.embedding_on_cpu,
         "stream_base": settings.stream_base,
         "stream_state": settings.stream_state,
+        "tiled_mlp": settings.tiled_mlp,
         "refresh_interval": config.refresh_interval,
         "per_device_eval_batch_size": 0 if evaluated is None else evaluated.rows,
         "cuda": settings.on_cuda,

@@ -58,6 +58,7 @@ def header(plan: dict[str, Any]) -> list[str]:
     if held.get("kept_blocks"):
         kept += f" but for the last {held['kept_blocks']} blocks"
     kept += " and moved to the CPU" if held["activation_offloading"] else ""
+    kept += ", MLPs in pieces" if held.get("tiled_mlp") else ""
     refreshed = held["refresh_interval"]
     again = f"selected anew every {refreshed} steps" if refreshed else "selected once"
     return _wrapped(

@@ -39,6 +39,7 @@ class PlanSettings:
         embedding_on_cpu: whether the embedding is not on the card.
         stream_base: whether the frozen blocks are in the host's memory.
         stream_state: whether what is learned in them is there too.
+        tiled_mlp: whether MLPs go over the tokens of long rows in pieces.
         cuda: whether the run is on a GPU; None: if this machine has one.
         largest, largest_eval: the largest batch of training and of evaluation, where it is known;
             None: as large as the settings above allow.
@@ -64,6 +65,7 @@ class PlanSettings:
     embedding_on_cpu: bool = RunArguments.embedding_on_cpu
     stream_base: bool = RunArguments.stream_base
     stream_state: bool = RunArguments.stream_state
+    tiled_mlp: bool = RunArguments.tiled_mlp
     cuda: bool | None = None
     largest: Batch | None = None
     largest_eval: Batch | None = None

@@ -20,6 +20,7 @@ from leanlift.model.embeddings import (
 from leanlift.model.stacks import named_parts
 from leanlift.model.stream_state import check_used_once
 from leanlift.model.streaming import layers_by_block
+from leanlift.model.tiled import tiled_mlp
 from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.pieces import first_pieces
@@ -130,7 +131,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     """The fake model, ready for a step, and its shapes; call it under `fake_tensors`.
 
     Raises:
-        UserError: a model without targets, or an embedding that cannot be on the CPU.
+        UserError: a model without targets or MLPs that can be tiled, or an embedding that cannot be
+            on the CPU.
     """
     config, settings, model = planned.config, planned.settings, planned.build()
     if settings.embedding_on_cpu:
@@ -153,6 +155,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
     if settings.stream_state:
         check_used_once(model)
+    if settings.tiled_mlp:
+        tiled_mlp(model)
     layers = {
         name: m
         for name, m in model.named_modules()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leanlift.streaming.offload import Nowhere, Offload
+
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
@@ -44,20 +46,7 @@ def fused_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = stock
 
 
-OFFLOADED_FROM = 1024
-"""Bytes from which TRL's offloading moves a saved tensor."""
-
-
-def offloading(wanted: bool) -> Any:
-    """Saved tensors cost nothing here and are made again when they are needed."""
-    if not wanted:
-        return nullcontext()
-
-    def pack(tensor: Tensor) -> Any:
-        stays = isinstance(tensor, nn.Parameter) or tensor.nbytes < OFFLOADED_FROM
-        return tensor if stays else (tensor.shape, tensor.dtype)
-
-    def unpack(held: Any) -> Tensor:
-        return held if isinstance(held, Tensor) else torch.empty(held[0], dtype=held[1])
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+def offloading(model: nn.Module, wanted: bool) -> Any:
+    """What is kept for the backward pass leaves the device and comes back, as in a run, without a
+    host that it goes to."""
+    return Offload(model, Nowhere()) if wanted else nullcontext()

@@ -9,6 +9,7 @@ merge) says so by reading them, and gets that block first; which one comes after
 after it last time. A guess that was wrong costs a copy, and is right the next time.
 
 What is learned in a block can come and go with it, in buffers of its own, which are written back.
+`leanlift.streaming.offload` does the like with what autograd keeps for the backward pass.
 """
 
 from leanlift.streaming.block import Block, Place, nbytes_of

@@ -12,11 +12,12 @@ from typing import Any
 
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.format import size
+from leanlift.layers.tiled_mlp import LEAST
 from leanlift.methods import SFT
 from leanlift.plan import MemoryPlan
 from leanlift.processes import processes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.plan import is_tied
+from leanlift.training.plan import can_be_tiled, is_tied
 
 Settings = tuple[RunArguments, LiftSFTConfig]
 LEAST_DENSITY = 0.01
@@ -140,6 +141,12 @@ def _all_recomputed(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Itera
         yield Change({"kept_blocks": 0}, "costs the rest of a second forward pass")
 
 
+def _mlps_in_pieces(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
+    if not args.tiled_mlp and can_be_tiled(args, sft):
+        cost = "MLPs in pieces: weights are made more often"
+        yield Change({"tiled_mlp": True}, cost)
+
+
 def _smaller_micro_batch(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     """The same batch in more pieces. An update in the backward pass cannot be in pieces."""
     rows, times = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
@@ -202,6 +209,7 @@ OFFERS: tuple[Offer, ...] = (
     _smaller_evaluation,
     _recomputing,
     _all_recomputed,
+    _mlps_in_pieces,
     _smaller_micro_batch,
     _embeddings_in_int8,
     _embedding_on_cpu,
@@ -243,6 +251,7 @@ def at_most(change: Change, plan: MemoryPlan) -> float:
         "activation_offloading": activations / 2,
         "stream_base": held["base weights"],
         "stream_state": held["index"] + held["values"] + held["optimizer state"],
+        "tiled_mlp": activations / 2 if plan.holds_for["max_length"] > LEAST else 0,
         "per_device_train_batch_size": activations,
         "max_length": activations / 2,
         "per_device_eval_batch_size": plan.peak - plan.phases["train"],

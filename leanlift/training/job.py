@@ -29,7 +29,7 @@ from leanlift.training.interrupt import Interrupt
 from leanlift.training.kept import with_kept
 from leanlift.training.methods import check_method, ready_for, reward_functions
 from leanlift.training.out_of_memory import card_nbytes
-from leanlift.training.plan import check_growth, check_kept, check_reached
+from leanlift.training.plan import check_growth, check_kept, check_reached, check_tiled
 from leanlift.training.room import check_room, check_writable
 from leanlift.training.screens import Screen
 from leanlift.training.told import first_row_of
@@ -107,6 +107,7 @@ def look_at_input(
         ready = (ready_rows if args.method == SFT else ready_for)(args, sft)
     check_growth(args, sft, ready.embedding_rows, ready.processor is not None)
     check_kept(args, sft, ready.processor is not None)
+    check_tiled(args, sft, ready.processor is not None)
     if ready.processor is None:
         check_reached(args, sft)
     told = run_settings(args, ready.data)

@@ -21,6 +21,7 @@ from leanlift.lift_model import LiftModel
 from leanlift.measure import resident_peak
 from leanlift.model import RefreshReport, claim, lift_state, lifted, release
 from leanlift.processes import is_first, processes, wait_for_all
+from leanlift.streaming.offload import Host, Offload
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
 from leanlift.training.callbacks import FrozenInputs, Guard, KeptBlocks, Refresh
@@ -113,6 +114,9 @@ class LiftRun(RunOverrides):
         self.add_callback(KeptBlocks())
         self.add_callback(self._guarding)
         self.add_callback(self._refreshing)
+        if getattr(self.args, "activation_offloading", False):  # in the place of TRL's
+            where = Host(self.args.device)
+            self.maybe_activation_offload_context = Offload(lifted(self.model), where)
         release(self.model)
 
     def read_metrics(self) -> None:

@@ -16,6 +16,7 @@ from leanlift.model.blocks import inside_language
 from leanlift.model.kept_blocks import check_kept_blocks
 from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.targets import beyond_text, find_targets
+from leanlift.model.tiled import tiled_mlp
 from leanlift.model.whole import check_growth_beside, whole_modules
 from leanlift.plan import (
     Batch,
@@ -160,6 +161,32 @@ def check_kept(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> 
         check_kept_blocks(model, sft.kept_blocks)
 
 
+def check_tiled(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> None:
+    """Refuse MLPs that shall be tiled where none can be; where the model cannot be made without its
+    weights, attaching to it says so.
+
+    Raises:
+        UserError: none can.
+    """
+    if not args.tiled_mlp:
+        return
+    with fake_tensors():
+        try:
+            model = _planned(args, sft, False, images).build()
+        except UserError:
+            return
+        tiled_mlp(model)
+
+
+def can_be_tiled(args: RunArguments, sft: LiftSFTConfig) -> bool:
+    """Whether a run's model has MLPs that can be tiled, as far as can be told without weights."""
+    try:
+        check_tiled(replace(args, tiled_mlp=True), sft)
+    except UserError:
+        return False
+    return True
+
+
 def layout_of_base(
     args: RunArguments, sft: LiftSFTConfig, checkpoint: Path, images: bool = False
 ) -> Layout:
@@ -258,6 +285,7 @@ def plan_settings(
         embedding_on_cpu=args.embedding_on_cpu,
         stream_base=args.stream_base,
         stream_state=args.stream_state,
+        tiled_mlp=args.tiled_mlp,
         cuda=trains_on_gpu(sft) if cuda is None else cuda,
         largest=train,
         largest_eval=evaluation,

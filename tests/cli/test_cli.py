@@ -50,6 +50,7 @@ OWN_OPTIONS = {
     "embedding_on_cpu",
     "stream_base",
     "stream_state",
+    "tiled_mlp",
     "ops",
     "snapshot",
     "selector",

@@ -77,7 +77,12 @@ FORMER_KEYS = {
 
 SINCE: dict[str, dict[str, Any]] = {
     "categories": {"host": 0, "time": None},
-    "per_device_train_batch_size": {"stream_base": False, "stream_state": False, "kept_blocks": 0},
+    "per_device_train_batch_size": {
+        "stream_base": False,
+        "stream_state": False,
+        "tiled_mlp": False,
+        "kept_blocks": 0,
+    },
     "6": {"4": True},
 }
 """What a plan also says today, by a key of what it is said beside; all of those fit 4 GB."""

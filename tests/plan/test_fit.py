@@ -64,7 +64,7 @@ def test_free_changes_come_first_and_a_smaller_batch_before_what_moves(
     groups = list(ordered_changes(args, sft))
     assert [next(iter(choices[0].keys)) for choices in groups] == [
         "optim", "values_dtype", "per_device_eval_batch_size", "gradient_checkpointing",
-        "per_device_train_batch_size", "quantize_embeddings", "embedding_on_cpu",
+        "tiled_mlp", "per_device_train_batch_size", "quantize_embeddings", "embedding_on_cpu",
         "activation_offloading", "stream_base", "optim_in_backward", "stream_state", "density",
     ]  # fmt: skip
     settings = args, sft

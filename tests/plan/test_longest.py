@@ -76,8 +76,8 @@ def test_each_line_has_what_its_plan_says(model: Path, monkeypatch: pytest.Monke
     assert lines[0].added is None
     assert lines[0].keys == {}
     assert [next(iter(line.added.keys)) for line in lines[1:] if line.added] == [
-        "optim", "values_dtype", "quantize_embeddings", "embedding_on_cpu", "activation_offloading",
-        "stream_base", "optim_in_backward", "stream_state",
+        "optim", "values_dtype", "tiled_mlp", "quantize_embeddings", "embedding_on_cpu",
+        "activation_offloading", "stream_base", "optim_in_backward", "stream_state",
     ]  # fmt: skip
     assert lines[0].tokens[CARDS[0]] == 0
     tokens = lines[0].tokens[CARDS[1]]

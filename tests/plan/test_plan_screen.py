@@ -171,7 +171,7 @@ def screen_of(**changes: Any) -> tuple[dict[str, Any], list[str]]:
             "optim": "sparse_adamw_8bit", "gradient_checkpointing": True,
             "activation_offloading": False, "optim_in_backward": False,
             "quantize_embeddings": False, "embedding_on_cpu": False, "stream_base": False,
-            "refresh_interval": 0,
+            "tiled_mlp": False, "refresh_interval": 0,
             "per_device_eval_batch_size": 0, "cuda": True,
         },
         **changes,

@@ -1,0 +1,24 @@
+"""Long rows in pieces: a model whose MLPs and norms go over their tokens so."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from leanlift.layers.tiled_mlp import use_tiled_mlp
+from leanlift.layers.tiled_norms import use_tiled_norms
+from leanlift.model.state import lifted
+
+
+def tiled_mlp(model: nn.Module) -> list[str]:
+    """Let the MLPs and norms of an attached model go over the tokens of long rows in pieces, in
+    place; see `leanlift.layers.tiled_mlp` and `tiled_norms`.
+
+    Returns:
+        The names of the MLPs.
+
+    Raises:
+        UserError: it has no MLP that could.
+    """
+    found = use_tiled_mlp(lifted(model))
+    use_tiled_norms(lifted(model))
+    return found
