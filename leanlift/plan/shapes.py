@@ -155,8 +155,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
     if settings.stream_state:
         check_used_once(model)
-    if settings.tiled_mlp:
-        tiled_mlp(model)
+    tiled = tiled_mlp(model) if settings.tiled_mlp else []
     layers = {
         name: m
         for name, m in model.named_modules()
@@ -171,7 +170,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         scratch=scratch_nbytes(layers.values(), dtype),
         weights=weights,
         targets={name: index.shape for name, index in indices.items()},
-        counts={name: index.count for name, index in indices.items()},
+        counts=_counts(indices),
         parts={n: parts_of(layers[n].weight_tiles) for n in indices if n in layers},
         fixed=frozenset((*whole_modules(model, config), *(n for n in indices if n not in layers))),
         linears=[layer.weight_tiles.shape for layer in layers.values()],
@@ -180,9 +179,13 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         by_tiles=_by_tiles(layers.values()),
         streamed=_streamed(model) if settings.stream_base else None,
         turned=turned,
-        work=model_work(model, head, layers, {n: i.count for n, i in indices.items()}, dtype),
+        work=model_work(model, head, layers, _counts(indices), dtype, tiled),
     )
     return shapes, model
+
+
+def _counts(indices: dict[str, Any]) -> dict[str, int]:
+    return {name: index.count for name, index in indices.items()}
 
 
 def _streamed(model: Any) -> BlockBytes:

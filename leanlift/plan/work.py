@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from leanlift.layers.tiled_mlp import pieces
 from leanlift.model.blocks import block_lists
 from leanlift.model.kept_blocks import recomputed_blocks
 from leanlift.tiles import parts_of
@@ -44,6 +45,7 @@ class Matrix:
         share: of a stack, the share of its rows that a token meets.
         held: bytes of the stored form.
         made: whether its numbers are made anew for each use.
+        in_pieces: whether it is used for each piece of a long row (`layers.tiled_mlp`).
     """
 
     block: int | None
@@ -53,6 +55,7 @@ class Matrix:
     share: float
     held: int
     made: bool
+    in_pieces: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,7 @@ def model_work(
     layers: Mapping[str, Any],
     entries: Mapping[str, int],
     dtype: torch.dtype,
+    tiled: Iterable[str] = (),
 ) -> ModelWork:
     """Of a fake model with layers of ours.
 
@@ -164,7 +168,9 @@ def model_work(
         layers: of ours, by name.
         entries: that are trained, of each of them that has some.
         dtype: of the computation.
+        tiled: the names of MLPs that go over long rows in pieces.
     """
+    inside = tuple(f"{name}." for name in tiled)
     paths = [f"{path}." for path in block_lists(model)]
     text = _text_config(model)
     ends = model.get_output_embeddings()
@@ -178,7 +184,8 @@ def model_work(
         made = bool(layer.needs_scratch(dtype))
         share = min(1.0, _chosen(text, parts) / parts)
         block = _block_of(name, paths)
-        matrices.append(Matrix(block, m, n, entries.get(name, 0), share, held, made))
+        each = name.startswith(inside) if inside else False
+        matrices.append(Matrix(block, m, n, entries.get(name, 0), share, held, made, each))
     blocks = 1 + max((m.block for m in matrices if m.block is not None), default=-1)
     attention = tuple(_attention(text, number) for number in range(blocks))
     return ModelWork(tuple(matrices), attention, len(recomputed_blocks(model)), head)
@@ -259,6 +266,8 @@ def _product(matrix: Matrix, run: Running, passes: int = 1) -> Part:
     made = matrix.held
     if matrix.made:
         made += 2 * numbers * run.item + matrix.entries * (1 + run.value + 2 * run.item)
+    if matrix.in_pieces:
+        made *= len(pieces(run.rows * run.tokens))
     around = passes * TOUCHES * tokens * (matrix.m + matrix.n) * run.item
     return Part(products=2 * tokens * numbers, traffic=made + around)
 

@@ -172,3 +172,14 @@ def test_a_size_has_a_card_that_stands_for_it() -> None:
     assert {gib: card_of_size(gib).name for gib in sizes} == sizes
     assert card_of_size(1000).gib == 80
     assert [card.gib for card in CARDS] == sorted(card.gib for card in CARDS)
+
+
+def test_weights_of_tiled_mlps_are_made_for_each_piece() -> None:
+    run = dataclasses.replace(RUN, rows=1, tokens=8192, offloading=False)
+    in_pieces = tuple(dataclasses.replace(matrix, in_pieces=True) for matrix in MATRICES)
+    plain, tiled = (
+        step_work(dataclasses.replace(MODEL, matrices=each), run) for each in (MATRICES, in_pieces)
+    )
+    made = [16 + 2 * 32 * 2 + entries * (1 + 2 + 4) for entries in (3, 0)] * 2
+    assert tiled.forward.traffic - plain.forward.traffic == 3 * sum(made), "four pieces, not one"
+    assert tiled.forward.products == plain.forward.products
