@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import long_context
 from benchmarks.long_context import CASES, QUICK, rows_of
 
 
@@ -17,3 +18,12 @@ def test_a_small_block_peaks_where_it_was_planned(tmp_path: Path) -> None:
     for row in rows.values():
         assert row["planned"] == pytest.approx(row["measured"], rel=0.05)
     assert rows["tiled_mlp"]["measured"] < 0.8 * rows["plain"]["measured"]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
+def test_a_short_row_peaks_where_it_was_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_context, "CASES", {"plain": CASES["plain"]})
+    (row,) = rows_of(tmp_path, 256, QUICK)
+    assert row["planned"] == pytest.approx(row["measured"], rel=0.05)

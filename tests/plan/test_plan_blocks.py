@@ -137,7 +137,7 @@ def test_blocks_with_budgets_of_their_own_are_other_blocks(pattern: dict[str, fl
 
 
 def test_laps_that_differ_are_not_repeated() -> None:
-    way = blocks.Repetition("layers", kept=3, period=1, times=4)
+    way = blocks.Repetition("layers", (0, 1, 2), (blocks.Stretch(0, kept=3, period=1, times=4),))
     laps = [
         blocks.Lap(("forward", 0), 10, 5),
         blocks.Lap(("forward", 1), 12, 8),
