@@ -43,6 +43,7 @@ from leanlift.demo.run import BASE
 from leanlift.io.tensors import write_json
 from leanlift.measure import MemoryMeter, state_buffers, static_categories
 from leanlift.model import stream_base
+from leanlift.model.stream_state import state_pool_of
 from leanlift.optim import state_nbytes
 from leanlift.training import LiftSFTConfig, MemoryCallback, RunArguments, plan_of
 from leanlift.training.base import load_model
@@ -173,11 +174,13 @@ def run(work: Path, streamed: bool) -> list[dict[str, Any]]:
     plan = plan_of(replace(args, refresh_interval=0), sft, cuda=False).phases
     plan["refresh"] = plan_of(args, sft, cuda=False).phases["refresh"]
     phases = Phases(plan)
+    brought = 0
     with phases.phase("load", follow=True):
         model = load_model(args, torch.device("cpu"))
         if streamed:
-            stream_base(model, torch.device("cpu"), state=True)
-    held = sum(static_categories(model).values())
+            pool = stream_base(model, torch.device("cpu"), state=True)
+            brought = pool.nbytes + pool.host_nbytes
+    held = sum(static_categories(model).values()) + brought
     with phases.phase("select", follow=True, static=held):
         get_lift_model(model, args.lift_config())
     memory = MemoryCallback(phases.meter)
@@ -193,6 +196,9 @@ def run(work: Path, streamed: bool) -> list[dict[str, Any]]:
         peak.tensors = memory.peak
     moments = state_nbytes(trainer.optimizer, state_buffers(model))
     static = sum(static_categories(model).values()) + moments
+    state = state_pool_of(model)
+    if state is not None:  # a refresh lays all blocks out anew, in buffers that it makes
+        static -= state.host_nbytes
     with phases.phase("refresh", follow=True, static=static):
         print(refresh_mask(model, trainer.optimizer))
     save_adapter(model, work / "adapter")
