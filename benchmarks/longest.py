@@ -23,7 +23,7 @@ from leanlift.cli.settings import read_command
 from leanlift.training.longest import longest_rows
 
 CARDS = (4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
-DEFAULT = ("Llama-3-8B", "Llama-2-7B", "Qwen3-8B")
+DEFAULT = ("Llama-3-8B",)
 
 
 def rows_of(name: str, directory: Path) -> list[dict[str, Any]]:
