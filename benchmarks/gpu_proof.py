@@ -10,7 +10,8 @@
 5. a refresh, and how fast merged weights leave the device;
 6. a small model on generated data, whose loss falls the same with torch and Triton;
 7. what a user does: train in every format, resume, evaluate, merge and verify (`gpu_run`);
-8. blocks that are streamed from the host: the same bits, no creep, times beside the bus's.
+8. blocks that are streamed from the host: the same bits, no creep, times beside the bus's; rows
+   eight times as long, offloaded, whole and in pieces.
 
 Prints one table and writes results/gpu_proof-<gpu>.csv, again after each section: what was measured
 is there however the run ends. A section that fails, or that would begin after the time is over, is
@@ -32,7 +33,7 @@ from benchmarks.common import timed, write_rows
 from benchmarks.gpu_kernels import Rows, kernels
 from benchmarks.gpu_run import runs
 from benchmarks.gpu_steps import by_torch, peers, release, steps
-from benchmarks.gpu_streaming import streaming
+from benchmarks.gpu_streaming import long_rows, streaming
 from benchmarks.trainee import Scale, Trainee, lifted
 
 BUDGET = 420.0
@@ -200,6 +201,8 @@ def prove(
     sections.run(7, lambda: runs(scale.device, scale.small))
     release()
     sections.run(8, lambda: streaming(scale))
+    release()
+    sections.run(8, lambda: long_rows(scale))
     for setting in ("int8_embeddings", "offloaded"):
         release()
         sections.run(

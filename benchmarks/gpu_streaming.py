@@ -2,13 +2,14 @@
 
 A part of `gpu_proof`. A few blocks of the model's width are trained with updates in the backward
 pass: resident, with a streamed base, and with streamed state. On a GPU attention is computed by its
-plain form, since the others sum in another order each time.
+plain form, since the others sum in another order each time. And rows eight times as long, with
+activations that wait on the host: whole, and with MLPs and norms in pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import timed
+from benchmarks.gpu_steps import release
 from benchmarks.trainee import Scale
 
 GIB = 2**30
@@ -48,6 +50,28 @@ def streaming(scale: Scale) -> Rows:
     return rows
 
 
+def long_rows(scale: Scale) -> Rows:
+    """Steps over long rows: their time and peak, and whether offloading leaves something behind."""
+    rows: Rows = []
+    for name in ("whole", "in pieces"):
+        run = Run(scale, False, False)
+        if name == "in pieces":
+            from leanlift.model import tiled_mlp
+
+            tiled_mlp(run.model)
+        run.offload(8)
+        for _ in range(4):
+            run.step()
+        rows.append({"what": f"long rows, {name}, step s", "value": round(min(run.seconds[1:]), 4)})
+        rows += [{"what": f"long rows, {name}, {what}", **row} for what, row in run.said().items()]
+        if run.cuda:
+            peak = round(max(run.peaks[1:]) / GIB, 3)
+            rows.append({"what": f"long rows, {name}, allocated GiB", "value": peak})
+        del run
+        release()
+    return rows
+
+
 class Run:
     """A model that steps, and what it leaves behind.
 
@@ -64,7 +88,7 @@ class Run:
         from leanlift.optim import SparseAdamW
         from leanlift.training.step_guard import GradientHooks, StepGuard
 
-        self.scale, self.cuda = scale, scale.device.type == "cuda"
+        self.scale, self.cuda, self.ordered = scale, scale.device.type == "cuda", True
         torch.manual_seed(0)
         width, _, vocabulary = scale.shape
         model = nf4_llama(llama(width, BLOCKS, vocabulary), scale.device, scale.dtype)
@@ -78,6 +102,9 @@ class Run:
         self._hooks = GradientHooks(self.model, self.guard, optimizer)
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.peaks: list[int] = []
+        self.ids = scale.ids
+        self.around: AbstractContextManager[Any] = nullcontext()
         self.allocated: list[int] = []
         self.pinned: list[int] = []
 
@@ -88,23 +115,36 @@ class Run:
 
         def once() -> float:
             with self.apart():
-                loss = tiled_loss(self.model, self.scale.ids)
+                with self.around:
+                    loss = tiled_loss(self.model, self.ids)
                 loss.backward()
             self.guard.end_step(len(self.losses), lambda: "nothing was saved")
             let_rest(self.model)
             return float(loss.detach())
 
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
         loss, seconds = timed(once)
         self.losses.append(loss)
         self.seconds.append(seconds)
         if self.cuda:
+            self.peaks.append(torch.cuda.max_memory_allocated())
             self.allocated.append(torch.cuda.memory_allocated())
             self.pinned.append(pinned_nbytes())
+
+    def offload(self, times: int) -> None:
+        """Go on with rows so many times as long, what is kept of them waiting on the host, and with
+        any form of attention."""
+        from leanlift.model import lifted
+        from leanlift.streaming.offload import Host, Offload
+
+        self.ids, self.ordered = self.ids.repeat(1, times), False
+        self.around = Offload(lifted(self.model), Host(self.scale.device))
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """With the one form of attention whose sums have an order."""
-        with sdpa_kernel(SDPBackend.MATH) if self.cuda else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if self.cuda and self.ordered else nullcontext():
             yield
 
     def learned(self) -> list[torch.Tensor]:

@@ -158,9 +158,10 @@ def lifted(
     if setting == "offloaded" and scale.device.type == "cuda":
         embedding_to_cpu(model)
 
-        from trl.models.activation_offloading import get_act_offloading_ctx_manager
+        from leanlift.model import lifted as inner
+        from leanlift.streaming.offload import Host, Offload
 
-        offloading = get_act_offloading_ctx_manager(model, warn_if_no_head=False)
+        offloading = Offload(inner(model), Host(scale.device))
 
         def around() -> Any:
             return offloading
