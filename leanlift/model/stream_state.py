@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from leanlift.errors import UserError
-from leanlift.layers import LiftLinear
+from leanlift.layers import FrozenLinear, LiftLinear
 from leanlift.model.state import lifted
-from leanlift.model.streaming import pool_of
+from leanlift.model.streaming import has_a_weight, holder_of, pool_of
 from leanlift.optim import SparseAdamW
 from leanlift.sparse import SegmentedIndex
 from leanlift.streaming import STREAMED, BlockState, Pool, StatePool
@@ -105,9 +105,16 @@ def check_used_once(model: nn.Module) -> None:
     Raises:
         UserError: there is one.
     """
-    paths = model.named_modules(remove_duplicate=False)
-    used = [id(module) for _, module in paths if isinstance(module, LiftLinear)]
-    if len(used) > len(set(used)):
+    used: set[int] = set()
+    inside: str | None = None
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (inside is not None and name.startswith(inside)) or not has_a_weight(module):
+            continue
+        inside = f"{name}." if isinstance(module, FrozenLinear) else None
+        weight = id(holder_of(module).weight)
+        if weight not in used:
+            used.add(weight)
+            continue
         raise UserError(
             f"this {type(model).__name__} goes through the same block several times, whose state "
             "cannot come and go with it: leave out stream_state."

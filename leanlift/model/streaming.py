@@ -99,7 +99,7 @@ def layers_by_block(model: nn.Module) -> list[list[Any]]:
     inside = tuple(f"{path}." for path in block_lists(model))
     for name, module in outer_modules(model):
         path = next((path for path in inside if name.startswith(path)), None)
-        weight = id(holder_of(module).weight) if _has_a_weight(module) else None
+        weight = id(holder_of(module).weight) if has_a_weight(module) else None
         if path is None or weight is None or weight in seen:
             continue
         number = name.removeprefix(path).partition(".")[0]
@@ -118,7 +118,8 @@ def holder_of(module: Any) -> Any:
     return module.base if isinstance(module, FrozenLinear) else module
 
 
-def _has_a_weight(module: nn.Module) -> bool:
+def has_a_weight(module: nn.Module) -> bool:
+    """Whether a module of a block has a frozen weight that is streamed."""
     ours = isinstance(module, FrozenLinear) and not isinstance(module, LiftEmbedding)
     stock = is_quantized(module) or is_dense_linear(module) or isinstance(module, ExpertStack)
     return ours or (stock and not isinstance(module, FrozenLinear))

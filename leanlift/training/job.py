@@ -29,7 +29,12 @@ from leanlift.training.interrupt import Interrupt
 from leanlift.training.kept import with_kept
 from leanlift.training.methods import check_method, ready_for, reward_functions
 from leanlift.training.out_of_memory import card_nbytes
-from leanlift.training.plan import check_growth, check_kept, check_reached, check_tiled
+from leanlift.training.plan import (
+    check_growth,
+    check_memory_settings,
+    check_reached,
+    check_streaming,
+)
 from leanlift.training.room import check_room, check_writable
 from leanlift.training.screens import Screen
 from leanlift.training.told import first_row_of
@@ -92,6 +97,7 @@ def look_at_input(
     config = args.lift_config()
     check_settings(sft, config)
     check_method(args, sft)
+    check_streaming(args, sft)
     reward_functions(args)
     check_merged_dir(args, job.output)
     check_writable(job.output)
@@ -106,8 +112,7 @@ def look_at_input(
         # before a load that takes minutes
         ready = (ready_rows if args.method == SFT else ready_for)(args, sft)
     check_growth(args, sft, ready.embedding_rows, ready.processor is not None)
-    check_kept(args, sft, ready.processor is not None)
-    check_tiled(args, sft, ready.processor is not None)
+    check_memory_settings(args, sft, ready.processor is not None)
     if ready.processor is None:
         check_reached(args, sft)
     told = run_settings(args, ready.data)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from leanlift.methods import REWARD_HEAD
 from leanlift.model.blocks import inside_language
 from leanlift.model.kept_blocks import check_kept_blocks
 from leanlift.model.stacks import named_parts, stack_shapes
+from leanlift.model.stream_state import check_used_once
+from leanlift.model.streaming import layers_by_block
 from leanlift.model.targets import beyond_text, find_targets
 from leanlift.model.tiled import tiled_mlp
 from leanlift.model.whole import check_growth_beside, whole_modules
@@ -144,44 +148,48 @@ def check_reached(args: RunArguments, sft: LiftSFTConfig) -> None:
         raise UserError(f"{beyond} {NAME_OTHERS}")
 
 
-def check_kept(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> None:
-    """Refuse kept_blocks of a model that has not so many; where the model cannot be made without
-    its weights, the trainer says so.
+def check_memory_settings(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> None:
+    """Refuse kept_blocks, tiled_mlp, stream_base and stream_state where they cannot be had.
 
     Raises:
-        UserError: it has not.
+        UserError: they cannot, of this model or with these settings.
     """
-    if not sft.kept_blocks:
-        return
-    with fake_tensors():
-        try:
-            model = _planned(args, sft, False, images).build()
-        except UserError:
-            return
-        check_kept_blocks(model, sft.kept_blocks)
+    check_streaming(args, sft)
+    if sft.kept_blocks:
+        _try_on(args, sft, images, partial(check_kept_blocks, count=sft.kept_blocks))
+    if args.tiled_mlp:
+        check_tiled(args, sft, images)
+    if args.stream_base:
+        _try_on(args, sft, images, layers_by_block)
+    if args.stream_state:
+        _try_on(args, sft, images, check_used_once)
 
 
 def check_tiled(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> None:
-    """Refuse MLPs that shall be tiled where none can be; where the model cannot be made without its
-    weights, attaching to it says so.
+    """Refuse MLPs that shall be tiled where none can be.
 
     Raises:
         UserError: none can.
     """
-    if not args.tiled_mlp:
-        return
+    _try_on(args, sft, images, tiled_mlp)
+
+
+def _try_on(
+    args: RunArguments, sft: LiftSFTConfig, images: bool, check: Callable[[Any], object]
+) -> None:
+    """Check a model that has no numbers; where none can be made, whoever attaches to it says so."""
     with fake_tensors():
         try:
             model = _planned(args, sft, False, images).build()
         except UserError:
             return
-        tiled_mlp(model)
+        check(model)
 
 
 def can_be_tiled(args: RunArguments, sft: LiftSFTConfig) -> bool:
     """Whether a run's model has MLPs that can be tiled, as far as can be told without weights."""
     try:
-        check_tiled(replace(args, tiled_mlp=True), sft)
+        check_tiled(args, sft)
     except UserError:
         return False
     return True

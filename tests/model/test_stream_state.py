@@ -15,6 +15,7 @@ from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, save_a
 from leanlift.model import claim, lift_layers, lifted, refresh_mask, restore_adapter, stream_base
 from leanlift.model.stream_state import (
     check_updates_in_backward,
+    check_used_once,
     let_rest,
     state_pool_of,
     stream_moments,
@@ -191,7 +192,10 @@ def test_it_is_refused_where_gradients_wait(base) -> None:
 
 def test_blocks_that_are_gone_through_several_times_are_refused(base) -> None:
     model = load(base("llama"))
+    check_used_once(model)
     model.model.layers[2].mlp = model.model.layers[1].mlp
+    with pytest.raises(UserError, match="goes through the same block several times"):
+        check_used_once(model)
     stream_base(model, CPU, state=True)
     with pytest.raises(UserError, match=r"goes through the same block several times.*stream_state"):
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)

@@ -26,7 +26,7 @@ from leanlift.plan.fake import StepBytes, attach_fake, fake_tensors, step_peak
 from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.training import LiftSFTConfig, MemoryCallback, plan_of
 from leanlift.training.batches import Batches
-from leanlift.training.plan import check_kept
+from leanlift.training.plan import check_memory_settings
 from leanlift.weights.quantized import WeightFormat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
@@ -122,8 +122,8 @@ def test_more_than_there_are_is_refused_before_anything_is_loaded(
 ) -> None:
     args, sft = arguments(checkpoints["llama"], kept_blocks=3)
     with pytest.raises(UserError, match=r"kept_blocks=3 are more than the 2 blocks of this Llama"):
-        check_kept(args, sft)
-    check_kept(args, dataclasses.replace(sft, kept_blocks=2))
+        check_memory_settings(args, sft)
+    check_memory_settings(args, dataclasses.replace(sft, kept_blocks=2))
     with pytest.raises(UserError, match="no blocks that transformers checkpoints one by one"):
         keep_last_blocks(Plain(), 1)
     with pytest.raises(UserError, match="it is off, so all are kept"):

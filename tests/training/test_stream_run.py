@@ -129,6 +129,20 @@ def test_what_cannot_be_streamed_is_said_before_anything_is_loaded(
         check_room(args, sft, plan, [], tmp_path, None)
 
 
+@pytest.mark.parametrize("lacking", ["stream_base", "optim_in_backward"])
+def test_streamed_state_without_what_it_needs_is_refused_first(
+    lacking: str, places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **more: Any) -> None:
+        raise AssertionError("rows are read")
+
+    monkeypatch.setattr("leanlift.training.job.ready_rows", never)
+    both = {"stream_base": True, "optim_in_backward": True, "stream_state": True, lacking: False}
+    args, sft = told(places, tmp_path / "out", **both)
+    with pytest.raises(UserError, match=r"stream_state updates .*stream_base, optim_in_backward"):
+        run(args, sft, screen=QuietScreen())
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_matrices_are_quantized_on_the_card_and_come_back(
     form: str, places: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
