@@ -88,7 +88,7 @@ def test_a_run_peaks_where_it_was_planned(
     whole, tiled = (report.phases["train"].tensors for report in reports)
     assert reports[1].plan["phases"]["train"] == pytest.approx(tiled, rel=0.05)
     static = sum(v for k, v in reports[1].categories.items() if "activations" not in k)
-    if family == "gemma2":  # it caps attention's logits, which are the peak: [heads, tokens, tokens]
+    if family == "gemma2":  # its capped attention is the peak: [heads, tokens, tokens]
         assert tiled <= whole
     else:
         assert tiled - static < 0.75 * (whole - static), "what is left is worth it"
