@@ -19,8 +19,9 @@ from leanlift.streaming import BUFFERS, nbytes_of
 
 def held_nbytes(planned: Planned, shapes: Shapes) -> dict[str, int]:
     """What stays from step to step, by category."""
-    here = {n: count for n, count in shapes.counts.items() if n not in brought(planned, shapes)}
-    anchors = sum(anchors_nbytes(shapes.targets[name][0]) for name in brought(planned, shapes))
+    elsewhere = brought(planned, shapes)
+    here = {name: count for name, count in shapes.counts.items() if name not in elsewhere}
+    anchors = sum(anchors_nbytes(shapes.targets[name][0]) for name in elsewhere)
     state = _state_blocks(planned, shapes)
     host = 0 if planned.settings.on_cuda else sum(state)
     return {
@@ -53,11 +54,11 @@ def host_nbytes(planned: Planned, shapes: Shapes) -> int:
     return base + sum(_state_blocks(planned, shapes))
 
 
-def brought(planned: Planned, shapes: Shapes) -> list[str]:
+def brought(planned: Planned, shapes: Shapes) -> frozenset[str]:
     """The targets whose state comes with their blocks."""
     if not planned.settings.stream_state or shapes.streamed is None:
-        return []
-    return [name for block in shapes.streamed.targets for name in block]
+        return frozenset()
+    return frozenset(name for block in shapes.streamed.targets for name in block)
 
 
 def _state_blocks(planned: Planned, shapes: Shapes) -> list[int]:

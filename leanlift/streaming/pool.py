@@ -103,6 +103,10 @@ class Pool:
 
     def _copy(self, number: int, buffer: Buffer) -> None:
         self._empty(buffer)
+        self._fill(number, buffer)
+
+    def _fill(self, number: int, buffer: Buffer) -> None:
+        """Copy a block into a buffer that holds none."""
         block = self.blocks[number]
         self._transfer(block.host, buffer.memory[: block.nbytes])
         if self._stream is not None:

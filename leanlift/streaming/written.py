@@ -60,9 +60,11 @@ class StatePool(Pool):
         super().__init__([_laid_out(state, pinned) for state in self._known], device)
 
     def need(self, number: int) -> None:
-        """As of `Pool`; of the tensors that a block has now."""
-        self._follow(number)
-        super().need(number)
+        """As of `Pool`; of the tensors that a block has now. Those that come to a block while it is
+        on the device are made there."""
+        if number != self._current:
+            self._follow(number)
+            super().need(number)
 
     def wrote(self, number: int) -> None:
         """A block's tensors have been written to, while it was on the device."""
@@ -96,11 +98,10 @@ class StatePool(Pool):
         if self._current == number:
             self._current = None
 
-    def _copy(self, number: int, buffer: Buffer) -> None:
-        self._empty(buffer)
+    def _fill(self, number: int, buffer: Buffer) -> None:
         self._follow(number)
         self._make_room(buffer, self.blocks[number].nbytes)
-        super()._copy(number, buffer)
+        super()._fill(number, buffer)
 
     def _empty(self, buffer: Buffer) -> None:
         number = buffer.holds

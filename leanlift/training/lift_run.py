@@ -20,6 +20,7 @@ from leanlift.io.tensors import replacing
 from leanlift.lift_model import LiftModel
 from leanlift.measure import resident_peak
 from leanlift.model import RefreshReport, claim, lift_state, lifted, release
+from leanlift.model.stream_state import let_rest
 from leanlift.processes import is_first, processes, wait_for_all
 from leanlift.streaming.offload import Host, Offload
 from leanlift.training.arguments import LiftSFTConfig
@@ -144,6 +145,7 @@ class LiftRun(RunOverrides):
             finally:
                 release(self.model)
                 self._guarding.end_training()
+                let_rest(self.model)
 
     def _settings_now(self) -> Settings:
         if self._data_facts is None:  # read once: data do not change under a trainer
