@@ -65,20 +65,15 @@ def quantize_embeddings(model: Any, hold: Hold = int8) -> dict[str, WeightFormat
     return {first: INT8, last: INT8}
 
 
-def ends_that_wait(
-    model: Any, in_int8: bool, embedding_on_cpu: bool, grows: bool
-) -> list[nn.Module]:
+def ends_that_wait(model: Any, in_int8: bool, embedding_on_cpu: bool) -> list[nn.Module]:
     """Of a stock model on the host, the embedding and the head that need not be on the device
-    before they have the form that they are trained with.
+    before they have the form that they are trained with, where nothing goes through it before.
 
     Args:
         model: loaded.
         in_int8: whether both will be held in INT8.
         embedding_on_cpu: whether the embedding will be on the CPU.
-        grows: whether the embedding will have more rows, which are made where it trains.
     """
-    if grows:
-        return []
     if in_int8:
         return [*check_embeddings(model)]
     return [model.get_input_embeddings()] if embedding_on_cpu else []

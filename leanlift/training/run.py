@@ -178,9 +178,9 @@ def _attached(
         set_seed(sft.seed)  # a new head begins with random numbers
         model = load_model(args, device, sft.trust_remote_code, images=images)
         if args.stream_base:
-            grows = ready.embedding_rows is not None or config.selector == "gradient"
-            quantized = config.quantize_embeddings
-            waiting = ends_that_wait(model, quantized, args.embedding_on_cpu, grows)
+            waiting = ends_that_wait(model, config.quantize_embeddings, args.embedding_on_cpu)
+            if config.selector == "gradient":  # which goes through the model
+                waiting = []
             stream_base(model, device, args.stream_state, waiting)
     job.phase = "select"
     what = "Loading the checkpoint" if resume else "Choosing the entries to train"

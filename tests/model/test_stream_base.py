@@ -7,47 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from families import config_of
 from sweeps import swept
-from tiny import load, make_checkpoint_of
+from tiny import load
 from torch import nn
 
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, save_adapter
 from leanlift.measure import static_categories
 from leanlift.model import claim, lift_layers, lifted, refresh_mask, stream_base
 from leanlift.model.streaming import layers_by_block, pool_of
-from leanlift.streaming import BUFFERS, Pool
+from leanlift.streaming import BUFFERS
 
-CPU = torch.device("cpu")
+CPU, LAYERS = torch.device("cpu"), 4
 BASES = ("llama", "gpt2, turned", "qwen3, experts", "gpt-oss, experts", "phi3, fused", "gemma2")
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A buffer's bytes are spoilt the moment that it may be used again."""
-    empty = Pool._empty
-
-    def spoilt(self: Pool, buffer: Any) -> None:
-        empty(self, buffer)
-        buffer.memory.fill_(0xAB)
-
-    monkeypatch.setattr(Pool, "_empty", spoilt)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory):
-    made: dict[str, Path] = {}
-
-    def of(family: str) -> Path:
-        if family not in made:
-            config = config_of(family, num_hidden_layers=4, vocab_size=128)
-            made[family] = make_checkpoint_of(config, tmp_path_factory.mktemp("base") / "base")
-        return made[family]
-
-    return of
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated"),
+    pytest.mark.usefixtures("spoilt_buffers"),
+]
 
 
 def trained(path: Path, kind: str, when: str, checkpointing: bool) -> tuple[list[float], Any, Any]:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import config_of
 from sweeps import swept
-from tiny import load, make_checkpoint_of
+from tiny import load
 
 from leanlift import LiftConfig, UserError, get_lift_model, load_adapter, save_adapter
 from leanlift.model import claim, lift_layers, lifted, refresh_mask, restore_adapter, stream_base
@@ -21,39 +20,17 @@ from leanlift.model.stream_state import (
     stream_moments,
 )
 from leanlift.optim import SparseAdamW, restore_state, saved_state
-from leanlift.streaming import BUFFERS, Pool
+from leanlift.streaming import BUFFERS
 from leanlift.training.step_guard import GradientHooks, StepGuard
 
-CPU = torch.device("cpu")
+CPU, LAYERS = torch.device("cpu"), 5
 BASES = ("llama", "gpt2, turned", "qwen3, experts", "phi3, fused")
 IDS = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(0))
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated")
-
-
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A buffer's bytes are spoilt the moment that it may be used again."""
-    empty = Pool._empty
-
-    def spoilt(self: Pool, buffer: Any) -> None:
-        empty(self, buffer)
-        buffer.memory.fill_(0xAB)
-
-    monkeypatch.setattr(Pool, "_empty", spoilt)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory):
-    made: dict[str, Path] = {}
-
-    def of(family: str) -> Path:
-        if family not in made:
-            config = config_of(family, num_hidden_layers=5, vocab_size=128)
-            made[family] = make_checkpoint_of(config, tmp_path_factory.mktemp("base") / "base")
-        return made[family]
-
-    return of
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated"),
+    pytest.mark.usefixtures("spoilt_buffers"),
+]
 
 
 class Run:
