@@ -196,3 +196,18 @@ def test_streamed_state_knows_one_adapter(base) -> None:
     layer = next(iter(lift_layers(run.model).values()))
     with pytest.raises(UserError, match="that of one adapter"):
         layer.take_off()
+
+
+def test_an_adapter_that_is_loaded_between_passes_is_computed_with(base, tmp_path: Path) -> None:
+    """Blocks that wait in a buffer have other numbers by then."""
+    runs = [Run(base("llama"), streams, "nf4+double", "8bit", "bfloat16") for streams in (0, 1)]
+    for run in runs:
+        run.steps(1)
+    save_adapter(runs[0].model, tmp_path / "early")
+    before = runs[1].answers()[0]
+    for run in runs:
+        run.steps(3)
+        run.answers()
+        restore_adapter(run.model, tmp_path / "early")
+    assert torch.equal(runs[1].answers()[0], before)
+    assert torch.equal(runs[1].answers()[0], runs[0].answers()[0])
