@@ -59,11 +59,11 @@ def trained(path: Path, kind: str, when: str, checkpointing: bool) -> tuple[list
 @pytest.mark.parametrize("family", swept(BASES, "llama"))
 @torch.no_grad
 def test_training_answering_saving_and_loading_are_the_same(
-    family: str, kind: str, when: str, checkpointing: bool, base, tmp_path: Path
+    family: str, kind: str, when: str, checkpointing: bool, deep_base, tmp_path: Path
 ) -> None:
     with torch.enable_grad():
-        wanted, resident, none = trained(base(family), kind, "", checkpointing)
-        found, streamed, pool = trained(base(family), kind, when, checkpointing)
+        wanted, resident, none = trained(deep_base(family), kind, "", checkpointing)
+        found, streamed, pool = trained(deep_base(family), kind, when, checkpointing)
     assert none is None
     assert pool is pool_of(streamed)
     assert found == wanted
@@ -76,15 +76,15 @@ def test_training_answering_saving_and_loading_are_the_same(
         save_adapter(model, tmp_path / name)
         files.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
-    again = load(base(family), kind)
+    again = load(deep_base(family), kind)
     stream_base(again, CPU)
     again = load_adapter(again, tmp_path / "streamed")
     assert torch.equal(again(**ask).logits, resident(**ask).logits)
     assert pool.copies > len(pool.blocks)
 
 
-def test_each_pass_copies_what_two_buffers_do_not_hold(base) -> None:
-    _, model, pool = trained(base("llama"), "nf4+double", "before", True)
+def test_each_pass_copies_what_two_buffers_do_not_hold(deep_base) -> None:
+    _, model, pool = trained(deep_base("llama"), "nf4+double", "before", True)
     model.train()
     for _ in range(2):
         before = pool.copies
@@ -92,9 +92,9 @@ def test_each_pass_copies_what_two_buffers_do_not_hold(base) -> None:
     assert pool.copies - before == 2 * (len(pool.blocks) - BUFFERS) == 4
 
 
-def test_what_computes_is_on_the_device_and_the_rest_stays(base) -> None:
+def test_what_computes_is_on_the_device_and_the_rest_stays(deep_base) -> None:
     """`model.to` moves what is the device's, and no block."""
-    model = load(base("llama"), "dense")
+    model = load(deep_base("llama"), "dense")
     pool = stream_base(model, CPU)
     model = get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
     before = [block.host.data_ptr() for block in pool.blocks]
@@ -108,9 +108,9 @@ def test_what_computes_is_on_the_device_and_the_rest_stays(base) -> None:
     assert stream_base(model, CPU) is pool
 
 
-def test_a_weight_that_a_model_asks_for_is_where_it_computes(base) -> None:
+def test_a_weight_that_a_model_asks_for_is_where_it_computes(deep_base) -> None:
     """Some models put what they compute where a weight of theirs is."""
-    model = load(base("llama"), "dense")
+    model = load(deep_base("llama"), "dense")
     pool = stream_base(model, CPU)
     model = get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
     layers = list(lift_layers(model).values())
@@ -121,9 +121,9 @@ def test_a_weight_that_a_model_asks_for_is_where_it_computes(base) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4+double", "int8", "dense"])
-def test_its_bytes_are_counted_once(kind: str, base) -> None:
-    model = load(base("llama"), kind)
-    plain = static_categories(get_lift_model(load(base("llama"), kind), progress=False))
+def test_its_bytes_are_counted_once(kind: str, deep_base) -> None:
+    model = load(deep_base("llama"), kind)
+    plain = static_categories(get_lift_model(load(deep_base("llama"), kind), progress=False))
     pool = stream_base(model, CPU)
     model = get_lift_model(model, progress=False)
     found = static_categories(model)
@@ -133,15 +133,15 @@ def test_its_bytes_are_counted_once(kind: str, base) -> None:
     assert found == {**plain, "base weights": wanted}
 
 
-def test_blocks_are_those_of_the_model_each_once(base) -> None:
-    model = load(base("llama"))
+def test_blocks_are_those_of_the_model_each_once(deep_base) -> None:
+    model = load(deep_base("llama"))
     blocks = layers_by_block(model)
     assert [len(block) for block in blocks] == [7] * 4
     again = layers_by_block(get_lift_model(model, progress=False))
     assert [[layer.base for layer in block] for block in again] == blocks
 
 
-def test_blocks_that_cannot_be_found_are_refused(base) -> None:
+def test_blocks_that_cannot_be_found_are_refused(deep_base) -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,11 +154,11 @@ def test_blocks_that_cannot_be_found_are_refused(base) -> None:
         stream_base(Plain(), CPU)
 
 
-def test_memory_that_cannot_be_pinned_is_said(base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_cannot_be_pinned_is_said(deep_base, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(*args: Any, **options: Any) -> Any:
         raise RuntimeError("CUDA error: out of memory")
 
-    model = load(base("llama"))
+    model = load(deep_base("llama"))
     monkeypatch.setattr("leanlift.streaming.block.torch.empty", none_left)
     with pytest.raises(UserError, match=r"memory of the host's, pinned, and .* could not be had"):
         stream_base(model, CPU)

@@ -86,10 +86,10 @@ class Run:
 @pytest.mark.parametrize("kind", swept(["nf4+double", "int8", "dense"], "nf4+double"))
 @pytest.mark.parametrize("family", swept(BASES, "llama"))
 def test_training_saving_and_going_on_are_the_same(
-    family: str, kind: str, moments: str, base, tmp_path: Path
+    family: str, kind: str, moments: str, deep_base, tmp_path: Path
 ) -> None:
     dtype = "bfloat16" if moments == "8bit" else "float32"
-    runs = [Run(base(family), streams, kind, moments, dtype) for streams in (False, True)]
+    runs = [Run(deep_base(family), streams, kind, moments, dtype) for streams in (False, True)]
     resident, streamed = runs
     assert streamed.steps(4) == resident.steps(4)
     pool = state_pool_of(streamed.model)
@@ -112,18 +112,18 @@ def test_training_saving_and_going_on_are_the_same(
         run.start(moments)
         restore_state(run.optimizer, lifted(run.model).named_parameters(), kept[0])
     assert streamed.steps(3) == resident.steps(3)
-    again = load(base(family), kind)
+    again = load(deep_base(family), kind)
     stream_base(again, CPU, state=True)
     again = load_adapter(again, tmp_path / "streamed")
-    fresh = load_adapter(load(base(family), kind), tmp_path / "streamed")
+    fresh = load_adapter(load(deep_base(family), kind), tmp_path / "streamed")
     ask = {"input_ids": IDS, "use_cache": False}
     with torch.no_grad():
         assert torch.equal(again.eval()(**ask).logits, fresh.eval()(**ask).logits)
     assert state_pool_of(again).copies >= len(state_pool_of(again).blocks)
 
 
-def test_between_two_passes_all_is_on_the_host(base) -> None:
-    run = Run(base("llama"), True, "nf4+double", "8bit", "bfloat16")
+def test_between_two_passes_all_is_on_the_host(deep_base) -> None:
+    run = Run(deep_base("llama"), True, "nf4+double", "8bit", "bfloat16")
     run.steps(1)
     pool = state_pool_of(run.model)
     places = [(b.host.data_ptr(), b.host.data_ptr() + b.host.nbytes) for b in pool.blocks]
@@ -134,8 +134,8 @@ def test_between_two_passes_all_is_on_the_host(base) -> None:
             assert any(a <= tensor.data_ptr() < b for a, b in places)
 
 
-def test_a_pass_without_updates_writes_nothing_back(base) -> None:
-    run = Run(base("llama"), True, "nf4+double", "8bit", "bfloat16")
+def test_a_pass_without_updates_writes_nothing_back(deep_base) -> None:
+    run = Run(deep_base("llama"), True, "nf4+double", "8bit", "bfloat16")
     run.steps(1)
     pool = state_pool_of(run.model)
     before = pool.written_back, pool.copies
@@ -146,8 +146,8 @@ def test_a_pass_without_updates_writes_nothing_back(base) -> None:
     assert pool.written_back - before[0] == len(pool.blocks)
 
 
-def test_moving_the_model_moves_no_state(base) -> None:
-    run = Run(base("llama"), True, "nf4+double", "8bit", "bfloat16")
+def test_moving_the_model_moves_no_state(deep_base) -> None:
+    run = Run(deep_base("llama"), True, "nf4+double", "8bit", "bfloat16")
     run.steps(1)
     layer = next(iter(lift_layers(run.model).values()))
     before = layer.values, layer.values.data_ptr(), layer.index
@@ -158,17 +158,17 @@ def test_moving_the_model_moves_no_state(base) -> None:
     assert layer.values.dtype == torch.bfloat16
 
 
-def test_it_is_refused_where_gradients_wait(base) -> None:
-    run = Run(base("llama"), True, "nf4+double", "8bit", "bfloat16")
+def test_it_is_refused_where_gradients_wait(deep_base) -> None:
+    run = Run(deep_base("llama"), True, "nf4+double", "8bit", "bfloat16")
     with pytest.raises(UserError, match=r"LiftTrainer and optim_in_backward=True"):
         check_updates_in_backward(run.model, False)
     check_updates_in_backward(run.model, True)
     with pytest.raises(UserError, match=r"call it before get_lift_model"):
-        stream_base(get_lift_model(load(base("llama")), progress=False), CPU, state=True)
+        stream_base(get_lift_model(load(deep_base("llama")), progress=False), CPU, state=True)
 
 
-def test_blocks_that_are_gone_through_several_times_are_refused(base) -> None:
-    model = load(base("llama"))
+def test_blocks_that_are_gone_through_several_times_are_refused(deep_base) -> None:
+    model = load(deep_base("llama"))
     check_used_once(model)
     model.model.layers[2].mlp = model.model.layers[1].mlp
     with pytest.raises(UserError, match="goes through the same block several times"):
@@ -178,8 +178,8 @@ def test_blocks_that_are_gone_through_several_times_are_refused(base) -> None:
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
 
 
-def test_a_second_gradient_in_one_step_is_refused(base) -> None:
-    run = Run(base("llama"), False, "nf4+double", "8bit", "bfloat16")
+def test_a_second_gradient_in_one_step_is_refused(deep_base) -> None:
+    run = Run(deep_base("llama"), False, "nf4+double", "8bit", "bfloat16")
     hooks = GradientHooks(run.model, StepGuard(3), run.optimizer)
     for expected in (False, True):
         loss = run.model(input_ids=IDS, labels=IDS, use_cache=False).loss
@@ -191,16 +191,20 @@ def test_a_second_gradient_in_one_step_is_refused(base) -> None:
     hooks.remove()
 
 
-def test_streamed_state_knows_one_adapter(base) -> None:
-    run = Run(base("llama"), True, "nf4+double", "8bit", "bfloat16")
+def test_streamed_state_knows_one_adapter(deep_base) -> None:
+    run = Run(deep_base("llama"), True, "nf4+double", "8bit", "bfloat16")
     layer = next(iter(lift_layers(run.model).values()))
     with pytest.raises(UserError, match="that of one adapter"):
         layer.take_off()
 
 
-def test_an_adapter_that_is_loaded_between_passes_is_computed_with(base, tmp_path: Path) -> None:
+def test_an_adapter_that_is_loaded_between_passes_is_computed_with(
+    deep_base, tmp_path: Path
+) -> None:
     """Blocks that wait in a buffer have other numbers by then."""
-    runs = [Run(base("llama"), streams, "nf4+double", "8bit", "bfloat16") for streams in (0, 1)]
+    runs = [
+        Run(deep_base("llama"), streams, "nf4+double", "8bit", "bfloat16") for streams in (0, 1)
+    ]
     for run in runs:
         run.steps(1)
     save_adapter(runs[0].model, tmp_path / "early")
