@@ -55,6 +55,8 @@ directory, or the file. Takes the keys of 'leanlift train' (see its --help):
                 --config FILE'
   --max_length max
                 the longest rows that cards have room for, or that of --fit
+  --table       what settings need and how long a step of theirs takes, by
+                card: as they are, with each change more, and chosen by --fit
   --card NAME   say how long a step takes there, modelled: rtx4090, a100, …;
                 else on this machine's card, or on one of the size of --fit
   --cpu         plan for a run on the CPU

@@ -8,9 +8,10 @@ from typing import Any
 
 from leanlift.cli.trying import planning
 from leanlift.format import short_name, table
-from leanlift.measure.picture import draw_lengths
+from leanlift.measure.picture import draw_groups
 from leanlift.plan.result import CARDS_GIB
 from leanlift.training import LiftSFTConfig, RunArguments
+from leanlift.training.changes import Change
 from leanlift.training.longest import MOST, Longest, longest_rows
 
 AS_ASKED = "as asked for"
@@ -48,7 +49,7 @@ def _as_json(line: Longest) -> dict[str, Any]:
 def screen(model: str, lines: Sequence[Longest], rows: int) -> str:
     """The table: a line for each setting, a column for each card."""
     cards = list(lines[0].tokens)
-    cells = [[_name(line), *(_shown(line.tokens[gib]) for gib in cards)] for line in lines]
+    cells = [[name_of(line.added), *(_shown(line.tokens[gib]) for gib in cards)] for line in lines]
     head = ["each line with those above", *(f"{gib:g} GB" for gib in cards)]
     at_once = f"{rows} row{'s' * (rows != 1)} at a time"
     return "\n".join(
@@ -62,8 +63,9 @@ def screen(model: str, lines: Sequence[Longest], rows: int) -> str:
     )
 
 
-def _name(line: Longest) -> str:
-    return AS_ASKED if line.added is None else f"+ {line.added.named.partition(' and ')[0]}"
+def name_of(added: Change | None) -> str:
+    """Of a line: its first setting that is changed."""
+    return AS_ASKED if added is None else f"+ {added.named.partition(' and ')[0]}"
 
 
 def _shown(tokens: int) -> str:
@@ -72,5 +74,5 @@ def _shown(tokens: int) -> str:
 
 def picture(path: str, model: str, lines: Sequence[Longest]) -> None:
     """Draw them: a group of bars for each card."""
-    bars = {_name(line): {f"{g:g} GB": n for g, n in line.tokens.items()} for line in lines}
-    draw_lengths(bars, path, f"{model}: the longest rows by card, in tokens")
+    bars = {name_of(line.added): {f"{g:g} GB": n for g, n in line.tokens.items()} for line in lines}
+    draw_groups(bars, path, f"{model}: the longest rows by card, in tokens", "tokens", ",")

@@ -20,7 +20,7 @@ from leanlift.methods import METHODS, SFT
 from leanlift.settings import FORMER_NAMES, NOT_TAKEN, Kind, todays_names
 
 HELP = ("help", "help_all")
-OWN = ("config", "fit", "dry_run", "save", "plot", "json", "cpu", "card", "longest", *HELP)
+OWN = ("config", "fit", "dry_run", "save", "plot", "json", "cpu", "card", "table", "longest", *HELP)
 """Options of `train` and `plan` that are no settings."""
 
 
@@ -87,6 +87,7 @@ def add_own(parser: argparse.ArgumentParser, command: str) -> None:
         add("--save", type=_something, help="write the settings to this file")
         add("--plot", type=_something, help="also draw the bytes as a stacked bar")
         add("--json", action="store_true", help="print JSON")
+        add("--table", action="store_true", help="what settings need and take, by card")
         add("--card", type=_something, help="say how long a step takes on it, such as rtx4090")
         add("--cpu", action="store_true", help="plan for a run on the CPU")
     add("--help", "-h", action="store_true", help="show the options that matter most")
@@ -189,8 +190,11 @@ def read_flags(
     own = argparse.Namespace(**{key: each for key, each in vars(found).items() if key in OWN})
     if command == "plan":
         own.longest = longest
-    if longest and own.save is not None:
-        raise UserError("--max_length max looks for lengths, of which --save cannot write one.")
+        if (longest or own.table) and own.save is not None:
+            many = "--max_length max" if longest else "--table"
+            raise UserError(f"{many} plans many settings, of which --save cannot write one.")
+        if longest and own.table:
+            raise UserError("--table and --max_length max are two tables: ask for one at a time.")
     given = {key: each for key, each in vars(found).items() if key not in OWN}
     given = todays_names(given, "the command line", say)
     for name, each in given.items():

@@ -1,6 +1,7 @@
 """`leanlift plan --model_name_or_path M [--any_key value] [--fit 8GB [--save run.yaml]] [--json]`.
 
-With `--max_length max` the longest rows that cards have room for (`cli/longest.py`).
+With `--max_length max` the longest rows that cards have room for (`cli/longest.py`), with `--table`
+what settings need and take by card (`cli/by_card.py`).
 
 Takes every key that `leanlift train` takes, with the same defaults, which are leaner than those of
 the Python classes (8-bit moments, bf16 offsets, one row at a time, eight to a step: see
@@ -17,9 +18,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
-from leanlift.cli.longest import longest, picture
+from leanlift.cli.by_card import SIZES, settings_by_card
+from leanlift.cli.by_card import picture as draw_times
+from leanlift.cli.longest import longest
+from leanlift.cli.longest import picture as draw_lengths
 from leanlift.cli.places import new_settings_file
-from leanlift.cli.settings import read_command
+from leanlift.cli.settings import Asked, read_command
 from leanlift.cli.trying import Trying, planning
 from leanlift.defaults import command_defaults
 from leanlift.errors import UserError
@@ -55,11 +59,8 @@ def plan_command(argv: Sequence[str]) -> int:
         raise UserError("--cpu and use_cpu=false contradict each other: leave one of them out.")
     cuda = not asked.given.get("use_cpu")
     card = card_for_times(gib, cuda, own.card)
-    if own.longest:
-        lengths = longest(args, sft, gib, cuda, own.json)
-        if own.plot is not None:
-            picture(own.plot, short_name(args.model_name_or_path), lengths)
-            _say(f"Wrote {own.plot}")
+    if own.longest or own.table:
+        _tables(asked, gib, cuda)
         return 0
     found, plan = _planned(args, sft, gib, cuda, card, asked.given)
     taken, bought = ((), ()) if found is None else (found.taken, found.bought)
@@ -86,6 +87,34 @@ def plan_command(argv: Sequence[str]) -> int:
     if own.save is not None:
         _save(own.save, asked.given, args, sft, plan, found)
     return 0
+
+
+def _tables(asked: Asked, gib: float | None, cuda: bool) -> None:
+    """What cards have room for, and how long a step takes there, instead of one plan."""
+    own, args, sft = asked.own, asked.args, asked.sft
+    model = short_name(args.model_name_or_path)
+    if own.longest:
+        lengths = longest(args, sft, gib, cuda, own.json)
+        if own.plot is not None:
+            draw_lengths(own.plot, model, lengths)
+    else:
+        cards = _cards(gib, cuda, own.card)
+        table = settings_by_card(args, sft, cards, asked.given, own.json)
+        if own.plot is not None:
+            draw_times(own.plot, model, table)
+    if own.plot is not None:
+        _say(f"Wrote {own.plot}")
+
+
+def _cards(gib: float | None, cuda: bool, name: str | None) -> dict[float, Card]:
+    """The columns of a table: the size or the card that was asked for, else the usual sizes."""
+    if not cuda:
+        raise UserError("--table is about cards: leave --cpu and use_cpu out.")
+    if name is not None:
+        card = card_named(name)
+        return {float(card.gib) if gib is None else gib: card}
+    found = {size: card_for_times(size, cuda) for size in (SIZES if gib is None else (gib,))}
+    return {size: card for size, card in found.items() if card is not None}
 
 
 def card_for_times(gib: float | None, cuda: bool, name: str | None = None) -> Card | None:

@@ -46,6 +46,7 @@ class LiftLinear(FrozenLinear):
             an adapter.
         brought_by: what brings all that is learned here to the device, and as which block; None: it
             is there.
+        gradient_sum: of the micro-batches of a step so far, where that is brought too.
     """
 
     index: SegmentedIndex
@@ -66,6 +67,7 @@ class LiftLinear(FrozenLinear):
         if index.shape != weight.shape:
             raise ValueError(f"expected an index of shape {weight.shape}, got {index.shape}")
         self.brought_by: tuple[StatePool, int] | None = None
+        self.gradient_sum: Tensor | None = None
         self.put_on(Slot.zero(index, values_dtype))
         self.shelf: dict[str, Slot] = {}
         self._merged: tuple[tuple[float, ...], Tensor] | None = None

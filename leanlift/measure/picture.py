@@ -75,13 +75,17 @@ def draw(
         figure.savefig(temporary, format=target.suffix.removeprefix("."), dpi=150)
 
 
-def draw_lengths(lines: Mapping[str, Mapping[str, int]], path: str | Path, title: str) -> None:
-    """Draw tokens as horizontal bars, a group for each card, a colour for each setting.
+def draw_groups(
+    lines: Mapping[str, Mapping[str, float]], path: str | Path, title: str, unit: str, shown: str
+) -> None:
+    """Draw horizontal bars, a group for each card, a colour for each setting.
 
     Args:
-        lines: setting -> card -> tokens.
+        lines: setting -> card -> what there is; 0: there is none.
         path: the image.
         title: what is drawn, for which model.
+        unit: of the bars.
+        shown: how a bar's number is formatted.
 
     Raises:
         UserError: as `check_picture`.
@@ -92,14 +96,14 @@ def draw_lengths(lines: Mapping[str, Mapping[str, int]], path: str | Path, title
     axes, height = figure.subplots(), 0.8 / len(lines)
     for number, (name, line) in enumerate(lines.items()):
         places = [at + height * (number - (len(lines) - 1) / 2) for at in range(len(cards))]
-        tokens = [line.get(card, 0) for card in cards]
-        axes.barh(places, tokens, height, color=f"C{number % 10}", label=name)
-        for place, count in zip(places, tokens, strict=True):
-            axes.annotate(f" {count:,}" if count else " –", (count, place), va="center",
+        lengths = [line.get(card, 0) for card in cards]
+        axes.barh(places, lengths, height, color=f"C{number % 10}", label=name)
+        for place, length in zip(places, lengths, strict=True):
+            axes.annotate(f" {length:{shown}}" if length else " –", (length, place), va="center",
                           fontsize="x-small")  # fmt: skip
     axes.set_yticks(range(len(cards)), cards)
     axes.set_title(title)
-    axes.set_xlabel("tokens")
+    axes.set_xlabel(unit)
     axes.margins(x=0.12)
     axes.invert_yaxis()
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)

@@ -1,6 +1,7 @@
 """What is learned in streamed blocks: at rest in the host's memory, brought with each block.
 
-Positions, offsets, retired entries and the moments of `SparseAdamW` have the same two buffers'
+Positions, offsets, retired entries, the moments of `SparseAdamW`, and the sum of the gradients of
+earlier micro-batches where a step has several, have the same two buffers'
 scheme as the frozen weights that they belong to (`streaming.StatePool`). The optimizer steps on the
 device, in the backward pass, while a block is there, so that a run is the same to the bit as one
 whose state stays; what it wrote goes back.
@@ -47,6 +48,8 @@ class Learned:
         for layer in self.layers:
             read += _tensors(layer.index)
             written.append(layer.values)
+            if layer.gradient_sum is not None:
+                written.append(layer.gradient_sum)
             if layer.retired_index is not None and layer.retired_values is not None:
                 read += [*_tensors(layer.retired_index), layer.retired_values]
             if self.optimizer is not None:
@@ -139,14 +142,20 @@ def state_pool_of(model: nn.Module) -> StatePool | None:
     return found
 
 
-def stream_moments(model: nn.Module, optimizer: SparseAdamW) -> None:
-    """Let an optimizer's moments come with the blocks whose values it trains."""
+def stream_moments(model: nn.Module, optimizer: SparseAdamW, accumulate: bool = False) -> None:
+    """Let an optimizer's moments come with the blocks whose values it trains.
+
+    Args:
+        accumulate: whether a step has several micro-batches, whose gradients are added up in sums
+            that come along too.
+    """
     pool = state_pool_of(model)
     for state in [] if pool is None else pool.states:
         assert isinstance(state, Learned)
         state.optimizer = optimizer
         for layer in state.layers:
             optimizer.reserve(layer.values)
+            layer.gradient_sum = torch.zeros_like(layer.values.data) if accumulate else None
     let_rest(model)
 
 

@@ -9,7 +9,7 @@ whose temporaries have a rule of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -185,6 +185,7 @@ def step_peak(
     accumulate: bool,
     offload: bool = False,
     whole: bool = False,
+    elsewhere: Collection[str] = (),
 ) -> StepBytes:
     """Bytes beyond weights, values and scratch of one forward and backward pass.
 
@@ -196,15 +197,21 @@ def step_peak(
         accumulate: whether gradients of an earlier micro-batch are there already.
         offload: whether what autograd saves is moved to the CPU.
         whole: whether every block is run, also where they repeat.
+        elsewhere: layers whose gradients of an earlier micro-batch are not there: they come with
+            their block.
     """
     way = None if whole else repetition(model)
-    values = [m.values for m in model.modules() if isinstance(m, LiftLinear)]
-    earlier = sum(v.nbytes for v in values) if accumulate else 0
+    accumulating = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, LiftLinear) and accumulate and name not in elsewhere
+    ]
+    earlier = sum(layer.values.nbytes for layer in accumulating)
     if way is not None:
-        laps = _laps(model, loss, batch, length, in_backward, accumulate, offload, way)
+        laps = _laps(model, loss, batch, length, in_backward, accumulating, offload, way)
         if repeats(laps, way):
             return _step_bytes(whole_step(laps, way), earlier)
-    laps = _laps(model, loss, batch, length, in_backward, accumulate, offload, None)
+    laps = _laps(model, loss, batch, length, in_backward, accumulating, offload, None)
     return _step_bytes(laps, earlier)
 
 
@@ -232,7 +239,7 @@ def _laps(
     batch: int,
     length: int,
     in_backward: bool,
-    accumulate: bool,
+    accumulating: Sequence[LiftLinear],
     offload: bool,
     way: Repetition | None,
 ) -> list[Lap]:
@@ -245,7 +252,7 @@ def _laps(
         layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
         for layer in layers
     ]
-    for layer in layers if accumulate else ():
+    for layer in accumulating:
         layer.values.grad = torch.empty_like(layer.values)
     try:
         with (

@@ -31,6 +31,7 @@ from leanlift.plan.sums import (
     adapter_nbytes,
     before_training,
     beside_training,
+    brought,
     gradient_nbytes,
     held_nbytes,
     host_nbytes,
@@ -160,8 +161,9 @@ def _training(
                         batch.rows,
                         batch.tokens,
                         settings.optim_in_backward,
-                        settings.gradient_accumulation_steps > 1,
+                        settings.accumulates,
                         settings.activation_offloading,
+                        elsewhere=brought(planned, shapes),
                     )
         known[key] = shapes, moving
     found: tuple[Shapes, StepBytes] = known[key]
@@ -260,6 +262,7 @@ def _what_decides(planned: Planned) -> tuple[str, ...]:
         optim_in_backward=settings.optim_in_backward,
         embedding_on_cpu=settings.embedding_on_cpu,
         stream_base=settings.stream_base,
+        stream_state=settings.stream_state and settings.accumulates,
         tiled_mlp=settings.tiled_mlp,
         dtype=settings.dtype_name,
         cuda=settings.on_cuda,

@@ -145,16 +145,17 @@ def time_lines(plan: dict[str, Any]) -> list[str]:
     time = plan.get("time")
     if time is None:
         return []
-    parts = [f"{name} {_brief(seconds)}" for name, seconds in time["parts"].items()
+    parts = [f"{name} {brief(seconds)}" for name, seconds in time["parts"].items()
              if seconds >= 0.01 * time["seconds"]]  # fmt: skip
     how = "from figures measured here" if time["calibrated"] else "from the card's data sheet"
     return ["", *_wrapped(
-        f"A step takes about {_brief(time['seconds'])} on {time['card']}, modelled {how}: "
+        f"A step takes about {brief(time['seconds'])} on {time['card']}, modelled {how}: "
         f"{count(round(time['tokens_per_second']))} tokens/s ({', '.join(parts)})."
     )]  # fmt: skip
 
 
-def _brief(seconds: float) -> str:
+def brief(seconds: float) -> str:
+    """A time, in milliseconds where it is short."""
     return duration(seconds) if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
 
 

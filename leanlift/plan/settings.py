@@ -71,6 +71,11 @@ class PlanSettings:
     largest_eval: Batch | None = None
 
     @property
+    def accumulates(self) -> bool:
+        """Whether a step has several micro-batches, whose gradients wait for the last one."""
+        return self.gradient_accumulation_steps > 1
+
+    @property
     def on_cuda(self) -> bool:
         """Whether the run is on a GPU."""
         return torch.cuda.is_available() if self.cuda is None else self.cuda

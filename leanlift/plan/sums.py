@@ -76,6 +76,7 @@ def _state_sizes(planned: Planned, shapes: Shapes, name: str) -> list[int]:
     sizes = [
         *index_sizes(shape, count),
         value * count,
+        *([value * count] if planned.settings.accumulates else []),  # the sum of gradients so far
         *moment_sizes(planned.settings.optim, count),
     ]
     bound = _bound(planned.config, shapes, name)
@@ -119,7 +120,8 @@ def _bound(config: LiftConfig, shapes: Shapes, name: str) -> int:
 
 def gradient_nbytes(planned: Planned, held: dict[str, int]) -> int:
     """Gradients that are there at once, beside a matrix's own while it is updated."""
-    return 0 if planned.settings.optim_in_backward else held["values"]
+    settings = planned.settings
+    return held["values"] if settings.accumulates or not settings.optim_in_backward else 0
 
 
 def updating_nbytes(planned: Planned, shapes: Shapes, held: dict[str, int]) -> int:

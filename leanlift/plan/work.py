@@ -310,9 +310,11 @@ def _streamed(model: ModelWork, run: Running) -> float:
 
 
 def _written(model: ModelWork, run: Running) -> float:
-    """Bytes of values and moments that go back to the host, updated in the backward pass."""
+    """Bytes of values, sums of gradients and moments that go back to the host, updated in the
+    backward pass."""
     entries = sum(matrix.entries for matrix in model.matrices)
-    return run.state + run.value * entries if run.learned else 0
+    tensors = 2 if run.times > 1 else 1
+    return run.state + tensors * run.value * entries if run.learned else 0
 
 
 def _offloaded(model: ModelWork, run: Running, again: range) -> float:

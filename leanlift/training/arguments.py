@@ -61,7 +61,7 @@ class LiftArguments:
         default=False,
         metadata={
             "help": "update each matrix at once; max_grad_norm 0. As soon as its gradient exists, "
-            "which is freed then; needs a sparse_adamw optim, and no gradient accumulation"
+            "which is freed then; needs a sparse_adamw optim"
         },
     )
     kept_blocks: int = field(
@@ -133,9 +133,6 @@ class LiftArguments:
     def _check_in_backward(self, own: str | None) -> None:
         excluded = {
             f"optim={getattr(self.optim, 'value', self.optim)}": own is None,
-            f"gradient_accumulation_steps={self.gradient_accumulation_steps}": (
-                self.gradient_accumulation_steps > 1
-            ),
             f"max_grad_norm={self.max_grad_norm}": bool(self.max_grad_norm),
             "fp16=True": self.fp16,
         }
@@ -144,7 +141,7 @@ class LiftArguments:
             raise UserError(
                 "optim_in_backward updates a matrix before the other gradients exist, so it "
                 f"cannot go with {' and '.join(found)}: set optim=sparse_adamw or "
-                "sparse_adamw_8bit, gradient_accumulation_steps=1, max_grad_norm=0 and no fp16."
+                "sparse_adamw_8bit, max_grad_norm=0 and no fp16."
             )
 
 

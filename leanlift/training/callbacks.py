@@ -34,14 +34,18 @@ class Guard(TrainerCallback):
     Args:
         guard: decides which steps are applied.
         in_backward: whether matrices are updated in the backward pass.
+        is_last: whether the present micro-batch is the last one of its step.
 
     Attributes:
         scaled: whether a loss scaler (fp16) looks for infinities itself, and expects some.
     """
 
-    def __init__(self, guard: StepGuard, in_backward: bool) -> None:
+    def __init__(
+        self, guard: StepGuard, in_backward: bool, is_last: Callable[[], bool] = lambda: True
+    ) -> None:
         self.guard = guard
         self.in_backward = in_backward
+        self.is_last = is_last
         self.scaled = False
         self.hooks: GradientHooks | None = None
         self._applied = 0
@@ -58,8 +62,8 @@ class Guard(TrainerCallback):
         optimizer = unwrap(kwargs["optimizer"]) if self.in_backward else None
         assert optimizer is None or isinstance(optimizer, SparseAdamW)
         if optimizer is not None:
-            stream_moments(kwargs["model"], optimizer)
-        self.hooks = GradientHooks(kwargs["model"], self.guard, optimizer)
+            stream_moments(kwargs["model"], optimizer, args.gradient_accumulation_steps > 1)
+        self.hooks = GradientHooks(kwargs["model"], self.guard, optimizer, self.is_last)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -69,6 +73,7 @@ class Guard(TrainerCallback):
             self._see_unscaled(layers)
         else:
             self.hooks.check_same(kwargs["model"])
+            self.hooks.update_what_waits()
         applied, advice = False, partial(last_checkpoint, args.output_dir)
         try:
             applied = self.guard.end_step(state.global_step + 1, advice)

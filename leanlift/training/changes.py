@@ -48,17 +48,13 @@ class Change:
         return replace(args, **run) if run else args, replace(sft, **loop) if loop else sft
 
     def possible(self, settings: Settings) -> bool:
-        """Whether a run could be made with it: an update in the backward pass takes one micro-batch
-        per step, and it and 16-bit offsets an optimizer of ours."""
+        """Whether a run could be made with it: updates in the backward pass and 16-bit offsets take
+        an optimizer of ours."""
         sft = settings[1]
         ours = _name(sft.optim) in SPARSE_OPTIMIZERS
-        if "optim_in_backward" in self.keys:
-            if not self.keys["optim_in_backward"]:
-                return not settings[0].stream_state
-            return ours and sft.gradient_accumulation_steps == 1
         if "stream_state" in self.keys:
-            return settings[0].stream_base and sft.optim_in_backward
-        return ours or "values_dtype" not in self.keys
+            return settings[0].stream_base and ours
+        return ours or not {"optim_in_backward", "values_dtype"} & self.keys.keys()
 
     @property
     def named(self) -> str:
@@ -148,15 +144,13 @@ def _mlps_in_pieces(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Itera
 
 
 def _smaller_micro_batch(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
-    """The same batch in more pieces. An update in the backward pass cannot be in pieces."""
+    """The same batch in more pieces."""
     rows, times = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
     for fewer in _halves(rows):
-        keys: dict[str, Any] = {
+        keys = {
             "per_device_train_batch_size": fewer,
             "gradient_accumulation_steps": times * rows // fewer,
         }
-        if sft.optim_in_backward:
-            keys["optim_in_backward"] = False
         yield Change(keys, "the same batch in more pieces: a little time")
 
 
@@ -192,8 +186,10 @@ def _updates_in_backward(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> 
 
 
 def _state_on_the_host(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
-    if cuda and not args.stream_state and processes() == 1:
-        yield Change({"stream_state": True}, "what is learned comes along with the blocks: time")
+    if cuda and not args.stream_state and not sft.fp16 and processes() == 1:
+        keys = {"stream_state": True, "optim_in_backward": True, "max_grad_norm": 0.0}
+        cost = "what is learned comes along with the blocks: time"
+        yield Change(keys, cost if sft.optim_in_backward else f"{cost}, and no gradient clipping")
 
 
 def _fewer_entries(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:

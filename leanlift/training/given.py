@@ -31,14 +31,22 @@ def several_processes(args: SFTConfig) -> None:
     all tensors of a batch to its rows, the positions of trained tokens among them.
 
     Raises:
-        UserError: activations are to be moved to the CPU by a run on the CPU; or a launcher has
-            started several processes that do not talk to each other.
+        UserError: activations are to be moved to the CPU by a run on the CPU; a launcher has
+            started several processes that do not talk to each other; or each of several processes
+            would add gradients up for an update in the backward pass.
     """
     if args.device.type and launched() != processes():  # the device says how they talk
         raise UserError(
             f"the environment says that there are {launched()} processes (WORLD_SIZE), and "
             f"{processes()} talk to each other: start them with accelerate launch or torchrun, or "
             "unset WORLD_SIZE, RANK and LOCAL_RANK."
+        )
+    accumulates = args.gradient_accumulation_steps > 1
+    if processes() > 1 and accumulates and getattr(args, "optim_in_backward", False):
+        raise UserError(
+            "optim_in_backward with several processes takes one micro-batch a step: set "
+            "gradient_accumulation_steps=1, or leave optim_in_backward out, which saves nothing "
+            "where gradients are added up."
         )
     if getattr(args, "activation_offloading", False) and args.device.type == "cpu":
         raise UserError(

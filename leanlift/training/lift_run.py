@@ -108,7 +108,7 @@ class LiftRun(RunOverrides):
         self._last_finite = torch.zeros((), device=self.args.device)
         self._smooths_log = self.args.logging_nan_inf_filter
         self.args.logging_nan_inf_filter = False
-        self._guarding = Guard(self.guard, self.in_backward)
+        self._guarding = Guard(self.guard, self.in_backward, self._at_last_micro_batch)
         self._refreshing = Refresh(partial(Trainer.log, self))
         self.refreshes: list[RefreshReport] = self._refreshing.reports
         self.add_callback(FrozenInputs())
@@ -184,6 +184,9 @@ class LiftRun(RunOverrides):
         if self._smooths_log:
             loss = self._last_finite = torch.where(loss.isfinite(), loss, self._last_finite)
         return loss
+
+    def _at_last_micro_batch(self) -> bool:
+        return bool(self.accelerator.sync_gradients)
 
     def _gradients_apart(self) -> AbstractContextManager[Any]:
         """Updates in the backward pass add the gradients of several processes up themselves."""

@@ -7,13 +7,14 @@ straight line between what is known has it; plans of one setting serve all cards
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from leanlift.errors import UserError
 from leanlift.plan import Known, MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.changes import Change, Settings, ordered_changes
+from leanlift.training.by_card import changes_of_time
+from leanlift.training.changes import Change, Settings
 from leanlift.training.plan import plan_of
 
 UNIT = 256
@@ -21,9 +22,6 @@ UNIT = 256
 
 MOST = 2**20
 """Tokens beyond which nothing is looked for."""
-
-QUALITY = ("density", "per_device_train_batch_size", "per_device_eval_batch_size")
-"""Changes that are not made here: what is trained, and on how many rows at once, is asked for."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +60,16 @@ def longest_rows(
     """
     if not hasattr(sft, "max_length"):
         raise UserError(f"rows of method={args.method} have no max_length: plan them by length.")
+    settings: Settings = (args, sft)
     lines, keys = [], dict[str, object]()
-    for change, settings in _lines((args, sft), cuda):
-        keys |= {} if change is None else change.keys
+    for change in (None, *changes_of_time(args, sft, cuda)):
+        if change is not None:
+            if not change.possible(settings):
+                continue
+            settings, keys = change(settings), {**keys, **change.keys}
         search = _Search(settings, cuda, say)
-        lines.append(Longest(change, dict(keys), {gib: search.longest(gib) for gib in cards}))
+        lines.append(Longest(change, keys, {gib: search.longest(gib) for gib in cards}))
     return lines
-
-
-def _lines(settings: Settings, cuda: bool) -> Iterator[tuple[Change | None, Settings]]:
-    yield None, settings
-    for choices in ordered_changes(*settings, cuda):
-        change = choices[0]
-        if change.possible(settings) and not set(QUALITY) & change.keys.keys():
-            settings = change(settings)
-            yield change, settings
 
 
 class _Search:

@@ -6,6 +6,8 @@ gradients of a bad step are dropped. With updates in the backward pass the hook 
 matrix and frees the gradient: the update asks the device itself whether everything of the step was
 finite so far, and is counted as a step of its matrix until the notes are read. What was updated
 before a later gradient turned out bad stays updated then; after a bad *loss* nothing is updated.
+Where a step has several micro-batches, gradients are added up until the last one's backward pass:
+on the device, or of streamed state in a sum that comes and goes with its block.
 
 A finite gradient can be as bad. Adam squares it: above 1.8e19 the square is infinite in fp32, and
 the entry never moves again (in 8 bits, its block of 256; after a refresh, whatever enters). And the
@@ -64,8 +66,7 @@ class StepGuard:
         skipped: steps that were not applied, in all.
         fine: bool scalar on the device: whether all that was seen of the present step is finite;
             None before anything was seen.
-        unapplied: of the last step that ended, the layers whose gradient came when something was
-            not finite, in the order in which they came.
+        steps, passes: steps that have ended, and micro-batches that were seen, in all.
     """
 
     def __init__(self, limit: int, at_once: bool = False) -> None:
@@ -73,13 +74,14 @@ class StepGuard:
         self.at_once = at_once
         self.skipped = 0
         self.fine: Tensor | None = None
-        self.unapplied: list[str] = []
+        self.steps = self.passes = 0
         self._in_a_row = 0
         self._losses: list[Tensor] = []
         self._largest: dict[str, Tensor] = {}
 
     def see_loss(self, loss: Tensor) -> None:
         """Note whether a micro-batch's loss is finite, on the device."""
+        self.passes += 1
         self._losses.append(loss.detach())
         finite = torch.isfinite(loss.detach())
         self._note(fine_everywhere(finite) if self.at_once else finite)
@@ -93,10 +95,6 @@ class StepGuard:
         seen = self._largest.get(layer)
         self._largest[layer] = largest if seen is None else torch.maximum(seen, largest)
         self._note(largest <= LARGEST_GRADIENT)  # not where it is NaN
-
-    def has_seen(self, layer: str) -> bool:
-        """Whether a gradient of a layer was noted in the present step."""
-        return layer in self._largest
 
     def _is_fine(self) -> bool:
         """Whether nothing was seen that is not finite, here or in another process."""
@@ -132,16 +130,13 @@ class StepGuard:
             for layer, size in largest.items()
             if not bool(size <= LARGEST_GRADIENT)
         }
-        bad_layers, layers = list(bad), list(largest)
-        first = layers.index(bad_layers[0]) if bad_layers else len(layers)
-        self.unapplied = layers if bad_loss is not None else layers[first:]
         self.skipped += 1
         self._in_a_row += 1
         problem = f"the loss is {bad_loss}" if bad_loss is not None else _what_is_wrong(bad)
         if fine_here:
             problem = "another process has a loss or gradient that is not finite"
-        if bad_layers:
-            problem += f" (in the backward pass first seen at {bad_layers[0]})"
+        if bad:
+            problem += f" (in the backward pass first seen at {next(iter(bad))})"
         if self._in_a_row >= self.limit:
             raise UserError(
                 f"training stopped at step {step}: {problem}, and {self._in_a_row} step(s) in a "
@@ -159,7 +154,8 @@ class StepGuard:
 
     def forget_step(self) -> None:
         """Drop what was noted of the present step."""
-        self._losses, self._largest, self.fine, self.unapplied = [], {}, None, []
+        self._losses, self._largest, self.fine = [], {}, None
+        self.steps += 1
 
 
 def _what_is_wrong(bad: dict[str, float]) -> str:
@@ -181,13 +177,23 @@ class GradientHooks:
         model: an attached model.
         guard: sees every gradient.
         optimizer: if given, updates each matrix in the backward pass; else gradients stay.
+        is_last: whether the present micro-batch is the last one of its step.
     """
 
     def __init__(
-        self, model: nn.Module, guard: StepGuard, optimizer: SparseAdamW | None = None
+        self,
+        model: nn.Module,
+        guard: StepGuard,
+        optimizer: SparseAdamW | None = None,
+        is_last: Callable[[], bool] = lambda: True,
     ) -> None:
         self.guard = guard
         self.optimizer = optimizer
+        self.is_last = is_last
+        self._step = guard.steps
+        self._seen_in: dict[str, int] = {}
+        self._waiting: dict[str, None] = {}
+        self._updated: dict[str, Tensor | None] = {}
         self._layers = lift_layers(model)
         self._values = values_of(model)
         self._handles = [
@@ -199,6 +205,8 @@ class GradientHooks:
         """Take the hooks off again."""
         for handle in self._handles:
             handle.remove()
+        for layer in self._layers.values():
+            layer.gradient_sum = None
 
     def check_same(self, model: nn.Module) -> None:
         """Refuse a model that trains other values than the optimizer has been given.
@@ -214,32 +222,66 @@ class GradientHooks:
                 "before its next step, or begin a new training."
             )
 
+    def update_what_waits(self) -> None:
+        """Update what the last micro-batch has given no gradient, and an earlier one has, as it may
+        be with experts."""
+        for name in list(self._waiting):
+            self._layers[name].bring()
+            self._update(name)
+
     def drop_step(self) -> None:
         """Free the gradients of a step that is not applied, and take back that it was counted."""
         for name, layer in self._layers.items():
             layer.values.grad = None
-            if self.optimizer is not None and name in self.guard.unapplied:
-                self.optimizer.uncount_step(layer.values)
+            if self.optimizer is not None and name in self._updated:
+                allowed = self._updated[name]
+                if allowed is not None and not bool(allowed):
+                    self.optimizer.uncount_step(layer.values)
 
     def _check_first(self, layer: str) -> None:
-        """Refuse a second update of a matrix in one step.
+        """Refuse a second gradient of a matrix in one micro-batch.
 
         Raises:
             UserError: the loss has gone through the model several times.
         """
-        if self.guard.has_seen(layer):
+        if self._step != self.guard.steps:
+            self._step, self._seen_in, self._updated = self.guard.steps, {}, {}
+        if layer in self._updated or self._seen_in.get(layer) == self.guard.passes:
             raise UserError(
                 f"{layer} got a second gradient in one step, and optim_in_backward has updated it "
                 "after the first: leave out optim_in_backward (and stream_state)."
             )
+        self._seen_in[layer] = self.guard.passes
 
-    def _after(self, layer: str, values: Any) -> None:
+    def _after(self, name: str, values: Any) -> None:
         assert values.grad is not None
-        if self.optimizer is not None:
-            self._check_first(layer)
-            mean_(values.grad)  # what is updated now nobody else adds up
-        self.guard.see_gradient(layer, values.grad)
-        if self.optimizer is not None:
-            self.optimizer.step_parameter(values, self.guard.fine)
-            self._layers[layer].wrote()
+        if self.optimizer is None:
+            self.guard.see_gradient(name, values.grad)
+            return
+        self._check_first(name)
+        self._waiting[name] = None
+        layer = self._layers[name]
+        if layer.gradient_sum is not None:
+            layer.gradient_sum.add_(values.grad)
             values.grad = None
+            layer.wrote()
+        if self.is_last():
+            self._update(name)
+
+    def _update(self, name: str) -> None:
+        """Update a matrix with what its gradients have added up to, and free that."""
+        assert self.optimizer is not None
+        layer = self._layers[name]
+        values, summed = layer.values, layer.gradient_sum
+        if summed is not None:
+            values.grad = summed
+        assert values.grad is not None
+        mean_(values.grad)  # what is updated now nobody else adds up
+        self.guard.see_gradient(name, values.grad)
+        self._updated[name] = self.guard.fine
+        self.optimizer.step_parameter(values, self.guard.fine)
+        values.grad = None
+        if summed is not None:
+            summed.zero_()
+        layer.wrote()
+        del self._waiting[name]

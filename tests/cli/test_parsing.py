@@ -174,7 +174,7 @@ def test_the_options_that_are_no_settings_are_a_reviewed_set() -> None:
 HELP = {"help", "help_all"}
 COMMANDS = {
     "train": {"config", "fit", "dry_run"} | HELP,
-    "plan": {"longest", "config", "fit", "save", "plot", "json", "cpu", "card"} | HELP,
+    "plan": {"longest", "table", "config", "fit", "save", "plot", "json", "cpu", "card"} | HELP,
 }
 
 REFUSED: dict[str, tuple[str, list[str], str]] = {

@@ -74,7 +74,9 @@ def test_free_changes_come_first_and_a_smaller_batch_before_what_moves(
     args, sft = settings
     assert (args.density, sft.per_device_train_batch_size) == (0.01, 1)
     assert sft.gradient_accumulation_steps == 4
-    assert not sft.optim_in_backward, "it cannot go with accumulation"
+    assert args.stream_state
+    assert sft.optim_in_backward
+    assert sft.max_grad_norm == 0
     tied, sft = arguments(checkpoints["qwen2, tied"])
     assert all("embedding_on_cpu" not in choices[0].keys for choices in ordered_changes(tied, sft))
     on_a_cpu = list(ordered_changes(*arguments(checkpoints["llama"]), cuda=False))

@@ -111,7 +111,7 @@ def test_what_it_cannot_be_asked_with_is_said() -> None:
     assert own.longest
     with pytest.raises(UserError, match="max_length"):
         read_flags("train", ["--max_length", "max"], {})
-    with pytest.raises(UserError, match="which --save cannot write"):
+    with pytest.raises(UserError, match="which --save cannot write one"):
         read_flags("plan", ["--max_length=max", "--save", "run.yaml"], {})
 
 

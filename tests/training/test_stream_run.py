@@ -35,6 +35,8 @@ FORMATS: dict[str, dict[str, bool]] = {
 }
 
 STATE = {"stream_state": True, "optim_in_backward": True, "quantize_embeddings": True}
+SUMS = {**STATE, "gradient_accumulation_steps": 3}
+LOOP = ("optim", "optim_in_backward", "gradient_accumulation_steps")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
@@ -50,7 +52,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def told(places: tuple[Path, Path], output: Path, **args: Any) -> tuple[Any, Any]:
-    loop = {key: args.pop(key) for key in ("optim", "optim_in_backward") if key in args}
+    loop = {key: args.pop(key) for key in LOOP if key in args}
     arguments = RunArguments(
         model_name_or_path=str(places[0]), dataset_name=str(places[1]), approx_rank=8,
         refresh_interval=2, values_dtype="bfloat16", **args,
@@ -66,8 +68,8 @@ def told(places: tuple[Path, Path], output: Path, **args: Any) -> tuple[Any, Any
 @pytest.mark.parametrize("form", swept(FORMATS, "nf4"))
 @pytest.mark.parametrize(
     "more",
-    swept([{}, {"optim_in_backward": True}, {"quantize_embeddings": True}, STATE], {}, STATE),
-    ids=["plain", "updates in backward", "ends in INT8", "state too"],
+    swept([{}, {"optim_in_backward": True}, {"quantize_embeddings": True}, STATE, SUMS], {}, SUMS),
+    ids=["plain", "updates in backward", "ends in INT8", "state too", "sums of gradients too"],
 )
 def test_a_streamed_run_is_the_same_and_as_planned(
     form: str, more: dict[str, Any], places: tuple[Path, Path], tmp_path: Path

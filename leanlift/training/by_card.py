@@ -1,0 +1,122 @@
+"""What settings need and how long a step of theirs takes, by card: as they are, with each change
+more that is worth it and costs time alone, and as a search for each card chooses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from leanlift.errors import UserError
+from leanlift.plan import Known, MemoryPlan
+from leanlift.plan.cards import Card
+from leanlift.plan.time import StepTime, step_time
+from leanlift.training.arguments import LiftSFTConfig, RunArguments
+from leanlift.training.changes import Change, Settings, ordered_changes
+from leanlift.training.fit import LEAST_GAIN, Fit, fit
+from leanlift.training.plan import plan_of
+
+QUALITY = ("density", "per_device_train_batch_size", "per_device_eval_batch_size")
+"""Changes that are not made unasked: what is trained, and on how many rows at once."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings and what came of planning them.
+
+    Attributes:
+        added: what was changed beside the settings of the lines before; None: the first.
+        keys: all that was changed, as it stands in a file.
+        plan: theirs.
+    """
+
+    added: Change | None
+    keys: dict[str, object]
+    plan: MemoryPlan
+
+    def time(self, card: Card, gib: float) -> StepTime | None:
+        """Of a step on a card of `gib` GiB; None: it does not fit."""
+        return _time(self.plan, card) if self.plan.fits(gib) else None
+
+
+@dataclass(frozen=True)
+class ByCard:
+    """The table.
+
+    Attributes:
+        cards: the size in GiB that counts, and the card whose times are modelled.
+        settings: a line each, each with one change more than the one before.
+        fitted: by size, what a search for the card chose; None: nothing fits.
+    """
+
+    cards: dict[float, Card]
+    settings: list[Setting]
+    fitted: dict[float, Fit | None]
+
+    def fitted_time(self, gib: float) -> StepTime | None:
+        """Of a step with what a search for the card chose; None: nothing fits."""
+        found = self.fitted[gib]
+        return None if found is None else _time(found.plan, self.cards[gib])
+
+
+def by_card(
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    cards: dict[float, Card],
+    say: Callable[[str], None] = lambda line: None,
+    asked: Collection[str] = (),
+) -> ByCard:
+    """Plan the settings as they are, with one change more a line, and fitted to each card.
+
+    Args:
+        args, sft: the settings.
+        cards: by size in GiB.
+        say: is told what is being tried.
+        asked: keys that the user has set, which no time is bought with.
+
+    Raises:
+        UserError: a model that cannot be planned for.
+    """
+    known: Known = {}
+    settings: Settings = (args, sft)
+    say("trying the settings as they are")
+    lines = [Setting(None, {}, plan_of(*settings, True, None, known))]
+    for change in changes_of_time(args, sft):
+        if not change.possible(settings):
+            continue
+        say(f"trying {change.named}")
+        plan, before = plan_of(*change(settings), True, None, known), lines[-1]
+        if before.plan.needed - plan.needed >= LEAST_GAIN * before.plan.needed:
+            settings = change(settings)
+            lines.append(Setting(change, {**before.keys, **change.keys}, plan))
+    fitted = {gib: _fitted(args, sft, gib, card, say, asked) for gib, card in cards.items()}
+    return ByCard(cards, lines, fitted)
+
+
+def changes_of_time(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Iterator[Change]:
+    """The changes that may be made unasked, in the order in which a search for a card makes them."""
+    for choices in ordered_changes(args, sft, cuda):
+        if not set(QUALITY) & choices[0].keys.keys():
+            yield choices[0]
+
+
+def _fitted(
+    args: RunArguments,
+    sft: LiftSFTConfig,
+    gib: float,
+    card: Card,
+    say: Callable[[str], None],
+    asked: Collection[str],
+) -> Fit | None:
+    def told(line: str) -> None:
+        say(f"{gib:g} GB: {line}")
+
+    try:
+        return fit(args, sft, gib, True, told, card=card, asked=asked)
+    except UserError:
+        return None
+
+
+def _time(plan: MemoryPlan, card: Card) -> StepTime:
+    assert plan.work is not None
+    return step_time(plan.work, card)
