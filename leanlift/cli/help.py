@@ -86,9 +86,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Memory": (
         "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-        "kept_blocks", "values_dtype", "optim", "optim_in_backward", "quantize_embeddings",
-        "embedding_on_cpu", "stream_base", "stream_state", "tiled_mlp", "activation_offloading",
-        "ops", "snapshot", "use_cpu",
+        "kept_blocks", "reuse_weights", "values_dtype", "optim", "optim_in_backward",
+        "quantize_embeddings", "embedding_on_cpu", "stream_base", "stream_state", "tiled_mlp",
+        "activation_offloading", "ops", "snapshot", "use_cpu",
     ),
     "Training loop": (
         "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps",

@@ -31,11 +31,14 @@ class Layer(Protocol):
     def version(self) -> tuple[float, ...]:
         """Changes whenever the effective weight does."""
 
-    def product(self, x: Tensor) -> Tensor:
-        """y of x, in its dtype."""
+    def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """y of x, in its dtype, with a weight that was made for it, or one that is made anew."""
 
-    def product_back(self, grad_y: Tensor) -> Tensor:
-        """The gradient of x of that of y, in its dtype."""
+    def product_back(self, grad_y: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The gradient of x of that of y, in its dtype, likewise."""
+
+    def lasting_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """A weight for both products that stays when others are made; None: there is none."""
 
 
 class KeepInput(torch.autograd.Function):
@@ -65,13 +68,26 @@ class KeepInput(torch.autograd.Function):
 
 
 class Multiply(torch.autograd.Function):
-    """y = x W_eff^T + bias. Keeps nothing: W_eff is rebuilt for the gradient of x."""
+    """y = x W_eff^T + bias. Keeps nothing: W_eff is rebuilt for the gradient of x.
+
+    One that was made to compute y again may wait for it: that comes soon after, but is the backward
+    pass of another call of `forward`, so the workspace has what waits.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, carrier: Tensor | None, layer: Layer) -> Tensor:
         ctx.layer, ctx.version, ctx.dtype = layer, layer.version, x.dtype
         ctx.is_off = layer.workspace.is_off
-        return layer.product(x)
+        if not layer.workspace.reuses_weights:
+            return layer.product(x)
+        weight, waiting = None, layer.workspace.waiting
+        if not in_backward_pass():
+            waiting.clear()  # of a pass that did not end
+        elif ctx.needs_input_grad[0]:
+            weight = layer.lasting_weight(x.dtype)
+            if weight is not None:
+                waiting[id(layer), ctx.is_off, x.dtype] = weight
+        return layer.product(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -80,8 +96,16 @@ class Multiply(torch.autograd.Function):
         with ctx.layer.workspace.without_offsets(ctx.is_off):
             check_unchanged(ctx.layer, ctx.version)
             if ctx.needs_input_grad[0]:
-                grad_x = ctx.layer.product_back(grad_y.to(ctx.dtype))
+                key = id(ctx.layer), ctx.is_off, ctx.dtype
+                weight = ctx.layer.workspace.waiting.pop(key, None)
+                grad_x = ctx.layer.product_back(grad_y.to(ctx.dtype), weight)
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
+
+
+def in_backward_pass() -> bool:
+    """Whether autograd is going backward in this thread: what is computed then is computed again.
+    `torch.utils.checkpoint` asks the same."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def check_unchanged(layer: Layer, version: tuple[float, ...]) -> None:

@@ -210,11 +210,14 @@ class ExpertsProduct:
         """Changes whenever the effective weights do."""
         return self.layer.version
 
-    def product(self, x: Tensor) -> Tensor:
+    def lasting_weight(self, dtype: torch.dtype) -> None:
+        """None: experts are made one after the other."""
+
+    def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """y [S, out]."""
         return self._products(x, self.out_features, self.turned)
 
-    def product_back(self, grad_y: Tensor) -> Tensor:
+    def product_back(self, grad_y: Tensor, weight: Tensor | None = None) -> Tensor:
         """The gradient of x [S, in]."""
         return self._products(grad_y, self.in_features, not self.turned)
 

@@ -118,27 +118,33 @@ class FrozenLinear(nn.Module):
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         return KeepInput.apply(x, anchor, self, self.observer)
 
-    def product(self, x: Tensor) -> Tensor:
-        """x W_eff^T + bias, in the dtype of x."""
+    def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """x W_eff^T + bias, in the dtype of x; `weight`: W_eff in it, where it is there."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.effective_weight(x.dtype), bias)
+        return F.linear(x, self.effective_weight(x.dtype) if weight is None else weight, bias)
 
-    def product_back(self, grad_y: Tensor) -> Tensor:
+    def product_back(self, grad_y: Tensor, weight: Tensor | None = None) -> Tensor:
         """The gradient of x, in the dtype of that of y."""
-        return grad_y @ self.effective_weight(grad_y.dtype)
+        return grad_y @ (self.effective_weight(grad_y.dtype) if weight is None else weight)
+
+    def lasting_weight(self, dtype: torch.dtype) -> Tensor:
+        """The effective weight [m, n], in no memory that the next one is made in."""
+        return self.effective_rows(0, self.weight_tiles.shape[0], dtype, lasting=True)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """The effective weight [m, n]; see `effective_rows`."""
         return self.effective_rows(0, self.weight_tiles.shape[0], dtype)
 
-    def effective_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows `first:last` of the effective weight, valid until the next one is made: in the
-        shared scratch, or where they were dequantized (see `needs_scratch`)."""
+    def effective_rows(
+        self, first: int, last: int, dtype: torch.dtype, lasting: bool = False
+    ) -> Tensor:
+        """Rows `first:last` of the effective weight, valid until the next one is made, if not
+        `lasting`: in the shared scratch, or where they were dequantized (see `needs_scratch`)."""
         if self.workspace.stand_in is not None:
-            return self.workspace.stand_in.rows(self, first, last, dtype)
-        return self.made_rows(first, last, dtype)
+            return self.workspace.stand_in.rows(self, first, last, dtype, lasting)
+        return self.made_rows(first, last, dtype, lasting)
 
-    def made_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def made_rows(self, first: int, last: int, dtype: torch.dtype, lasting: bool = False) -> Tensor:
         """The same, made by the layer itself."""
         source, n = self.weight_tiles, self.weight_tiles.shape[1]
         if not self.needs_scratch(dtype):
@@ -148,7 +154,10 @@ class FrozenLinear(nn.Module):
                     add_offsets_(weight[start:stop], store)
             return weight
         ops = self._ops()
-        weight = self.scratch.take(last - first, n, dtype, source.device)
+        if lasting:
+            weight = torch.empty(last - first, n, dtype=dtype, device=source.device)
+        else:
+            weight = self.scratch.take(last - first, n, dtype, source.device)
         if ops.whole:
             ops.effective_rows(source, self.offsets(first, last), first, last, weight)
             return weight

@@ -138,10 +138,12 @@ class LiftLinear(FrozenLinear):
         """The active and the retired offsets, scaled."""
         return self.worn.learned
 
-    def effective_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def effective_rows(
+        self, first: int, last: int, dtype: torch.dtype, lasting: bool = False
+    ) -> Tensor:
         merged = None if self._merged is None or self.is_off else self.merged
         if merged is None:
-            return super().effective_rows(first, last, dtype)
+            return super().effective_rows(first, last, dtype, lasting)
         return merged[first:last].to(dtype)
 
     def offsets(self, start: int, stop: int) -> Sequence[Offsets]:

@@ -16,7 +16,7 @@ from leanlift.ops import TileOps, tile_ops
 class StandIn(Protocol):
     """What makes weights and their gradients in the place of the layers: see `Workspace`."""
 
-    def rows(self, layer: Any, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def rows(self, layer: Any, first: int, last: int, dtype: torch.dtype, lasting: bool) -> Tensor:
         """As `FrozenLinear.made_rows`."""
 
     def gradient(self, layer: Any, left: Tensor, right: Tensor, first: int, out: Tensor) -> None:
@@ -85,6 +85,9 @@ class Workspace:
         stand_in: makes weights and gradients in the place of the layers, in a plan, which has seen
             one like them; None: they make their own.
         scratch: where weights are made.
+        reuses_weights: whether a weight that is made to compute something again in the backward
+            pass waits for the product there.
+        waiting: those that do, by layer (its id), whether it is off, and dtype.
         off: whether the layers compute as without an adapter, where a thread has not said
             otherwise with `without_offsets`.
     """
@@ -102,7 +105,8 @@ class Workspace:
         self.ops: TileOps | None = self._given
         self.stand_in: StandIn | None = None
         self.scratch = Scratch()
-        self.off = False
+        self.off = self.reuses_weights = False
+        self.waiting: dict[tuple[int, bool, torch.dtype], Tensor] = {}
         self._threads = threading.local()
 
     @property
@@ -145,7 +149,13 @@ class Workspace:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the module behind the operations."""
-        return {**self.__dict__, "ops": self._given, "stand_in": None, "_threads": None}
+        return {
+            **self.__dict__,
+            "ops": self._given,
+            "stand_in": None,
+            "waiting": {},
+            "_threads": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _threads=threading.local())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,15 +34,18 @@ class Remembered:
         self.live = live
         self._most: dict[Kind, int] = {}
 
-    def rows(self, layer: FrozenLinear, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def rows(
+        self, layer: FrozenLinear, first: int, last: int, dtype: torch.dtype, lasting: bool
+    ) -> Tensor:
         """The effective weight's rows: the scratch's own, or a new tensor."""
-        kind = ("rows", first, last, dtype, *_looks(layer))
+        kind = ("rows", first, last, dtype, lasting, *_looks(layer))
         most = self._most.get(kind)
         if most is None:
-            return self._made(kind, lambda: layer.made_rows(first, last, dtype), layer)
+            make = partial(layer.made_rows, first, last, dtype, lasting)
+            return self._made(kind, make, layer, lasting)
         self.live.allow(most)
         n = layer.weight_tiles.shape[1]
-        if layer.needs_scratch(dtype):
+        if layer.needs_scratch(dtype) and not lasting:
             return layer.scratch.take(last - first, n, dtype, layer.weight_tiles.device)
         return torch.empty(last - first, n, dtype=dtype, device=layer.weight_tiles.device)
 
@@ -57,14 +61,16 @@ class Remembered:
         else:
             self.live.allow(most)
 
-    def _made(self, kind: Kind, make: Callable[[], Any], layer: FrozenLinear) -> Any:
+    def _made(
+        self, kind: Kind, make: Callable[[], Any], layer: FrozenLinear, lasting: bool = False
+    ) -> Any:
         """Make it, and remember the most bytes that it took at once."""
         live, scratch = self.live, layer.scratch.nbytes
         before, peak = live.current, live.peak
         live.peak = before
         made = make()
         most, live.peak = live.peak - before, max(peak, live.peak)
-        new = isinstance(made, Tensor) and not layer.needs_scratch(made.dtype)
+        new = isinstance(made, Tensor) and (lasting or not layer.needs_scratch(made.dtype))
         left = made.nbytes if new else 0
         if live.current - before == left and layer.scratch.nbytes == scratch:
             self._most[kind] = most

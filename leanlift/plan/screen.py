@@ -57,6 +57,7 @@ def header(plan: dict[str, Any]) -> list[str]:
     kept = f"activations {'recomputed' if held['gradient_checkpointing'] else 'kept'}"
     if held.get("kept_blocks"):
         kept += f" but for the last {held['kept_blocks']} blocks"
+    kept += " with weights made once for it" if held.get("reuse_weights") else ""
     kept += " and moved to the CPU" if held["activation_offloading"] else ""
     kept += ", MLPs in pieces" if held.get("tiled_mlp") else ""
     refreshed = held["refresh_interval"]

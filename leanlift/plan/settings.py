@@ -28,6 +28,7 @@ class PlanSettings:
         gradient_accumulation_steps: micro-batches per step.
         gradient_checkpointing: whether activations are recomputed.
         kept_blocks: of how many blocks they are not, the last ones.
+        reuse_weights: whether weights made to recompute a block wait for its backward pass.
         activation_offloading: whether saved activations are moved to the CPU.
         optim: a name that Trainer knows, or one of ours.
         optim_in_backward: whether each gradient is freed as soon as it exists.
@@ -51,6 +52,7 @@ class PlanSettings:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = True
     kept_blocks: int = 0
+    reuse_weights: bool = False
     activation_offloading: bool = False
     optim: str = "adamw_torch"
     optim_in_backward: bool = False

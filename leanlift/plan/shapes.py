@@ -152,6 +152,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         if is_dense_linear(m) or isinstance(m, ExpertStack)
     }
     workspace = first_pieces(settings.device_type)
+    workspace.reuses_weights = settings.reuse_weights
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
     if settings.stream_state:
         check_used_once(model)

@@ -133,6 +133,7 @@ class Running:
         streamed: bytes of blocks that are brought from the host's memory.
         learned: bytes of what is learned in them, where that is brought too.
         state: bytes of the optimizer's state.
+        reuses: whether weights that are made to recompute blocks serve the backward pass.
     """
 
     rows: int
@@ -147,6 +148,7 @@ class Running:
     streamed: int
     learned: int
     state: int
+    reuses: bool = False
 
 
 # --- the model ------------------------------------------------------------------------------
@@ -230,10 +232,11 @@ def step_work(model: ModelWork, run: Running) -> StepWork:
     forward, recomputed, backward = Part(), Part(), Part()
     for place, matrix in enumerate(model.matrices):
         forward += _product(matrix, run)
-        backward += _product(matrix, run, 2) + _gradient(matrix, run)
         # all a block's last product gives is needed by nobody
-        if matrix.block in again and place != last[matrix.block]:
-            recomputed += _product(matrix, run)
+        twice = matrix.block in again and place != last[matrix.block]
+        recomputed += _product(matrix, run) if twice else Part()
+        there = twice and run.reuses and matrix.share == 1
+        backward += _product(matrix, run, 2, there) + _gradient(matrix, run)
     for block, (width, window) in enumerate(model.attention):
         attention = Part(attention=_attention_flop(width, window, run))
         forward += attention
@@ -259,13 +262,16 @@ def _recomputed(model: ModelWork, run: Running) -> range:
     return range(max(0, blocks - run.kept) if run.checkpointing else 0)
 
 
-def _product(matrix: Matrix, run: Running, passes: int = 1) -> Part:
-    """A product with a matrix: its numbers are made, if they have to be, with the offsets put in;
-    then it is multiplied with. What is between products is as often touched as `passes` say."""
+def _product(matrix: Matrix, run: Running, passes: int = 1, is_there: bool = False) -> Part:
+    """A product with a matrix: its numbers are made, if they have to be and are not there yet, with
+    the offsets put in; then it is multiplied with. What is between products is as often touched as
+    `passes` say."""
     tokens, numbers = run.rows * run.tokens * matrix.share, matrix.m * matrix.n
     made = matrix.held
     if matrix.made:
         made += 2 * numbers * run.item + matrix.entries * (1 + run.value + 2 * run.item)
+    if is_there:
+        made = numbers * run.item
     if matrix.in_pieces:
         made *= len(pieces(run.rows * run.tokens))
     around = passes * TOUCHES * tokens * (matrix.m + matrix.n) * run.item

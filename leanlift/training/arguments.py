@@ -71,6 +71,14 @@ class LiftArguments:
             "gradient_checkpointing: they keep their activations, which takes memory and saves time"
         },
     )
+    reuse_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "make weights once for recomputation and gradients. With "
+            "gradient_checkpointing: those of a block wait for its backward pass, which takes "
+            "memory and saves time"
+        },
+    )
     max_nonfinite_steps: int = field(
         default=3,
         metadata={
@@ -126,6 +134,12 @@ class LiftArguments:
             raise UserError(
                 "kept_blocks are blocks that gradient_checkpointing does not recompute, and it is "
                 "off, so all are kept: leave kept_blocks out."
+            )
+        SWITCH.check("reuse_weights", self.reuse_weights)
+        if self.reuse_weights and not self.gradient_checkpointing:
+            raise UserError(
+                "reuse_weights is about weights that gradient_checkpointing makes to recompute a "
+                "block, and it is off, so none are: leave reuse_weights out."
             )
         if self.optim_in_backward:
             self._check_in_backward(own)

@@ -94,7 +94,7 @@ def by_card(
 
 
 def changes_of_time(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Iterator[Change]:
-    """The changes that may be made unasked, in the order in which a search for a card makes them."""
+    """The changes that may be made unasked, in the order in which `fit` makes them."""
     for choices in ordered_changes(args, sft, cuda):
         if not set(QUALITY) & choices[0].keys.keys():
             yield choices[0]

@@ -127,15 +127,17 @@ class FrozenInputs(TrainerCallback):
             without_input_gradients(kwargs["model"])
 
 
-class KeptBlocks(TrainerCallback):
-    """Lets the last blocks keep their activations where the others are recomputed.
+class Recomputation(TrainerCallback):
+    """Lets the last blocks keep their activations where the others are recomputed, and weights that
+    are made for that serve the backward pass too.
 
     Args:
-        count: blocks; None: as the arguments of the loop have it.
+        count, reuse_weights: blocks, and whether weights do; None: as the arguments of the loop
+            have it.
     """
 
-    def __init__(self, count: int | None = None) -> None:
-        self.count = count
+    def __init__(self, count: int | None = None, reuse_weights: bool | None = None) -> None:
+        self.count, self.reuse_weights = count, reuse_weights
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -143,6 +145,10 @@ class KeptBlocks(TrainerCallback):
         count = getattr(args, "kept_blocks", 0) if self.count is None else self.count
         count = count if args.gradient_checkpointing else 0
         keep_last_blocks(kwargs["model"], count, getattr(args, "activation_offloading", False))
+        given = self.reuse_weights
+        reuse = getattr(args, "reuse_weights", False) if given is None else given
+        workspace = lift_state(kwargs["model"]).workspace
+        workspace.reuses_weights = bool(reuse and args.gradient_checkpointing)
 
 
 class LastEvaluation(TrainerCallback):

@@ -137,6 +137,11 @@ def _all_recomputed(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Itera
         yield Change({"kept_blocks": 0}, "costs the rest of a second forward pass")
 
 
+def _weights_made_twice(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
+    if sft.reuse_weights:
+        yield Change({"reuse_weights": False}, "weights are made once more")
+
+
 def _mlps_in_pieces(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     if not args.tiled_mlp and can_be_tiled(args, sft):
         cost = "MLPs in pieces: weights are made more often"
@@ -204,6 +209,7 @@ OFFERS: tuple[Offer, ...] = (
     _offsets_in_16_bits,
     _smaller_evaluation,
     _recomputing,
+    _weights_made_twice,
     _all_recomputed,
     _mlps_in_pieces,
     _smaller_micro_batch,
@@ -244,6 +250,7 @@ def at_most(change: Change, plan: MemoryPlan) -> float:
         "optim_in_backward": held["gradients"],
         "gradient_checkpointing": activations,
         "kept_blocks": activations,
+        "reuse_weights": activations,
         "activation_offloading": activations / 2,
         "stream_base": held["base weights"],
         "stream_state": held["index"] + held["values"] + held["optimizer state"],

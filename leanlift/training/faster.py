@@ -2,9 +2,10 @@
 
 First what the search for the card has turned on is taken back where there is room for it by now: a
 later change may have made it needless. What costs quality comes first, then whatever saves most
-seconds for a byte. Then blocks keep their activations, as many as fit, and micro-batches become
-larger. What the user has asked for stays. Seconds are modelled (`plan/time.py`); that the result
-fits is planned, as for any other settings.
+seconds for a byte. Then blocks keep their activations, as many as fit, weights that are made to
+recompute a block serve its backward pass, and micro-batches become larger. What the user has asked
+for stays. Seconds are modelled (`plan/time.py`); that the result fits is planned, as for any other
+settings.
 
 A larger micro-batch pads rows to the longest of more, which no model of shapes sees. It is taken
 where rows are packed, or where it saves so much that padding hardly takes it away.
@@ -163,9 +164,13 @@ class _Buyer:
     # --- what costs memory ---------------------------------------------------------------
 
     def best(self, settings: Settings, plan: MemoryPlan) -> tuple[Bought, MemoryPlan] | None:
-        """What saves most for a byte, of what is left to buy; None: nothing more."""
-        found = []
-        for name, buy in (("rows", self._more_rows), ("blocks", self._kept_blocks)):
+        """What saves most for a byte, of what is left to buy; None: nothing more. How many blocks
+        are kept takes several plans to know, so that comes when weights are settled."""
+        found: list[tuple[str, tuple[Bought, MemoryPlan]]] = []
+        ways = (self._more_rows, self._reused_weights, self._kept_blocks)
+        for name, buy in zip(("rows", "weights", "blocks"), ways, strict=True):
+            if name == "blocks" and any(each == "weights" for each, _ in found):
+                break
             bought = None if name in self.done else buy(settings, plan)
             if bought is None:
                 self.done.add(name)
@@ -174,7 +179,7 @@ class _Buyer:
         if not found:
             return None
         name, best = max(found, key=lambda each: each[1][0].worth)
-        if name == "blocks":  # as many as there is room for
+        if name != "rows":  # as much as there is room for
             self.done.add(name)
         return best
 
@@ -226,6 +231,21 @@ class _Buyer:
         found = known[kept]
         times = self.time(plan), self.time(found)
         return Bought(change, plan.needed, found.needed, *times), found
+
+    def _reused_weights(
+        self, settings: Settings, plan: MemoryPlan
+    ) -> tuple[Bought, MemoryPlan] | None:
+        """Weights that are made to recompute a block serve its backward pass too, where some are
+        recomputed in the end."""
+        sft, most = settings[1], 0 if plan.work is None else plan.work.recomputable
+        fixed = "reuse_weights" in self.asked or sft.reuse_weights
+        if fixed or not sft.gradient_checkpointing or sft.kept_blocks >= most:
+            return None
+        if "kept_blocks" not in self.asked and self._keeping(most, settings).fits(self.gib):
+            return None
+        change = Change({"reuse_weights": True}, "a block's weights are made twice, not thrice")
+        bought = self._bought(change, settings, plan)
+        return bought if bought and bought[0].saved > 0 else None
 
     def _keeping(self, count: int, settings: Settings) -> MemoryPlan:
         return self.plan_of(Change({"kept_blocks": count}, "")(settings), f"kept_blocks={count}")

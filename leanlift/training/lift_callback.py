@@ -23,7 +23,7 @@ from leanlift.model import (
     release,
 )
 from leanlift.processes import check_same, is_first
-from leanlift.training.callbacks import FrozenInputs, Guard, KeptBlocks, Refresh
+from leanlift.training.callbacks import FrozenInputs, Guard, Recomputation, Refresh
 from leanlift.training.given import check_optimizer, one_gpu
 from leanlift.training.memory import MemoryCallback
 from leanlift.training.step_guard import GradientHooks, StepGuard
@@ -42,6 +42,7 @@ class LiftCallback(TrainerCallback):
             is not applied, and said.
         memory: whether the memory is measured and reported.
         kept_blocks: where blocks are recomputed, how many are not, the last ones.
+        reuse_weights: whether weights that are made for that serve the backward pass too.
 
     Attributes:
         guard: which steps were not applied.
@@ -54,10 +55,14 @@ class LiftCallback(TrainerCallback):
     """
 
     def __init__(
-        self, max_nonfinite_steps: int = 3, memory: bool = True, kept_blocks: int = 0
+        self,
+        max_nonfinite_steps: int = 3,
+        memory: bool = True,
+        kept_blocks: int = 0,
+        reuse_weights: bool = False,
     ) -> None:
         self.guard = StepGuard(max_nonfinite_steps)
-        self.keeping = KeptBlocks(kept_blocks)
+        self.keeping = Recomputation(kept_blocks, reuse_weights)
         self.guarding = Guard(self.guard, in_backward=False)
         self.refreshing = Refresh()
         self.refreshes: list[RefreshReport] = self.refreshing.reports

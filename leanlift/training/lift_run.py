@@ -25,7 +25,7 @@ from leanlift.processes import is_first, processes, wait_for_all
 from leanlift.streaming.offload import Host, Offload
 from leanlift.training.arguments import LiftSFTConfig
 from leanlift.training.batches import LargestBatch
-from leanlift.training.callbacks import FrozenInputs, Guard, KeptBlocks, Refresh
+from leanlift.training.callbacks import FrozenInputs, Guard, Recomputation, Refresh
 from leanlift.training.checkpointing.directory import checkpoint_to_resume, clean
 from leanlift.training.checkpointing.lock import OutputLock, make_output
 from leanlift.training.checkpointing.names import TRAINER_STATE
@@ -112,7 +112,7 @@ class LiftRun(RunOverrides):
         self._refreshing = Refresh(partial(Trainer.log, self))
         self.refreshes: list[RefreshReport] = self._refreshing.reports
         self.add_callback(FrozenInputs())
-        self.add_callback(KeptBlocks())
+        self.add_callback(Recomputation())
         self.add_callback(self._guarding)
         self.add_callback(self._refreshing)
         if getattr(self.args, "activation_offloading", False):  # in the place of TRL's

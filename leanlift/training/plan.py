@@ -280,6 +280,7 @@ def plan_settings(
         gradient_accumulation_steps=sft.gradient_accumulation_steps,
         gradient_checkpointing=bool(sft.gradient_checkpointing),
         kept_blocks=sft.kept_blocks if sft.gradient_checkpointing else 0,
+        reuse_weights=bool(sft.reuse_weights and sft.gradient_checkpointing),
         activation_offloading=bool(sft.activation_offloading),
         optim=_value(sft.optim),
         optim_in_backward=sft.optim_in_backward,

@@ -82,6 +82,7 @@ SINCE: dict[str, dict[str, Any]] = {
         "stream_state": False,
         "tiled_mlp": False,
         "kept_blocks": 0,
+        "reuse_weights": False,
     },
     "6": {"4": True},
 }

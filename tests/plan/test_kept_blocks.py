@@ -24,6 +24,7 @@ from leanlift.plan import Batch, blocks
 from leanlift.plan.base import without_packing_search
 from leanlift.plan.fake import StepBytes, attach_fake, fake_tensors, step_peak
 from leanlift.plan.loss import loss_of_all_tokens
+from leanlift.plan.pieces import first_pieces
 from leanlift.training import LiftSFTConfig, MemoryCallback, plan_of
 from leanlift.training.batches import Batches
 from leanlift.training.plan import check_memory_settings
@@ -43,11 +44,12 @@ FAMILIES: dict[str, tuple[Any, int, int]] = {
 """A model, how many of its blocks are kept, and how many are run."""
 
 
-def step(config: Any, kept: int, whole: bool, **options: Any) -> StepBytes:
-    fmt = WeightFormat("nf4", "float32", 64, True)
+def step(config: Any, kept: int, whole: bool, reuse: bool = False, **options: Any) -> StepBytes:
+    fmt, workspace = WeightFormat("nf4", "float32", 64, True), first_pieces("cuda")
+    workspace.reuses_weights = reuse
     with without_packing_search(), fake_tensors():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        attach_fake(model, LiftConfig(approx_rank=8), fmt)
+        attach_fake(model, LiftConfig(approx_rank=8), fmt, workspace=workspace)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         keep_last_blocks(model, kept, options.get("offload", False))
         given = {"in_backward": False, "accumulate": False, **options}
@@ -56,7 +58,11 @@ def step(config: Any, kept: int, whole: bool, **options: Any) -> StepBytes:
 
 @pytest.mark.parametrize(
     "options",
-    swept([{}, {"offload": True}, {"in_backward": True}, {"accumulate": True}], {}),
+    swept(
+        [{}, {"offload": True}, {"in_backward": True}, {"accumulate": True}, {"reuse": True}],
+        {},
+        {"reuse": True},
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("family", swept(FAMILIES, "gemma2"))
@@ -156,12 +162,11 @@ def test_a_run_is_the_same_to_the_bit_and_its_memory_is_as_planned(
     deep: Path, tmp_path: Path
 ) -> None:
     trained, peaks = [], []
-    for kept in (0, 3):
+    for settings in ({}, {"kept_blocks": 3}, {"reuse_weights": True}):
         args, sft = arguments(
-            deep, approx_rank=8, kept_blocks=kept, max_steps=3, max_length=128,
-            optim="sparse_adamw", per_device_train_batch_size=2, save_strategy="no",
-            disable_tqdm=True,
-            output_dir=str(tmp_path / str(kept)),
+            deep, approx_rank=8, max_steps=3, max_length=128, optim="sparse_adamw",
+            per_device_train_batch_size=2, save_strategy="no", disable_tqdm=True,
+            output_dir=str(tmp_path / str(settings)), **settings,
         )  # fmt: skip
         model = attached(deep)
         memory = MemoryCallback(MemoryMeter(torch.device("cpu")))
@@ -178,8 +183,9 @@ def test_a_run_is_the_same_to_the_bit_and_its_memory_is_as_planned(
         assert abs(planned / memory.peak - 1) <= 0.05, (planned, memory.peak)
         trained.append(values_of(model))
         peaks.append(memory.peak)
-    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*trained, strict=True))
     assert peaks[1] > 1.1 * peaks[0]
+    assert peaks[2] > peaks[0]
 
 
 @pytest.mark.thorough

@@ -55,7 +55,10 @@ def test_what_crosses_the_bus() -> None:
     assert moved.forward.bus == moved.backward.bus == 400 * 2 / 4 + inputs
     learned = step_work(four, dataclasses.replace(RUN, streamed=400, learned=100))
     assert learned.forward.bus == 500 * 2 / 4
-    assert learned.backward.bus == learned.forward.bus + 12 + 2 * 6, "moments and values go back"
+    back = 12 + 2 * 6  # moments and values
+    assert learned.backward.bus == learned.forward.bus + back + 2 * 6, "and sums of gradients"
+    once = step_work(four, dataclasses.replace(RUN, streamed=400, learned=100, times=1))
+    assert once.backward.bus == once.forward.bus + back
     alone = step_work(four, dataclasses.replace(RUN, offloading=True, checkpointing=False))
     assert alone.forward.bus == 12 * 2 * sum(m.n for m in MATRICES)
 
@@ -105,6 +108,8 @@ def test_what_a_gigabyte_buys_is_monotone(checkpoints: dict[str, Path]) -> None:
         found(per_device_train_batch_size=2**n, gradient_accumulation_steps=4 // 2**n)
         for n in (0, 1, 2)
     ]
+    reused = [found(), found(reuse_weights=True)]
+    assert reused[1][0] < reused[0][0]
     for line in kept, rows:
         assert [s for s, _ in line] == sorted({s for s, _ in line}, reverse=True)
         assert [n for _, n in line] == sorted({n for _, n in line})

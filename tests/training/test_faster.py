@@ -50,15 +50,17 @@ def test_as_many_blocks_as_fit_are_kept(deep: Path) -> None:
     tried: list[str] = []
     found = fit(*settings, gib, True, tried.append, card=CARD)
     assert found.taken == ()
-    assert [each.change.keys for each in found.bought] == [{"kept_blocks": 5}]
-    bought = found.bought[0]
-    assert found.plan.needed == needed(settings, kept_blocks=5) <= room
+    keys = [each.change.keys for each in found.bought]
+    assert keys == [{"reuse_weights": True}, {"kept_blocks": 5}]
+    both = {"kept_blocks": 5, "reuse_weights": True}
+    assert found.plan.needed == needed(settings, **both) <= room
     assert needed(settings, kept_blocks=6) > room
-    assert bought.taken == found.plan.needed - needed(settings)
-    assert bought.saved > 0
-    assert sum("kept_blocks" in line for line in tried) <= 4, "two plans, a line, and the proof"
+    assert sum(each.taken for each in found.bought) == found.plan.needed - needed(settings)
+    assert all(each.saved > 0 for each in found.bought)
+    tries = sum("kept_blocks" in line for line in tried)
+    assert tries <= 6, "all, before and with weights reused, and half; a line, and the proof"
     assert fit(*settings, gib, True).bought == (), "no card, no times"
-    asked = fit(*settings, gib, True, card=CARD, asked={"kept_blocks"})
+    asked = fit(*settings, gib, True, card=CARD, asked={"kept_blocks", "reuse_weights"})
     assert asked.bought == (), "what the user has set stays"
     tight = fit(*settings, needed(settings) * 1.01 / GIB, True, card=CARD)
     assert (tight.taken, tight.bought) == ((), ()), "the reserve is not spent"
