@@ -105,13 +105,18 @@ def jobs(preset: Preset) -> Iterator[Job]:
     wanted = preset.only
     for method in methods():
         if not wanted or method.name in wanted:
-            seeds = preset.seeds if method.group == "headline" else 1
+            again = method.group == "headline" or method.name in AGAIN
+            seeds = preset.seeds if again else 1
             yield Job(method, first, method.lrs, seeds, preset.refined)
     for density in others:
         for method in methods():
             if method.group == "headline" and method.name not in AT_ONE_BUDGET:
                 yield Job(method, density, method.later, 1)
 
+
+BY_SCALE = "learning rates by scale"
+AGAIN = (BY_SCALE,)
+"""Candidates that were better with the first seed: the second one decides."""
 
 LORA_16, FULL = "LoRA, 16 bits", "full fine-tuning"
 AT_ONE_BUDGET = (FULL, LORA_16)
@@ -149,7 +154,7 @@ def methods() -> Iterator[Method]:
     ):
         yield Method(name, "candidate", NF4, chosen(choose), AROUND)
     by_scale = chosen(each(principal), scaled=True)
-    yield Method("learning rates by scale", "candidate", NF4, by_scale, AROUND)
+    yield Method(BY_SCALE, "candidate", NF4, by_scale, AROUND)
     for R in (16, 128):
         yield Method(f"R = {R}", "variant", NF4, leanlift(NF4, approx_rank=R), AROUND)
     refreshed = leanlift(NF4, refresh_interval=10)
