@@ -91,7 +91,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "activation_offloading", "ops", "snapshot", "use_cpu",
     ),
     "Training loop": (
-        "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps",
+        "learning_rate", "scale_learning_rates", "num_train_epochs", "max_steps",
+        "lr_scheduler_type", "warmup_steps",
         "max_grad_norm", "max_nonfinite_steps", "eval_strategy", "eval_steps", "seed", "bf16",
     ),
     "Output": (

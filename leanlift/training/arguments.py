@@ -79,6 +79,13 @@ class LiftArguments:
             "memory and saves time"
         },
     )
+    scale_learning_rates: bool = field(
+        default=False,
+        metadata={
+            "help": "a matrix's learning rate goes with the size of its weights. With their root "
+            "mean square: keeps more of what the base could do, learns a little less"
+        },
+    )
     max_nonfinite_steps: int = field(
         default=3,
         metadata={
@@ -136,6 +143,7 @@ class LiftArguments:
                 "off, so all are kept: leave kept_blocks out."
             )
         SWITCH.check("reuse_weights", self.reuse_weights)
+        SWITCH.check("scale_learning_rates", self.scale_learning_rates)
         if self.reuse_weights and not self.gradient_checkpointing:
             raise UserError(
                 "reuse_weights is about weights that gradient_checkpointing makes to recompute a "

@@ -44,6 +44,7 @@ from leanlift.training.given import (
     with_optimizer,
 )
 from leanlift.training.lift_callback import check_same_positions, check_trained
+from leanlift.training.rates import scale_rates
 from leanlift.training.run_overrides import RunOverrides
 from leanlift.training.step_guard import StepGuard
 
@@ -174,6 +175,8 @@ class LiftRun(RunOverrides):
         """Make the optimizer, and refuse one that the mask or the values do not go with."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         check_optimizer(optimizer, self._lift)
+        if getattr(self.args, "scale_learning_rates", False):
+            scale_rates(optimizer, self.model)
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

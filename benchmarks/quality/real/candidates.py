@@ -16,13 +16,14 @@ from torch import Tensor
 from benchmarks.quality.real.gradients import squares
 from benchmarks.quality.real.methods import Build, Prepared, Setting
 from leanlift import LiftConfig
-from leanlift.model import claim, lift_layers
+from leanlift.model import claim
 from leanlift.model.attach import Choice, attach
 from leanlift.model.base import LiveBase, stock_base
 from leanlift.selection import Favoring, Gradient, Magnitude, Principal, count_by_rank, select
 from leanlift.selection.scorers import RowScores, Scorer, ScorerBytes
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import DEFAULT_TILE_BYTES, RowTiles
+from leanlift.training.rates import rate_factors
 from leanlift.weights.quantized import frozen_weight
 
 RANK = LiftConfig().approx_rank
@@ -179,11 +180,4 @@ class _TimesScores:
 
 def _by_scale(model: torch.nn.Module) -> dict[str, float]:
     """By parameter, the root mean square of its matrix over the geometric mean of all."""
-    scales = {}
-    for name, layer in lift_layers(model).items():
-        m = layer.weight_tiles.shape[0]
-        scales[f"{name}.values"] = float(
-            layer.weight_tiles.rows(0, m).float().square().mean().sqrt()
-        )
-    middle = math.exp(sum(map(math.log, scales.values())) / len(scales))
-    return {name: scale / middle for name, scale in scales.items()}
+    return {f"{name}.values": factor for name, factor in rate_factors(model).items()}

@@ -35,6 +35,7 @@ class Line:
     Attributes:
         rows: its runs at the best learning rate, a seed each.
         swept: its runs with the first seed, by learning rate.
+        by_lr: all its runs, of the same learning rates.
         curve, measured: of all of them.
     """
 
@@ -42,8 +43,14 @@ class Line:
     form: str
     rows: list[Row]
     swept: list[Row]
+    by_lr: list[list[Row]]
     curve: Curve
     measured: Measured
+
+    @property
+    def seeds(self) -> set[str]:
+        """Of the runs at the best learning rate."""
+        return {row["seed"] for row in self.rows}
 
 
 class Results:
@@ -77,16 +84,31 @@ class Results:
         swept = sorted((row for row in rows if row["seed"] == "0"), key=lambda r: float(r["lr"]))
         best = min(range(len(swept)), key=lambda at: float(swept[at]["valid"]))
         by_lr = [[row for row in rows if row["lr"] == one["lr"]] for one in swept]
+        curve, form = self._curve(by_lr, best), rows[0]["form"]
+        measured = self.bootstrap.measure(curve, self.bases[form])
+        return Line(method, form, by_lr[best], swept, by_lr, curve, measured)
+
+    def _curve(self, by_lr: list[list[Row]], best: int) -> Curve:
         nats = {
             name: torch.stack(
                 [torch.stack([self._of(row, name) for row in of]).mean(0) for of in by_lr]
             )
             for name in SETS
         }
-        curve = Curve(tuple(float(row["lr"]) for row in swept), nats, best)
-        form = rows[0]["form"]
-        measured = self.bootstrap.measure(curve, self.bases[form])
-        return Line(method, form, by_lr[best], swept, curve, measured)
+        return Curve(tuple(float(of[0]["lr"]) for of in by_lr), nats, best)
+
+    def of_same_seeds(self, line: Line, other: Line) -> tuple[Measured, Measured]:
+        """Both of the seeds that both have at their best, or the noise of seeds, which is that of
+        the order of rows, would be in the difference; of the first where a rate has no other."""
+        both = line.seeds & other.seeds
+        return self._measured(line, both), self._measured(other, both)
+
+    def _measured(self, line: Line, seeds: set[str]) -> Measured:
+        if line.seeds == seeds:
+            return line.measured
+        by_lr = [[r for r in of if r["seed"] in seeds] or of[:1] for of in line.by_lr]
+        curve = self._curve(by_lr, line.curve.best)
+        return self.bootstrap.measure(curve, self.bases[line.form])
 
     def _of(self, row: Row, name: str) -> Tensor:
         return self.nats[row["density"], row["method"], row["lr"], row["seed"]][name]
@@ -146,7 +168,7 @@ def _budget(
     for line in shown:
         reference = results.reference(density, line)
         target, increase = line.measured.at_best()
-        apart = [_versus(line, reference, compare) for compare in (learned, forgotten)]
+        apart = [_versus(results, line, reference, how) for how in (learned, forgotten)]
         cells.append(
             [
                 line.name,
@@ -170,10 +192,10 @@ def _budget(
     )  # fmt: skip
 
 
-def _versus(line: Line, reference: Line | None, compare: Compare) -> str:
+def _versus(results: Results, line: Line, reference: Line | None, compare: Compare) -> str:
     if reference is None or reference.name == line.name:
         return "–"
-    found = compare(line.measured, reference.measured)
+    found = compare(*results.of_same_seeds(line, reference))
     word = "level" if not found.sure else "worse" if found.value > 0 else "**better**"
     return f"{_signed(found)} {word}"
 
