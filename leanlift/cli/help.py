@@ -86,13 +86,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Memory": (
         "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
-        "kept_blocks", "reuse_weights", "values_dtype", "optim", "optim_in_backward",
-        "quantize_embeddings", "embedding_on_cpu", "stream_base", "stream_state", "tiled_mlp",
-        "activation_offloading", "ops", "snapshot", "use_cpu",
+        "kept_blocks", "values_dtype", "optim", "optim_in_backward", "quantize_embeddings",
+        "embedding_on_cpu", "stream_base", "stream_state", "tiled_mlp", "activation_offloading",
+        "ops", "snapshot", "use_cpu",
     ),
     "Training loop": (
-        "learning_rate", "scale_learning_rates", "num_train_epochs", "max_steps",
-        "lr_scheduler_type", "warmup_steps",
+        "learning_rate", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps",
         "max_grad_norm", "max_nonfinite_steps", "eval_strategy", "eval_steps", "seed", "bf16",
     ),
     "Output": (

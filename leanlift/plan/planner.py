@@ -100,11 +100,11 @@ def plan_step(
         host=host_nbytes(planned, shapes),
         adapter=adapter_nbytes(planned, shapes),
         moments=moments_nbytes(planned, shapes),
-        work=step_work(shapes.work, _running(planned, shapes)),
+        work=step_work(shapes.work, running_of(planned, shapes)),
     )
 
 
-def _running(planned: Planned, shapes: Shapes) -> Running:
+def running_of(planned: Planned, shapes: Shapes) -> Running:
     """What of the settings decides a step's work."""
     settings, batch, streamed = planned.settings, planned.settings.batch, shapes.streamed
     return Running(

@@ -23,9 +23,10 @@ from leanlift.model.streaming import layers_by_block
 from leanlift.model.tiled import tiled_mlp
 from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
+from leanlift.plan.model_work import model_work
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.settings import PlanSettings
-from leanlift.plan.work import ModelWork, model_work
+from leanlift.plan.work import ModelWork
 from leanlift.streaming import BUFFERS, nbytes_of
 from leanlift.tiles import parts_of
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of

@@ -1,4 +1,4 @@
-"""How long a training step takes on a card: modelled from its work, and measured by nobody yet.
+"""How long a training step takes on a card: modelled from its work (`benchmarks/step_model`).
 
 A card multiplies at a share of the rate of its sheet, and moves bytes at a share of its bandwidth;
 what a step multiplies and what it moves add up, since its kernels run one after the other. What

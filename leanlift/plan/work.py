@@ -9,16 +9,9 @@ arithmetic, kernels' launches, the host's own work, images, generation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
-
-import torch
 
 from leanlift.layers.tiled_mlp import pieces
-from leanlift.model.blocks import block_lists
-from leanlift.model.kept_blocks import recomputed_blocks
-from leanlift.tiles import parts_of
 
 TOUCHES = 3
 """How often what enters and leaves a product is read or written by what is between products (norms,
@@ -151,89 +144,16 @@ class Running:
     reuses: bool = False
 
 
-# --- the model ------------------------------------------------------------------------------
-
-
-def model_work(
-    model: Any,
-    head: tuple[int, int],
-    layers: Mapping[str, Any],
-    entries: Mapping[str, int],
-    dtype: torch.dtype,
-    tiled: Iterable[str] = (),
-) -> ModelWork:
-    """Of a fake model with layers of ours.
-
-    Args:
-        model: attached.
-        head: vocabulary and width.
-        layers: of ours, by name.
-        entries: that are trained, of each of them that has some.
-        dtype: of the computation.
-        tiled: the names of MLPs that go over long rows in pieces.
-    """
-    inside = tuple(f"{name}." for name in tiled)
-    paths = [f"{path}." for path in block_lists(model)]
-    text = _text_config(model)
-    ends = model.get_output_embeddings()
-    matrices = []
-    for name, layer in layers.items():
-        if layer is ends:  # which is the loss's
-            continue
-        weight = layer.weight_tiles
-        (m, n), parts = weight.shape, parts_of(weight)
-        held = weight.format.held_nbytes(weight.shape)
-        made = bool(layer.needs_scratch(dtype))
-        share = min(1.0, _chosen(text, parts) / parts)
-        block = _block_of(name, paths)
-        each = name.startswith(inside) if inside else False
-        matrices.append(Matrix(block, m, n, entries.get(name, 0), share, held, made, each))
-    blocks = 1 + max((m.block for m in matrices if m.block is not None), default=-1)
-    attention = tuple(_attention(text, number) for number in range(blocks))
-    return ModelWork(tuple(matrices), attention, len(recomputed_blocks(model)), head)
-
-
-def _block_of(name: str, paths: Iterable[str]) -> int | None:
-    path = next((path for path in paths if name.startswith(path)), None)
-    return None if path is None else int(name.removeprefix(path).partition(".")[0])
-
-
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _chosen(text: Any, parts: int) -> int:
-    """Experts that a token meets; all where a configuration does not say it."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k")
-    return next((c for name in names if isinstance(c := getattr(text, name, None), int)), parts)
-
-
-def _attention(text: Any, block: int) -> tuple[int, int | None]:
-    """Numbers of all heads of a token, and how far it looks back."""
-    heads = getattr(text, "num_attention_heads", None)
-    width = getattr(text, "hidden_size", None)
-    if not isinstance(heads, int) or not isinstance(width, int):
-        return 0, None
-    each = getattr(text, "head_dim", None) or width // heads
-    kinds = getattr(text, "layer_types", None) or ()
-    window = getattr(text, "sliding_window", None)
-    slides = not kinds or (block < len(kinds) and "sliding" in str(kinds[block]))
-    return heads * int(each), window if slides and isinstance(window, int) else None
-
-
 # --- the step -------------------------------------------------------------------------------
 
 
 def step_work(model: ModelWork, run: Running) -> StepWork:
     """The work of a step."""
-    again = _recomputed(model, run)
-    last = {matrix.block: place for place, matrix in enumerate(model.matrices)}
+    again, made_again = _recomputed(model, run), recomputed_in(model, run)
     forward, recomputed, backward = Part(), Part(), Part()
     for place, matrix in enumerate(model.matrices):
         forward += _product(matrix, run)
-        # all a block's last product gives is needed by nobody
-        twice = matrix.block in again and place != last[matrix.block]
+        twice = place in made_again
         recomputed += _product(matrix, run) if twice else Part()
         there = twice and run.reuses and matrix.share == 1
         backward += _product(matrix, run, 2, there) + _gradient(matrix, run)
@@ -262,29 +182,55 @@ def _recomputed(model: ModelWork, run: Running) -> range:
     return range(max(0, blocks - run.kept) if run.checkpointing else 0)
 
 
+def recomputed_in(model: ModelWork, run: Running) -> set[int]:
+    """The places of the matrices that are multiplied with once more in the backward pass: of a
+    block that is recomputed all but the last, whose product nobody needs then."""
+    again = _recomputed(model, run)
+    last = {matrix.block: place for place, matrix in enumerate(model.matrices)}
+    places = {p for p, matrix in enumerate(model.matrices) if matrix.block in again}
+    return places - set(last.values())
+
+
 def _product(matrix: Matrix, run: Running, passes: int = 1, is_there: bool = False) -> Part:
-    """A product with a matrix: its numbers are made, if they have to be and are not there yet, with
-    the offsets put in; then it is multiplied with. What is between products is as often touched as
-    `passes` say."""
-    tokens, numbers = run.rows * run.tokens * matrix.share, matrix.m * matrix.n
-    made = matrix.held
+    """A product with a matrix whose numbers are made, if they have to be and are not there yet, and
+    what is between products, as often touched as `passes` say."""
+    traffic = made_nbytes(matrix, run, is_there) + passes * touched_nbytes(matrix, run)
+    return Part(products=product_flop(matrix, run), traffic=traffic)
+
+
+def product_flop(matrix: Matrix, run: Running) -> float:
+    """FLOP of a product of all tokens with a matrix, or of one as large."""
+    return 2 * run.rows * run.tokens * matrix.share * matrix.m * matrix.n
+
+
+def made_nbytes(matrix: Matrix, run: Running, is_there: bool = False) -> float:
+    """Bytes that are read and written to have a matrix's numbers, as often as a product needs it:
+    read where they are there, else made of what is stored, and patched."""
+    numbers, made = matrix.m * matrix.n, float(matrix.held)
     if matrix.made:
         made += 2 * numbers * run.item + matrix.entries * (1 + run.value + 2 * run.item)
     if is_there:
         made = numbers * run.item
-    if matrix.in_pieces:
-        made *= len(pieces(run.rows * run.tokens))
-    around = passes * TOUCHES * tokens * (matrix.m + matrix.n) * run.item
-    return Part(products=2 * tokens * numbers, traffic=made + around)
+    return made * len(pieces(run.rows * run.tokens)) if matrix.in_pieces else made
+
+
+def touched_nbytes(matrix: Matrix, run: Running) -> float:
+    """Bytes of what enters and leaves a product, as often as what is between products touches it in
+    a forward pass."""
+    return TOUCHES * run.rows * run.tokens * matrix.share * (matrix.m + matrix.n) * run.item
 
 
 def _gradient(matrix: Matrix, run: Running) -> Part:
     """The gradient of a matrix's values: on a card a dense product, of which they are picked."""
     if not matrix.entries:
         return Part()
-    tokens, numbers = run.rows * run.tokens * matrix.share, matrix.m * matrix.n
+    return Part(products=product_flop(matrix, run), traffic=picked_nbytes(matrix, run))
+
+
+def picked_nbytes(matrix: Matrix, run: Running) -> float:
+    """Bytes of a dense gradient that is written, and of the entries that are picked from it."""
     picked = matrix.entries * (1 + run.item + run.value)
-    return Part(products=2 * tokens * numbers, traffic=2 * numbers * run.item + picked)
+    return 2 * matrix.m * matrix.n * run.item + picked
 
 
 def _attention_flop(width: int, window: int | None, run: Running) -> float:

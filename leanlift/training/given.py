@@ -41,7 +41,7 @@ def several_processes(args: SFTConfig) -> None:
             f"{processes()} talk to each other: start them with accelerate launch or torchrun, or "
             "unset WORLD_SIZE, RANK and LOCAL_RANK."
         )
-    accumulates = args.gradient_accumulation_steps > 1
+    accumulates = getattr(args, "gradient_accumulation_steps", 1) > 1
     if processes() > 1 and accumulates and getattr(args, "optim_in_backward", False):
         raise UserError(
             "optim_in_backward with several processes takes one micro-batch a step: set "
