@@ -268,7 +268,7 @@ def test_one_method_from_a_run_to_its_line(base: Base, data: Path, tmp_path: Pat
     runner.bases()
     method = replace(next(plan.methods()), build=leanlift(NF4, approx_rank=2))
     job = Job(method, 0.05, method.lrs, 1)
-    for step in (-12, -10):
+    for step in (-12, -10, -8):
         runner.run(job, step, 0)
     before = store.path.read_bytes(), store.rows_path.read_bytes()
     runner.bases()
