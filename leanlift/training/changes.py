@@ -45,6 +45,8 @@ class Change:
         if "gradient_checkpointing" in loop:
             on = loop["gradient_checkpointing"]
             loop |= {name: on for name in CHECKPOINTING if hasattr(sft, name)}
+        if loop and hasattr(sft, "steps_per_generation"):  # made of the other sizes, by TRL
+            loop = {"steps_per_generation": None} | loop
         return replace(args, **run) if run else args, replace(sft, **loop) if loop else sft
 
     def possible(self, settings: Settings) -> bool:
