@@ -1,10 +1,10 @@
 """What settings need and how long a step of theirs takes, by card: as they are, with each change
-more that is worth it and costs time alone, and as a search for each card chooses them.
+more that is worth it and leaves what is trained, and as a search for each card chooses them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from leanlift.errors import UserError
@@ -12,12 +12,9 @@ from leanlift.plan import Known, MemoryPlan
 from leanlift.plan.cards import Card
 from leanlift.plan.time import StepTime, step_time
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.changes import Change, Settings, ordered_changes
+from leanlift.training.changes import Change, Settings, further_changes
 from leanlift.training.fit import LEAST_GAIN, Fit, fit
 from leanlift.training.plan import plan_of
-
-QUALITY = ("density", "per_device_train_batch_size", "per_device_eval_batch_size")
-"""Changes that are not made unasked: what is trained, and on how many rows at once."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ def by_card(
     settings: Settings = (args, sft)
     say("trying the settings as they are")
     lines = [Setting(None, {}, plan_of(*settings, True, None, known))]
-    for change in changes_of_time(args, sft):
+    for change in further_changes(args, sft):
         if not change.possible(settings):
             continue
         say(f"trying {change.named}")
@@ -91,13 +88,6 @@ def by_card(
             lines.append(Setting(change, {**before.keys, **change.keys}, plan))
     fitted = {gib: _fitted(args, sft, gib, card, say, asked) for gib, card in cards.items()}
     return ByCard(cards, lines, fitted)
-
-
-def changes_of_time(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Iterator[Change]:
-    """The changes that may be made unasked, in the order in which `fit` makes them."""
-    for choices in ordered_changes(args, sft, cuda):
-        if not set(QUALITY) & choices[0].keys.keys():
-            yield choices[0]
 
 
 def _fitted(

@@ -22,6 +22,9 @@ from leanlift.training.plan import can_be_tiled, is_tied
 Settings = tuple[RunArguments, LiftSFTConfig]
 LEAST_DENSITY = 0.01
 
+LEFT = ("density", "per_device_train_batch_size", "per_device_eval_batch_size")
+"""What is trained, and on how many rows at once: as it was asked for."""
+
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 """Names of one setting: the later one is transformers' since 5.24, and wins where both are set."""
 
@@ -103,6 +106,13 @@ def ordered_changes(
         choices = tuple(offer(args, sft, cuda))
         if choices:
             yield choices
+
+
+def further_changes(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -> Iterator[Change]:
+    """The changes but for those of `LEFT`, in the order in which `fit` makes them."""
+    for choices in ordered_changes(args, sft, cuda):
+        if not set(LEFT) & choices[0].keys.keys():
+            yield choices[0]
 
 
 # --- what there is to change ------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""The longest rows that a card has room for, with settings as they are and with each that costs
-time alone.
+"""The longest rows that a card has room for, with settings as they are and with each change more.
 
 What a step needs grows with the tokens of a row, so the longest one that fits is looked for where a
 straight line between what is known has it; plans of one setting serve all cards.
@@ -13,8 +12,7 @@ from dataclasses import dataclass
 from leanlift.errors import UserError
 from leanlift.plan import Known, MemoryPlan
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
-from leanlift.training.by_card import changes_of_time
-from leanlift.training.changes import Change, Settings
+from leanlift.training.changes import Change, Settings, further_changes
 from leanlift.training.plan import plan_of
 
 UNIT = 256
@@ -62,7 +60,7 @@ def longest_rows(
         raise UserError(f"rows of method={args.method} have no max_length: plan them by length.")
     settings: Settings = (args, sft)
     lines, keys = [], dict[str, object]()
-    for change in (None, *changes_of_time(args, sft, cuda)):
+    for change in (None, *further_changes(args, sft, cuda)):
         if change is not None:
             if not change.possible(settings):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def test_each_line_needs_less_and_is_what_its_plan_says(table: Any) -> None:
     asked, found = table
     needed = [line.plan.needed for line in found.settings]
     assert len(needed) > 3
-    assert needed == sorted(needed, reverse=True)
+    assert all(a - b >= 0.01 * a for a, b in itertools.pairwise(needed))
     assert found.settings[0].keys == {}
     last = found.settings[-1]
     settings = Change(last.keys, "")((asked.args, asked.sft))

@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_layers, learned, settings, sparse_trainer
+from datasets import Dataset
+from runs import LIFT, ROWS, assert_same_layers, learned, settings, sparse_trainer
 from sweeps import swept
+from tiny import load, make_tokenizer
 
 from leanlift import (
     LiftConfig,
+    LiftTrainer,
     UserError,
+    get_lift_model,
 )
 from leanlift.measure import static_categories
-from leanlift.model import lift_layers
+from leanlift.model import lift_layers, stream_base
 from leanlift.optim import SparseAdamW, adamw_nbytes, unwrap
 from leanlift.sparse import index_nbytes
 
@@ -52,6 +56,45 @@ def test_updates_in_the_backward_pass_are_the_ordinary_ones_bit_for_bit(
     logs = [entry for entry in backward.state.log_history if "loss" in entry]
     assert logs
     assert not any("grad_norm" in entry for entry in logs)
+
+
+class Shortened(LiftTrainer):
+    """The loss of every second micro-batch goes through the first block alone."""
+
+    calls = 0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls % 2:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.guard.see_loss(torch.zeros(()))  # as the loss of a micro-batch is seen
+        asked = {"input_ids": inputs["input_ids"], "output_hidden_states": True}
+        return model(**asked, use_cache=False).hidden_states[1].square().mean()
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["resident", "streamed"])
+def test_what_the_last_micro_batch_does_not_reach_is_updated_at_its_step(
+    base: Path, tmp_path: Path, streams: bool
+) -> None:
+    trainers = []
+    for inside in (False, True):
+        model = load(base)
+        if streams and inside:
+            stream_base(model, torch.device("cpu"), state=True)
+        trainers.append(
+            Shortened(
+                model=get_lift_model(model, LIFT, progress=False),
+                args=settings(
+                    tmp_path / str(inside), optim="sparse_adamw", max_grad_norm=0.0, max_steps=3,
+                    optim_in_backward=inside, gradient_accumulation_steps=2,
+                ),
+                train_dataset=Dataset.from_list(ROWS),
+                processing_class=make_tokenizer(),
+            )
+        )  # fmt: skip
+        trainers[-1].train()
+    assert_same_layers(trainers[0].model, trainers[1].model)
+    assert all(layer.values.any() for layer in lift_layers(trainers[1].model).values())
 
 
 def test_in_backward_no_two_gradients_exist_at_once(

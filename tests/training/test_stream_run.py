@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def test_a_streamed_run_is_the_same_and_as_planned(
         assert measured == pytest.approx(wanted, rel=0.05)
     assert files[0] == files[1]
     assert planned["host"] > 0
+
+
+def test_sums_of_gradients_are_planned_to_the_byte(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Without a refresh, whose retired stores a plan takes for full."""
+    held = []
+    for more in (STATE, SUMS):
+        args, sft = told(places, tmp_path / str(len(held)), stream_base=True, **more)
+        args = dataclasses.replace(args, refresh_interval=0)
+        plan = lambda batches, args=args, sft=sft: plan_of(args, sft, False, batches)  # noqa: E731
+        report = run(args, sft, screen=QuietScreen(), plan=plan).memory
+        assert report.plan is not None
+        planned = report.plan["categories"]
+        assert report.categories["streamed state"] == planned["streamed state"]
+        assert planned["gradients"] == 0
+        held.append(planned)
+    assert held[1]["streamed state"] > held[0]["streamed state"]
 
 
 def test_a_card_holds_two_blocks_and_the_host_all(
