@@ -30,6 +30,7 @@ from leanlift.settings import (
     kind_of,
     one_of,
     optional,
+    whole,
 )
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -219,6 +220,14 @@ class RunArguments(LiftConfig, BaseAndRows):
             "weights that are made more often.",
         ),
     )
+    mlp_tokens: int | None = field(
+        default=None,
+        metadata=about(
+            optional(whole("64 or more", lambda value: value >= 64)),
+            "tokens of such a piece, at most. Without it a quarter of a row, 2,048 to 4,096: more "
+            "takes memory and saves time.",
+        ),
+    )
     ops: str = field(
         default="auto",
         metadata=about(
@@ -266,6 +275,11 @@ class RunArguments(LiftConfig, BaseAndRows):
         super().__post_init__()
         self.parts()
         self.kept_parts()
+        if self.mlp_tokens and not self.tiled_mlp:
+            raise UserError(
+                "mlp_tokens are those of a piece where tiled_mlp is on, which it is not: set both, "
+                "or leave mlp_tokens out."
+            )
         if self.embedding_on_cpu and self.trainable_token_indices:
             raise UserError(
                 "embedding_on_cpu keeps an embedding where none of it is trained: leave it out, or "

@@ -37,11 +37,13 @@ class Way:
         inner: its input [T, n] -> that of the last Linear.
         last: the name of this.
         dropouts: names of modules, or of probabilities.
+        tokens: of a piece of a long row, at most; None: as `tiled_mlp.pieces` has it.
     """
 
     inner: Callable[[Any, Tensor], Tensor]
     last: str
     dropouts: tuple[str, ...] = ()
+    tokens: int | None = None
 
     def is_exact(self, mlp: Any) -> bool:
         """Whether no dropout is active now."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,12 +48,13 @@ PIECES, LEAST, MOST = 4, 2048, 4096
 a quarter of the products' time to make the weights for 2048 tokens; for fewer, more than that."""
 
 
-def use_tiled_mlp(model: nn.Module) -> list[str]:
+def use_tiled_mlp(model: nn.Module, tokens: int | None = None) -> list[str]:
     """Let every MLP that can go over its tokens in pieces, in place; `fused_glu.use_stock_glu`
     gives it its own forward again.
 
     Args:
         model: whose Linears are the layers that compute: attached.
+        tokens: of a piece, at most; None: see `pieces`.
 
     Returns:
         The names of the modules that do.
@@ -65,7 +67,7 @@ def use_tiled_mlp(model: nn.Module) -> list[str]:
         own = "forward" not in vars(module) or isinstance(vars(module)["forward"], OurForward)
         way = way_of(module) if own else None
         if way is not None:
-            module.forward = OurForward(_forward, module, way)
+            module.forward = OurForward(_forward, module, replace(way, tokens=tokens))
             found.append(name)
     if not found:
         raise UserError(
@@ -75,9 +77,14 @@ def use_tiled_mlp(model: nn.Module) -> list[str]:
     return found
 
 
-def pieces(tokens: int) -> list[tuple[int, int]]:
-    """The pieces of so many tokens, as even as can be: (start, stop)."""
-    most = min(MOST, max(LEAST, math.ceil(tokens / PIECES)))
+def pieces(tokens: int, most: int | None = None) -> list[tuple[int, int]]:
+    """The pieces of so many tokens, as even as can be: (start, stop).
+
+    Args:
+        tokens: of all rows.
+        most: of a piece; None: a quarter of them, but no fewer than LEAST and no more than MOST.
+    """
+    most = most or min(MOST, max(LEAST, math.ceil(tokens / PIECES)))
     return list(row_ranges(tokens, math.ceil(tokens / math.ceil(tokens / most)) if tokens else 1))
 
 
@@ -85,7 +92,7 @@ def pieces(tokens: int) -> list[tuple[int, int]]:
 
 
 def _forward(mlp: Any, way: Way, x: Tensor) -> Tensor:
-    whole = x.shape[:-1].numel() <= LEAST
+    whole = len(pieces(x.shape[:-1].numel(), way.tokens)) <= 1
     if not way.is_exact(mlp) or (not whole and _trains_others(mlp)):
         y: Tensor = type(mlp).forward(mlp, x)
         return y
@@ -166,7 +173,7 @@ def _over_pieces(ctx: Any, x: Tensor, grad_y: Tensor, sums: list[Tensor | None])
     flat, grads = x.reshape(-1, x.shape[-1]), grad_y.reshape(-1, grad_y.shape[-1])
     wanted = ctx.needs_input_grad[0]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
-    for start, stop in few_of(pieces(flat.shape[0]), flat):
+    for start, stop in few_of(pieces(flat.shape[0], ctx.way.tokens), flat):
         piece = flat[start:stop].detach().requires_grad_(wanted or _is_observed(ctx.mlp))
         inputs = [piece, *ctx.values] if piece.requires_grad else ctx.values
         with torch.enable_grad(), kept_here():
@@ -211,7 +218,7 @@ class Compute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, carrier: Tensor | None, x: Tensor, mlp: Any, way: Way) -> Tensor:
         flat, y = x.reshape(-1, x.shape[-1]), None
-        for start, stop in few_of(pieces(flat.shape[0]), flat):
+        for start, stop in few_of(pieces(flat.shape[0], way.tokens), flat):
             part = _whole(mlp, way, flat[start:stop])
             if y is None:
                 y = part.new_empty(flat.shape[0], part.shape[-1])

@@ -115,6 +115,7 @@ def running_of(planned: Planned, shapes: Shapes) -> Running:
         checkpointing=settings.gradient_checkpointing,
         kept=settings.kept_blocks,
         reuses=settings.reuse_weights,
+        mlp_tokens=settings.mlp_tokens,
         offloading=settings.activation_offloading,
         item=settings.model_dtype.itemsize,
         value=planned.value_nbytes,
@@ -266,6 +267,7 @@ def _what_decides(planned: Planned) -> tuple[str, ...]:
         stream_base=settings.stream_base,
         stream_state=settings.stream_state and settings.accumulates,
         tiled_mlp=settings.tiled_mlp,
+        mlp_tokens=settings.mlp_tokens,
         dtype=settings.dtype_name,
         cuda=settings.on_cuda,
     )
@@ -301,6 +303,7 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "stream_base": settings.stream_base,
         "stream_state": settings.stream_state,
         "tiled_mlp": settings.tiled_mlp,
+        "mlp_tokens": settings.mlp_tokens,
         "refresh_interval": config.refresh_interval,
         "per_device_eval_batch_size": 0 if evaluated is None else evaluated.rows,
         "cuda": settings.on_cuda,

@@ -59,7 +59,9 @@ def header(plan: dict[str, Any]) -> list[str]:
         kept += f" but for the last {held['kept_blocks']} blocks"
     kept += " with weights made once for it" if held.get("reuse_weights") else ""
     kept += " and moved to the CPU" if held["activation_offloading"] else ""
-    kept += ", MLPs in pieces" if held.get("tiled_mlp") else ""
+    if held.get("tiled_mlp"):
+        most = held.get("mlp_tokens")
+        kept += f", MLPs in pieces{f' of up to {most} tokens' if most else ''}"
     refreshed = held["refresh_interval"]
     again = f"selected anew every {refreshed} steps" if refreshed else "selected once"
     return _wrapped(

@@ -40,7 +40,8 @@ class PlanSettings:
         embedding_on_cpu: whether the embedding is not on the card.
         stream_base: whether the frozen blocks are in the host's memory.
         stream_state: whether what is learned in them is there too.
-        tiled_mlp: whether MLPs go over the tokens of long rows in pieces.
+        tiled_mlp, mlp_tokens: whether MLPs go over the tokens of long rows in pieces, and of how
+            many at most; None: as `layers.tiled_mlp.pieces` has it.
         cuda: whether the run is on a GPU; None: if this machine has one.
         largest, largest_eval: the largest batch of training and of evaluation, where it is known;
             None: as large as the settings above allow.
@@ -68,6 +69,7 @@ class PlanSettings:
     stream_base: bool = RunArguments.stream_base
     stream_state: bool = RunArguments.stream_state
     tiled_mlp: bool = RunArguments.tiled_mlp
+    mlp_tokens: int | None = RunArguments.mlp_tokens
     cuda: bool | None = None
     largest: Batch | None = None
     largest_eval: Batch | None = None

@@ -157,7 +157,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
     if settings.stream_state:
         check_used_once(model)
-    tiled = tiled_mlp(model) if settings.tiled_mlp else []
+    tiled = tiled_mlp(model, settings.mlp_tokens) if settings.tiled_mlp else []
     layers = {
         name: m
         for name, m in model.named_modules()

@@ -127,6 +127,7 @@ class Running:
         learned: bytes of what is learned in them, where that is brought too.
         state: bytes of the optimizer's state.
         reuses: whether weights that are made to recompute blocks serve the backward pass.
+        mlp_tokens: of a piece of a long row at most, where MLPs take it in pieces.
     """
 
     rows: int
@@ -142,6 +143,7 @@ class Running:
     learned: int
     state: int
     reuses: bool = False
+    mlp_tokens: int | None = None
 
 
 # --- the step -------------------------------------------------------------------------------
@@ -211,7 +213,9 @@ def made_nbytes(matrix: Matrix, run: Running, is_there: bool = False) -> float:
         made += 2 * numbers * run.item + matrix.entries * (1 + run.value + 2 * run.item)
     if is_there:
         made = numbers * run.item
-    return made * len(pieces(run.rows * run.tokens)) if matrix.in_pieces else made
+    if matrix.in_pieces:
+        made *= len(pieces(run.rows * run.tokens, run.mlp_tokens))
+    return made
 
 
 def touched_nbytes(matrix: Matrix, run: Running) -> float:

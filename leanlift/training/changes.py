@@ -160,6 +160,11 @@ def _mlps_in_pieces(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Itera
         yield Change({"tiled_mlp": True}, cost)
 
 
+def _smaller_pieces(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
+    if (args.mlp_tokens or 0) > LEAST:
+        yield Change({"mlp_tokens": LEAST}, "weights are made more often")
+
+
 def _smaller_micro_batch(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
     """The same batch in more pieces."""
     rows, times = sft.per_device_train_batch_size, sft.gradient_accumulation_steps
@@ -224,6 +229,7 @@ OFFERS: tuple[Offer, ...] = (
     _weights_made_twice,
     _all_recomputed,
     _mlps_in_pieces,
+    _smaller_pieces,
     _smaller_micro_batch,
     _embeddings_in_int8,
     _embedding_on_cpu,
@@ -267,6 +273,7 @@ def at_most(change: Change, plan: MemoryPlan) -> float:
         "stream_base": held["base weights"],
         "stream_state": held["index"] + held["values"] + held["optimizer state"],
         "tiled_mlp": activations / 2 if plan.holds_for["max_length"] > LEAST else 0,
+        "mlp_tokens": activations / 2,
         "per_device_train_batch_size": activations,
         "max_length": activations / 2,
         "per_device_eval_batch_size": plan.peak - plan.phases["train"],

@@ -3,9 +3,9 @@
 First what the search for the card has turned on is taken back where there is room for it by now: a
 later change may have made it needless. What costs quality comes first, then whatever saves most
 seconds for a byte. Then blocks keep their activations, as many as fit, weights that are made to
-recompute a block serve its backward pass, and micro-batches become larger. What the user has asked
-for stays. Seconds are modelled (`plan/time.py`); that the result fits is planned, as for any other
-settings.
+recompute a block serve its backward pass, MLPs take long rows in fewer pieces, and micro-batches
+become larger. What the user has asked for stays. Seconds are modelled (`plan/time.py`); that the
+result fits is planned, as for any other settings.
 
 A larger micro-batch pads rows to the longest of more, which no model of shapes sees. It is taken
 where rows are packed, or where it saves so much that padding hardly takes it away.
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from leanlift.errors import UserError
 from leanlift.format import share, size
+from leanlift.layers.tiled_mlp import pieces
 from leanlift.plan import MemoryPlan
 from leanlift.plan.cards import Card
 from leanlift.plan.time import StepTime, step_time
@@ -27,12 +28,16 @@ from leanlift.training.changes import Change, Settings, Taken
 Plan = Callable[[Settings, str], MemoryPlan]
 """The plan of settings; is told what they are called."""
 
-LEAST_PACKED, LEAST_PADDED = 0.01, 0.2
-"""Shares of a step's time that a larger micro-batch must save: of packed rows, and of others."""
+LEAST_SAVED, LEAST_PADDED = 0.01, 0.2
+"""Shares of a step's time that larger pieces and a larger micro-batch must save, and the latter
+where it pads rows."""
 
 RESERVE = 0.05
 """Of a card, that is not spent on time: so far may what a step needs be above its plan (on an H100
 it was 2 %, `benchmarks/gpu_proof`)."""
+
+MIN_PIECES = 2
+"""Of a row that MLPs take in pieces."""
 
 ROWS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -62,6 +67,11 @@ class Bought:
     def saved(self) -> float:
         """Seconds of a step that it saves."""
         return self.slower.seconds - self.faster.seconds
+
+    @property
+    def saved_share(self) -> float:
+        """Of the step's time that it saves."""
+        return self.saved / self.slower.seconds
 
     @property
     def worth(self) -> float:
@@ -165,11 +175,16 @@ class _Buyer:
 
     def best(self, settings: Settings, plan: MemoryPlan) -> tuple[Bought, MemoryPlan] | None:
         """What saves most for a byte, of what is left to buy; None: nothing more. How many blocks
-        are kept takes several plans to know, so that comes when weights are settled."""
+        are kept takes several plans to know, so that comes when the rest is settled."""
         found: list[tuple[str, tuple[Bought, MemoryPlan]]] = []
-        ways = (self._more_rows, self._reused_weights, self._kept_blocks)
-        for name, buy in zip(("rows", "weights", "blocks"), ways, strict=True):
-            if name == "blocks" and any(each == "weights" for each, _ in found):
+        ways = {
+            "rows": self._more_rows,
+            "pieces": self._larger_pieces,
+            "weights": self._reused_weights,
+            "blocks": self._kept_blocks,
+        }
+        for name, buy in ways.items():
+            if name == "blocks" and any(each != "rows" for each, _ in found):
                 break
             bought = None if name in self.done else buy(settings, plan)
             if bought is None:
@@ -179,7 +194,7 @@ class _Buyer:
         if not found:
             return None
         name, best = max(found, key=lambda each: each[1][0].worth)
-        if name != "rows":  # as much as there is room for
+        if name in ("weights", "blocks"):  # as much as there is room for
             self.done.add(name)
         return best
 
@@ -192,12 +207,12 @@ class _Buyer:
         larger = next(n for n in range(rows + 1, rows * times + 1) if rows * times % n == 0)
         keys = dict(zip(ROWS, (larger, rows * times // larger), strict=True))
         packed = getattr(sft, "packing", False) or getattr(sft, "group_by_length", False)
-        least = LEAST_PACKED if packed else LEAST_PADDED
+        least = LEAST_SAVED if packed else LEAST_PADDED
         if self._made_again(plan) * (1 - rows / larger) < least:
             return None
         change = Change(keys, "the same batch in fewer pieces")
         bought = self._bought(change, settings, plan)
-        return bought if bought and bought[0].saved >= least * bought[0].slower.seconds else None
+        return bought if bought and bought[0].saved_share >= least else None
 
     def _made_again(self, plan: MemoryPlan) -> float:
         """The share of a step's time that goes into bytes, and not into products: the most that
@@ -205,6 +220,23 @@ class _Buyer:
         time, still = self.time(plan), replace(self.card, bandwidth=math.inf, bus=math.inf)
         assert plan.work is not None
         return 1 - step_time(plan.work, still).seconds / time.seconds
+
+    def _larger_pieces(
+        self, settings: Settings, plan: MemoryPlan
+    ) -> tuple[Bought, MemoryPlan] | None:
+        """Half as many pieces of MLPs' long rows, two at least, whose weights are made half as
+        often."""
+        args, holds = settings[0], plan.holds_for
+        tokens = holds["per_device_train_batch_size"] * holds["max_length"]
+        now = len(pieces(tokens, args.mlp_tokens))
+        if not args.tiled_mlp or "mlp_tokens" in self.asked or now <= MIN_PIECES:
+            return None
+        count = max(MIN_PIECES, now // 2)
+        change = Change(
+            {"mlp_tokens": math.ceil(tokens / count)}, f"MLPs in {count} pieces, not {now}"
+        )
+        bought = self._bought(change, settings, plan)
+        return bought if bought and bought[0].saved_share >= LEAST_SAVED else None
 
     def _kept_blocks(
         self, settings: Settings, plan: MemoryPlan

@@ -295,6 +295,7 @@ def plan_settings(
         stream_base=args.stream_base,
         stream_state=args.stream_state,
         tiled_mlp=args.tiled_mlp,
+        mlp_tokens=args.mlp_tokens,
         cuda=trains_on_gpu(sft) if cuda is None else cuda,
         largest=train,
         largest_eval=evaluation,

@@ -198,7 +198,7 @@ def _attached(
             model = get_lift_model(model, config, embedding_rows=ready.embedding_rows)
     use_ops(model, args.ops)
     if args.tiled_mlp:
-        tiled_mlp(model)
+        tiled_mlp(model, args.mlp_tokens)
     if args.embedding_on_cpu:
         embedding_to_cpu(lifted(model))
     if not meter.cuda:

@@ -51,6 +51,7 @@ OWN_OPTIONS = {
     "stream_base",
     "stream_state",
     "tiled_mlp",
+    "mlp_tokens",
     "ops",
     "snapshot",
     "selector",

@@ -81,6 +81,7 @@ SINCE: dict[str, dict[str, Any]] = {
         "stream_base": False,
         "stream_state": False,
         "tiled_mlp": False,
+        "mlp_tokens": None,
         "kept_blocks": 0,
         "reuse_weights": False,
     },

@@ -155,6 +155,15 @@ def test_a_step_is_the_plain_one(setting: str, checkpointing: bool) -> None:
     assert_alike(step(model, checkpointing, **stepping), plain, within)
 
 
+@pytest.mark.parametrize(("tokens", "wanted"), [(20, [19] * 7 + [17]), (100, [75, 75])])
+def test_pieces_may_be_smaller_or_larger(tokens: int, wanted: list[int]) -> None:
+    assert [stop - start for start, stop in pieces(TOKENS, tokens)] == wanted
+    model = attached()
+    plain = {name: tensor.clone() for name, tensor in step(model, False).items()}
+    tiled_mlp(model, tokens)
+    assert_alike(step(model, False), plain, 1e-6)
+
+
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Rows that were multiplied, by product; and weights that were made."""
@@ -176,18 +185,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return seen
 
 
+@pytest.mark.parametrize("tokens", [None, 100])
 def test_a_checkpointed_step_has_no_product_more_and_makes_weights_per_piece(
-    counted: Counter[str],
+    tokens: int | None, counted: Counter[str]
 ) -> None:
     model = attached(target_modules=("gate_proj", "up_proj", "down_proj"))
     step(model, True)
     plain = dict(counted)
     counted.clear()
-    tiled_mlp(model)
+    tiled_mlp(model, tokens)
     step(model, True)
     for name in ("product", "product_back", "values_gradient"):
         assert counted[name] == plain[name], name
-    assert counted["effective_rows"] == plain["effective_rows"] * len(pieces(TOKENS))
+    assert counted["effective_rows"] == plain["effective_rows"] * len(pieces(TOKENS, tokens))
 
 
 def test_without_recomputation_all_but_the_last_are_multiplied_with_once_more(

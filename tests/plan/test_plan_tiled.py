@@ -26,7 +26,8 @@ from leanlift.weights.quantized import WeightFormat
 TOKENS, BLOCKS = 600, 8
 FAMILIES = ("llama", "phi3, fused", "gemma2", "qwen3")
 WAYS = {"plain": (False, False), "tiled": (True, False), "offloaded": (False, True),
-        "tiled, offloaded": (True, True)}  # fmt: skip
+        "tiled, offloaded": (True, True), "larger pieces": (256, False)}  # fmt: skip
+"""Whether MLPs go in pieces (True), or of how many tokens; whether activations wait elsewhere."""
 CONFIG = LiftConfig(selector="magnitude", density=0.05)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated")
@@ -44,25 +45,25 @@ def config(family: str) -> Any:
     return config_of(family, num_hidden_layers=BLOCKS, **wide)
 
 
-def planned(family: str, tiled: bool, offload: bool, whole: bool = False) -> StepBytes:
+def planned(family: str, tiled: int, offload: bool, whole: bool = False) -> StepBytes:
     with without_packing_search(), fake_tensors():
         model = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
         attach_fake(model, CONFIG, WeightFormat("dense", "float32"), False, first_pieces("cpu"))
         if tiled:
-            tiled_mlp(model)
+            tiled_mlp(model, None if tiled is True else tiled)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return step_peak(
             model.train(), loss_of_all_tokens, 1, TOKENS, True, False, offload, whole=whole
         )
 
 
-def measured(family: str, tiled: bool, offload: bool) -> int:
+def measured(family: str, tiled: int, offload: bool) -> int:
     """The second step's: scratch and buffers are there from the first."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
     model = lifted(get_lift_model(model, CONFIG, progress=False)).train()
     if tiled:
-        tiled_mlp(model)
+        tiled_mlp(model, None if tiled is True else tiled)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, LiftLinear):
@@ -91,3 +92,4 @@ def test_each_way_needs_less() -> None:
     peaks = {way: planned("llama", *how).peak for way, how in WAYS.items()}
     assert peaks["tiled, offloaded"] < 0.6 * peaks["plain"]
     assert peaks["tiled, offloaded"] < min(peaks["tiled"], peaks["offloaded"])
+    assert peaks["tiled"] < peaks["larger pieces"] < peaks["plain"]

@@ -188,3 +188,7 @@ def test_weights_of_tiled_mlps_are_made_for_each_piece() -> None:
     made = [16 + 2 * 32 * 2 + entries * (1 + 2 + 4) for entries in (3, 0)] * 2
     assert tiled.forward.traffic - plain.forward.traffic == 3 * sum(made), "four pieces, not one"
     assert tiled.forward.products == plain.forward.products
+    larger = step_work(
+        dataclasses.replace(MODEL, matrices=in_pieces), dataclasses.replace(run, mlp_tokens=4096)
+    )
+    assert larger.forward.traffic - plain.forward.traffic == sum(made), "two pieces"

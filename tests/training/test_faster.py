@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,36 @@ def test_packed_rows_come_in_larger_pieces(deep: Path) -> None:
     asked = {"gradient_accumulation_steps"}
     kept = fit(*told(deep, packing=True, **loop), 8, True, card=CARD, asked=asked)
     assert kept.sft.per_device_train_batch_size == 1
+
+
+def test_mlps_take_long_rows_in_larger_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leanlift.layers.tiled_mlp.LEAST", 64)
+    monkeypatch.setattr("leanlift.layers.tiled_mlp.MOST", 128)
+    config = config_of("llama", num_hidden_layers=3, intermediate_size=1024)
+    args, sft = told(make_checkpoint_of(config, tmp_path))
+    tiled = replace(args, tiled_mlp=True), sft
+    asked = {"kept_blocks", "reuse_weights"}
+    found = fit(*tiled, 8, True, card=CARD, asked=asked)
+    assert [each.change.keys["mlp_tokens"] for each in found.bought] == [256, 512], "of 1024: 4, 2"
+    assert found.args.mlp_tokens == 512
+    times = [found.bought[0].slower, *(each.faster for each in found.bought)]
+    assert [a.seconds > b.seconds for a, b in pairwise(times)] == [True, True]
+    assert fit(*tiled, 8, True, card=CARD, asked={*asked, "mlp_tokens"}).bought == ()
+    assert fit(args, sft, 8, True, card=CARD, asked=asked).bought == (), "no MLP goes in pieces"
+    room = plan_of(replace(args, tiled_mlp=True, mlp_tokens=256), sft, cuda=True).needed + 1000
+    tight = fit(*tiled, room / GIB / (1 - RESERVE), True, card=CARD, asked=asked)
+    assert (tight.args.mlp_tokens, tight.plan.needed <= room) == (256, True)
+
+
+def test_larger_pieces_are_given_up_to_fit(deep: Path) -> None:
+    args, sft = told(deep)
+    large = replace(args, tiled_mlp=True, mlp_tokens=4096)
+    groups = [choices[0].keys for choices in ordered_changes(large, sft)]
+    assert {"mlp_tokens": 2048} in groups
+    small = replace(large, mlp_tokens=1024)
+    assert all("mlp_tokens" not in choices[0].keys for choices in ordered_changes(small, sft))
 
 
 def bought_after(deep: Path, taken: list[dict[str, Any]], room: float) -> Faster:

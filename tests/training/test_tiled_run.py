@@ -14,8 +14,9 @@ from sweeps import swept
 from tiny import make_checkpoint_of
 
 from leanlift import UserError
-from leanlift.plan import MemoryPlan
+from leanlift.model import lifted
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
+from leanlift.training.run import RunResult
 from leanlift.training.screens import QuietScreen
 
 BASES = ("llama", "phi3, fused", "gemma2", "qwen3")
@@ -61,7 +62,7 @@ def places(tmp_path_factory: pytest.TempPathFactory):
     return of
 
 
-def trained(places: tuple[Path, Path], output: Path, **more: Any) -> tuple[Any, MemoryPlan]:
+def trained(places: tuple[Path, Path], output: Path, **more: Any) -> RunResult:
     known = RunArguments.__dataclass_fields__
     args = RunArguments(
         model_name_or_path=str(places[0]), dataset_name=str(places[1]), selector="magnitude",
@@ -114,3 +115,17 @@ def test_streamed_or_not_pieces_learn_the_same(family: str, places, tmp_path: Pa
         trained(places(family), output, **told, stream_base=streamed, stream_state=streamed)
         files.append((output / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
+
+
+def test_a_run_takes_pieces_of_the_length_that_was_asked_for(places, tmp_path: Path) -> None:
+    result = trained(places("llama"), tmp_path, tiled_mlp=True, mlp_tokens=300)
+    mlps = [m.mlp for m in lifted(result.model).modules() if hasattr(m, "mlp")]
+    assert [mlp.forward.args[1].tokens for mlp in mlps] == [300] * 4
+    assert result.memory.plan["holds_for"]["mlp_tokens"] == 300
+    assert result.memory.phases["train"].tensors == pytest.approx(
+        result.memory.plan["phases"]["train"], rel=0.05
+    )
+    with pytest.raises(UserError, match="set both, or leave mlp_tokens out"):
+        trained(places("llama"), tmp_path, mlp_tokens=300)
+    with pytest.raises(UserError, match="expected mlp_tokens as a whole number, 64 or more"):
+        trained(places("llama"), tmp_path, tiled_mlp=True, mlp_tokens=1)
