@@ -1,5 +1,5 @@
-"""The command line: `leanlift demo | init | plan | train | eval | export | combine | push | info |
-report`.
+"""The command line: `leanlift demo | init | plan | train | eval | chat | export | combine | push |
+info | report`.
 
 An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
 too small in exit code 3; `--debug` shows the traceback. Everything heavy is imported by the
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
+from leanlift.cli.chat import add_chat
 from leanlift.cli.init import add_init
 from leanlift.cli.measure import add_measure
 from leanlift.cli.parsing import Parser, asks_for_help, take_switch
@@ -181,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, help=text, add_help=False).set_defaults(run=run)
     add_measure(commands)
+    add_chat(commands)
     add_export(commands)
     return parser
 

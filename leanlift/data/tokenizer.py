@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from leanlift.errors import UserError, first_line
 from leanlift.io.bounded import MOST_OF_A_STRANGER
@@ -245,3 +246,17 @@ def tell_model(model: Any, tokenizer: Any, sft: Any) -> None:
         known = as_ids(generation.eos_token_id)
         if tokenizer.eos_token_id not in known:
             generation.eos_token_id = [tokenizer.eos_token_id, *known]
+
+
+def marked_template(tokenizer: Any) -> str | None:
+    """A template that marks the assistant's tokens: None where the tokenizer's own does."""
+    own = getattr(tokenizer, "chat_template", None)
+    if own is None or has_generation_markers(own):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except Exception as error:  # it renders the template too
+        raise UserError(
+            "assistant_only_loss needs a chat template with {% generation %} markers, and TRL has "
+            f"none to take in place of this one: {first_line(error)}"
+        ) from error

@@ -16,12 +16,11 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
 from leanlift.data.calls import as_taken, takes_texts
 from leanlift.data.left_out import left_out
-from leanlift.data.tokenizer import as_ids, check_end_token
+from leanlift.data.tokenizer import as_ids, check_end_token, marked_template
 from leanlift.errors import UserError, first_line
 from leanlift.rows.source import Row
 
@@ -95,7 +94,7 @@ class Tokenization:
         return cls(
             tokenizer,
             getattr(sft, "dataset_text_field", "text"),
-            _marked_template(tokenizer) if assistant_only else None,
+            marked_template(tokenizer) if assistant_only else None,
             getattr(sft, "completion_only_loss", None),
             assistant_only,
             rows,
@@ -136,6 +135,23 @@ class Tokenization:
         self._check_ids(tokens, where)
         return tokens
 
+    def to_answer(self, prompt: str | list[Row], where: str) -> list[int]:
+        """Tokens of what a model is given to answer: a text, or the turns of a chat.
+
+        Raises:
+            UserError: as for an example; see `__call__`.
+        """
+        if isinstance(prompt, str):
+            ids = self._before(prompt)
+        else:
+            turns, options = (
+                as_taken(prompt, self._texts_of_calls),
+                {"chat_template": self.template},
+            )
+            ids = self._render(turns, where, options, add_generation_prompt=True)["input_ids"]
+        self._check_ids(Tokens(ids, [], []), where)
+        return ids
+
     def of_document(self, text: str) -> list[int]:
         """Tokens of a text of any length as it stands: a start token where the tokenizer puts one
         there by itself, and no end token."""
@@ -159,10 +175,14 @@ class Tokenization:
             ids = self._encode(self._ended(example["text"]))
             return Tokens([], ids, list(ids))
         prompt, whole = example["prompt"], example["prompt"] + self._ended(example["completion"])
-        before = self._encode(prompt)
+        return self._completed(self._before(prompt), self._encode(whole))
+
+    def _before(self, prompt: str) -> list[int]:
+        """Tokens of a text that goes on."""
+        ids = self._encode(prompt)
         if self._adds_end and not prompt.endswith(self.tokenizer.eos_token):
-            before = before[:-1]
-        return self._completed(before, self._encode(whole))
+            ids = ids[:-1]
+        return ids
 
     def _encode(self, text: str, **more: Any) -> list[int]:
         start = self.tokenizer.bos_token
@@ -324,17 +344,3 @@ def _ints(values: Any, column: str, where: str) -> list[int]:
     if not all(isinstance(value, int) for value in found):
         raise UserError(f"{where} has no list of whole numbers in {column!r}.")
     return found
-
-
-def _marked_template(tokenizer: Any) -> str | None:
-    """A template that marks the assistant's tokens: None where the tokenizer's own does."""
-    own = getattr(tokenizer, "chat_template", None)
-    if own is None or has_generation_markers(own):
-        return None
-    try:
-        return get_training_chat_template(tokenizer)
-    except Exception as error:  # it renders the template too
-        raise UserError(
-            "assistant_only_loss needs a chat template with {% generation %} markers, and TRL has "
-            f"none to take in place of this one: {first_line(error)}"
-        ) from error

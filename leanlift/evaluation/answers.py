@@ -118,7 +118,7 @@ def greedy_answers(
     if not samples:
         return []
     answers = [""] * len(samples)
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = range(len(samples))
     with _greedy(model, ends, pad, max_new_tokens) as config:
@@ -166,7 +166,7 @@ def pad_left(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, T
     }
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Where generation stops: what the model's generation config says, and the end token."""
     said = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return sorted({*as_ids(tokenizer.eos_token_id), *as_ids(said)})

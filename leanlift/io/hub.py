@@ -76,6 +76,17 @@ def _snapshot(name: str, files: list[str], revision: str | None) -> Path:
         return Path(cached)
 
 
+def has_file(name: str, file: str) -> bool:
+    """Whether a model on the hub has a file: by what is cached, else by asking; False where nobody
+    answers."""
+    if isinstance(try_to_load_from_cache(name, file), str):
+        return True
+    try:
+        return bool(HfApi().file_exists(name, file))
+    except _FAILURES:
+        return False
+
+
 def check_name(name: str, what: str, option: str) -> None:
     """Refuse `user/model@revision`, which no hub name is.
 

@@ -1,0 +1,168 @@
+"""`leanlift chat`: a terminal in which a model is talked to, or a message from a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from leanlift.adapters import open_adapter
+from leanlift.cli.eval_base import arguments_of, tokenization_of
+from leanlift.errors import UserError
+from leanlift.evaluation.chat import MESSAGE, PROMPTS, Conversation, Sampling, answer
+from leanlift.evaluation.evaluate import quiet_loading
+from leanlift.model import freeze_quantized, load_adapter, scale_adapter
+from leanlift.training.base import check_base_place, load_model
+
+HELP = """\
+/base     answer without the adapter, or with it again
+/compare  answer both with the adapter and without, or no longer
+/clear    forget what was said
+/help     this
+/quit     end, as Ctrl-D does; Ctrl-C ends an answer"""
+
+NO_TEMPLATE = (
+    "The tokenizer has no chat template: each message stands alone, and goes to the model {}."
+)
+
+
+def chat_command(options: argparse.Namespace) -> int:
+    """Load the model, then talk; or answer the one message that a pipe has."""
+    message = None if sys.stdin.isatty() else sys.stdin.read().strip()
+    if message == "":
+        raise UserError("the input is empty: expected a message, or a terminal to talk in.")
+    options.dataset_text_field = options.formatting_func = None
+    args = arguments_of(options)
+    check_base_place(args)
+    base, revision = args.model_name_or_path, args.model_revision
+    tokenizer, how = tokenization_of(base, revision, options)
+    prompt = PROMPTS.get(options.prompt, options.prompt) or MESSAGE
+    if how.chat and options.prompt is not None:
+        raise UserError("the tokenizer has a chat template: leave --prompt out.")
+    if not how.chat and options.system is not None:
+        raise UserError(
+            "the tokenizer has no chat template, so there is no place for --system: put it into "
+            "--prompt."
+        )
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.max_new_tokens)
+    if options.seed is not None:
+        set_seed(options.seed)
+    with quiet_loading():
+        model = _load(options, args)
+    talk = Talk(
+        model, tokenizer, Conversation(how, prompt, options.system), sampling,
+        options.adapter is not None, without=options.base,
+    )  # fmt: skip
+    if message is not None:
+        talk.answer(message)
+        return 0
+    if not how.chat:
+        print(NO_TEMPLATE.format("as it is" if prompt == MESSAGE else "in --prompt"))
+    return talk.run()
+
+
+def _load(options: argparse.Namespace, args: Any) -> Any:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    modules = None
+    if options.adapter:
+        with open_adapter(options.adapter, base=options.model_name_or_path) as adapter:
+            if adapter.task is not None:
+                raise UserError(
+                    f"{adapter.directory} is an adapter of a {adapter.task.architecture}, which "
+                    "writes no text."
+                )
+            modules = list(adapter.base.shapes)
+    model = load_model(args, device, modules=modules)
+    if options.adapter:
+        load_adapter(model, options.adapter)
+    else:
+        freeze_quantized(model)
+    return model.eval()
+
+
+@dataclass
+class Talk:
+    """A model and what is said to it.
+
+    Attributes:
+        model, tokenizer: that answer.
+        conversation: so far.
+        sampling: how tokens are chosen.
+        has_adapter: whether it can be taken off.
+        without: whether it is off.
+        compares: whether each message is answered twice.
+        write: where answers go.
+    """
+
+    model: Any
+    tokenizer: Any
+    conversation: Conversation
+    sampling: Sampling
+    has_adapter: bool
+    without: bool = False
+    compares: bool = False
+    write: Callable[[str], Any] = field(
+        default_factory=lambda: lambda text: print(text, end="", flush=True)
+    )
+
+    def run(self) -> int:
+        """Until the end of the input."""
+        with suppress(ImportError):
+            import readline  # noqa: F401 - input() has arrows and a history then
+        self.write("/help says what there is; Ctrl-D ends the talk.\n")
+        while True:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                self.write("\n")
+                return 0
+            except KeyboardInterrupt:  # takes the line back, as in a shell
+                self.write("\n")
+                continue
+            if line in ("/quit", "/exit"):
+                return 0
+            if line.startswith("/"):
+                self.write(self.command(line) + "\n")
+            elif line:
+                try:
+                    self.answer(line)
+                except UserError as error:
+                    self.write(f"{error}\n")
+
+    def command(self, line: str) -> str:
+        """Do what a line that begins with a slash says; returns what there is to say."""
+        if line == "/help":
+            return HELP
+        if line == "/clear":
+            self.conversation.turns.clear()
+            return "What was said is forgotten."
+        if line not in ("/base", "/compare"):
+            return f"There is no {line.split()[0]}.\n{HELP}"
+        if not self.has_adapter:
+            return "There is no adapter to take off: this is a whole model."
+        if line == "/base":
+            self.without, self.compares = not self.without, False
+            return "The base answers." if self.without else "Base and adapter answer."
+        self.compares = not self.compares
+        return "Both answer." if self.compares else "One answers."
+
+    def answer(self, message: str) -> None:
+        """Write the answer to a message, or both; the last one is what the talk goes on with."""
+        prompt = self.conversation.ask(message)
+        self.conversation.room(self.model, prompt)
+        ways = (True, False) if self.compares else (self.without,)
+        said = ""
+        for without in ways:
+            if self.has_adapter:
+                scale_adapter(self.model, 0.0 if without else 1.0)
+            if self.compares:
+                self.write("base: " if without else "adapter: ")
+            said = answer(self.model, self.tokenizer, prompt, self.sampling, self.write)
+            self.write("\n")
+        self.conversation.keep(message, said)
