@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import card
 from benchmarks.common import timed
 from leanlift.ops import EightBit, FourBit, Scales, TileOps, tile_ops
 from leanlift.sparse import Offsets, SegmentedIndex
@@ -86,8 +87,12 @@ def random_index(m: int, n: int, density: float, device: torch.device) -> Segmen
 
 
 def implementations(device: torch.device) -> list[TileOps]:
-    names = ["torch", "triton"] if device.type == "cuda" else ["torch"]
-    return [tile_ops(name, device) for name in names]
+    """All that can compute on the device."""
+    return [tile_ops(name, device) for name in names_of(device)]
+
+
+def names_of(device: torch.device) -> list[str]:
+    return ["torch", "triton"] if device.type == "cuda" else ["torch"]
 
 
 def kernels(device: torch.device, small: bool) -> Rows:
@@ -171,7 +176,7 @@ def seconds(function: Callable[[], Any], repeats: int = 9) -> float:
     """Median of a few calls after two to warm up. On CUDA ten calls at a time are replayed from a
     graph, so that what the host does between launches does not count; what cannot be captured is
     launched ten times in a row."""
-    many = 10 if torch.cuda.is_available() else 1
+    many = 10 if card.present() else 1
 
     def run() -> None:
         for _ in range(many):
@@ -179,17 +184,5 @@ def seconds(function: Callable[[], Any], repeats: int = 9) -> float:
 
     run()
     run()
-    replay = _captured(run) if torch.cuda.is_available() else run
+    replay = card.replayed(run) if card.present() else run
     return median(timed(replay)[1] for _ in range(repeats)) / many
-
-
-def _captured(run: Callable[[], None]) -> Callable[[], None]:
-    """`run` as a CUDA graph, or itself where it asks the device for something."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return run
-    return graph.replay
