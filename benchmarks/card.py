@@ -79,6 +79,12 @@ def pinned() -> int:
     return int(stats.get("allocated_bytes.current", 0))
 
 
+def cache() -> tuple[int, int]:
+    """Bytes of the second-level cache, and multiprocessors."""
+    found = torch.cuda.get_device_properties(0)
+    return found.L2_cache_size, found.multi_processor_count
+
+
 @contextmanager
 def capped(gib: float) -> Iterator[None]:
     """The allocator may take so much and no more, as on a smaller card."""
