@@ -53,12 +53,21 @@ def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
     """Write `results/<name>.csv`, environment columns last."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    rows = [{**row, **environment()} for row in rows]
+    here = environment()
+    rows = [{**row, **here} for row in rows]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a result, environment and all; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import card
 from benchmarks.common import timed
+from leanlift.layers.workspace import Scratch
 from leanlift.ops import EightBit, FourBit, Scales, TileOps, tile_ops
 from leanlift.sparse import Offsets, SegmentedIndex
+from leanlift.tiles import row_ranges
 
 BANDWIDTH_BAR = 0.7
 Rows = list[dict[str, Any]]
@@ -86,8 +89,12 @@ def random_index(m: int, n: int, density: float, device: torch.device) -> Segmen
 
 
 def implementations(device: torch.device) -> list[TileOps]:
-    names = ["torch", "triton"] if device.type == "cuda" else ["torch"]
-    return [tile_ops(name, device) for name in names]
+    """All that can compute on the device."""
+    return [tile_ops(name, device) for name in names_of(device)]
+
+
+def names_of(device: torch.device) -> list[str]:
+    return ["torch", "triton"] if device.type == "cuda" else ["torch"]
 
 
 def kernels(device: torch.device, small: bool) -> Rows:
@@ -108,7 +115,7 @@ def kernels(device: torch.device, small: bool) -> Rows:
             exact = torch.equal(out, dense.view(-1)[flat].float())
             what = f"gather {m}x{n} {str(dtype)[6:]}, {ops.name}, equal"
             rows.append({"what": what, "value": exact, "bar": "True", "holds": exact})
-    return rows + _times(device, small)
+    return rows + _times(device, small) + gradients(device, small)
 
 
 def _error(ops: TileOps, toy: Toy, stores: list[Offsets], dtype: torch.dtype) -> float:
@@ -158,6 +165,51 @@ def _times(device: torch.device, small: bool) -> Rows:
     return rows
 
 
+def gradients(device: torch.device, small: bool) -> Rows:
+    """Forming the gradients of values: all rows at once, as a layer does it on a card, and so many
+    that their product is still in the cache when it is gathered from."""
+    tokens, m, n = (64, 256, 512) if small else (2048, 4096, 11008)
+    dtype = torch.float32 if small else torch.bfloat16
+    index, scratch = random_index(m, n, 0.05, device), Scratch()
+    left, right = (torch.randn(tokens, k, device=device).to(dtype) for k in (m, n))
+    out = torch.empty(index.count, dtype=dtype, device=device)
+    cache, processors = card.cache() if card.present() else (2**18, 1)
+    some = cached_rows(m, n, dtype.itemsize, cache, processors)
+    rows: Rows = []
+    for ops in implementations(device):
+        for step in (m, some):
+            parts = [
+                (left[:, a:b], index.part(a, b), out[slice(*index.span(a, b))])
+                for a, b in row_ranges(m, step)
+            ]
+
+            def formed(ops: TileOps = ops, parts: Any = parts) -> None:
+                for some_left, part, place in parts:
+                    ops.sampled_product(some_left, right, part, place, scratch.take)
+
+            what = f"gradients {m}x{n}, {tokens} tokens, {step} rows at once, {ops.name}, ms"
+            rows.append({"what": what, "value": round(1e3 * seconds(formed), 4)})
+    return rows
+
+
+TILE = 128
+"""Rows, and columns, that a product's kernel forms in one multiprocessor, as a rule."""
+
+
+def cached_rows(m: int, n: int, itemsize: int, cache: int, processors: int) -> int:
+    """Of an [m, n] product: rows that take at most half of the cache, but enough that every
+    multiprocessor has four tiles; in whole tiles.
+
+    Args:
+        m, n, itemsize: of the product.
+        cache: bytes.
+        processors: multiprocessors.
+    """
+    fitting = cache // 2 // (n * itemsize) // TILE * TILE
+    filling = -(-4 * processors // -(-n // TILE)) * TILE
+    return min(m, max(TILE, fitting, filling))
+
+
 def _stored(toy: Toy) -> int:
     form = toy.form
     if isinstance(form, Tensor):
@@ -171,7 +223,7 @@ def seconds(function: Callable[[], Any], repeats: int = 9) -> float:
     """Median of a few calls after two to warm up. On CUDA ten calls at a time are replayed from a
     graph, so that what the host does between launches does not count; what cannot be captured is
     launched ten times in a row."""
-    many = 10 if torch.cuda.is_available() else 1
+    many = 10 if card.present() else 1
 
     def run() -> None:
         for _ in range(many):
@@ -179,17 +231,5 @@ def seconds(function: Callable[[], Any], repeats: int = 9) -> float:
 
     run()
     run()
-    replay = _captured(run) if torch.cuda.is_available() else run
+    replay = card.replayed(run) if card.present() else run
     return median(timed(replay)[1] for _ in range(repeats)) / many
-
-
-def _captured(run: Callable[[], None]) -> Callable[[], None]:
-    """`run` as a CUDA graph, or itself where it asks the device for something."""
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            run()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return run
-    return graph.replay

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import card
 from benchmarks.common import timed
 from benchmarks.gpu_steps import release
 from benchmarks.trainee import Scale
@@ -88,7 +89,7 @@ class Run:
         from leanlift.optim import SparseAdamW
         from leanlift.training.step_guard import GradientHooks, StepGuard
 
-        self.scale, self.cuda, self.ordered = scale, scale.device.type == "cuda", True
+        self.scale, self.cuda, self.ordered = scale, scale.cuda, True
         torch.manual_seed(0)
         width, _, vocabulary = scale.shape
         model = nf4_llama(llama(width, BLOCKS, vocabulary), scale.device, scale.dtype)
@@ -123,14 +124,14 @@ class Run:
             return float(loss.detach())
 
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+            card.reset_peaks()
         loss, seconds = timed(once)
         self.losses.append(loss)
         self.seconds.append(seconds)
         if self.cuda:
-            self.peaks.append(torch.cuda.max_memory_allocated())
-            self.allocated.append(torch.cuda.memory_allocated())
-            self.pinned.append(pinned_nbytes())
+            self.peaks.append(card.peak())
+            self.allocated.append(card.allocated())
+            self.pinned.append(card.pinned())
 
     def offload(self, times: int) -> None:
         """Go on with rows so many times as long, what is kept of them waiting on the host, and with
@@ -174,9 +175,3 @@ class Run:
 def copied(copy: Callable[[], Any]) -> float:
     """Seconds of a copy, the best of a few."""
     return min(timed(copy)[1] for _ in range(5))
-
-
-def pinned_nbytes() -> int:
-    """What torch has pinned of the host's memory."""
-    stats = getattr(torch.cuda, "host_memory_stats", dict)()
-    return int(stats.get("allocated_bytes.current", 0))

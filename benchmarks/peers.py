@@ -37,15 +37,27 @@ def llama(hidden: int, layers: int, vocabulary: int = 32000) -> LlamaConfig:
     )
 
 
-def nf4_llama(config: LlamaConfig, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A Llama whose Linears inside the blocks are `Linear4bit` with double quantization."""
+def nf4_llama(
+    config: LlamaConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    quantized: bool = True,
+) -> Any:
+    """A Llama whose Linears inside the blocks are `Linear4bit` with double quantization, and whose
+    attention is torch's; not `quantized`: the same weights in `dtype`."""
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
     generator = torch.Generator(device).manual_seed(seed)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
-            m, n = module.weight.shape
-            model.set_submodule(name, _linear4bit(_matrix(m, n, generator, device), dtype, device))
+            weight = _matrix(*module.weight.shape, generator, device)
+            if quantized:
+                model.set_submodule(name, _linear4bit(weight, dtype, device))
+            else:
+                module.weight = nn.Parameter(weight.to(dtype))
     for name, parameter in list(model.named_parameters()):
         if parameter.device.type == "meta":
             fill = torch.ones if parameter.dim() == 1 else _noise
@@ -87,15 +99,39 @@ def mark_quantized(model: Any) -> Any:
     return model
 
 
-def lora(model: Any, rank: int) -> Any:
-    """PEFT LoRA of this rank on every Linear of the blocks, as QLoRA has it."""
+def lora(model: Any, rank: int, dtype: torch.dtype | None = None) -> Any:
+    """PEFT LoRA of this rank on every Linear of the blocks, as QLoRA has it.
+
+    Args:
+        model: in 4 bits.
+        rank: of every adapter.
+        dtype: of the adapters; None: the model's, in which leanlift's values are too. TRL trains
+            them in bf16 over a quantized base, PEFT itself keeps them in fp32.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=rank, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    # adapters in the model's dtype, as leanlift's values are: PEFT would keep them in fp32
-    return get_peft_model(mark_quantized(model), config, autocast_adapter_dtype=False)
+    peft_model = get_peft_model(mark_quantized(model), config, autocast_adapter_dtype=False)
+    for parameter in trained(peft_model):  # as TRL does it, which PEFT alone does not always
+        parameter.data = parameter.data.to(dtype or model.dtype)
+    return peft_model
+
+
+def super_tuning(model: Any, density: float) -> Any:
+    """PEFT's Super-Tuning of a 16/32-bit model: the largest entries of every Linear of the blocks.
+
+    Raises:
+        ImportError: this PEFT has none.
+    """
+    from peft import SupertuningConfig, get_peft_model
+
+    targets = _linears(model, nn.Linear)
+    config = SupertuningConfig(target_modules=targets, sparsity=1 - density, task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(model, config)
 
 
 def lift(model: Any, config: LiftConfig) -> Any:
@@ -128,9 +164,9 @@ def _random_mask(base_layer: Any, r: int, **_: Any) -> torch.Tensor:
     return mask.view(m, n)
 
 
-def _linears(model: Any) -> list[str]:
-    names = (name for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit))
-    return sorted({name.rpartition(".")[2] for name in names})
+def _linears(model: Any, kind: type[nn.Module] = bnb.nn.Linear4bit) -> list[str]:
+    names = (name for name, m in model.named_modules() if isinstance(m, kind))
+    return sorted({name.rpartition(".")[2] for name in names} - {"lm_head"})
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

@@ -8,20 +8,20 @@ values, 8-bit moments. FLOP and bytes are those that `leanlift plan --card` coun
 = 64 on every Linear beside it, with adapters in bf16: the same products with the frozen weights and
 the same bytes between them, weights dequantized thrice and not patched, and the adapters' own
 products and bytes. `measured` are the kernels of a profile on that card, where
-`benchmarks/gpu_proof` has left one: its products are in one class there.
+`benchmarks/gpu_proof` has left one; an earlier one has all products in one class.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, write_rows
+from benchmarks.common import RESULTS, read_rows, write_rows
 from benchmarks.plan import MODELS, STEP
 from leanlift import LiftConfig, PlanSettings
 from leanlift.plan.base import FakeBase, without_packing_search
@@ -47,15 +47,11 @@ from leanlift.plan.work import (
 MODEL, RANK = "Llama-2-7B", 64
 CARDS = ("RTX 4090", "H100 SXM")
 PROFILE = RESULTS / "gpu_proof-nvidia-h100-80gb-hbm3.csv"
-PROFILED = {
-    "products": "products",
-    "elementwise": "elementwise and reductions",
-    "dequantize and patch": "dequantize and patch",
-    "attention": "attention",
-    "gather": "gather",
-    "optimizer": "optimizer",
-}
-"""A class of this table, and that of the profile which it is put beside."""
+EARLIER = {"comfortable": {"elementwise": "elementwise and reductions"}}
+"""What classes were called in a profile under a setting's earlier name."""
+
+MEASURED = {"leanlift": ("default", "comfortable"), "QLoRA, r = 64": ("QLoRA r=64",)}
+"""Under which names a profile may have a line of this table."""
 
 Classes = dict[str, Part]
 
@@ -128,11 +124,17 @@ def seconds(part: Part, card: Card) -> float:
     return products / card.flops + part.traffic / (TRAFFIC * card.bandwidth)
 
 
-def counted(**changes: Any) -> tuple[ModelWork, Running]:
-    """The work of a step of the model under settings."""
+def counted(model: Any = None, **changes: Any) -> tuple[ModelWork, Running]:
+    """The work of a step of a model under settings.
+
+    Args:
+        model: its configuration; None: that of `MODEL`.
+        changes: of `PlanSettings`.
+    """
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"
-        path.write_text(json.dumps(MODELS[MODEL].to_dict()), encoding="utf-8")
+        model = MODELS[MODEL] if model is None else model
+        path.write_text(json.dumps(model.to_dict()), encoding="utf-8")
         config = LiftConfig(density=0.05, values_dtype="bfloat16")
         planned = FakeBase.of(path).planned(config, PlanSettings(**{**STEP, **changes}))
         with without_packing_search(), fake_tensors():
@@ -140,14 +142,22 @@ def counted(**changes: Any) -> tuple[ModelWork, Running]:
     return shapes.work, running_of(planned, shapes)
 
 
-def measured() -> dict[str, float]:
-    """Milliseconds by class of the profile on an H100; nothing where there is none."""
-    if not PROFILE.is_file():
-        return {}
-    with PROFILE.open(newline="", encoding="utf-8") as file:
-        rows = {row["what"]: row["value"] for row in csv.DictReader(file)}
-    found = {name: rows.get(f"comfortable, {of}, ms") for name, of in PROFILED.items()}
-    return {name: float(value) for name, value in found.items() if value is not None}
+def measured(line: str, kinds: Iterable[str], profile: Path = PROFILE) -> dict[str, float]:
+    """Milliseconds by class of a line in the profile on an H100; nothing where it has none.
+
+    Args:
+        line: of this table.
+        kinds: the classes.
+        profile: the proof's rows.
+    """
+    rows = {row["what"]: row["value"] for row in read_rows(profile)}
+    for name in MEASURED[line]:
+        found = {
+            kind: rows.get(f"{name}, {EARLIER.get(name, {}).get(kind, kind)}, ms") for kind in kinds
+        }
+        if any(found.values()):
+            return {kind: float(value) for kind, value in found.items() if value is not None}
+    return {}
 
 
 def main() -> None:
@@ -171,11 +181,12 @@ def main() -> None:
             cells = {kind: round(1e3 * seconds(part, card), 1) for kind, part in classes.items()}
             whole = round(sum(1e3 * seconds(part, card) for part in classes.values()), 1)
             rows.append({"card": name, "line": line, "how": "modelled", "ms": whole, **cells})
-    found = measured()
-    if found:
-        whole = round(sum(found.values()), 1)
-        cells = {kind: found.get(kind, "") for kind in rows[0] if kind in lines["leanlift"]}
-        rows.append({"card": CARDS[1], "line": "leanlift", "how": "measured", "ms": whole, **cells})
+    for line in MEASURED:
+        found = measured(line, kinds := [*lines["leanlift"]])
+        if found:
+            whole = round(sum(found.values()), 1)
+            cells = {kind: found.get(kind, "") for kind in kinds}
+            rows.append({"card": CARDS[1], "line": line, "how": "measured", "ms": whole, **cells})
     for row in rows:
         print(row)
     print(f"Wrote {write_rows('step_model', rows)}")

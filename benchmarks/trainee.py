@@ -6,10 +6,8 @@ A part of `gpu_proof`.
 from __future__ import annotations
 
 import gc
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,12 @@ from typing import Any
 import torch
 
 import leanlift
+from benchmarks import card
 from benchmarks.common import timed
 
 GIB = 2**30
 RANK = 64
+DENSITY = 0.05
 OWN = Path(leanlift.__file__).parent
 
 
@@ -30,6 +30,11 @@ class Scale:
 
     device: torch.device
     small: bool
+
+    @property
+    def cuda(self) -> bool:
+        """Whether there is a card to ask for its memory and its time."""
+        return card.present()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,35 +78,17 @@ class Trainee:
         self.peaks.clear()
 
     def step(self) -> None:
-        cuda, start = self.scale.device.type == "cuda", allocated(self.scale)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+        start = allocated(self.scale)
+        if self.scale.cuda:
+            card.reset_peaks()
         self.seconds.append(timed(self.once)[1])
-        if cuda:
-            self.peaks.append(self.static + torch.cuda.max_memory_allocated() - start)
+        if self.scale.cuda:
+            self.peaks.append(self.static + card.peak() - start)
 
     def waits(self) -> str:
         """Where leanlift makes the host wait for the device in a step: "nothing", or the places.
         transformers asks the attention mask for its values; that is not looked at."""
-        found: list[str] = []
-
-        def note(message: Any, *_: Any, **__: Any) -> None:
-            frames = [f for f in traceback.extract_stack() if "torch" not in Path(f.filename).parts]
-            asked = next((f for f in reversed(frames) if f.filename != __file__), None)
-            if asked is not None and OWN in Path(asked.filename).parents:
-                found.append(f"{Path(asked.filename).name}:{asked.lineno}")
-
-        torch.cuda.set_sync_debug_mode("warn")
-        shown, warnings.showwarning = warnings.showwarning, note
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                warnings.showwarning = note
-                self.once()
-        finally:
-            warnings.showwarning = shown
-            torch.cuda.set_sync_debug_mode("default")
-        return ", ".join(sorted(set(found))) or "nothing"
+        return ", ".join(card.waits(self.once, OWN)) or "nothing"
 
     def once(self) -> None:
         """A step that is not measured."""
@@ -113,14 +100,14 @@ class Trainee:
 
 
 def allocated(scale: Scale) -> int:
-    return torch.cuda.memory_allocated() if scale.device.type == "cuda" else 0
+    return card.allocated() if scale.cuda else 0
 
 
-def base(scale: Scale) -> Any:
+def base(scale: Scale, quantized: bool = True) -> Any:
+    """A model of this scale whose blocks recompute their activations, in NF4 or as it is."""
     from benchmarks.peers import llama, nf4_llama
 
-    width, layers, vocabulary = scale.shape
-    model = nf4_llama(llama(width, layers, vocabulary), scale.device, scale.dtype)
+    model = nf4_llama(llama(*scale.shape), scale.device, scale.dtype, quantized=quantized)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -138,24 +125,24 @@ def lifted(
     from leanlift.optim import SparseAdamW
 
     config = LiftConfig(
-        density=0.05,
+        density=DENSITY,
         approx_rank=8 if scale.small else RANK,
         selector=selector,
         values_dtype="bfloat16",
         quantize_embeddings=setting != "default",
     )
     model, start = base(scale), allocated(scale)
-    if scale.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    if scale.cuda:
+        card.reset_peaks()
     model = lift(model, config).train()
-    if peak is not None and scale.device.type == "cuda":
-        peak.append(torch.cuda.max_memory_allocated() - start)
+    if peak is not None and scale.cuda:
+        peak.append(card.peak() - start)
     optimizer = SparseAdamW(trained(model), lr=1e-4, moments="8bit")
     if setting != "default":
         for values in trained(model):
             values.register_post_accumulate_grad_hook(_updating(optimizer))
     around: Any = nullcontext
-    if setting == "offloaded" and scale.device.type == "cuda":
+    if setting == "offloaded" and scale.cuda:
         embedding_to_cpu(model)
 
         from leanlift.model import lifted as inner
@@ -176,18 +163,3 @@ def _updating(optimizer: Any) -> Callable[[torch.Tensor], None]:
         values.grad = None
 
     return update
-
-
-@contextmanager
-def capped(scale: Scale, gib: float | None) -> Iterator[None]:
-    """The allocator may take so much and no more, as on a smaller card."""
-    if gib is None or scale.device.type != "cuda":
-        yield
-        return
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total))
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -43,9 +43,9 @@ def patched_rows(n: int) -> int:
 def gradient_rows(m: int, n: int, x: Tensor) -> int:
     """Rows of the values' gradient that are formed at once.
 
-    On CUDA all: the scratch has room for any layer's weight, and one product is as fast as several
-    whose results stay in the cache for the gather (`benchmarks/gpu_proof`). On a CPU, many: of most
-    masks the entries alone are formed.
+    On CUDA all: the scratch has room for any layer's weight, and one product is one launch.
+    `benchmarks/gpu_proof` times it beside several whose results stay in the cache for the gather.
+    On a CPU, many: of most masks the entries alone are formed.
     """
     return m if x.device.type == "cuda" else tile_rows(n, 4, SAMPLED_TILE_BYTES)
 

@@ -257,7 +257,7 @@ def _laps(
     try:
         with (
             in_part(model, way),
-            fused_attention(),
+            fused_attention(any(layer.workspace.stands_for == "cuda" for layer in layers)),
             offloading(model, offload),
             LiveBytes() as live,
             remembering(model, live),

@@ -32,6 +32,7 @@ from leanlift.io.files import read_json, write_json
 from leanlift.layers.lm_head import Objective
 from leanlift.measure.meter import CATEGORIES
 from leanlift.plan.base import FakeBase
+from leanlift.plan.blas import workspace_here
 from leanlift.plan.result import MemoryPlan
 from leanlift.plan.settings import PlanSettings
 from leanlift.plan.work import Part, StepWork
@@ -91,6 +92,7 @@ def key_of(
         repr(settings),
         repr(objective),
         method,
+        workspace_here() if settings.on_cuda else 0,
         versions(),
     )
     return hashlib.sha256(repr(decides).encode()).hexdigest()

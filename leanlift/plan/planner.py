@@ -31,6 +31,7 @@ from leanlift.plan.sums import (
     adapter_nbytes,
     before_training,
     beside_training,
+    blas_nbytes,
     brought,
     gradient_nbytes,
     held_nbytes,
@@ -72,7 +73,8 @@ def plan_step(
     given = _input_nbytes(settings.batch, settings.gradient_accumulation_steps, settings)
     moving = moving.beside(given)
     held = held_nbytes(planned, shapes)
-    static, updating = sum(held.values()), given + updating_nbytes(planned, shapes, held)
+    static = sum(held.values()) + blas_nbytes(planned)
+    updating = given + updating_nbytes(planned, shapes, held)
     train = static + max(moving.peak, updating)
     categories = {**held, "gradients": gradient_nbytes(planned, held)}
     categories["activations and workspace"] = train - sum(categories.values())
@@ -131,7 +133,8 @@ def least_nbytes(planned: Planned) -> tuple[int, str]:
     shapes = shapes_of(planned)
     held = held_nbytes(planned, shapes)
     phases = before_training(planned, shapes, held)
-    phases["optimizer's step"] = sum(held.values()) + updating_nbytes(planned, shapes, held)
+    static = sum(held.values()) + blas_nbytes(planned)
+    phases["optimizer's step"] = static + updating_nbytes(planned, shapes, held)
     moment = max(phases, key=phases.__getitem__)
     return phases[moment] + _context(planned.settings), moment
 

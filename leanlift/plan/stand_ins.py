@@ -13,9 +13,14 @@ from leanlift.streaming.offload import Nowhere, Offload
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
+def fused_attention(cuda: bool = False) -> Iterator[None]:
     """Fake tensors have no device whose fused kernels could be asked for: torch would fall back to
-    whole attention matrices, which neither a CPU nor a GPU makes."""
+    whole attention matrices, which neither a CPU nor a GPU makes.
+
+    Args:
+        cuda: whether they stand for tensors on a GPU, whose backward kernels sum the queries'
+            gradient up in fp32 where it is in 16 bits.
+    """
 
     def attention(
         query: Tensor,
@@ -35,7 +40,10 @@ def fused_attention() -> Iterator[None]:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        out = fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        if cuda and query.dtype.itemsize == 2 and out.grad_fn is not None:
+            _beside(out.grad_fn, query)
+        return out
 
     functional: Any = torch.nn.functional
     stock = functional.scaled_dot_product_attention
@@ -44,6 +52,20 @@ def fused_attention() -> Iterator[None]:
         yield
     finally:
         functional.scaled_dot_product_attention = stock
+
+
+def _beside(node: Any, query: Tensor) -> None:
+    """Let there be, while a backward node runs, an fp32 tensor of the queries' shape [B, H, S, D],
+    of whole tiles: S in steps of 128, D in steps of 32."""
+    *rows, tokens, width = query.shape
+    shape, device = (*rows, -(-tokens // 128) * 128, -(-width // 32) * 32), query.device
+    held: list[Tensor] = []
+
+    def take(*_: Any) -> None:
+        held.append(torch.empty(shape, dtype=torch.float32, device=device))
+
+    node.register_prehook(take)
+    node.register_hook(lambda *_: held.clear())
 
 
 def offloading(model: nn.Module, wanted: bool) -> Any:

@@ -11,6 +11,7 @@ from leanlift.export import merge_nbytes
 from leanlift.model.attach import selecting_nbytes
 from leanlift.model.refresh import refresh_nbytes
 from leanlift.optim import moment_sizes, optimizer_nbytes, update_nbytes
+from leanlift.plan.blas import THREADS, workspace_here
 from leanlift.plan.shapes import Planned, Shapes
 from leanlift.source import loading_nbytes
 from leanlift.sparse import anchors_nbytes, index_nbytes, index_sizes, retired_nbytes
@@ -35,6 +36,11 @@ def held_nbytes(planned: Planned, shapes: Shapes) -> dict[str, int]:
         **({"streamed state": BUFFERS * max(state) + host} if state else {}),
         "scratch": shapes.scratch,
     }
+
+
+def blas_nbytes(planned: Planned, threads: int = THREADS) -> int:
+    """What so many threads multiply in, on a card."""
+    return threads * workspace_here() if planned.settings.on_cuda else 0
 
 
 def adapter_nbytes(planned: Planned, shapes: Shapes) -> int:
@@ -146,9 +152,10 @@ def before_training(planned: Planned, shapes: Shapes, held: dict[str, int]) -> d
               for name in brought(planned, shapes)]  # fmt: skip
     at_once = max if planned.settings.on_cuda else sum  # on a CPU the host's memory is its own
     index = held["index"] + (at_once(chosen) if chosen else 0)
+    multiplied = blas_nbytes(planned, 1 if planned.config.selector != "gradient" else THREADS)
     return {
         "load": loading_nbytes(base, item * shapes.read_whole, shapes.by_tiles),
-        "select": base + index + _attaching(planned, held, shapes, ends),
+        "select": base + index + multiplied + _attaching(planned, held, shapes, ends),
     }
 
 

@@ -222,7 +222,7 @@ def test_a_plan_of_pairs_has_both_passes_and_generation_its_cache(tmp_path: Path
         plan("none", 1, 16)
 
 
-CARDS = [("dpo", "2.72GB"), ("grpo", "1.72GB"), ("reward", "0.85GB")]
+CARDS = [("dpo", "2.8GB"), ("grpo", "1.8GB"), ("reward", "0.93GB")]
 
 
 @pytest.mark.parametrize(("method", "card"), swept(CARDS, CARDS[2]))
