@@ -29,6 +29,14 @@ def crowded(m: int, n: int, density: float = 0.05) -> SegmentedIndex:
     return SegmentedIndex.from_flat(select(weight, Principal(rank=4), count), (m, n))
 
 
+def few(m: int, n: int) -> SegmentedIndex:
+    """Entries in some rows of some columns; none in the first and the last row."""
+    mask = torch.zeros(m, n, dtype=torch.bool)
+    mask[1 : m // 3, ::5] = True
+    mask[m // 2 : -1 : 7, 1::9] = True
+    return index_of(mask)
+
+
 def _one_row(m: int, n: int) -> SegmentedIndex:
     mask = torch.zeros(m, n, dtype=torch.bool)
     mask[m // 2] = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import assert_as_good_as_plain_torch, make_linear4bit, random_inputs
-from masks import MASKS, crowded
+from masks import MASKS, crowded, few
 from sweeps import swept
 from torch import Tensor
 
@@ -91,7 +91,7 @@ def test_scratch_that_holds_no_numbers_does_no_harm() -> None:
 
 
 def test_blocks_that_are_not_listed_are_not_formed() -> None:
-    index, lent = crowded(256, 384, 0.01), []
+    index, lent = few(256, 384), []
 
     def take(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         lent.append(torch.full((rows, columns), torch.nan, dtype=dtype, device=device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from masks import MASKS, crowded
+from masks import MASKS, few
 
 from leanlift import UserError
 from leanlift.layers import Scratch
@@ -31,7 +31,7 @@ def test_entries_of_a_product(name: str, shape: tuple[int, int], dtype: torch.dt
 
 
 def test_only_what_is_listed_is_formed() -> None:
-    index, lent = crowded(256, 384, 0.01), []
+    index, lent = few(256, 384), []
 
     def take(m: int, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         lent.append(torch.full((m, n), torch.nan, dtype=dtype, device=device))
