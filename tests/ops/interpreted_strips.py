@@ -70,6 +70,7 @@ def test_any_number_of_tokens(tokens: int) -> None:
     assert_as_exact(torch.randn(tokens, 130), torch.randn(tokens, 257), crowded(130, 257))
 
 
+@pytest.mark.thorough
 def test_a_slice_of_a_large_matrix() -> None:
     assert_as_exact(torch.randn(20, 256), torch.randn(20, 11008), crowded(256, 11008, 0.02))
 
