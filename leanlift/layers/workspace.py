@@ -75,7 +75,7 @@ class Workspace:
     has moved or `use` has named others; until then every layer finds them here.
 
     Args:
-        implementation: "auto", "torch" or "triton" (see `ops.tile_ops`); or the operations.
+        implementation: one of `ops.IMPLEMENTATIONS` (see `ops.tile_ops`); or the operations.
         stands_for: the kind of device that the layers are taken to be on, "cpu" or "cuda"; None:
             the one that they are on. For a plan, whose tensors are on none.
 

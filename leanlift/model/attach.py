@@ -259,10 +259,11 @@ def use_ops(model: nn.Module, name: str) -> None:
     Args:
         model: an attached model, on its device.
         name: "auto" (Triton on CUDA where it can be imported, else torch; what a model starts
-            with), "torch" or "triton".
+            with), "torch", "triton", or "triton-strips", which leaves out of the values' gradient
+            what the mask does not need and takes memory that no plan counts (`ops.triton_strips`).
 
     Raises:
-        UserError: nothing is attached, an unknown name, or "triton" where it cannot run.
+        UserError: nothing is attached, an unknown name, or one of Triton's where it cannot run.
     """
     workspace = lift_state(model).workspace
     resolve(name, next(iter(lift_layers(model).values())).weight_tiles.device)

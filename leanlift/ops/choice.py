@@ -1,6 +1,8 @@
 """Choosing an implementation by name. An explicit choice never falls back.
 
 "auto" is Triton on CUDA where Triton can be imported, else torch. "triton" is Triton or an error.
+"triton-strips" is that, with a gradient of the values of which only what the mask needs is formed.
+It is not what "auto" means: nobody has timed it on a GPU (`benchmarks/strips_product.py` does).
 """
 
 from __future__ import annotations
@@ -15,23 +17,26 @@ from leanlift.errors import UserError
 from leanlift.ops.parts import TileOps
 from leanlift.ops.reference import TorchOps
 
-IMPLEMENTATIONS = ("auto", "torch", "triton")
+IMPLEMENTATIONS = ("auto", "torch", "triton", "triton-strips")
 
 
 def tile_ops(name: str, device: torch.device) -> TileOps:
     """The implementation that `name` means on `device`.
 
     Raises:
-        UserError: an unknown name, or "triton" where it cannot run.
+        UserError: an unknown name, or one of Triton's where it cannot run.
     """
     if resolve(name, device) == "torch":
         return _torch_ops()
+    if name == "triton-strips":
+        strips: TileOps = importlib.import_module("leanlift.ops.triton_strips").TritonStrips()
+        return strips
     ops: TileOps = _kernels().TritonOps()
     return ops
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """ "torch" or "triton", for "auto" too.
+    """ "torch" or "triton", for every name.
 
     Raises:
         UserError: as `tile_ops`.
@@ -45,12 +50,12 @@ def resolve(name: str, device: torch.device) -> str:
         return "torch" if kernels is None else "triton"
     if kernels is None:
         raise UserError(
-            "ops=triton needs Triton, which cannot be imported: install leanlift[triton], or use "
+            f"ops={name} needs Triton, which cannot be imported: install leanlift[triton], or use "
             "ops=torch."
         )
     if device.type != "cuda" and not kernels.INTERPRETED:
         raise UserError(
-            f"ops=triton needs a CUDA device, but the model is on {device.type}: use ops=auto or "
+            f"ops={name} needs a CUDA device, but the model is on {device.type}: use ops=auto or "
             "ops=torch."
         )
     return "triton"

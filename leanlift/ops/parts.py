@@ -85,7 +85,7 @@ class TileOps(Protocol):
     """One implementation of what joins a sparse store to dense rows.
 
     Attributes:
-        name: "torch" or "triton".
+        name: one of `IMPLEMENTATIONS`.
         whole: whether `effective_rows` needs no memory that grows with the tile, so that a matrix
             is written in one go.
     """

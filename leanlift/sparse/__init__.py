@@ -11,15 +11,19 @@ from leanlift.sparse.index import (
     index_sizes,
 )
 from leanlift.sparse.offsets import LayerOffsets, Offsets, add_offsets_, common, find_positions
+from leanlift.sparse.strips import GROUP, STRIP, Strips, strips_nbytes
 from leanlift.sparse.update import MaskChange, change_mask
 
 __all__ = [
+    "GROUP",
     "SEGMENT",
+    "STRIP",
     "BoundedMask",
     "LayerOffsets",
     "MaskChange",
     "Offsets",
     "SegmentedIndex",
+    "Strips",
     "add_offsets_",
     "anchors_nbytes",
     "bounded_mask",
@@ -30,4 +34,5 @@ __all__ = [
     "index_nbytes",
     "index_sizes",
     "retired_nbytes",
+    "strips_nbytes",
 ]

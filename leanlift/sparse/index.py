@@ -22,12 +22,14 @@ Shapes: k entries, m rows, n columns, S segments a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from leanlift.sparse.strips import Strips
 
 SEGMENT = 255
 ANCHOR_ROWS = 64
@@ -196,6 +198,16 @@ class SegmentedIndex:
         """As Python reads them: a tensor's entry takes it ten times as long."""
         anchors: list[int] = self.anchors.tolist()
         return anchors
+
+    @cached_property
+    def strips(self) -> Strips:
+        """Where the entries lie once columns are sorted; made when it is first asked for, and kept
+        with the index."""
+        return Strips.of(self.shape, self.columns.device, self._pieces)
+
+    def _pieces(self) -> Iterator[tuple[int, Tensor]]:
+        for start in range(0, self.shape[0], DECODE_ROWS):
+            yield start, self.decode(start, min(start + DECODE_ROWS, self.shape[0]))
 
     def decode(self, start: int, stop: int) -> Tensor:
         """Flat positions of the entries in rows `start:stop`, relative to row `start`: int64."""

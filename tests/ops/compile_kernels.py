@@ -1,17 +1,26 @@
-"""Compile every kernel for one GPU generation, without a GPU: `compile_kernels.py 90`."""
+"""Compile every kernel for one GPU generation, without a GPU: `compile_kernels.py 90`.
+
+Of the product by strips also: that registers suffice, that both factors come in 16 bytes at a time,
+and that tensor cores multiply them.
+"""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import tempfile
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from leanlift.ops import triton_adamw as adamw
 from leanlift.ops import triton_rows as rows
+from leanlift.ops import triton_strips as strips
 
 POINTERS = {
     "codes": "*u8", "absmax": "*u8", "table": "*fp32", "outer": "*fp32", "table256": "*fp32",
@@ -21,6 +30,7 @@ POINTERS = {
     "scale": "fp32", "scale2": "fp32", "start": "i32", "before": "i32",
     "before2": "i32", "n": "i32", "S": "i32",
 }  # fmt: skip
+TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
 def compile_kernel(
@@ -32,6 +42,40 @@ def compile_kernel(
     source = ASTSource(kernel, signature, constants)
     compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
     assert compiled.asm["cubin"]
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Local memory that a thread of a compiled kernel needs: what does not fit registers."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (used,) = [word for word in shown.split() if word.startswith("STACK:")]
+    return int(used.removeprefix("STACK:"))
+
+
+def compile_strips(target: GPUTarget) -> None:
+    """The product by strips in every dtype, with arguments as aligned as at a launch."""
+    kernel = strips.strips_kernel
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        constants = strips.product_constants(dtype)
+        types = dict.fromkeys(("turned", "right", "dense"), f"*{name}")
+        types |= {"rows": "*i16", "strips": "*i32", "T": "i32", "N": "i32"}
+        signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
+        options = {"num_warps": strips.PRODUCT_WARPS, "num_stages": strips.STAGES}
+        source = ASTSource(kernel, signature, constants, aligned)
+        compiled = triton.compile(source, target=target, options=options)
+        ptx = compiled.asm["ptx"]
+        assert stack_bytes(compiled.asm["cubin"]) == 0, "the product spills registers"
+        assert "cp.async.cg" in ptx, "factors are not read in 16 bytes"
+        assert "cp.async.ca" not in ptx, "factors are read in small pieces"
+        assert name == "fp32" or any(i in ptx for i in TENSOR_CORES), "no tensor core is used"
+    index = {"SEGMENT": 255, "PADDED": 64, "CHUNK": 64, "ENTRIES": 128}
+    types = {**POINTERS, "dense": "*bf16", "out": "*bf16", "ranks": "*i32", "N": "i32"}
+    compile_kernel(strips.gather_sorted_kernel, types, index, target)
 
 
 def main() -> None:
@@ -72,6 +116,7 @@ def main() -> None:
         compile_kernel(adamw.adamw_kernel, types, unasked, target)
         types["apply"] = "*u8"
         compile_kernel(adamw.adamw_kernel, types, {**constants, "ASKS": True}, target)
+    compile_strips(target)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,9 @@ def test_bfloat16_values_are_read() -> None:
 
 
 def test_names_are_checked() -> None:
-    with pytest.raises(UserError, match="expected ops among auto, torch, triton, got 'cuda'"):
+    with pytest.raises(
+        UserError, match="expected ops among auto, torch, triton, triton-strips, got"
+    ):
         tile_ops("cuda", CPU)
     assert tile_ops("auto", CPU).name == "torch"
 

@@ -36,12 +36,12 @@ def interpreter_source() -> str:
 @pytest.mark.parametrize("which", swept(["not thorough", "thorough"], "not thorough"))
 def test_kernels_do_what_the_reference_does_in_the_interpreter(which: str) -> None:
     """In a process of its own, since the interpreter is chosen when Triton is imported."""
-    command = ("-m", "pytest", "-q", "-x", "-m", which, str(HERE / "interpreted_kernels.py"))
-    done = run_python(*command, TRITON_INTERPRET="1")
+    files = [str(HERE / name) for name in ("interpreted_kernels.py", "interpreted_strips.py")]
+    done = run_python("-m", "pytest", "-q", "-x", "-m", which, *files, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:]
 
 
-@pytest.mark.parametrize("capability", swept([80, 89, 90, 120], 90))
+@pytest.mark.parametrize("capability", swept([80, 86, 89, 90, 100, 120], 90))
 def test_kernels_compile_ahead_of_time(capability: int) -> None:
     done = run_python(str(HERE / "compile_kernels.py"), str(capability))
     assert done.returncode == 0, done.stderr[-4000:]
