@@ -37,8 +37,11 @@ logger = logging.getLogger("leanlift")
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The norm of all gradients together, fp64 [], on their device: it cannot overflow."""
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    found = list(gradients)
+    if not found:
+        return torch.zeros(())
+    norms = torch._foreach_norm(found, 2, dtype=torch.float64)  # few launches, as torch clips
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_to_norm_(gradients: list[Tensor], limit: float) -> Tensor:
