@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -150,10 +151,18 @@ def _facts(results: Results) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in runs))
     versions = ", ".join(f"{of} {last[of]}" for of in ("torch", "transformers", "bitsandbytes"))
     return (
-        f"{last['steps']} steps of {last['batch']} rows, products in {last['dtype']}; {len(runs)} "
+        f"{last['steps']} steps of {last['batch']} rows, products in {_dtypes(runs)}; {len(runs)} "
         f"runs, {seconds / 3600:.1f} hours of one process; {last['device']}; {versions}; commit "
         f"{commits}."
     )
+
+
+def _dtypes(runs: Sequence[Row]) -> str:
+    """Of products, the most common first: not every machine multiplies in bf16."""
+    counted = Counter(row["dtype"] for row in runs).most_common()
+    if len(counted) == 1:
+        return counted[0][0]
+    return ", ".join(f"{dtype} ({count} runs)" for dtype, count in counted)
 
 
 def _bases(results: Results) -> str:
