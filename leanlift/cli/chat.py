@@ -69,10 +69,8 @@ def add_chat(commands: Any) -> None:
 def _chat(options: argparse.Namespace) -> int:
     _check(options)
     options.adapter = _adapter(options)
-    from leanlift.cli import starting
+    from leanlift.cli.talk import chat_command
 
-    with starting():
-        from leanlift.cli.talk import chat_command
     return chat_command(options)
 
 

@@ -188,6 +188,7 @@ def test_the_options_are_a_reviewed_set() -> None:
         "plan",
         "train",
         "eval",
+        "chat",
         "export",
         "combine",
         "push",

@@ -92,6 +92,7 @@ def test_none_are_kept_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- what decides ---------------------------------------------------------------------------
 
 OTHERS: dict[str, Any] = {
+    "mlp_tokens": 4096,
     "target_modules": ("q_proj",), "exclude_modules": ("o_proj",), "modules_to_save": ("q_proj",),
     "trainable_token_indices": (3,), "density_pattern": {"q_proj": 0.5}, "rank_budget": 2,
     "selector": "magnitude", "values_dtype": "bfloat16", "bnb_4bit_quant_type": "fp4",
