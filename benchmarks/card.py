@@ -37,11 +37,9 @@ def sheet() -> Card | None:
     sheet's ("NVIDIA H100 80GB HBM3") is taken by the part that has a number in it."""
     for asked in (name(), *re.findall(r"\b[A-Z]+\d+\b", name())):
         try:
-            found = card_named(asked)
+            return card_named(asked)
         except UserError:
             continue
-        if re.search(rf"\b{found.name.split()[0]}\b", name()):  # an L40S is no L4
-            return found
     return None
 
 

@@ -11,17 +11,14 @@ Measured as in `plan_peak`: a Llama with random weights, in NF4, three steps, li
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Iterator, Set
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import write_rows
-from benchmarks.plan_peak import row, write_base
+from benchmarks.plan_peak import rows_of
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
@@ -75,6 +72,10 @@ def settings_of(on: Set[str]) -> dict[str, Any]:
     return {"optim": "sparse_adamw_8bit", **{k: v for each in chosen for k, v in each.items()}}
 
 
+def _name(on: Set[str]) -> str:
+    return ", ".join(name for name in SETTINGS if name in on) or "none"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=512)
@@ -82,16 +83,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     arguments = parser.parse_args(namespace=argparse.Namespace(device="cpu"))
     torch.set_num_threads(1)
-    rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        work = Path(directory)
-        write_base(work / "base", arguments.hidden, arguments.layers)
-        text = json.dumps({"text": "reverse abc is cba " * arguments.length}) + "\n"
-        (work / "rows.jsonl").write_text(text * 64, encoding="utf-8")
-        for on in covering_runs():
-            name = ", ".join(each for each in SETTINGS if each in on) or "none"
-            rows.append(row(name, settings_of(on), work, arguments))
-            print(rows[-1], flush=True)
+    rows = rows_of({_name(on): settings_of(on) for on in covering_runs()}, arguments)
     worst = max(abs(r["planned / measured"] - 1) for r in rows)
     print(f"The plan is off by {worst:.1%} at most, in {len(rows)} runs.")
     print(f"Wrote {write_rows('plan_combined', rows)}")

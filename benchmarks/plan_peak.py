@@ -113,6 +113,25 @@ def row(name: str, changes: dict[str, Any], work: Path, arguments: Any) -> dict[
     }
 
 
+def rows_of(cases: dict[str, dict[str, Any]], arguments: Any) -> list[dict[str, Any]]:
+    """A run in each of these settings, as they come."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        write_base(work / "base", arguments.hidden, arguments.layers)
+        write_rows_file(work / "rows.jsonl", arguments.length)
+        for name, changes in cases.items():
+            rows.append(row(name, changes, work, arguments))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def write_rows_file(path: Path, length: int) -> None:
+    """64 rows of more than so many tokens."""
+    text = json.dumps({"text": "reverse abc is cba " * length}) + "\n"
+    path.write_text(text * 64, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -124,15 +143,7 @@ def main() -> None:
     cases = (
         {**CASES, "offloaded, activations too": OFFLOADED} if arguments.device == "cuda" else CASES
     )
-    rows = []
-    with tempfile.TemporaryDirectory() as directory:
-        work = Path(directory)
-        write_base(work / "base", arguments.hidden, arguments.layers)
-        text = json.dumps({"text": "reverse abc is cba " * arguments.length}) + "\n"
-        (work / "rows.jsonl").write_text(text * 64, encoding="utf-8")
-        for name, changes in cases.items():
-            rows.append(row(name, changes, work, arguments))
-            print(rows[-1], flush=True)
+    rows = rows_of(cases, arguments)
     worst = max(abs(r["planned / measured"] - 1) for r in rows)
     print(f"The plan is off by {worst:.1%} at most.")
     print(f"Wrote {write_rows('plan_peak', rows)}")

@@ -6,10 +6,10 @@ import argparse
 from os.path import expanduser
 from typing import Any
 
+from leanlift.cli.measure import add_held
 from leanlift.errors import UserError
-from leanlift.io.places import base_directory, check_adapter_place, look_at
-
-MESSAGE = "{message}"
+from leanlift.io.places import CONFIG_NAME, base_directory, check_adapter_place, look_at
+from leanlift.rows.examples import MESSAGE
 
 
 def add_chat(commands: Any) -> None:
@@ -33,14 +33,7 @@ def add_chat(commands: Any) -> None:
         type=expanduser,
         help="the base of an adapter; default: the one that it was trained on",
     )
-    model.add_argument(
-        "--load_in_4bit",
-        action="store_true",
-        help="hold the base in NF4 with double quantization; default: as the adapter was trained, "
-        "else as stored",
-    )
-    model.add_argument("--load_in_8bit", action="store_true", help="hold the base in INT8")
-    model.add_argument("--dtype", help="of everything not quantized; default: as in eval")
+    add_held(model)
     said = parser.add_argument_group("what is said")
     said.add_argument("--system", help="an instruction before the first message")
     said.add_argument(
@@ -128,6 +121,5 @@ def _is_one_on_the_hub(name: str) -> bool:
     if name.startswith((".", "~", "/")) or name.count("/") != 1:
         return False
     from leanlift.io.hub import has_file
-    from leanlift.io.places import CONFIG_NAME
 
     return has_file(name, CONFIG_NAME)

@@ -18,6 +18,7 @@ from leanlift.cli.eval_base import (
     arguments_of,
     check_same_tokens,
     format_of,
+    modules_of,
     tokenization_of,
 )
 from leanlift.cli.eval_rows import Dataset, datasets_of, tokens_in
@@ -170,7 +171,7 @@ def _measured_rows(
         found = measured(load_model(stored, device), "base as stored")
         rows.append(Row("base as stored", "as stored", base, None, "as stored", found))
     _say(f"Loading {base} …")
-    model = load_model(args, device, modules=_modules(options))
+    model = load_model(args, device, modules=modules_of(options))
     if options.adapter:
         load_adapter(model, options.adapter)
         if options.base:
@@ -189,14 +190,6 @@ def _measured_rows(
         found = measured(merged, "merged")
         rows.append(Row("merged", "as stored", options.merged, None, "as stored", found))
     return rows
-
-
-def _modules(options: argparse.Namespace) -> list[str] | None:
-    """The modules that an adapter wants of its base; None: there is no adapter."""
-    if not options.adapter:
-        return None
-    with open_adapter(options.adapter, base=options.model_name_or_path) as adapter:
-        return list(adapter.base.shapes)
 
 
 def _say(line: str) -> None:

@@ -54,6 +54,14 @@ def arguments_of(options: argparse.Namespace) -> RunArguments:
     )
 
 
+def modules_of(options: argparse.Namespace) -> list[str] | None:
+    """The modules that an adapter wants of its base; None: there is no adapter."""
+    if not options.adapter:
+        return None
+    with open_adapter(options.adapter, base=options.model_name_or_path) as adapter:
+        return list(adapter.base.shapes)
+
+
 def tokenization_of(
     base: str, revision: str | None, options: argparse.Namespace
 ) -> tuple[Any, Tokenization]:

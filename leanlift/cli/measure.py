@@ -87,6 +87,11 @@ def _add_measured(model: Any) -> None:
         "--base_as_stored", action="store_true", help="also the base as it is on disk: 16 bits"
     )
     model.add_argument("--merged", type=expanduser, help="also a merged model of this directory")
+    add_held(model)
+
+
+def add_held(model: Any) -> None:
+    """How a base is held."""
     model.add_argument(
         "--load_in_4bit",
         action="store_true",

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import set_seed
 
-from leanlift.adapters import open_adapter
-from leanlift.cli.eval_base import arguments_of, tokenization_of
+from leanlift.cli.eval_base import arguments_of, modules_of, tokenization_of
 from leanlift.errors import UserError
-from leanlift.evaluation.chat import MESSAGE, PROMPTS, Conversation, Sampling, answer
+from leanlift.evaluation.chat import PROMPTS, Conversation, Sampling, answer
 from leanlift.evaluation.evaluate import quiet_loading
 from leanlift.model import freeze_quantized, load_adapter, scale_adapter
+from leanlift.rows.examples import MESSAGE
 from leanlift.training.base import check_base_place, load_model
 
 HELP = """\
@@ -69,16 +68,7 @@ def chat_command(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace, args: Any) -> Any:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    modules = None
-    if options.adapter:
-        with open_adapter(options.adapter, base=options.model_name_or_path) as adapter:
-            if adapter.task is not None:
-                raise UserError(
-                    f"{adapter.directory} is an adapter of a {adapter.task.architecture}, which "
-                    "writes no text."
-                )
-            modules = list(adapter.base.shapes)
-    model = load_model(args, device, modules=modules)
+    model = load_model(args, device, modules=modules_of(options))
     if options.adapter:
         load_adapter(model, options.adapter)
     else:
@@ -97,7 +87,6 @@ class Talk:
         has_adapter: whether it can be taken off.
         without: whether it is off.
         compares: whether each message is answered twice.
-        write: where answers go.
     """
 
     model: Any
@@ -107,33 +96,30 @@ class Talk:
     has_adapter: bool
     without: bool = False
     compares: bool = False
-    write: Callable[[str], Any] = field(
-        default_factory=lambda: lambda text: print(text, end="", flush=True)
-    )
 
     def run(self) -> int:
         """Until the end of the input."""
         with suppress(ImportError):
             import readline  # noqa: F401 - input() has arrows and a history then
-        self.write("/help says what there is; Ctrl-D ends the talk.\n")
+        _tell("/help says what there is; Ctrl-D ends the talk.\n")
         while True:
             try:
                 line = input("> ").strip()
             except EOFError:
-                self.write("\n")
+                _tell("\n")
                 return 0
             except KeyboardInterrupt:  # takes the line back, as in a shell
-                self.write("\n")
+                _tell("\n")
                 continue
             if line in ("/quit", "/exit"):
                 return 0
             if line.startswith("/"):
-                self.write(self.command(line) + "\n")
+                _tell(self.command(line) + "\n")
             elif line:
                 try:
                     self.answer(line)
                 except UserError as error:
-                    self.write(f"{error}\n")
+                    _tell(f"{error}\n")
 
     def command(self, line: str) -> str:
         """Do what a line that begins with a slash says; returns what there is to say."""
@@ -162,7 +148,11 @@ class Talk:
             if self.has_adapter:
                 scale_adapter(self.model, 0.0 if without else 1.0)
             if self.compares:
-                self.write("base: " if without else "adapter: ")
-            said = answer(self.model, self.tokenizer, prompt, self.sampling, self.write)
-            self.write("\n")
+                _tell("base: " if without else "adapter: ")
+            said = answer(self.model, self.tokenizer, prompt, self.sampling, _tell)
+            _tell("\n")
         self.conversation.keep(message, said)
+
+
+def _tell(text: str) -> None:
+    print(text, end="", flush=True)

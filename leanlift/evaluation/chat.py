@@ -14,10 +14,9 @@ from transformers import GenerationConfig, TextStreamer
 from leanlift.data.tokens import Tokenization
 from leanlift.errors import UserError
 from leanlift.evaluation.answers import end_tokens
-from leanlift.rows.examples import ALPACA
+from leanlift.rows.examples import ALPACA, MESSAGE
 from leanlift.rows.source import Row
 
-MESSAGE = "{message}"
 PROMPTS = {"alpaca": ALPACA.replace("{instruction}", MESSAGE)}
 """Prompts that have a name."""
 

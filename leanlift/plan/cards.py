@@ -9,6 +9,7 @@ one way, after its line code.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from leanlift.errors import UserError
@@ -63,21 +64,25 @@ STANDS_FOR = {8: "RTX 3060", 12: "RTX 3060", 16: "RTX 4060 Ti", 24: "RTX 3090", 
 for one of less memory, of the next size."""
 
 
+OTHERS = "ti|super|laptop|mobile|max|d"
+"""What makes another card of one, behind its name."""
+
+
 def card_named(name: str) -> Card:
-    """A card by its name, however it is spaced: "rtx4090", "NVIDIA GeForce RTX 4090".
+    """A card by its name, however it is spaced: "rtx4090", "NVIDIA GeForce RTX 4090"; not one whose
+    name goes on with what makes it another (an RTX 4070 Ti, an L40S).
 
     Raises:
         UserError: it is none of these.
     """
-    asked = _letters(name)
-    found = [card for card in CARDS if _letters(card.name) in asked]
-    if not found:  # a name of which a part was given, as "A100" or "H100"
-        found = [card for card in CARDS if asked and asked in _letters(card.name)]
+    found = [card for card in CARDS if _names(card.name, name)]
+    if not found and any(each.isdigit() for each in name):  # a part of one, as "A100" or "4090"
+        found = [card for card in CARDS if _names(name, card.name)]
     if not found:
         raise UserError(
             f"expected card as one of {', '.join(card.name for card in CARDS)}; got {name!r:.60}."
         )
-    return max(found, key=lambda card: (len(_letters(card.name)), card.gib))
+    return max(found, key=lambda card: (len(card.name), card.gib))
 
 
 def card_of_size(gib: float) -> Card:
@@ -89,5 +94,8 @@ def card_of_size(gib: float) -> Card:
     return next((card for card in CARDS if card.gib >= gib), CARDS[-1])
 
 
-def _letters(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
+def _names(name: str, text: str) -> bool:
+    """Whether a name stands in a text, as whole words and with no word of `OTHERS` behind it."""
+    words = r"[\s_-]*".join(re.findall("[a-z]+|[0-9]+", name.lower()))
+    whole = rf"(?<![a-z0-9]){words}(?![a-z0-9])(?![\s_-]*(?:{OTHERS})\b)"
+    return re.search(whole, text.lower()) is not None

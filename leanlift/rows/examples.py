@@ -29,6 +29,9 @@ ALPACA = (
 )
 """The prompts of Stanford Alpaca, which instruction data of this shape is commonly trained with."""
 
+MESSAGE = "{message}"
+"""The place for what is said, in a prompt of the user's."""
+
 NO_ASSISTANT = "no assistant turn, so nothing to train,"
 EMPTY = "an empty text or completion, which is not trained,"
 FIRST = "an assistant turn with nothing before it, which is not trained,"

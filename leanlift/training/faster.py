@@ -34,7 +34,7 @@ where it pads rows."""
 
 RESERVE = 0.05
 """Of a card, that is not spent on time: so far may what a step needs be above its plan (on an H100
-it was 2 %, `benchmarks/gpu_proof`)."""
+it was 1 %, `benchmarks/gpu_proof`)."""
 
 MIN_PIECES = 2
 """Of a row that MLPs take in pieces."""

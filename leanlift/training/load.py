@@ -26,11 +26,6 @@ def load_as_trained(adapter: Adapter, base: str | Path | None, device: torch.dev
     Raises:
         UserError: as for `load_model` and `arguments_as_trained`.
     """
-    if adapter.task is not None:
-        raise UserError(
-            f"{adapter.directory} is an adapter of a {adapter.task.architecture}, which has no "
-            "logits over a vocabulary to evaluate: load it with transformers and load_adapter."
-        )
     args = arguments_as_trained(adapter)
     if base is not None:
         args = replace(args, model_name_or_path=str(base), model_revision=None)
@@ -45,8 +40,14 @@ def arguments_as_trained(adapter: Adapter) -> RunArguments:
     are the adapter's own matter.
 
     Raises:
-        UserError: matrices in several formats, which transformers cannot be asked for.
+        UserError: matrices in several formats, which transformers cannot be asked for; a model of
+            another kind than those that write text.
     """
+    if adapter.task is not None:
+        raise UserError(
+            f"{adapter.directory} is an adapter of a {adapter.task.architecture}, which has no "
+            "logits over a vocabulary to write text by: load it with transformers and load_adapter."
+        )
     formats = {adapter.base.formats[name] for name in adapter.base.shapes}
     quantized = {fmt for fmt in formats if fmt.kind != "dense"}
     formats = quantized or formats  # experts are not, beside Linears that are

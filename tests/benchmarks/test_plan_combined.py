@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.plan_combined import NEEDS, SETTINGS, covering_runs, pairs, settings_of
-from benchmarks.plan_peak import row, write_base
+from benchmarks.plan_peak import row, write_base, write_rows_file
 
 
 def test_any_two_settings_are_on_together_alone_and_off() -> None:
@@ -29,8 +28,7 @@ def test_any_two_settings_are_on_together_alone_and_off() -> None:
 
 def planned_and_measured(on: frozenset[str], work: Path) -> dict[str, Any]:
     write_base(work / "base", 64, 3)
-    text = json.dumps({"text": "reverse abc is cba " * 256}) + "\n"
-    (work / "rows.jsonl").write_text(text * 16, encoding="utf-8")
+    write_rows_file(work / "rows.jsonl", 256)
     return row("", settings_of(on), work, argparse.Namespace(device="cpu", length=256))
 
 

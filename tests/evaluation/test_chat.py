@@ -19,6 +19,7 @@ from leanlift.cli import main
 from leanlift.data.tokens import Tokenization
 from leanlift.evaluation.answers import Sample, greedy_answers
 from leanlift.evaluation.chat import PROMPTS, Conversation, Sampling, answer
+from leanlift.io.hub import has_file
 from leanlift.rows.examples import ALPACA
 
 TEMPLATE = (
@@ -189,6 +190,42 @@ def test_what_cannot_be_is_one_sentence(
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("is_adapter", [True, False])
+def test_a_name_on_the_hub_is_an_adapter_or_a_model(
+    is_adapter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def has_file(name: str, file: str) -> bool:
+        asked.append((name, file))
+        return is_adapter
+
+    seen: list[tuple[Any, Any]] = []
+    monkeypatch.setattr("leanlift.io.hub.has_file", has_file)
+    monkeypatch.setattr(
+        "leanlift.cli.talk.chat_command",
+        lambda options: seen.append((options.adapter, options.model_name_or_path)) or 0,
+    )
+    assert main(["chat", "some/name"]) == 0
+    assert asked == [("some/name", "adapter_config.json")]
+    assert seen == [("some/name", None) if is_adapter else (None, "some/name")]
+
+
+def test_a_file_on_the_hub_is_there_if_it_is_cached_or_said_to_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offline(*_: Any) -> bool:
+        raise OSError("no network")
+
+    monkeypatch.setattr("leanlift.io.hub.try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr("leanlift.io.hub.HfApi.file_exists", lambda *_: True)
+    assert has_file("some/name", "adapter_config.json")
+    monkeypatch.setattr("leanlift.io.hub.HfApi.file_exists", offline)
+    assert not has_file("some/name", "adapter_config.json")
+    monkeypatch.setattr("leanlift.io.hub.try_to_load_from_cache", lambda *_: "/cached")
+    assert has_file("some/name", "adapter_config.json")
 
 
 def test_an_empty_pipe_is_refused(

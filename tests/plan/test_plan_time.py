@@ -158,7 +158,7 @@ def test_a_calibration_reads_the_clock_around_what_it_does(
     [
         ("rtx4090", "RTX 4090"), ("NVIDIA GeForce RTX 4060 Ti", "RTX 4060 Ti"),
         ("4070", "RTX 4070"), ("a100", "A100 80GB"), ("NVIDIA A100 40GB PCIe", "A100 40GB"),
-        ("h100", "H100 SXM"),
+        ("h100", "H100 SXM"), ("RTX-4060-ti", "RTX 4060 Ti"), ("rtx 5090", "RTX 5090"),
         ("Tesla T4", "T4"),
     ],
 )  # fmt: skip
@@ -166,7 +166,9 @@ def test_cards_by_name(asked: str, name: str) -> None:
     assert card_named(asked).name == name
 
 
-@pytest.mark.parametrize("name", ["", "RTX 9999", "card"])
+@pytest.mark.parametrize(
+    "name", ["", "RTX 9999", "card", "L40S", "RTX 4060", "RTX 4070 Ti", "rtx", "Quadro T400"]
+)
 def test_a_card_that_is_not_known_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="expected card as one of RTX 3060, "):
         card_named(name)
