@@ -75,7 +75,7 @@ class Preset:
 REAL = Preset()
 QUICK = Preset(
     Lengths(valid=12, test=24, source=8, probes=4),
-    Schedule(steps=12, batch=4),
+    Schedule(steps=8, batch=4),
     densities=(0.05,),
     seeds=1,
     only=(PRINCIPAL, QLORA, RANDOM, SHIRA),
