@@ -74,8 +74,8 @@ class Preset:
 
 REAL = Preset()
 QUICK = Preset(
-    Lengths(valid=12, test=24, source=8, probes=4),
-    Schedule(steps=8, batch=4),
+    Lengths(valid=10, test=16, source=4, probes=3),
+    Schedule(steps=8, batch=3),
     densities=(0.05,),
     seeds=1,
     only=(PRINCIPAL, QLORA, RANDOM, SHIRA),
