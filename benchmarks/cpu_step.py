@@ -3,12 +3,13 @@
     python -m benchmarks.cpu_step [--hidden 2048] [--layers 10] [--tokens 128] [--repeats 5]
 
 A Llama of about 600 M parameters over NF4, computed in bf16 and again in fp32, no checkpointing,
-one thread: forward, backward and torch's AdamW, r (m + n) entries of every Linear with r = 68. The
-three step in turn in one process; times are medians of the process's CPU time, which with one
-thread is the time of the step and which other work on the machine stretches less than the clock's.
-The peak is of live tensor bytes in one more step, on top of weights, trained entries and optimizer
-state, which are as many bytes for all three; leanlift's scratch, which stays, is counted in its
-peak.
+one thread: forward, backward and torch's AdamW, r (m + n) entries of every Linear with r = 68. In
+bf16 leanlift's offsets are bf16, as the command has them, with SparseAdamW and fp32 moments; PEFT's
+adapters are fp32, as PEFT makes them. The three step in turn in one process; times are medians of
+the process's CPU time, which with one thread is the time of the step and which other work on the
+machine stretches less than the clock's. The peak is of live tensor bytes in one more step, on top
+of weights, trained entries and optimizer state, of which leanlift has no more bytes than the
+others; leanlift's scratch, which stays, is counted in its peak.
 
 bitsandbytes' own Linears stay in training mode: in eval mode their CPU forward repacks the weight.
 """
@@ -40,6 +41,7 @@ from benchmarks.peers import (
 from leanlift import LiftConfig
 from leanlift.measure import LiveBytes
 from leanlift.model import lift_state
+from leanlift.optim import SparseAdamW
 
 RANK = 68
 MIB = 2**20
@@ -67,11 +69,14 @@ def build(name: str, hidden: int, layers: int, tokens: int, dtype: torch.dtype) 
     loss = stock_loss
     if name == "leanlift":
         # the mask does not change what a step costs; a random one is quickly made
-        model = lift(model, LiftConfig(rank_budget=RANK, selector="random"))
+        values = str(dtype).removeprefix("torch.")
+        model = lift(model, LiftConfig(rank_budget=RANK, selector="random", values_dtype=values))
         loss = tiled_loss
     else:
         model = lora(model, RANK) if name == "PEFT LoRA" else shira(model, RANK)
-    peer = Peer(model.train(), loss, torch.optim.AdamW(trained(model), lr=1e-4), ids)
+    ours = name == "leanlift" and dtype == torch.bfloat16  # AdamW would lose small updates
+    optimizer = (SparseAdamW if ours else torch.optim.AdamW)(trained(model), lr=1e-4)
+    peer = Peer(model.train(), loss, optimizer, ids)
     peer.step()
     if name == "leanlift":
         peer.stays = lift_state(model).scratch.nbytes

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leanlift.layers.frozen import take_packed
+from leanlift.layers.untraced import untraced
 from leanlift.tiles import RowTiles
 
 
@@ -55,6 +56,7 @@ class FrozenEmbedding(nn.Module):
         take_packed(self.storage, begin, state_dict, local_metadata, rest[1], rest[-1])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
+    @untraced
     def forward(self, ids: Tensor) -> Tensor:
         """[..., d] for ids [...], on the device of `ids`."""
         held = self.weight.device

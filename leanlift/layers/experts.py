@@ -30,6 +30,7 @@ from torch import Tensor
 from leanlift.layers.autograd import KeepInput, Multiply
 from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.lift import LiftLinear
+from leanlift.layers.untraced import untraced
 from leanlift.layers.workspace import Workspace
 from leanlift.tiles import parts_of
 
@@ -243,6 +244,7 @@ class ExpertsProduct:
                 self.layer.observer(right, left, first)
 
 
+@untraced
 def _answer(function: Callable[..., Any], args: tuple[Any, ...], more: Mapping[str, Any]) -> Tensor:
     """What torch gets that was asked for a product with experts: grouped, or all with as many."""
     name = getattr(function, "__name__", str(function))

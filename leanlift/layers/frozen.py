@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlift.layers.autograd import KeepInput, Multiply
+from leanlift.layers.untraced import untraced
 from leanlift.layers.workspace import Scratch, Workspace, needs_scratch
 from leanlift.ops import TileOps
 from leanlift.sparse import Offsets, add_offsets_
@@ -107,6 +108,7 @@ class FrozenLinear(nn.Module):
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
         return bias
 
+    @untraced
     def forward(self, x: Tensor) -> Tensor:
         x = self._checked(x)
         return Multiply.apply(x, self._carrier(x) if torch.is_grad_enabled() else None, self)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from leanlift.layers.untraced import untraced
 from leanlift.tiles import row_ranges
 
 STOCK = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
@@ -57,6 +58,7 @@ def fused_glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tens
     return product
 
 
+@untraced
 def _forward(self: Any, x: Tensor) -> Tensor:
     y: Tensor = self.down_proj(fused_glu(self.gate_proj(x), self.up_proj(x), self.act_fn))
     return y

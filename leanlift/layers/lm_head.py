@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from leanlift.layers.frozen import dense, take_packed
+from leanlift.layers.untraced import untraced
 from leanlift.tiles import RangeTiles, RowTiles, row_ranges
 
 TILE_BYTES = 32 * 2**20
@@ -296,6 +297,7 @@ class FrozenHead(nn.Module):
         """m: the rows of the vocabulary."""
         return self.weight_tiles.shape[0]
 
+    @untraced
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., V] in the dtype of the computation."""
         if torch.is_autocast_enabled(x.device.type):

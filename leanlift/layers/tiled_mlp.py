@@ -40,6 +40,7 @@ from leanlift.layers.fused_glu import OurForward
 from leanlift.layers.lift import LiftLinear
 from leanlift.layers.mlp_ways import Way, way_of
 from leanlift.layers.tiled_norms import Autocast, few_of, kept_here
+from leanlift.layers.untraced import untraced
 from leanlift.streaming import STREAMED
 from leanlift.tiles import row_ranges
 
@@ -91,6 +92,7 @@ def pieces(tokens: int, most: int | None = None) -> list[tuple[int, int]]:
 # --- how they compute -------------------------------------------------------------------------
 
 
+@untraced
 def _forward(mlp: Any, way: Way, x: Tensor) -> Tensor:
     whole = len(pieces(x.shape[:-1].numel(), way.tokens)) <= 1
     if not way.is_exact(mlp) or (not whole and _trains_others(mlp)):

@@ -24,6 +24,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlift.layers.fused_glu import OurForward
+from leanlift.layers.untraced import untraced
 from leanlift.tiles import row_ranges, tile_rows
 
 PIECE_BYTES = 16 * 2**20
@@ -45,6 +46,7 @@ def use_tiled_norms(model: nn.Module) -> list[str]:
     return found
 
 
+@untraced
 def _forward(norm: Any, x: Tensor) -> Tensor:
     own = type(norm).forward
     rows, n = x.shape[:-1].numel(), x.shape[-1]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlift.layers.lift import LiftLinear
+from leanlift.layers.untraced import untraced
 from leanlift.layers.workspace import Workspace
 from leanlift.sparse import LayerOffsets, SegmentedIndex
 from leanlift.tiles import RowTiles
@@ -58,6 +59,7 @@ class LiftEmbedding(LiftLinear):
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("scale_by", scale_by, persistent=False)
 
+    @untraced
     def forward(self, ids: Tensor) -> Tensor:
         """[..., d] for ids [...]."""
         found: Tensor = self.lookup(ids)
@@ -141,6 +143,7 @@ class TiedHead(nn.Module):
         bias: Any = getattr(self.frozen, "bias", None)
         return bias  # type: ignore[no-any-return]
 
+    @untraced
     def forward(self, x: Tensor) -> Tensor:
         """Logits [..., V]."""
         embedding: LiftEmbedding = self.__dict__["embedding"]

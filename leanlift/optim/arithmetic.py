@@ -39,14 +39,32 @@ def adamw_update(
     decay) is clamped to `lr` in absolute value, up to rounding. At step 1 Adam needs no clamp.
 
     Args:
-        value, grad, first, second: fp32, all of one shape; `grad` is only read.
+        value, grad, first, second: fp32 [k], contiguous; `grad` is only read.
         step: how many steps there are with this one, from 1.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW; the decay is decoupled, and pulls an
             offset towards zero, that is, the weight towards its base.
     """
+    if value.device.type == "cpu":
+        _on_a_cpu(value, grad, first, second, step, lr, betas, eps, weight_decay)
+    else:
+        by_operations(value, grad, first, second, step, lr, betas, eps, weight_decay)
+
+
+def by_operations(
+    value: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`adamw_update` in a dozen passes, on any device; Triton's kernel has their order."""
     beta1, beta2 = betas
     correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    fresh = _zeros_of(first) if step > 1 else None
+    fresh = first == 0 if step > 1 else None
     first.lerp_(grad, 1 - beta1)
     second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # m̂ / (sqrt(v̂) + eps) is `update` times correction2 / correction1.
@@ -58,6 +76,44 @@ def adamw_update(
     if weight_decay:
         value.mul_(1 - lr * weight_decay)
     value.add_(update, alpha=-lr * correction2 / correction1)
+
+
+def _on_a_cpu(
+    value: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """`adamw_update` by the kernel of `torch.optim.AdamW(fused=True)`, which is one pass and clamps
+    nothing; where a clamp was due, what was too much is given back."""
+    beta1, beta2 = betas
+    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
+    places = _zeros_of(first) if step > 1 else first.new_empty(0, dtype=torch.int64)
+    torch._fused_adamw_(
+        [value],
+        [grad],
+        [first],
+        [second],
+        [],
+        [torch.tensor(float(step))],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if len(places):
+        bound = correction1 / correction2
+        update = first[places].div_(second[places].sqrt_().add_(eps * correction2))
+        update.sub_(update.clamp(-bound, bound))  # what was too much
+        value.index_add_(0, places, update, alpha=lr * correction2 / correction1)
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
@@ -90,8 +146,8 @@ def seed_of(*key: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _zeros_of(first: Tensor) -> Tensor | None:
-    """Where `first` is zero, bool; None where a CPU can tell cheaply that it is zero nowhere."""
-    if first.device.type == "cpu" and int(first.count_nonzero()) == first.numel():
-        return None
-    return first == 0
+def _zeros_of(first: Tensor) -> Tensor:
+    """Where `first`, on a CPU, is zero: int64 [count]. Counting is cheap where it is nowhere."""
+    if int(first.count_nonzero()) == first.numel():
+        return first.new_empty(0, dtype=torch.int64)
+    return (first == 0).nonzero().view(-1)

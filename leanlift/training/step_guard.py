@@ -1,13 +1,14 @@
 """What happens to a gradient: the guard against NaN and infinity, and updates in the backward pass.
 
-One hook per trained matrix sees each gradient as soon as it exists. It only notes on the device
-whether the gradient is finite. The notes are read once, before the optimizer's step, and the
-gradients of a bad step are dropped. With updates in the backward pass the hook also updates the
-matrix and frees the gradient: the update asks the device itself whether everything of the step was
-finite so far, and is counted as a step of its matrix until the notes are read. What was updated
-before a later gradient turned out bad stays updated then; after a bad *loss* nothing is updated.
-Where a step has several micro-batches, gradients are added up until the last one's backward pass:
-on the device, or of streamed state in a sum that comes and goes with its block.
+One hook per trained matrix sees each gradient as soon as it exists, before anything can scale it.
+It only has the device find its largest magnitude. Those are compared and read once, before the
+optimizer's step, and the gradients of a bad step are dropped. With updates in the backward pass the
+hook also updates the matrix and frees the gradient: the update asks the device itself whether
+everything of the step was finite so far, and is counted as a step of its matrix until the notes are
+read. What was updated before a later gradient turned out bad stays updated then; after a bad *loss*
+nothing is updated. Where a step has several micro-batches, gradients are added up until the last
+one's backward pass: on the device, or of streamed state in a sum that comes and goes with its
+block.
 
 A finite gradient can be as bad. Adam squares it: above 1.8e19 the square is infinite in fp32, and
 the entry never moves again (in 8 bits, its block of 256; after a refresh, whatever enters). And the
@@ -67,8 +68,8 @@ class StepGuard:
 
     Attributes:
         skipped: steps that were not applied, in all.
-        fine: bool scalar on the device: whether all that was seen of the present step is finite;
-            None before anything was seen.
+        fine: bool scalar on the device: whether the losses of the present step are finite, and what
+            was updated before its end; None before any of it was seen.
         steps, passes: steps that have ended, and micro-batches that were seen, in all.
     """
 
@@ -90,20 +91,31 @@ class StepGuard:
         self._note(fine_everywhere(finite) if self.at_once else finite)
 
     def see_gradient(self, layer: str, gradient: Tensor) -> None:
-        """Note the largest magnitude of a layer's gradient."""
+        """Remember the largest magnitude of a layer's gradient: one pass over it. Of several in a
+        step, which add up, the last one is what counts; what was not finite is not again."""
         self.see_largest(layer, torch.linalg.vector_norm(gradient, float("inf")))
 
     def see_largest(self, layer: str, largest: Tensor) -> None:
-        """Note the largest magnitude of a layer's gradient, a scalar on the device."""
-        seen = self._largest.get(layer)
-        self._largest[layer] = largest if seen is None else torch.maximum(seen, largest)
-        self._note(largest <= LARGEST_GRADIENT)  # not where it is NaN
+        """Remember the largest magnitude of a layer's gradient, a scalar on the device."""
+        self._largest[layer] = largest
+
+    def see_gradient_at_once(self, layer: str, gradient: Tensor) -> None:
+        """The same of a gradient that is used before the step ends: `fine` says of it, too."""
+        self.see_gradient(layer, gradient)
+        self._note(self._largest[layer] <= LARGEST_GRADIENT)  # not where it is NaN
+
+    def _all_fine(self) -> Tensor | None:
+        """Whether all that was seen of the present step is finite: bool scalar on the device."""
+        if self._largest:
+            self._note((torch.stack(list(self._largest.values())) <= LARGEST_GRADIENT).all())
+        return self.fine
 
     def _is_fine(self) -> bool:
         """Whether nothing was seen that is not finite, here or in another process."""
+        fine = self._all_fine()
         if processes() == 1:
-            return self.fine is None or bool(self.fine)
-        fine = torch.ones((), dtype=torch.bool) if self.fine is None else self.fine
+            return fine is None or bool(fine)
+        fine = torch.ones((), dtype=torch.bool) if fine is None else fine
         return bool(fine_everywhere(fine.to(PartialState().device)))
 
     def _note(self, finite: Tensor) -> None:
@@ -280,7 +292,7 @@ class GradientHooks:
             values.grad = summed
         assert values.grad is not None
         mean_(values.grad)  # what is updated now nobody else adds up
-        self.guard.see_gradient(name, values.grad)
+        self.guard.see_gradient_at_once(name, values.grad)
         self._updated[name] = self.guard.fine
         self.optimizer.step_parameter(values, self.guard.fine)
         values.grad = None

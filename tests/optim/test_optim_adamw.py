@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import VARIANTS, gradients, start, train
+from stepping import COUNT, VARIANTS, gradients, start, train
 from torch import Tensor, nn
 
 from leanlift import UserError
@@ -15,8 +15,10 @@ from leanlift.measure import LiveBytes
 from leanlift.optim import (
     SparseAdamW,
     adamw_nbytes,
+    adamw_update,
     remap_entries,
 )
+from leanlift.optim.arithmetic import by_operations
 
 # --- The same as AdamW ---------------------------------------------------------------------
 
@@ -38,9 +40,31 @@ def test_the_chunk_does_not_change_the_result(moments: str) -> None:
     for chunk in (256, 1024, 2**18):
         parameter = start()
         optimizer = SparseAdamW([parameter], weight_decay=0.1, moments=moments, chunk=chunk)
-        results.append(train(optimizer, parameter, gradients(5)))
+        grads = gradients(5)
+        for grad in grads[:4]:
+            grad[::7] = 0  # newcomers of the last step
+        results.append(train(optimizer, parameter, grads))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("newcomers", [0, 40, COUNT], ids=["none", "some", "all"])
+@pytest.mark.parametrize("way", [adamw_update, by_operations], ids=["as on a CPU", "by operations"])
+def test_a_step_is_the_formula_in_fp64(way: Any, newcomers: int) -> None:
+    value, grad, first, second = (
+        scale * gradient for scale, gradient in zip((1, 5, 1, 1), gradients(4), strict=True)
+    )
+    second = second**2
+    first[:newcomers] = second[:newcomers] = 0
+    lr, (beta1, beta2), eps, decay, step = 1e-2, (0.9, 0.999), 1e-6, 0.1, 7
+    v, g, m, s = (tensor.double() for tensor in (value, grad, first, second))
+    m, s = beta1 * m + (1 - beta1) * g, beta2 * s + (1 - beta2) * g * g
+    move = lr * (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + eps)
+    move[:newcomers] = move[:newcomers].clamp(-lr, lr)
+    v = v * (1 - lr * decay) - move
+    way(value, grad, first, second, step, lr, (beta1, beta2), eps, decay)
+    for got, wanted in ((value, v), (first, m), (second, s)):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("dtype", "moments"), VARIANTS)

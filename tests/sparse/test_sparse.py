@@ -204,10 +204,14 @@ def test_from_parts_refuses_other_dtypes() -> None:
 
 @pytest.mark.parametrize("shape", [(128, 256), (65, 257)], ids=_shape_id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_offsets_are_added_in_fp32_and_rounded_once(shape: Shape, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["fp32 values", "values of that dtype"])
+def test_offsets_are_added_in_fp32_and_rounded_once(
+    shape: Shape, dtype: torch.dtype, own: bool
+) -> None:
     m, n = shape
     flat = random_flat(m, n, m * n // 10)
-    index, values = SegmentedIndex.from_flat(flat, shape), torch.randn(flat.numel())
+    values = torch.randn(flat.numel()).to(dtype if own else torch.float32)
+    index = SegmentedIndex.from_flat(flat, shape)
     dense = torch.randn(shape).to(dtype)
     wide = dense.float().view(-1).clone()
     wide[flat] += values

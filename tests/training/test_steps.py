@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from runs import LIFT, ROWS, At, Broken, learned, settings, sparse_trainer
 from tiny import load, make_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanlift import (
     LiftConfig,
@@ -191,6 +192,27 @@ def test_a_good_step_in_between_starts_the_count_again() -> None:
         UserError, match="expected max_nonfinite_steps as a whole number, at least 1"
     ):
         LiftSFTConfig(output_dir="x", max_nonfinite_steps=0, use_cpu=True, bf16=False)
+
+
+def test_a_gradient_is_looked_at_in_one_operation() -> None:
+    class Counted(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    def operations(layers: int) -> int:
+        guard = StepGuard(3)
+        with Counted() as counted:
+            for number in range(layers):
+                guard.see_gradient(str(number), torch.ones(300, dtype=torch.bfloat16))
+            assert guard.end_step(1, lambda: "")
+        return counted.count - layers  # the gradients were made there, too
+
+    assert operations(40) - operations(10) == 30
 
 
 def test_a_second_gpu_is_left_alone(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,60 @@
+"""torch.compile of a model with our layers compiles what is between them, and leaves them alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+from tiny import load, make_checkpoint
+
+from leanlift import LiftConfig, get_lift_model
+from leanlift.layers.fused_glu import use_fused_glu, use_stock_glu
+from leanlift.layers.tiled_mlp import use_tiled_mlp
+from leanlift.model import lift_layers
+
+LIFT = LiftConfig(density=0.05, approx_rank=4)
+WAYS = {"stock": use_stock_glu, "fused": use_fused_glu, "in pieces": lambda m: use_tiled_mlp(m, 8)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("compiled"), tied=False)
+
+
+def gradients(model: Any, call: Any) -> dict[str, torch.Tensor]:
+    ids = torch.arange(24).view(2, 12)
+    call(input_ids=ids, labels=ids).loss.backward()
+    return {name: layer.values.grad for name, layer in lift_layers(model).items()}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # dynamo's own
+@pytest.mark.parametrize(
+    "way", ["stock", *(pytest.param(way, marks=pytest.mark.thorough) for way in list(WAYS)[1:])]
+)
+def test_a_compiled_model_has_the_same_gradients_and_no_layer_in_its_graphs(
+    checkpoint: Path, way: str
+) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = get_lift_model(load(checkpoint), LIFT, progress=False)
+    WAYS[way](model)
+    wanted = gradients(model, model)
+    model.zero_grad()
+    dynamo.reset()
+    try:
+        got = gradients(model, torch.compile(model, backend=backend))
+    finally:
+        dynamo.reset()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, wanted[name])
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    traces = [node.meta.get("stack_trace") or "" for node in nodes]
+    assert any("modeling_llama" in trace for trace in traces)
+    assert not [trace for trace in traces if "leanlift/layers/" in trace]
