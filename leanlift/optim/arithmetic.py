@@ -8,7 +8,8 @@ same kind of device, without any generator state.
 **Newcomers.** An entry that enters under an old step count has no history, while bias correction
 is over: plain Adam would move it by up to (1 - β1) / sqrt(1 - β2) times the learning rate at once
 (3.2 for β = (0.9, 0.999)), and by up to 6.6 times soon after. Where the first moment is exactly
-zero, the update is therefore clamped to the learning rate. At step 1 Adam does that by itself.
+zero, the update is therefore clamped to the learning rate. At step 1 Adam does that by itself, and
+with β = (0.9, 0.95) at every step.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def by_operations(
     """`adamw_update` in a dozen passes, on any device; Triton's kernel has their order."""
     beta1, beta2 = betas
     correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    fresh = first == 0 if step > 1 else None
+    fresh = first == 0 if _may_clamp(step, betas) else None
     first.lerp_(grad, 1 - beta1)
     second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     # m̂ / (sqrt(v̂) + eps) is `update` times correction2 / correction1.
@@ -93,7 +94,7 @@ def _on_a_cpu(
     nothing; where a clamp was due, what was too much is given back."""
     beta1, beta2 = betas
     correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    places = _zeros_of(first) if step > 1 else first.new_empty(0, dtype=torch.int64)
+    places = _zeros_of(first) if _may_clamp(step, betas) else first.new_empty(0, dtype=torch.int64)
     torch._fused_adamw_(
         [value],
         [grad],
@@ -144,6 +145,15 @@ def seed_of(*key: int) -> int:
     """64 bits that depend on the key alone."""
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def _may_clamp(step: int, betas: tuple[float, float]) -> bool:
+    """Whether an entry whose first moment is zero can move by more than the learning rate: by
+    (1 - β1) |g| / sqrt(β2 v + (1 - β2) g²) at most, with both moments corrected. Never for the
+    default (0.9, 0.95)."""
+    beta1, beta2 = betas
+    bound = (1 - beta1**step) / math.sqrt(1 - beta2**step)
+    return step > 1 and (1 - beta1) / math.sqrt(1 - beta2) > bound
 
 
 def _zeros_of(first: Tensor) -> Tensor:

@@ -56,10 +56,11 @@ def test_a_step_is_the_formula_in_fp64(way: Any, newcomers: int) -> None:
     )
     second = second**2
     first[:newcomers] = second[:newcomers] = 0
-    lr, (beta1, beta2), eps, decay, step = 1e-2, (0.9, 0.999), 1e-6, 0.1, 7
+    lr, (beta1, beta2), eps, decay, step = 1e-2, (0.9, 0.999), 1e-6, 0.1, 300
     v, g, m, s = (tensor.double() for tensor in (value, grad, first, second))
     m, s = beta1 * m + (1 - beta1) * g, beta2 * s + (1 - beta2) * g * g
     move = lr * (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + eps)
+    assert not newcomers or float(move[:newcomers].abs().max()) > 1.5 * lr
     move[:newcomers] = move[:newcomers].clamp(-lr, lr)
     v = v * (1 - lr * decay) - move
     way(value, grad, first, second, step, lr, (beta1, beta2), eps, decay)

@@ -70,7 +70,7 @@ def test_an_update_of_ours_makes_a_few_chunks(
     optimizer = optimizer_of(optim, vectors(lengths, dtype))
     for group in optimizer.param_groups:
         assert group["chunk"] * 4 * CHUNK_TENSORS == update_nbytes(optim, [2**30], 4, True)
-        group["chunk"] = chunk
+        group["chunk"], group["betas"] = chunk, (0.9, 0.999)  # with which newcomers are clamped
     monkeypatch.setattr("leanlift.optim.nbytes.CHUNK", chunk)
     rule = update_nbytes(optim, lengths, dtype.itemsize, False)
     lean = optim == "sparse_adamw" and dtype == torch.float32  # everything is read in place
@@ -81,6 +81,8 @@ def test_an_update_of_ours_makes_a_few_chunks(
     optimizer.step()
     for grad, nonzero in zip(grads, kept, strict=True):
         grad.copy_(nonzero)
+    for state in optimizer.state.values():
+        state["step"] += 500
     for least in (0.4, 0.0 if lean else 0.3):  # all are newcomers, and none is
         with LiveBytes() as live:
             optimizer.step()
