@@ -33,7 +33,7 @@ from leanlift.model.resize_embeddings import rows_to_grow_to, with_more_rows
 from leanlift.model.state import LiftState, lift_layers, lift_state, print_trainable_parameters
 from leanlift.model.strangers import guard, own_base
 from leanlift.model.stream_state import at_rest, stream_state
-from leanlift.model.streaming import computes_on
+from leanlift.model.streaming import computes_on, plain_in_pool
 from leanlift.model.surgery import layers_over, operate, outer_modules, replace_modules
 from leanlift.model.targets import find_targets, what_is_left
 from leanlift.model.tokens import check_tokens, lift_tokens
@@ -108,7 +108,8 @@ def _chooser(
     counts = {name: config.count(part_shape(base.weights[name]), name) for name in targets}
     masks: dict[str, Tensor] = {}
     if config.selector == "gradient":
-        with with_more_rows(model, embedding_rows), frozen_layers(model, base.weights) as layers:
+        weights = {**base.weights, **plain_in_pool(model)}
+        with with_more_rows(model, embedding_rows), frozen_layers(model, weights) as layers:
             scored = {name: layers[name] for name in targets}
             masks = gradient_masks(model, scored, counts, calibration or (), progress=progress)
     scorer = None if masks else config.scorer()
@@ -166,7 +167,8 @@ def attach(
     if sample:
         facts = with_base_samples(base, indices, checkpoint)
     workspace = Workspace()
-    make_layer = layers_over(base.weights, indices, workspace, getattr(torch, config.values_dtype))
+    weights = {**base.weights, **plain_in_pool(model)}
+    make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
     hold = partial(int8, device=computes_on(model)) if config.quantize_embeddings else None
     ends = operate(model, make_layer, hold, embedding_rows)
     if config.trainable_token_indices:

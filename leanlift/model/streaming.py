@@ -18,13 +18,14 @@ from leanlift.errors import UserError
 from leanlift.format import size
 from leanlift.layers import FrozenLinear, LiftEmbedding, LiftLinear
 from leanlift.model.blocks import block_lists
-from leanlift.model.state import lifted
-from leanlift.model.surgery import outer_modules
+from leanlift.model.reading import read_by_parent
+from leanlift.model.state import lift_state, lifted
+from leanlift.model.surgery import layers_over, outer_modules, replace_modules
 from leanlift.streaming import STREAMED, Block, Place, Pool, streamed
 from leanlift.weights.kinds import is_dense_linear
 from leanlift.weights.places import weight_places, weight_tables
-from leanlift.weights.quantized import is_quantized
-from leanlift.weights.stacks import ExpertStack, QuantizedStack
+from leanlift.weights.quantized import FrozenWeight, is_quantized
+from leanlift.weights.stacks import ExpertStack, QuantizedStack, target_weight
 
 POOL = "_leanlift_pool"
 """The attribute of a model that has what brings its blocks."""
@@ -66,6 +67,9 @@ def stream_base(
         where = getattr(getattr(layer, "base", None), "weight", None)
         if isinstance(layer, FrozenLinear) and hasattr(where, STREAMED):
             layer.weight_tiles = _in_pool(layer.weight_tiles, *getattr(where, STREAMED))
+    if hasattr(model, "leanlift"):
+        over_the_rest = layers_over(plain_in_pool(model), {}, lift_state(model).workspace)
+        replace_modules(model, over_the_rest)
     holder: Any = model
     setattr(holder, POOL, pool)
     if getattr(model, "hf_device_map", None):  # says where it was loaded, and is asked where it is
@@ -89,18 +93,20 @@ def computes_on(model: nn.Module) -> torch.device | None:
 def layers_by_block(model: nn.Module) -> list[list[Any]]:
     """What has a frozen weight in each block of the language model, in order: layers of ours, and
     before they are put in Linears and stacks of experts. Each weight is there once, under its
-    first block.
+    first block. A Linear whose weight its parent computes with itself is not: nothing would bring
+    it.
 
     Raises:
         UserError: there are no blocks with such modules.
     """
     blocks: dict[str, list[Any]] = {}
     seen: set[int] = set()
+    names = dict(model.named_modules())
     inside = tuple(f"{path}." for path in block_lists(model))
     for name, module in outer_modules(model):
         path = next((path for path in inside if name.startswith(path)), None)
         weight = id(holder_of(module).weight) if has_a_weight(module) else None
-        if path is None or weight is None or weight in seen:
+        if path is None or weight is None or weight in seen or read_by_parent(names, name):
             continue
         number = name.removeprefix(path).partition(".")[0]
         blocks.setdefault(path + number, []).append(module)
@@ -111,6 +117,17 @@ def layers_by_block(model: nn.Module) -> list[list[Any]]:
             "streamed: leave out stream_base."
         )
     return list(blocks.values())
+
+
+def plain_in_pool(model: nn.Module) -> dict[str, FrozenWeight]:
+    """The 16- and 32-bit weights that a pool brings, by the names of the Linears and stacks of
+    experts that no layer of ours stands for: nothing else would have them brought."""
+    return {
+        name: target_weight(module, name)
+        for name, module in outer_modules(model)
+        if (is_dense_linear(module) or isinstance(module, ExpertStack))
+        and hasattr(module.weight, STREAMED)
+    }
 
 
 def holder_of(module: Any) -> Any:

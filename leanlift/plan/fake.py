@@ -24,6 +24,7 @@ from leanlift.measure.live import LiveBytes
 from leanlift.model.embeddings import INT8, embedding_to_cpu
 from leanlift.model.hidden import base_of
 from leanlift.model.stacks import named_parts
+from leanlift.model.streaming import has_a_weight, layers_by_block
 from leanlift.model.surgery import layers_over, operate
 from leanlift.model.targets import find_targets
 from leanlift.model.tokens import check_tokens, embedding_name, lift_tokens
@@ -101,6 +102,7 @@ def attach_fake(
     fmt: WeightFormat,
     embedding_on_cpu: bool = False,
     workspace: Workspace | None = None,
+    streams: bool = False,
 ) -> dict[str, EvenIndex]:
     """Replace the Linears of a fake 16/32-bit model as loading and attaching would.
 
@@ -110,6 +112,7 @@ def attach_fake(
         fmt: how Linears other than the output head are held.
         embedding_on_cpu: whether the embedding is kept there.
         workspace: of the layers; None: one that stands for a GPU.
+        streams: whether the weights of blocks are brought, each by a layer of ours.
 
     Returns:
         The positions of every target, spread evenly.
@@ -121,7 +124,7 @@ def attach_fake(
     check_tokens(model, config, max(tokens, default=0) + 1)  # a template may add rows
     embedding = tuple(model.get_input_embeddings().weight.shape)
     targets = [*(name for name in targets if name not in whole), *whole]
-    weights = planned_weights(model, fmt, targets)
+    weights = planned_weights(model, fmt, [*targets, *(in_blocks(model) if streams else ())])
     indices = {}
     for name in targets:
         parts, weight = parts_of(weights[name]), weights[name]
@@ -138,6 +141,13 @@ def attach_fake(
     if embedding_on_cpu:
         embedding_to_cpu(model)
     return indices
+
+
+def in_blocks(model: Any) -> list[str]:
+    """The names of what has a weight that is streamed."""
+    parts = named_parts(model).items()
+    names = {id(part.weight): name for name, part in parts if has_a_weight(part)}
+    return [names[id(part.weight)] for block in layers_by_block(model) for part in block]
 
 
 def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[str, FrozenWeight]:

@@ -154,7 +154,9 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     }
     workspace = first_pieces(settings.device_type)
     workspace.reuses_weights = settings.reuse_weights
-    indices = attach_fake(model, config, planned.fmt, settings.embedding_on_cpu, workspace)
+    indices = attach_fake(
+        model, config, planned.fmt, settings.embedding_on_cpu, workspace, settings.stream_base
+    )
     if settings.stream_state:
         check_used_once(model)
     tiled = tiled_mlp(model, settings.mlp_tokens) if settings.tiled_mlp else []

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import config_of
+from families import SIZES, config_of
 from sweeps import swept
 from tiny import make_checkpoint_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconH1Config
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from leanlift import UserError
-from leanlift.model import stream_base
+from leanlift.model import lifted, stream_base
+from leanlift.model.streaming import plain_in_pool
 from leanlift.plan import MemoryPlan
 from leanlift.streaming import nbytes_of
 from leanlift.training import LiftSFTConfig, RunArguments, plan_of, run
@@ -44,11 +45,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    config = config_of("llama", num_hidden_layers=6, vocab_size=128)
+    return made(config_of("llama", num_hidden_layers=6, vocab_size=128), tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def scanning(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model whose blocks compute with the weights of some Linears themselves."""
+    config = FalconH1Config(
+        **SIZES, head_dim=16, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+        mamba_chunk_size=16,
+    )  # fmt: skip
+    config.num_hidden_layers = 4
+    return made(config, tmp_path_factory)
+
+
+def made(config: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = make_checkpoint_of(config, tmp_path_factory.mktemp("base") / "base")
     rows = base.parent / "rows.jsonl"
-    made = [{"prompt": f"{n} and {n} is ", "completion": str(2 * n)} for n in range(12)]
-    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    written = [{"prompt": f"{n} and {n} is ", "completion": str(2 * n)} for n in range(12)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in written))
     return base, rows
 
 
@@ -95,6 +110,34 @@ def test_a_streamed_run_is_the_same_and_as_planned(
         assert measured == pytest.approx(wanted, rel=0.05)
     assert files[0] == files[1]
     assert planned["host"] > 0
+
+
+PART = {"load_in_4bit": False, "target_modules": ["q_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize(
+    "form", swept([{}, {"load_in_4bit": False}, PART], {}, PART), ids=["nf4", "dense", "some"]
+)
+@pytest.mark.parametrize("model", swept(["places", "scanning"], "scanning"))
+def test_what_no_layer_of_ours_computes_is_there_or_brought(
+    model: str, form: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """A device has what it computes with: a Linear without a layer of ours is brought by nobody."""
+    places: tuple[Path, Path] = request.getfixturevalue(model)
+    files = []
+    for stream in (False, True):
+        output = tmp_path / str(stream)
+        args, sft = told(places, output, stream_base=stream, **form)
+        plan = lambda batches, args=args, sft=sft: plan_of(args, sft, False, batches)  # noqa: E731
+        done = run(args, sft, screen=QuietScreen(), plan=plan)
+        report = done.memory
+        files.append((output / "adapter_model.safetensors").read_bytes())
+        assert report.plan is not None
+        planned = report.plan["categories"]
+        if stream:
+            assert report.categories["base weights"] == planned["base weights"]
+            assert not plain_in_pool(lifted(done.model))
+    assert files[0] == files[1]
 
 
 def test_sums_of_gradients_are_planned_to_the_byte(
