@@ -40,10 +40,10 @@ types: $(VENV)/installed
 contracts: $(VENV)/installed
 	$(BIN)/lint-imports
 
-# wheel and sdist in dist/, looked into and used: see .ci/package.py
+# wheel and sdist in dist/, looked into and used; PACKAGE=--shared is quick: see .ci/package.py
 package: $(VENV)/installed
 	rm -rf dist
-	$(BIN)/python .ci/package.py --torch "$(TORCH)" --keep dist
+	$(BIN)/python .ci/package.py --torch "$(TORCH)" --keep dist $(PACKAGE)
 
 $(VENV)/installed: pyproject.toml
 	@echo "Setting up $(VENV): PyTorch and what else leanlift needs. This takes a few minutes, once."

@@ -1,11 +1,13 @@
 """Build the wheel and the sdist, look into both, and use the wheel as a stranger would.
 
-    python .ci/package.py [--torch "torch==2.13.0"] [--keep DIR]     (or: make package)
+    python .ci/package.py [--torch "torch==2.13.0"] [--shared] [--keep DIR]     (or: make package)
 
 The sdist is built from the working tree and the wheel from the sdist; `twine check --strict` reads
 their metadata. The sdist has to hold every file that git tracks, and some of its tests are run out
-of it. The wheel is installed with what it needs into a new environment, and `pip check`,
-`leanlift --version` and `leanlift demo` are run there, outside of the repository.
+of it. The wheel is installed with what it needs into a new environment, and `pip check`, `leanlift
+--version`, `doctor` and `demo` are run there, outside of the repository. To install torch takes
+minutes and gigabytes; with `--shared` the new environment has leanlift from the wheel, and all else
+from the environment that runs this, whose own leanlift it does not see.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import zipfile
@@ -36,9 +39,14 @@ TESTS = ("tests/house/test_project.py", "tests/cli/test_places.py")
 """Of the sdist: one of the repository's own files, one that needs what other tests share."""
 
 
+SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
+WHERE = "import leanlift, pathlib; print(pathlib.Path(leanlift.__file__).resolve())"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", default="torch", help="what pip is given for torch")
+    parser.add_argument("--shared", action="store_true", help="install the wheel alone")
     parser.add_argument("--keep", type=Path, help="where wheel and sdist go; default: thrown away")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse(problems_of_wheel(wheel))
         refuse(problems_of_sdist(sdist, tracked_files()))
         use_sdist(sdist, Path(scratch) / "source")
-        use_wheel(wheel, Path(scratch) / "clean", options.torch)
+        use_wheel(wheel, Path(scratch) / "clean", None if options.shared else options.torch)
     print(f"{wheel.name} and {sdist.name}: whole, and the wheel works.", flush=True)
 
 
@@ -94,15 +102,27 @@ def use_sdist(sdist: Path, place: Path) -> None:
     run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, cwd=source, **there)
 
 
-def use_wheel(wheel: Path, place: Path, torch: str) -> None:
-    """Install it into a new environment, and run the demo there."""
+def use_wheel(wheel: Path, place: Path, torch: str | None) -> None:
+    """Install it into a new environment, and run the demo there.
+
+    Args:
+        torch: what pip is given for it; None: everything but leanlift is this environment's.
+    """
     run(sys.executable, "-m", "venv", str(place))
     programs = place / ("Scripts" if os.name == "nt" else "bin")
     python = str(programs / "python")
-    run(python, "-m", "pip", "install", "--quiet", *shlex.split(torch))
-    run(python, "-m", "pip", "install", "--quiet", str(wheel))
-    run(python, "-m", "pip", "check")
+    install = (python, "-m", "pip", "install", "--quiet", "--no-compile")  # little of it is run
     outside = {"cwd": place, "PYTHONPATH": ""}
+    if torch is None:
+        run(*install, "--no-deps", str(wheel))
+        home = Path(run(python, "-c", SITE, capture=True).strip())
+        (home / "shared.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    else:
+        run(*install, *shlex.split(torch))
+        run(*install, str(wheel))
+        run(python, "-m", "pip", "check")
+    imported = Path(run(python, "-c", WHERE, capture=True, **outside).strip())
+    assert imported.is_relative_to(place.resolve()), f"{imported} is not the wheel's"
     run(str(programs / "leanlift"), "--version", **outside)
     run(str(programs / "leanlift"), "doctor", **outside)
     run(str(programs / "leanlift"), "demo", "--output_dir", "demo", **outside)
