@@ -100,7 +100,10 @@ def made(name: str, look: Callable[[], Any]) -> Any:
         found = look()
     except Exception as error:  # whatever a broken installation does
         said = f"{type(error).__name__}: {first_line(error)}"
-        problem = f"{name} could not be looked at ({said.rstrip('.')}): install what it names anew, or report it."
+        problem = (
+            f"{name} could not be looked at ({said.rstrip('.')}): install what it names anew, or "
+            "report it."
+        )
         return Look(name, {"failed": said}, [("failed", said)], [problem])
     found.name = name
     return found

@@ -175,7 +175,7 @@ def _look_at_card(found: Look, number: int) -> dict[str, Any]:
         )
     )
     compiled = torch.cuda.get_arch_list()
-    if compiled and not has_kernels(capability, compiled):
+    if torch.version.cuda and compiled and not has_kernels(capability, compiled):
         found.problems.append(
             f"this torch has no kernels for {properties.name} (compute capability "
             f"{capability[0]}.{capability[1]}; it has {', '.join(compiled)}): install a torch "
@@ -186,15 +186,18 @@ def _look_at_card(found: Look, number: int) -> dict[str, Any]:
 
 def has_kernels(capability: tuple[int, int], compiled: list[str]) -> bool:
     """Whether code that was compiled for `compiled` ("sm_80", "compute_90", …) runs on a card: for
-    the same major number and no later minor one, or to be compiled by the driver from an earlier
-    one."""
+    the same major number and no later minor one ("sm_90a": that one alone), or to be compiled by
+    the driver from an earlier one."""
     for name in compiled:
         kind, _, number = name.partition("_")
         digits = "".join(each for each in number if each.isdigit())
         if not digits:
             continue
         major, minor = divmod(int(digits), 10)
-        if kind == "sm" and major == capability[0] and minor <= capability[1]:
+        if kind == "sm" and number.endswith("a"):
+            if (major, minor) == capability:
+                return True
+        elif kind == "sm" and major == capability[0] and minor <= capability[1]:
             return True
         if kind == "compute" and (major, minor) <= capability:
             return True

@@ -98,6 +98,7 @@ def test_a_card_that_torch_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -
         "is_bf16_supported": False,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = looks.cards()
     assert found.facts["cards"][0]["capability"] == [5, 2]
     (problem,) = found.problems
@@ -113,6 +114,7 @@ def test_a_card_that_torch_has_no_kernels_for(monkeypatch: pytest.MonkeyPatch) -
         ((9, 0), ["sm_80"], False),
         ((9, 0), ["sm_80", "compute_80"], True),
         ((12, 0), ["sm_90a", "sm_120"], True),
+        ((10, 3), ["sm_100a"], False),
         ((7, 0), ["compute_75"], False),
         ((8, 0), ["gfx90a"], False),
     ],
