@@ -13,8 +13,8 @@ import pytest
 import torch
 from command import complaint
 
+from leanlift.cli import fitting as planned
 from leanlift.cli import looks, looks_kernels, main
-from leanlift.cli.fitting import fitting
 from leanlift.demo.known import KNOWN
 
 GIB = 2**30
@@ -126,16 +126,37 @@ def test_which_code_runs_on_which_card(
     assert looks.has_kernels(capability, compiled) is runs
 
 
+def test_changes_are_made_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = iter([5.0, 4.0, 4.0, 3.0, 2.0, 1.0, 0.5])
+
+    def plan_of(*_: Any) -> Any:
+        needed = int(next(sizes) * GIB)
+        return SimpleNamespace(needed=needed, fits=lambda gib: needed <= gib * GIB)
+
+    monkeypatch.setattr(planned, "plan_of", plan_of)
+    steps = planned.ladder("tiny", KNOWN["Llama-2-7B"], 2.5)
+    assert [plan.needed / GIB for _, plan in steps] == [5.0, 4.0, 3.0, 2.0], "what saves is kept"
+    assert [len(changes) for changes, _ in steps] == [0, 1, 2, 3]
+    assert planned.first_that_fits(steps, 8.0) == (
+        "5.00 GiB with the command's defaults", {"changed": {}, "needed": 5 * GIB},
+    )  # fmt: skip
+    text, facts = planned.first_that_fits(steps, 3.5)
+    assert text.startswith("3.00 GiB with ")
+    assert set(facts["changed"]) == {key for change in steps[2][0] for key in change.keys}
+    assert planned.first_that_fits(steps, 1.0)[0] == "no: 2.00 GiB at least"
+
+
+@pytest.mark.thorough
 def test_what_fits_is_with_as_few_changes_as_do(tmp_path: Path) -> None:
     shape = json.loads((KNOWN["Llama-3-8B"] / "config.json").read_text())
     small = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps({**shape, "num_hidden_layers": 2, **small}))
-    plenty = fitting([8.0], {"tiny": base}).facts["8"]["tiny"]
+    plenty = planned.fitting([8.0], {"tiny": base}).facts["8"]["tiny"]
     assert plenty["changed"] == {}
     least = (plenty["needed"] - 1) / GIB
-    found = fitting([0.1, least, 8.0], {"tiny": base})
+    found = planned.fitting([0.1, least, 8.0], {"tiny": base})
     assert found.facts["8"]["tiny"] == plenty
     assert found.facts[f"{least:g}"]["tiny"]["changed"]
     assert found.facts["0.1"]["tiny"]["changed"] is None

@@ -7,18 +7,13 @@ the two libraries.
 
 from __future__ import annotations
 
+import pytest
 from processes import run_python
 
 BLOCKED = """
-import importlib, json, pkgutil, sys
+import builtins, importlib, pkgutil, sys
 
 POSIX = {"fcntl", "resource", "pty", "termios", "tty", "pwd", "grp", "readline", "posix", "curses"}
-
-def ours():  # whether it is leanlift that imports
-    frame = sys._getframe(2)
-    while frame and "importlib" in frame.f_code.co_filename:
-        frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__", "").startswith("leanlift")
 
 class Without:  # a finder that does not find some modules
 
@@ -26,18 +21,22 @@ class Without:  # a finder that does not find some modules
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        missing = name.partition(".")[0] in EVERYWHERE or (name in POSIX and ours())
+        missing = name.partition(".")[0] in EVERYWHERE
         return None if missing else self.finder.find_spec(name, path, target)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
 
+def importing(name, globals=None, locals=None, fromlist=(), level=0):
+    if level == 0 and name in POSIX and (globals or {}).get("__name__", "").startswith("leanlift"):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    return really(name, globals, locals, fromlist, level)
+
 def take_away(*everywhere):
-    global EVERYWHERE
+    global EVERYWHERE, really
     EVERYWHERE = set(everywhere)
-    for name in POSIX - {"posix"}:
-        sys.modules.pop(name, None)
     sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+    really, builtins.__import__ = builtins.__import__, importing
 """
 EVERY_MODULE = """
 take_away("triton")
@@ -77,6 +76,7 @@ def run_without(code: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+@pytest.mark.thorough
 def test_every_module_can_be_imported_without_triton_and_what_windows_lacks() -> None:
     kernels = "KERNELS = {'triton_adamw', 'triton_rows', 'triton_strips'}\n"
     said, _ = run_without(kernels + EVERY_MODULE)
