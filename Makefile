@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: demo test test-all check lint types contracts clean print-torch
+.PHONY: demo test test-all check lint types contracts package clean print-torch
 
 demo: $(VENV)/installed
 	@$(BIN)/leanlift demo --output_dir leanlift-demo
@@ -39,6 +39,11 @@ types: $(VENV)/installed
 
 contracts: $(VENV)/installed
 	$(BIN)/lint-imports
+
+# wheel and sdist in dist/, looked into and used; PACKAGE=--shared is quick: see .ci/package.py
+package: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python .ci/package.py --torch "$(TORCH)" --keep dist $(PACKAGE)
 
 $(VENV)/installed: pyproject.toml
 	@echo "Setting up $(VENV): PyTorch and what else leanlift needs. This takes a few minutes, once."

@@ -1,5 +1,5 @@
-"""The command line: `leanlift demo | init | plan | train | eval | chat | export | combine | push |
-info | report`.
+"""The command line: `leanlift demo | init | plan | train | eval | chat | serve | export | combine |
+push | info | report | doctor`.
 
 An error that a user can cause ends in one sentence on stderr and exit code 2, a device that is
 too small in exit code 3; `--debug` shows the traceback. Everything heavy is imported by the
@@ -24,9 +24,11 @@ from pathlib import Path
 from leanlift._version import __version__
 from leanlift.cli.adapters import add_export
 from leanlift.cli.chat import add_chat
+from leanlift.cli.doctor import add_doctor
 from leanlift.cli.init import add_init
 from leanlift.cli.measure import add_measure
 from leanlift.cli.parsing import Parser, asks_for_help, take_switch
+from leanlift.cli.serve import add_serve
 from leanlift.errors import Interrupted, OutOfMemoryError, UserError, first_line, is_disk_full
 from leanlift.io.files import check_new
 
@@ -145,6 +147,10 @@ def in_a_sentence(error: Exception) -> tuple[str, int] | None:
                 "a smaller batch.",
                 EXIT_OUT_OF_MEMORY,
             )
+    if isinstance(error, ImportError) and error.name and not error.name.startswith("leanlift"):
+        package = error.name.partition(".")[0]
+        said = f"{package} cannot be imported ({first_line(error).rstrip('.')})"
+        return f"{said}: 'leanlift doctor' says what is missing and what to do.", EXIT_USER_ERROR
     if is_disk_full(error):
         said = "the disk is full: nothing half-written was kept; make room and run it again."
         return said, EXIT_USER_ERROR
@@ -183,7 +189,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False).set_defaults(run=run)
     add_measure(commands)
     add_chat(commands)
+    add_serve(commands)
     add_export(commands)
+    add_doctor(commands)
     return parser
 
 

@@ -61,7 +61,7 @@ def add_chat(commands: Any) -> None:
 
 def _chat(options: argparse.Namespace) -> int:
     _check(options)
-    options.adapter = _adapter(options)
+    options.adapter = adapter_of(options)
     from leanlift.cli.talk import chat_command
 
     return chat_command(options)
@@ -88,7 +88,7 @@ def _check(options: argparse.Namespace) -> None:
         )
 
 
-def _adapter(options: argparse.Namespace) -> str | None:
+def adapter_of(options: argparse.Namespace) -> str | None:
     """What was named, if it is an adapter; None where it is a model: it takes the place of the base
     then.
 

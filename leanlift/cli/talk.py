@@ -53,7 +53,7 @@ def chat_command(options: argparse.Namespace) -> int:
     if options.seed is not None:
         set_seed(options.seed)
     with quiet_loading():
-        model = _load(options, args)
+        model = loaded(options, args)
     talk = Talk(
         model, tokenizer, Conversation(how, prompt, options.system), sampling,
         options.adapter is not None, without=options.base,
@@ -66,7 +66,8 @@ def chat_command(options: argparse.Namespace) -> int:
     return talk.run()
 
 
-def _load(options: argparse.Namespace, args: Any) -> Any:
+def loaded(options: argparse.Namespace, args: Any) -> Any:
+    """The model that answers: a base with the adapter on it, or a whole one."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = load_model(args, device, modules=modules_of(options))
     if options.adapter:

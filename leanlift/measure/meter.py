@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from leanlift.io.machine import machine_nbytes
 from leanlift.layers import FrozenLinear, LiftEmbedding, LiftLinear, TiedHead
 from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.lm_head import FrozenHead
@@ -293,11 +294,3 @@ def _capacity_of(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_nbytes()
-
-
-def machine_nbytes() -> int | None:
-    """The machine's memory; None where this system does not tell."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
-        return None

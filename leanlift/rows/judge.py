@@ -9,7 +9,6 @@ the whole text where there is no answer column.
 from __future__ import annotations
 
 import re
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
@@ -135,4 +134,8 @@ def are_sentences(samples: Sequence[Wanting], judge: str) -> bool:
     """Whether "auto" compares whole sentences, of which an exact match says next to nothing."""
     texts = [s.expected or "" for s in samples if judge_for(s, judge) == "text" and not s.answer]
     long = [len(text.split()) for text in texts]
-    return judge == "auto" and bool(long) and statistics.median(long) >= SENTENCE
+    if judge != "auto" or not long:
+        return False
+    import statistics  # not for `leanlift --help`
+
+    return statistics.median(long) >= SENTENCE

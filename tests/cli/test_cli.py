@@ -189,11 +189,13 @@ def test_the_options_are_a_reviewed_set() -> None:
         "train",
         "eval",
         "chat",
+        "serve",
         "export",
         "combine",
         "push",
         "info",
         "report",
+        "doctor",
     }
 
 

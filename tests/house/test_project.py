@@ -53,6 +53,7 @@ def test_the_lowest_versions_are_those_that_are_stated(script: ModuleType) -> No
         (["a>=1.2,<3"], {"a": "1.2"}),
         (["A-b <3, >= 1.2; python_version > '3'"], {"a-b": "1.2"}),
         (["a", "b<2"], {}),
+        (["a[x,y]>=1,<2"], {"a": "1"}),
         (["a>=1,<2", "a>=1,<3"], {"a": "1"}),
         (["a>=1", "a>=2"], None),
         (["a @ https://x.y/z"], None),
