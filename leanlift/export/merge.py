@@ -84,6 +84,7 @@ def merge_adapter(
     progress: bool = True,
     revision: str | None = None,
     check: Callable[[Path], None] | None = None,
+    bare: bool = False,
 ) -> MergeReport:
     """Write base + adapter as a plain checkpoint.
 
@@ -100,6 +101,7 @@ def merge_adapter(
             adapter names is taken at the commit that it was trained over.
         check: is called with the directory of a base that is not quantized, before anything is
             written; raises where the base could not be loaded.
+        bare: leave the offsets out: the base as a merge would have it, to compare one with.
 
     Raises:
         UserError: a damaged adapter, another base, a quantized base checkpoint, a value that
@@ -128,7 +130,8 @@ def merge_adapter(
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
                     for spec in tqdm(specs, desc="Merging", unit="tensor", disable=not progress):
-                        merge = _Merge(opened, plan, shared, onto, spec.dtype, spec.name in kept)
+                        quantized = onto == "quantized" and spec.name not in kept
+                        merge = _Merge(opened, plan, shared, quantized, spec.dtype, bare)
                         writer.write(spec.name, merge.pieces(tensors[spec.name]))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 write_card(partial, opened, str(named), dtype, onto, out.name)
@@ -220,15 +223,16 @@ class _Merge:
         adapter: Adapter,
         plan: Places,
         shared: Shared,
-        onto: str,
+        quantized: bool,
         dtype: torch.dtype,
-        kept: bool,
+        bare: bool = False,
     ) -> None:
         self.adapter = adapter
         self.plan = plan
         self.shared = shared
-        self.quantized = onto == "quantized" and not kept
+        self.quantized = quantized
         self.dtype = dtype
+        self.learned = () if bare else adapter.shapes
 
     def pieces(self, tensor: Stored) -> Iterator[Tensor]:
         """Consecutive row pieces of the merged tensor, in the output's dtype."""
@@ -282,7 +286,7 @@ class _Merge:
     def _part_pieces(self, tensor: Stored | Rows, part: Part) -> Iterator[Tensor]:
         """Rows of a Linear: of its own matrix where that is quantized as a whole."""
         name = part.module
-        offsets = self.shared.layers.of(name) if name in self.adapter.shapes else None
+        offsets = self.shared.layers.of(name) if name in self.learned else None
         rows, first, held = cast(RowTiles, tensor), part.first, name in self.adapter.base.formats
         if isinstance(tensor, StoredMatrix):
             rows = tensor.open()
