@@ -202,9 +202,11 @@ def _same_tokens(model: Runtime, asked: Asked) -> bool | None:
 
 
 def _difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest absolute difference; NaN where either has one."""
+    """The largest absolute difference; NaN where either has one. Rows of the embedding that no
+    token has may be in one of them alone."""
+    words = min(logits.shape[1] for logits in (*ours, *theirs))
     pairs = zip(ours, theirs, strict=True)
-    return float(torch.stack([(a - b[:, : a.shape[1]]).abs().max() for a, b in pairs]).max())
+    return float(torch.stack([(a[:, :words] - b[:, :words]).abs().max() for a, b in pairs]).max())
 
 
 def _perplexity(loss: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,24 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from leanlift import UserError, merge_adapter
 from leanlift.cli import main
+from leanlift.demo.run import BASE
+from leanlift.demo.skills import make_rows
 from leanlift.requantized.gguf import write_gguf
+from leanlift.requantized.tools import find_tools, has_runtime
 from leanlift.requantized.wanted import Wanted
 
 pytest.importorskip("gguf", reason="pip install gguf")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a script")
+
+
+def is_installed() -> bool:
+    """Whether llama.cpp's own converter can run here."""
+    try:
+        find_tools("Q8_0")
+    except UserError:
+        return False
+    return find_spec("sentencepiece") is not None
+
 
 ROWS = [{"prompt": f"{i} plus {i} is ", "completion": str(2 * i)} for i in range(6)]
 
@@ -117,6 +131,24 @@ def test_without_a_comparison(adapter: Path, tmp_path: Path) -> None:
     assert done.types == {"Q8_0": 15}
     with pytest.raises(UserError, match=r"--data rows.json; or leave .* out with --no_verify"):
         write_gguf(replace(wanted, verify=True), tmp_path / "other", "Q8_0", tools)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not is_installed(), reason="needs llama.cpp's converter: leanlift[gguf]")
+def test_the_built_in_model_by_llama_cpp_itself(tmp_path: Path) -> None:
+    trained(BASE, tmp_path / "adapter", "nf4", density=0.05)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps(row) + "\n" for row in make_rows("next", 8, split="heldout"))
+    )
+    kind = "Q4_K_M" if has_runtime() else "Q8_0"
+    wanted = Wanted(tmp_path / "adapter", data=str(rows), progress=False)
+    done = write_gguf(wanted, tmp_path / "out", kind)
+    assert done.comparison is not None
+    assert done.comparison.same.tokens is (True if has_runtime() else None)
+    assert done.comparison.same.difference < done.comparison.same.effect / 20
+    assert done.comparison.change is not None
+    assert done.comparison.change.share > 0.8
 
 
 def test_options_that_belong_elsewhere(
