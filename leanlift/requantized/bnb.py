@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from leanlift.io.tensors import new_directory
 from leanlift.requantized.asked import Asked, Rows, ask, asked_of, logits_of, loss_of
 from leanlift.requantized.change import Change
 from leanlift.requantized.check import Comparison, compare, same_model
-from leanlift.requantized.runtime import Stock
+from leanlift.requantized.runtime import Stock, quick_dtype
 from leanlift.requantized.wanted import Wanted, known, merge
 from leanlift.source import open_checkpoint
 from leanlift.tiles import row_ranges, tile_rows
@@ -124,9 +124,10 @@ def _compare(
     """
     place = Path(merged.output)
     asked = asked_of(rows, place)
-    before, after = ask_both(adapter, merged, lambda model: ask(Stock(model), asked))
+    quick = replace(merged, dtype=quick_dtype(merged.dtype))
+    before, after = ask_both(adapter, quick, lambda model: ask(Stock(model), asked))
     coarsest = max((merged.dtype, adapter.base.dtype), key=lambda dtype: BOUNDS[dtype])
-    sixteen = Stock(AutoModelForCausalLM.from_pretrained(place, dtype=dtype_of(merged.dtype)))
+    sixteen = Stock(AutoModelForCausalLM.from_pretrained(place, dtype=dtype_of(quick.dtype)))
     same = same_model(sixteen, asked, logits_of(sixteen, asked), before, after, coarsest)
     del sixteen
     gc.collect()

@@ -33,7 +33,7 @@ from leanlift.requantized.check import Comparison, compare, same_model
 from leanlift.requantized.kinds import CONVERTED, DTYPES
 from leanlift.requantized.modelfile import modelfile
 from leanlift.requantized.prompts import Template, stops_of, template_for
-from leanlift.requantized.runtime import Stock, gguf_runtime_words, open_gguf
+from leanlift.requantized.runtime import Stock, gguf_runtime_words, open_gguf, quick_dtype
 from leanlift.requantized.tools import Tools, find_tools
 from leanlift.requantized.wanted import Known, Wanted, known, merge
 from leanlift.rows.examples import columns_of
@@ -183,7 +183,8 @@ class _Making:
             UserError: the 16-bit file is another model.
         """
         most = TOKENS + NEW
-        before, after = ask_both(self.adapter, merged, lambda model: ask(Stock(model), asked))
+        quick = replace(merged, dtype=quick_dtype(merged.dtype))
+        before, after = ask_both(self.adapter, quick, lambda model: ask(Stock(model), asked))
         computed = {merged.dtype, "float16"}  # which llama.cpp rounds activations to
         computed |= {self.adapter.base.dtype} if merged.onto == "quantized" else set()
         coarsest = max(computed, key=lambda dtype: BOUNDS[dtype])
