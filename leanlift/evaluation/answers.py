@@ -121,7 +121,7 @@ def greedy_answers(
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = range(len(samples))
-    with _greedy(model, ends, pad, max_new_tokens) as config:
+    with greedily(model, ends, pad, max_new_tokens) as config:
         for batch in _batches(
             order, lambda i: len(samples[i].prompt), batch_size, _bar(name, "answers"), progress
         ):
@@ -136,7 +136,7 @@ def greedy_answers(
 
 
 @contextmanager
-def _greedy(model: Any, ends: list[int], pad: int, new: int) -> Iterator[GenerationConfig]:
+def greedily(model: Any, ends: list[int], pad: int, new: int) -> Iterator[GenerationConfig]:
     """A generation config of token ids alone, also in place of the model's own: `generate` fills
     what another one leaves open from that (penalties, beams, forced and suppressed tokens)."""
     config = GenerationConfig(

@@ -10,10 +10,11 @@ weights to the output's dtype, and each operation to the dtype in which it is co
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ coarser of the two dtypes (of the weights written, of the trained model's comput
 
 TOKENS = 128
 PROMPTS = 4
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def check_verifiable(adapter: str | Path, data: str | None = None, base: str | N
                 f"{opened.directory} is an adapter of a {opened.task.architecture}: --verify "
                 "compares logits of language models alone; leave it out."
             )
-        _rows(opened, data)
+        rows_to_ask(opened, data)
 
 
 def verify_merged(
@@ -103,9 +106,8 @@ def verify_merged(
     """
     with open_adapter(adapter, base=merged.base) as opened:
         prompts = _prompts(opened, merged.output, data)
-        make = _as_trained if merged.onto == "quantized" else _onto_original
         with torch.no_grad():
-            before, reference = make(opened, merged, prompts)
+            before, reference = ask_both(opened, merged, lambda model: _logits(model, prompts))
             found = _logits(_load(merged.output, merged.dtype, opened), prompts)
         coarser = [merged.dtype] + [opened.base.dtype] * (merged.onto == "quantized")
     largest = max(float(logits.abs().max()) for logits in reference)
@@ -126,7 +128,7 @@ def verify_merged(
 
 def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
     """Token ids [1, T] of the first examples that the adapter was trained on, cut to `TOKENS`."""
-    rows, facts = _rows(adapter, data)
+    rows, facts = rows_to_ask(adapter, data)
     how = Tokenization.as_trained(load_tokenizer(merged), facts, vocabulary_rows(merged))
     if has_images(rows):  # what an image becomes is the same on both sides: the text is enough
         first = rows.remove_columns([c for c in COLUMNS if c in rows.column_names])
@@ -135,7 +137,7 @@ def _prompts(adapter: Adapter, merged: str, data: str | None) -> list[Tensor]:
     return [torch.tensor([tokens.ids[:TOKENS]]) for _, _, tokens in islice(examples, PROMPTS)]
 
 
-def _rows(adapter: Adapter, data: str | None) -> tuple[Any, dict[str, Any]]:
+def rows_to_ask(adapter: Adapter, data: str | None) -> tuple[Any, dict[str, Any]]:
     """The rows to take prompts from, and what the adapter's run was told.
 
     Raises:
@@ -162,14 +164,29 @@ def _first_rows(facts: dict[str, Any]) -> tuple[Any, Any]:
     return facts.get("dataset_name"), facts.get("dataset_split", "train")
 
 
+def ask_both(
+    adapter: Adapter, merged: MergeReport, ask: Callable[[Any], Answer]
+) -> tuple[Answer, Answer]:
+    """What is found of the base, and of the base with the adapter, of which the merge's own code
+    has made neither.
+
+    Args:
+        adapter: an opened adapter.
+        merged: what `merge_adapter` returned.
+        ask: is called with one model, then with the other.
+    """
+    make = _as_trained if merged.onto == "quantized" else _onto_original
+    return make(adapter, merged, ask)
+
+
 def _onto_original(
-    adapter: Adapter, merged: MergeReport, prompts: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of the base, and of the base with the offsets added to its modules."""
+    adapter: Adapter, merged: MergeReport, ask: Callable[[Any], Answer]
+) -> tuple[Answer, Answer]:
+    """Of the base, and of the base with the offsets added to its modules."""
     model = _load(merged.base, merged.dtype, adapter)
     if adapter.grown is not None:
         grow_embedding(model, adapter.grown.rows)
-    before = _logits(model, prompts)
+    before = ask(model.eval())
     parts: dict[str, Any] = dict(named_parts(model))
     for name, (m, n) in adapter.shapes.items():
         weight, offsets = matrix_of(parts[name]).reshape(m, n), adapter.layer(name)
@@ -177,19 +194,19 @@ def _onto_original(
             rows = weight[start:stop].to("cpu", torch.float32).contiguous()
             offsets.add_to_(rows, start, stop)
             weight[start:stop] = rows.to(weight.dtype)
-    return before, _logits(model, prompts)
+    return before, ask(model)
 
 
 def _as_trained(
-    adapter: Adapter, merged: MergeReport, prompts: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of the quantized base, and of that with the adapter attached."""
+    adapter: Adapter, merged: MergeReport, ask: Callable[[Any], Answer]
+) -> tuple[Answer, Answer]:
+    """Of the quantized base, and of that with the adapter attached."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_as_trained(adapter, merged.base, device)
     load_adapter(model, adapter.directory)
-    reference = _logits(model, prompts)
+    reference = ask(model.eval())
     scale_adapter(model, 0.0)
-    return _logits(model, prompts), reference
+    return ask(model), reference
 
 
 def _load(directory: str, dtype: str, adapter: Adapter) -> Any:

@@ -84,22 +84,22 @@ def merge_adapter(
     progress: bool = True,
     revision: str | None = None,
     check: Callable[[Path], None] | None = None,
+    bare: bool = False,
 ) -> MergeReport:
     """Write base + adapter as a plain checkpoint.
 
     Args:
         adapter: a directory from `save_adapter` or a training run, or a hub name.
         output: a new directory.
-        base: the base checkpoint, a directory or a hub name; by default the one the adapter
-            was trained on.
+        base: a checkpoint's directory or hub name; by default the one the adapter was trained on.
         dtype: of the merged weights: "float16", "bfloat16" or "float32".
         onto: "original" or "quantized", see above.
         max_shard_size: as in `save_pretrained`.
         progress: whether to show a bar over the tensors.
         revision: of a `base` that is a hub name; by default its main branch. The base that the
             adapter names is taken at the commit that it was trained over.
-        check: is called with the directory of a base that is not quantized, before anything is
-            written; raises where the base could not be loaded.
+        check: is called first, with the directory of a base that is not quantized; may raise.
+        bare: leave the offsets out: the base as a merge would have it, to compare one with.
 
     Raises:
         UserError: a damaged adapter, another base, a quantized base checkpoint, a value that
@@ -120,19 +120,19 @@ def merge_adapter(
             tensors = with_new_matrices(opened, stored)
             check_base(opened, tensors, places(opened, tensors), source_dir)
             kept = kept_in_fp32(stored)
-            tensors = with_new_rows(opened, tensors)
-            plan = places(opened, tensors)
+            plan = places(opened, tensors := with_new_rows(opened, tensors))
             specs = _specs(tensors, plan, kept, target)
             check_space(out, nbytes := sum(spec.nbytes for spec in specs))
             shared = Shared.of(opened, plan)
             with new_directory(out) as partial:
                 with ShardedWriter(partial, specs, shard_bytes) as writer:
                     for spec in tqdm(specs, desc="Merging", unit="tensor", disable=not progress):
-                        merge = _Merge(opened, plan, shared, onto, spec.dtype, spec.name in kept)
+                        exact = onto == "quantized" and spec.name not in kept
+                        merge = _Merge(opened, plan, shared, exact, spec.dtype, bare)
                         writer.write(spec.name, merge.pieces(tensors[spec.name]))
                 _write_small_files(opened, source_dir, partial, config, dtype, tensors)
                 write_card(partial, opened, str(named), dtype, onto, out.name)
-        merged = sum(1 for module in plan.matrices if module in opened.base.shapes)
+        merged = len(plan.matrices.keys() & opened.base.shapes.keys())
     return MergeReport(str(out), str(source_dir), onto, dtype, merged, len(specs), nbytes)
 
 
@@ -220,15 +220,16 @@ class _Merge:
         adapter: Adapter,
         plan: Places,
         shared: Shared,
-        onto: str,
+        quantized: bool,
         dtype: torch.dtype,
-        kept: bool,
+        bare: bool = False,
     ) -> None:
         self.adapter = adapter
         self.plan = plan
         self.shared = shared
-        self.quantized = onto == "quantized" and not kept
+        self.quantized = quantized
         self.dtype = dtype
+        self.learned = () if bare else adapter.shapes
 
     def pieces(self, tensor: Stored) -> Iterator[Tensor]:
         """Consecutive row pieces of the merged tensor, in the output's dtype."""
@@ -282,7 +283,7 @@ class _Merge:
     def _part_pieces(self, tensor: Stored | Rows, part: Part) -> Iterator[Tensor]:
         """Rows of a Linear: of its own matrix where that is quantized as a whole."""
         name = part.module
-        offsets = self.shared.layers.of(name) if name in self.adapter.shapes else None
+        offsets = self.shared.layers.of(name) if name in self.learned else None
         rows, first, held = cast(RowTiles, tensor), part.first, name in self.adapter.base.formats
         if isinstance(tensor, StoredMatrix):
             rows = tensor.open()
