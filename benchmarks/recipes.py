@@ -45,7 +45,6 @@ LARGE = ("Qwen2.5-32B", "Llama-3-70B")
 GIB = 2**30
 
 SHAPES = MODELS | {
-    "Qwen2.5-14B": Qwen2Config(**shape(152064, 5120, 13824, 48, 40, 8)),
     "Qwen2.5-32B": Qwen2Config(**shape(152064, 5120, 27648, 64, 40, 8)),
 }
 NAMES = {
@@ -57,7 +56,6 @@ NAMES = {
     "Qwen3-8B": "Qwen/Qwen3-8B",
     "Gemma-2-9B": "google/gemma-2-9b",
     "Llama-2-13B": "meta-llama/Llama-2-13b-hf",
-    "Qwen2.5-14B": "Qwen/Qwen2.5-14B",
     "Qwen2.5-32B": "Qwen/Qwen2.5-32B",
     "Llama-3-70B": "meta-llama/Meta-Llama-3-70B",
 }
@@ -73,7 +71,6 @@ RECIPES = (
     ("Qwen3-8B", 12),
     ("Gemma-2-9B", 12),
     ("Llama-2-13B", 16),
-    ("Qwen2.5-14B", 16),
     ("Qwen2.5-32B", 24),
     ("Llama-3-70B", 24),
 )

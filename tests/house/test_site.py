@@ -20,14 +20,19 @@ ELSEWHERE = re.compile(r"""<(?:script|img|iframe|source)[^>]*\ssrc=["']?https?:[
 """What a browser would fetch from another server by itself."""
 
 
-@pytest.fixture(scope="module")
-def hooks() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site.py")
+def script(name: str) -> ModuleType:
+    """A Python file of `docs/`."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    return script("site")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +60,13 @@ def test_the_api_page_has_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     shown = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", text, re.M)}
     assert set(leanlift.__all__) - {"__version__"} <= shown
+
+
+def test_the_page_of_settings_is_what_declares_them() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert text == script("settings_page").page()
+    assert "| `density` | a number in (0, 1] | `0.05` |" in text
+    assert "| `optim` | " in text
 
 
 @pytest.mark.thorough
