@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: demo test test-all check lint types contracts package clean print-torch
+.PHONY: demo test test-all check lint types contracts package docs clean print-torch
 
 demo: $(VENV)/installed
 	@$(BIN)/leanlift demo --output_dir leanlift-demo
@@ -45,6 +45,10 @@ package: $(VENV)/installed
 	rm -rf dist
 	$(BIN)/python .ci/package.py --torch "$(TORCH)" --keep dist $(PACKAGE)
 
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "Wrote site/index.html: $(BIN)/python -m mkdocs serve shows it, and every change."
+
 $(VENV)/installed: pyproject.toml
 	@echo "Setting up $(VENV): PyTorch and what else leanlift needs. This takes a few minutes, once."
 	@$(PYTHON) -m venv $(VENV)
@@ -56,4 +60,4 @@ print-torch:
 	@echo "$(TORCH)"
 
 clean:
-	rm -rf $(VENV) leanlift-demo dist build
+	rm -rf $(VENV) leanlift-demo dist build site

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,13 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def write_rows(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write `results/<name>.csv`, environment columns last."""
+def write_rows(name: str, rows: list[dict[str, Any]], kept: Sequence[dict[str, str]] = ()) -> Path:
+    """Write `results/<name>.csv`, environment columns last; first what is kept of earlier runs,
+    with their environment."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     here = environment()
-    rows = [{**row, **here} for row in rows]
+    rows = [*kept, *({**row, **here} for row in rows)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -1,0 +1,164 @@
+"""The tutorial as it is printed, on the model of the demo.
+
+Its commands run in this process, one after another in one directory, for a process each would take
+longer to start than what it does. Replaced are the model's name, by the demo's model with a chat
+template, and the port. `test_commands` parses the steps that are marked as needing something.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import ENVIRONMENT, ROOT, free_port
+
+from leanlift.cli import build_parser, main
+
+PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'user' %} {% else %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""Of chats that look like the texts that the demo's model knows."""
+
+
+def steps() -> list[tuple[str, str]]:
+    """The blocks of the page in their order, of a command a step of its own: language and text."""
+    found = []
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.S | re.M):
+        parts = text.replace("\\\n", " ").splitlines() if language == "bash" else [text]
+        found += [(language, part) for part in parts if "# needs " not in part]
+    return [step for step in found if not step[1].startswith("python -m venv")]
+
+
+def is_later(step: str) -> bool:
+    """Whether a step is one of the last two sections, which have tests of their own."""
+    return "--format gguf" in step or step.startswith(("leanlift serve", "curl"))
+
+
+def run(line: str) -> tuple[int, str]:
+    """A `leanlift` command of the page, with what is piped into it: exit code, what it printed."""
+    piped, _, command = line.rpartition(" | ")
+    words = shlex.split(command.replace(MODEL, "../model"))
+    assert words[0] == "leanlift"
+    said = f"{shlex.split(piped)[1]}\n" if piped else "next 48219 ->\n"
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr("sys.stdin", io.StringIO(said))
+        return main(words[1:]), out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What each step of the page has printed but for the last two sections, in a directory of their
+    own, which the tests are in; beside it the demo's model, as one that chats."""
+    place = tmp_path_factory.mktemp("tutorial")
+    model = shutil.copytree(ROOT / "leanlift" / "demo" / "base", place / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (place / "work").mkdir()
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place / "work")
+        patch.setenv("LEANLIFT_PLANS", str(place / "plans"))  # plans are kept, as for anybody
+        for language, step in steps():
+            if language == "python" and "open(" in step:
+                Path("rows.py").write_text(step)
+            elif language == "python" or step == "python rows.py":
+                out = io.StringIO()
+                with contextlib.redirect_stdout(out):
+                    exec(step if language == "python" else Path("rows.py").read_text(), {})
+                found[step] = out.getvalue()
+            elif not is_later(step):
+                code, found[step] = run(step)
+                assert code == 0, step
+        yield found
+
+
+def test_the_page_goes_all_the_way() -> None:
+    lines = [step.rpartition(" | ")[2] for language, step in steps() if language == "bash"]
+    words = [line.split()[:2] for line in lines]
+    commands = [second for first, second in words if first == "leanlift"]
+    assert commands == ["init", "plan", "train", "train", "report", "report", "eval", "chat",
+                        "chat", "export", "export", "serve"]  # fmt: skip
+    assert MODEL in PAGE
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_the_tutorial_ends_with_a_model_that_answers(printed: dict[str, str]) -> None:
+    answers = [text.strip() for step, text in printed.items() if " chat " in step]
+    assert answers == ["59320", "59320"]
+    (piped,) = (text for step, text in printed.items() if "pipeline" in step)
+    assert "59320" in piped
+    assert Path("merged", "model.safetensors").is_file()
+    assert Path("tutorial", "report.html").is_file()
+
+
+def known(command: str, word: str = "") -> bool:
+    """Whether a command is there, and has a word in its help."""
+    commands = next(each for each in build_parser()._actions if each.dest == "command").choices
+    return commands is not None and command in commands and word in commands[command].format_help()
+
+
+def skip_without_tools(said: str) -> None:
+    """Where a step needs a package that is not installed here, which it says in a sentence."""
+    if "pip install" in said:
+        pytest.skip(said.strip())
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("printed")
+def test_the_tutorial_writes_a_gguf_file(capfd: pytest.CaptureFixture[str]) -> None:
+    if not known("export", "gguf"):
+        pytest.skip("leanlift export has no --format gguf yet")
+    (step,) = (step for _, step in steps() if "--format gguf" in step)
+    code, _ = run(step)
+    said = capfd.readouterr().err
+    if code == 2:
+        skip_without_tools(said)
+    assert code == 0, said
+    assert list(Path("gguf").glob("*.gguf"))
+    assert Path("gguf", "Modelfile").is_file()
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("printed")
+def test_the_tutorial_serves_what_was_trained() -> None:
+    if not known("serve"):
+        pytest.skip("there is no leanlift serve yet")
+    serve, ask = (step for _, step in steps() if step.startswith(("leanlift serve", "curl")))
+    port = str(free_port())
+    words = shlex.split(serve.replace("8000", port))[1:]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "leanlift", *words], env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            asked = subprocess.run(["bash", "-c", ask.replace("8000", port)], capture_output=True,
+                                   text=True, check=False)  # fmt: skip
+            if asked.returncode == 0 or server.poll() is not None:
+                break
+            time.sleep(0.5)
+        if server.poll() is not None:
+            said = server.communicate()[0]
+            skip_without_tools(said)
+            raise AssertionError(said)
+        assert json.loads(asked.stdout)["choices"][0]["message"]["content"].strip() == "59320"
+    finally:
+        server.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.communicate(timeout=30)
+        server.kill()
