@@ -42,7 +42,7 @@ NEW = 32
 
 
 @dataclass(frozen=True)
-class Rows:
+class OwnRows:
     """Rows, and whose they are.
 
     Attributes:
@@ -105,7 +105,7 @@ class Found:
     answers: list[list[int]]
 
 
-def rows_of(adapter: Adapter, data: str | None) -> Rows:
+def rows_of(adapter: Adapter, data: str | None) -> OwnRows:
     """The rows to ask: those named, else the run's own evaluation rows, else those trained on.
 
     Raises:
@@ -117,11 +117,11 @@ def rows_of(adapter: Adapter, data: str | None) -> Rows:
     own = facts.get("eval_dataset_name")
     if data is None and isinstance(own, str) and own:
         split = str(facts.get("eval_dataset_split") or "test")
-        return Rows(load_rows(own, split, "eval"), facts, True)
-    return Rows(rows_to_ask(adapter, data)[0], facts, data is not None)
+        return OwnRows(load_rows(own, split, "eval"), facts, True)
+    return OwnRows(rows_to_ask(adapter, data)[0], facts, data is not None)
 
 
-def asked_of(found: Rows, model: Path) -> Asked:
+def asked_of(found: OwnRows, model: Path) -> Asked:
     """Rows as the tokens of a merged checkpoint.
 
     Raises:

@@ -23,7 +23,7 @@ from leanlift.export import MergeReport, check_space
 from leanlift.export.card import CARD_NAME
 from leanlift.export.directory import carry_over
 from leanlift.io.tensors import new_directory
-from leanlift.requantized.asked import Asked, Rows, ask, asked_of, logits_of, loss_of
+from leanlift.requantized.asked import Asked, OwnRows, ask, asked_of, logits_of, loss_of
 from leanlift.requantized.change import Change
 from leanlift.requantized.check import Comparison, compare, same_model
 from leanlift.requantized.runtime import Stock, quick_dtype
@@ -115,7 +115,7 @@ def _load(place: Path, kind: str, dtype: str) -> Any:
 
 
 def _compare(
-    adapter: Adapter, wanted: Wanted, rows: Rows, merged: MergeReport, output: Path, kind: str
+    adapter: Adapter, wanted: Wanted, rows: OwnRows, merged: MergeReport, output: Path, kind: str
 ) -> Comparison:
     """The checkpoint against adapter and base, and the base's against both.
 

@@ -13,7 +13,7 @@ from leanlift.adapters import Adapter, open_adapter
 from leanlift.errors import UserError
 from leanlift.export import MergeReport, merge_adapter
 from leanlift.export.directory import resolve_base
-from leanlift.requantized.asked import Rows, rows_of
+from leanlift.requantized.asked import OwnRows, rows_of
 from leanlift.source import open_checkpoint, plain_view
 from leanlift.training.base import check_loads
 
@@ -58,7 +58,7 @@ class Known:
     adapter: Adapter
     source: Path
     weights: int
-    rows: Rows | None
+    rows: OwnRows | None
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def merge(wanted: Wanted, place: Path, bare: bool = False, shards: str = "5GB") 
     )
 
 
-def _rows(adapter: Adapter, wanted: Wanted) -> Rows | None:
+def _rows(adapter: Adapter, wanted: Wanted) -> OwnRows | None:
     try:
         return rows_of(adapter, wanted.data)
     except UserError as error:

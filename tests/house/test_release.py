@@ -34,7 +34,8 @@ def package() -> ModuleType:
 def wheel_of(place: Path, package: ModuleType, without: str = "", more: str = "") -> Path:
     texts = dict.fromkeys(package.IN_THE_WHEEL, "")
     texts |= {f"{HOME}/entry_points.txt": "", f"{HOME}/licenses/LICENSE": ""}
-    texts[f"{HOME}/METADATA"] = METADATA.replace(f"{without}: a\n", "")
+    kept = [line for line in METADATA.splitlines() if not without or not line.startswith(without)]
+    texts[f"{HOME}/METADATA"] = "\n".join(kept)
     if more:
         texts[more] = ""
     wheel = place / "a.whl"
