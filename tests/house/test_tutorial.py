@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 from processes import ENVIRONMENT, ROOT, free_port
 
-from leanlift.cli import build_parser, main
+from leanlift.cli import main
 
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -106,29 +106,12 @@ def test_the_tutorial_ends_with_a_model_that_answers(printed: dict[str, str]) ->
     assert Path("tutorial", "report.html").is_file()
 
 
-def known(command: str, word: str = "") -> bool:
-    """Whether a command is there, and has a word in its help."""
-    commands = next(each for each in build_parser()._actions if each.dest == "command").choices
-    return commands is not None and command in commands and word in commands[command].format_help()
-
-
-def skip_without_tools(said: str) -> None:
-    """Where a step needs a package that is not installed here, which it says in a sentence."""
-    if "pip install" in said:
-        pytest.skip(said.strip())
-
-
 @pytest.mark.thorough
 @pytest.mark.usefixtures("printed")
 def test_the_tutorial_writes_a_gguf_file(capfd: pytest.CaptureFixture[str]) -> None:
-    if not known("export", "gguf"):
-        pytest.skip("leanlift export has no --format gguf yet")
     (step,) = (step for _, step in steps() if "--format gguf" in step)
     code, _ = run(step)
-    said = capfd.readouterr().err
-    if code == 2:
-        skip_without_tools(said)
-    assert code == 0, said
+    assert code == 0, capfd.readouterr().err
     assert list(Path("gguf").glob("*.gguf"))
     assert Path("gguf", "Modelfile").is_file()
 
@@ -136,8 +119,6 @@ def test_the_tutorial_writes_a_gguf_file(capfd: pytest.CaptureFixture[str]) -> N
 @pytest.mark.thorough
 @pytest.mark.usefixtures("printed")
 def test_the_tutorial_serves_what_was_trained() -> None:
-    if not known("serve"):
-        pytest.skip("there is no leanlift serve yet")
     serve, ask = (step for _, step in steps() if step.startswith(("leanlift serve", "curl")))
     port = str(free_port())
     words = shlex.split(serve.replace("8000", port))[1:]
@@ -153,9 +134,7 @@ def test_the_tutorial_serves_what_was_trained() -> None:
                 break
             time.sleep(0.5)
         if server.poll() is not None:
-            said = server.communicate()[0]
-            skip_without_tools(said)
-            raise AssertionError(said)
+            raise AssertionError(server.communicate()[0])
         assert json.loads(asked.stdout)["choices"][0]["message"]["content"].strip() == "59320"
     finally:
         server.send_signal(signal.SIGINT)
