@@ -213,11 +213,17 @@ def _any_stream_takes_our_words() -> None:
 
 def script() -> int:
     """The command as a shell calls it. What comes after its end is Python's own, and Ctrl-C then
-    would only be told as a traceback."""
+    would only be told as a traceback. SIGTERM ends it as an error does, so that nothing half-made
+    is left; a run that trains hears it first."""
+    signal.signal(signal.SIGTERM, _end)
     try:
         return main()
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _end(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _no_telemetry() -> None:

@@ -80,13 +80,14 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--dtype", help="float16 (default), bfloat16 or float32")
     export.add_argument("--onto", help="original (default) or quantized, see above")
     export.add_argument("--max_shard_size", help='e.g. "2GB"; default 5GB')
-    export.add_argument(
+    verify = export.add_mutually_exclusive_group()
+    verify.add_argument(
         "--verify",
         action="store_true",
         default=None,
         help="load the result with stock transformers and compare its logits with base + adapter",
     )
-    export.add_argument(
+    verify.add_argument(
         "--no_verify",
         "--no-verify",
         action="store_false",

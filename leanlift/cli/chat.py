@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from os.path import expanduser
 from typing import Any
 
@@ -74,14 +75,15 @@ def _check(options: argparse.Namespace) -> None:
         ("top_p", 0, 1),
         ("top_k", 1, None),
         ("max_new_tokens", 1, None),
-        ("seed", 0, None),
+        ("seed", 0, 2**32 - 1),
     ):
         given = getattr(options, name)
         if given is None:
             continue
-        if not given >= least or (most is not None and given > most):  # NaN is neither
+        if not least <= given < math.inf or (most is not None and given > most):  # nor NaN
             wanted = f"from {least} to {most}" if most is not None else f"of at least {least}"
-            raise UserError(f"expected a {name} {wanted}, got {given:g}.")
+            said = f"{given:g}" if isinstance(given, float) else given
+            raise UserError(f"expected a {name} {wanted}, got {said}.")
     if options.prompt not in (None, "alpaca") and MESSAGE not in options.prompt:
         raise UserError(
             f"--prompt has no place for the message: expected alpaca, or a text with {MESSAGE}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,10 @@ NO_TEMPLATE = (
 
 def chat_command(options: argparse.Namespace) -> int:
     """Load the model, then talk; or answer the one message that a pipe has."""
-    message = None if sys.stdin.isatty() else sys.stdin.read().strip()
-    if message == "":
-        raise UserError("the input is empty: expected a message, or a terminal to talk in.")
     options.dataset_text_field = options.formatting_func = None
     args = arguments_of(options)
     check_base_place(args)
+    message = None if sys.stdin.isatty() else piped()
     base, revision = args.model_name_or_path, args.model_revision
     tokenizer, how = tokenization_of(base, revision, options)
     prompt = PROMPTS.get(options.prompt, options.prompt) or MESSAGE
@@ -64,6 +62,22 @@ def chat_command(options: argparse.Namespace) -> int:
     if not how.chat:
         print(NO_TEMPLATE.format("as it is" if prompt == MESSAGE else "in --prompt"))
     return talk.run()
+
+
+def piped() -> str:
+    """The message that a pipe has, without the line break at its end.
+
+    Raises:
+        UserError: there is none, or it is no text.
+    """
+    try:
+        message = sys.stdin.read().rstrip("\r\n")
+        message.encode()  # Python may read what is no text into what is no character
+    except UnicodeError:
+        raise UserError("the input is no text in UTF-8: expected a message.") from None
+    if not message.strip():
+        raise UserError("the input is empty: expected a message, or a terminal to talk in.")
+    return message
 
 
 def loaded(options: argparse.Namespace, args: Any) -> Any:
@@ -105,18 +119,18 @@ class Talk:
         _tell("/help says what there is; Ctrl-D ends the talk.\n")
         while True:
             try:
-                line = input("> ").strip()
+                line = input("> ")
             except EOFError:
                 _tell("\n")
                 return 0
             except KeyboardInterrupt:  # takes the line back, as in a shell
                 _tell("\n")
                 continue
-            if line in ("/quit", "/exit"):
+            if line.strip() in ("/quit", "/exit"):
                 return 0
             if line.startswith("/"):
-                _tell(self.command(line) + "\n")
-            elif line:
+                _tell(self.command(line.strip()) + "\n")
+            elif line.strip():
                 try:
                     self.answer(line)
                 except UserError as error:
@@ -129,8 +143,11 @@ class Talk:
         if line == "/clear":
             self.conversation.turns.clear()
             return "What was said is forgotten."
-        if line not in ("/base", "/compare"):
-            return f"There is no {line.split()[0]}.\n{HELP}"
+        first = line.split()[0]
+        if first not in ("/base", "/compare"):
+            return f"There is no {first}.\n{HELP}"
+        if line != first:
+            return f"{first} takes nothing after it."
         if not self.has_adapter:
             return "There is no adapter to take off: this is a whole model."
         if line == "/base":
@@ -142,7 +159,9 @@ class Talk:
     def answer(self, message: str) -> None:
         """Write the answer to a message, or both; the last one is what the talk goes on with."""
         prompt = self.conversation.ask(message)
-        self.conversation.room(self.model, prompt)
+        left = self.conversation.room(self.model, prompt)
+        most = self.sampling.max_new_tokens
+        sampling = replace(self.sampling, max_new_tokens=most if left is None else min(most, left))
         ways = (True, False) if self.compares else (self.without,)
         said = ""
         for without in ways:
@@ -150,7 +169,7 @@ class Talk:
                 scale_adapter(self.model, 0.0 if without else 1.0)
             if self.compares:
                 _tell("base: " if without else "adapter: ")
-            said = answer(self.model, self.tokenizer, prompt, self.sampling, _tell)
+            said = answer(self.model, self.tokenizer, prompt, sampling, _tell)
             _tell("\n")
         self.conversation.keep(message, said)
 

@@ -92,18 +92,21 @@ class Conversation:
                 {"role": "assistant", "content": answer},
             ]
 
-    def room(self, model: Any, prompt: Sequence[int]) -> None:
-        """Refuse a conversation that is longer than the model has positions for.
+    def room(self, model: Any, prompt: Sequence[int]) -> int | None:
+        """Tokens that an answer can have; None: as many as it likes.
 
         Raises:
-            UserError: it is.
+            UserError: the conversation is longer than the model has positions for.
         """
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(most, int) and len(prompt) >= most:
+        if not isinstance(most, int):
+            return None
+        if len(prompt) >= most:
             raise UserError(
                 f"the conversation has {len(prompt)} tokens, and the model has positions for "
                 f"{most}: /clear begins a new one."
             )
+        return most - len(prompt)
 
 
 def answer(

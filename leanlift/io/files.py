@@ -31,7 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only we may read
+        give_usual_mode(temporary)
         _sync(temporary)
         os.replace(temporary, path)
         sync_directory(path.parent)
@@ -149,6 +149,11 @@ def read_json(path: Path, most: int = MOST_BYTES) -> Any:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     except ValueError as error:  # cut off, no UTF-8, numbers or nesting without end
         raise UserError(f"{path} is not valid JSON ({error}): it may be truncated.") from None
+
+
+def give_usual_mode(path: Path) -> None:
+    """That of a new file: safetensors makes files that only their owner may read."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

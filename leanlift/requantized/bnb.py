@@ -22,6 +22,7 @@ from leanlift.evaluation.verify import BOUNDS, ask_both
 from leanlift.export import MergeReport, check_space
 from leanlift.export.card import CARD_NAME
 from leanlift.export.directory import carry_over
+from leanlift.io.files import give_usual_mode
 from leanlift.io.tensors import new_directory
 from leanlift.requantized.asked import Asked, OwnRows, ask, asked_of, logits_of, loss_of
 from leanlift.requantized.change import Change
@@ -97,6 +98,8 @@ def _quantize(place: Path, output: Path, kind: str, dtype: str, shards: str) -> 
     carry_over(place, output)
     model = _load(place, kind, dtype)
     model.save_pretrained(output, max_shard_size=shards)
+    for file in output.glob("*.safetensors"):
+        give_usual_mode(file)
     card = (place / CARD_NAME).read_text(encoding="utf-8").partition("With vLLM")[0]
     (output / CARD_NAME).write_text(card, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from terminal import Terminal
-from tiny import make_tokenizer
+from tiny import make_checkpoint, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from leanlift import UserError
@@ -36,6 +37,15 @@ def conversation(template: str | None = TEMPLATE, **more: Any) -> Conversation:
 
 def text_of(talk: Conversation, message: str) -> str:
     return str(talk.how.tokenizer.decode(talk.ask(message)))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose answers can be long."""
+    made = make_checkpoint(tmp_path_factory.mktemp("chat") / "base", dtype=torch.float16)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 100_000}))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +181,8 @@ def test_a_pipe_is_one_message_with_one_answer(
         (["BASE", "--temperature", "nan"], "expected a temperature of at least 0, got nan."),
         (["BASE", "--top_p", "1.5"], "expected a top_p from 0 to 1, got 1.5."),
         (["BASE", "--max_new_tokens", "0"], "expected a max_new_tokens of at least 1, got 0."),
+        (["BASE", "--temperature", "inf"], "expected a temperature of at least 0, got inf."),
+        (["BASE", "--seed", str(2**32)], f"expected a seed from 0 to {2**32 - 1}, got {2**32}."),
         (["BASE", "--prompt", "say"], "a text with {message}"),
         (["BASE", "--base"], "--base is about an adapter, and"),
         (["BASE", "--model_name_or_path", "x"], "--model_name_or_path is about an adapter, and"),
@@ -228,12 +240,47 @@ def test_a_file_on_the_hub_is_there_if_it_is_cached_or_said_to_be(
     assert has_file("some/name", "adapter_config.json")
 
 
-def test_an_empty_pipe_is_refused(
-    base: Path, piped: Any, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("text", "words"), [(" \n", "the input is empty"), ("a\udcff", "the input is no text in UTF-8")]
+)
+def test_a_pipe_without_a_message_is_refused(
+    text: str, words: str, base: Path, piped: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    piped(" \n")
+    piped(text)
     assert main(["chat", str(base)]) == 2
-    assert "the input is empty" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
+
+
+def test_a_message_is_what_was_said_but_for_its_line_break(
+    base: Path, piped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        "leanlift.cli.talk.answer",
+        lambda model, tokenizer, prompt, sampling, tell: (
+            said.append(tokenizer.decode(prompt)) or ""
+        ),
+    )
+    piped(" next 12 -> \n")
+    assert main(["chat", str(base)]) == 0
+    talked(monkeypatch, ["chat", str(base)], ["next 12 -> "])
+    assert said == [" next 12 -> ", "next 12 -> "]
+
+
+def test_an_answer_ends_where_the_positions_do(
+    base: Path, piped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "leanlift.cli.talk.answer",
+        lambda model, tokenizer, prompt, sampling, tell: (
+            asked.append(sampling.max_new_tokens) or ""
+        ),
+    )
+    for most in (100_001, 12):
+        piped("five")
+        assert main(["chat", str(base), "--max_new_tokens", str(most)]) == 0
+    assert asked == [100_000 - 4, 12]
 
 
 def talked(monkeypatch: pytest.MonkeyPatch, argv: list[str], lines: list[Any]) -> None:
@@ -255,8 +302,8 @@ def test_a_talk_with_the_adapter_on_off_and_both(
     adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [
-        "five ", "/base", "five ", "/base", "/compare", "five ", KeyboardInterrupt(), "/compare",
-        "five ", "/what", "/clear", "", "/quit", "five ",
+        "five", "/base", "five", "/base", "/compare", "five", KeyboardInterrupt(), "/compare",
+        "five", "/what", "/base now", "/clear", "", "/quit", "five",
     ]  # fmt: skip
     talked(monkeypatch, ["chat", str(adapter), *GREEDY], lines)
     shown = capsys.readouterr().out
@@ -266,6 +313,7 @@ def test_a_talk_with_the_adapter_on_off_and_both(
     assert with_it != without
     assert after.startswith(f"base: {without}adapter: {with_it}")
     assert f"One answers.\n{with_it}There is no /what.\n/base" in after
+    assert "/base takes nothing after it.\n" in after
     assert after.endswith("What was said is forgotten.\n"), "nothing comes after /quit"
 
 
