@@ -69,7 +69,8 @@ class InPieces(torch.autograd.Function):
         y = None
         for start, stop, piece in _pieces(x):
             part = own(norm, piece)
-            y = torch.empty_like(x, dtype=part.dtype) if y is None else y
+            if y is None:  # in order, also where x is turned, as heads are
+                y = torch.empty(x.shape, dtype=part.dtype, device=x.device)
             y.view(-1, x.shape[-1])[start:stop] = part
             del part, piece  # before the next one is made
         assert y is not None
