@@ -130,11 +130,17 @@ def _compare(
     quick = replace(merged, dtype=quick_dtype(merged.dtype))
     before, after = ask_both(adapter, quick, lambda model: ask(Stock(model), asked))
     coarsest = max((merged.dtype, adapter.base.dtype), key=lambda dtype: BOUNDS[dtype])
-    sixteen = Stock(AutoModelForCausalLM.from_pretrained(place, dtype=dtype_of(quick.dtype)))
+    sixteen = Stock(
+        AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype_of(quick.dtype), trust_remote_code=False
+        )
+    )
     same = same_model(sixteen, asked, logits_of(sixteen, asked), before, after, coarsest)
     del sixteen
     gc.collect()
-    written = ask(Stock(AutoModelForCausalLM.from_pretrained(output)), asked)
+    written = ask(
+        Stock(AutoModelForCausalLM.from_pretrained(output, trust_remote_code=False)), asked
+    )
     gc.collect()
     base = merge(wanted, place.parent / "base", bare=True)
     base_loss = _loss(Path(base.output), kind, wanted.dtype, asked)

@@ -147,6 +147,7 @@ def open_gguf(file: Path, most: int) -> Iterator[Runtime]:
             gguf_file=file.name,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            trust_remote_code=False,
         )
     except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
         raise UserError(

@@ -7,6 +7,7 @@ representative that is not, so a file with thorough tests alone needs a reason.
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -154,3 +155,9 @@ def test_what_is_said_of_a_file(text: str, said: str | None) -> None:
         assert complaints("a.py", text, {"a.py": "takes minutes"}) == []
     elif said is None:
         assert "needs no reason" in complaints("a.py", text, {"a.py": "takes minutes"})[0]
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by their names alone."""
+    names = Counter(file.name for file in TESTS.rglob("*.py") if file.name != "conftest.py")
+    assert not [name for name, count in names.items() if count > 1]

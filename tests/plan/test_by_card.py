@@ -43,6 +43,7 @@ def table(model: Path) -> Any:
     return asked, by_card(asked.args, asked.sft, dict.fromkeys(SIZES, card), asked=asked.given)
 
 
+@pytest.mark.thorough
 def test_each_line_needs_less_and_is_what_its_plan_says(table: Any) -> None:
     asked, found = table
     needed = [line.plan.needed for line in found.settings]
@@ -54,6 +55,7 @@ def test_each_line_needs_less_and_is_what_its_plan_says(table: Any) -> None:
     assert plan_of(*settings, True).needed == last.plan.needed
 
 
+@pytest.mark.thorough
 def test_a_time_is_there_where_a_plan_fits(table: Any) -> None:
     _, found = table
     card = found.cards[SIZES[0]]
@@ -78,6 +80,7 @@ def test_a_time_is_there_where_a_plan_fits(table: Any) -> None:
     assert fitted.seconds <= as_asked.seconds
 
 
+@pytest.mark.thorough
 def test_state_comes_with_its_blocks_before_fewer_entries_are_trained(table: Any) -> None:
     """Of a step of eight micro-batches too, which is the command's default."""
     asked, found = table
@@ -89,6 +92,7 @@ def test_state_comes_with_its_blocks_before_fewer_entries_are_trained(table: Any
     assert all(fit.args.density == asked.args.density for fit in tight)
 
 
+@pytest.mark.thorough
 def test_it_is_asked_for_on_the_command_line(
     model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def told(model: Path, **more: Any) -> tuple[RunArguments, LiftSFTConfig]:
     )  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_each_line_has_what_its_plan_says(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leanlift.training.longest.MOST", 4096)
     args, sft = told(model)
@@ -115,6 +116,7 @@ def test_what_it_cannot_be_asked_with_is_said() -> None:
         read_flags("plan", ["--max_length=max", "--save", "run.yaml"], {})
 
 
+@pytest.mark.thorough
 def test_it_is_drawn(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("leanlift.training.longest.MOST", 512)
