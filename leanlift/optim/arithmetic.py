@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,76 +46,87 @@ def adamw_update(
         lr, betas, eps, weight_decay: as in torch.optim.AdamW; the decay is decoupled, and pulls an
             offset towards zero, that is, the weight towards its base.
     """
-    if value.device.type == "cpu":
-        _on_a_cpu(value, grad, first, second, step, lr, betas, eps, weight_decay)
-    else:
-        by_operations(value, grad, first, second, step, lr, betas, eps, weight_decay)
+    taken = Step(step, lr, betas, eps, weight_decay)
+    way = _on_a_cpu if value.device.type == "cpu" else by_operations
+    way(value, grad, first, second, taken)
 
 
-def by_operations(
-    value: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
+@dataclass(frozen=True)
+class Step:
+    """The numbers of one step, as `adamw_update` has them.
+
+    Attributes:
+        step, lr, betas, eps, weight_decay: see there.
+    """
+
+    step: int
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+    @property
+    def corrections(self) -> tuple[float, float]:
+        """What the first moment and the root of the second are divided by."""
+        beta1, beta2 = self.betas
+        return 1 - beta1**self.step, math.sqrt(1 - beta2**self.step)
+
+    @property
+    def eps_before(self) -> float:
+        """eps beside a root that is not corrected."""
+        return self.eps * self.corrections[1]
+
+    @property
+    def bound(self) -> float:
+        """The largest quotient of uncorrected moments that moves an offset by no more than lr."""
+        return self.corrections[0] / self.corrections[1]
+
+    @property
+    def clamps(self) -> bool:
+        """Whether an entry whose first moment is zero can move by more than lr: its quotient is
+        (1 - β1) |g| / sqrt(β2 v + (1 - β2) g²) at most. Never for the default (0.9, 0.95)."""
+        beta1, beta2 = self.betas
+        return self.step > 1 and (1 - beta1) / math.sqrt(1 - beta2) > self.bound
+
+
+def by_operations(value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Step) -> None:
     """`adamw_update` in a dozen passes, on any device; Triton's kernel has their order."""
-    beta1, beta2 = betas
-    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    fresh = first == 0 if _may_clamp(step, betas) else None
+    beta1, beta2 = step.betas
+    fresh = first == 0 if step.clamps else None
     first.lerp_(grad, 1 - beta1)
     second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    # m̂ / (sqrt(v̂) + eps) is `update` times correction2 / correction1.
-    update = second.sqrt().add_(eps * correction2)
+    update = second.sqrt().add_(step.eps_before)
     torch.div(first, update, out=update)
     if fresh is not None:
-        bound = correction1 / correction2
-        update = torch.where(fresh, update.clamp(-bound, bound), update)
-    if weight_decay:
-        value.mul_(1 - lr * weight_decay)
-    value.add_(update, alpha=-lr * correction2 / correction1)
+        update = torch.where(fresh, update.clamp(-step.bound, step.bound), update)
+    if step.weight_decay:
+        value.mul_(1 - step.lr * step.weight_decay)
+    value.add_(update, alpha=-step.lr / step.bound)
 
 
-def _on_a_cpu(
-    value: Tensor,
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
+def _on_a_cpu(value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Step) -> None:
     """`adamw_update` by the kernel of `torch.optim.AdamW(fused=True)`, which is one pass and clamps
     nothing; where a clamp was due, what was too much is given back."""
-    beta1, beta2 = betas
-    correction1, correction2 = 1 - beta1**step, math.sqrt(1 - beta2**step)
-    places = _zeros_of(first) if _may_clamp(step, betas) else first.new_empty(0, dtype=torch.int64)
+    places = _zeros_of(first) if step.clamps else None
     torch._fused_adamw_(
         [value],
         [grad],
         [first],
         [second],
         [],
-        [torch.tensor(float(step))],
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
+        [torch.tensor(float(step.step))],
+        lr=step.lr,
+        beta1=step.betas[0],
+        beta2=step.betas[1],
+        weight_decay=step.weight_decay,
+        eps=step.eps,
         amsgrad=False,
         maximize=False,
     )
-    if len(places):
-        bound = correction1 / correction2
-        update = first[places].div_(second[places].sqrt_().add_(eps * correction2))
-        update.sub_(update.clamp(-bound, bound))  # what was too much
-        value.index_add_(0, places, update, alpha=lr * correction2 / correction1)
+    if places is not None:
+        update = first[places].div_(second[places].sqrt_().add_(step.eps_before))
+        update.sub_(update.clamp(-step.bound, step.bound))  # what was too much
+        value.index_add_(0, places, update, alpha=step.lr / step.bound)
 
 
 def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
@@ -147,17 +159,8 @@ def seed_of(*key: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _may_clamp(step: int, betas: tuple[float, float]) -> bool:
-    """Whether an entry whose first moment is zero can move by more than the learning rate: by
-    (1 - β1) |g| / sqrt(β2 v + (1 - β2) g²) at most, with both moments corrected. Never for the
-    default (0.9, 0.95)."""
-    beta1, beta2 = betas
-    bound = (1 - beta1**step) / math.sqrt(1 - beta2**step)
-    return step > 1 and (1 - beta1) / math.sqrt(1 - beta2) > bound
-
-
-def _zeros_of(first: Tensor) -> Tensor:
-    """Where `first`, on a CPU, is zero: int64 [count]. Counting is cheap where it is nowhere."""
+def _zeros_of(first: Tensor) -> Tensor | None:
+    """Where `first`, on a CPU, is zero: int64 [count]; None: nowhere, which is told cheaply."""
     if int(first.count_nonzero()) == first.numel():
-        return first.new_empty(0, dtype=torch.int64)
+        return None
     return (first == 0).nonzero().view(-1)
