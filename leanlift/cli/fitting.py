@@ -10,10 +10,7 @@ from leanlift.cli.settings import read_command
 from leanlift.cli.trying import planning
 from leanlift.demo.known import KNOWN
 from leanlift.format import size
-from leanlift.plan import Known, MemoryPlan
-from leanlift.training.changes import Change, further_changes
-from leanlift.training.fit import LEAST_GAIN
-from leanlift.training.plan import plan_of
+from leanlift.training.by_card import Setting, with_changes
 
 TOKENS = 2048
 
@@ -41,37 +38,25 @@ def fitting(sizes: list[float], models: dict[str, Path] | None = None) -> Look:
     return found
 
 
-def ladder(name: str, place: Path, least: float) -> list[tuple[list[Change], MemoryPlan]]:
-    """The settings that are tried: each with the changes that make it, and its plan. The last one
-    fits `least` GiB, where any does."""
-    known: Known = {}
-    argv = ["--model_name_or_path", str(place), "--max_length", str(TOKENS)]
-    asked = read_command("plan", argv)
-    settings = (asked.args, asked.sft)
+def ladder(name: str, place: Path, least: float) -> list[Setting]:
+    """The settings that are tried, one change more each; the last one fits `least` GiB, where any
+    does."""
+    asked = read_command("plan", ["--model_name_or_path", str(place), "--max_length", str(TOKENS)])
+    steps: list[Setting] = []
     with planning(name) as trying:
-        trying(f"planning {name}")
-        steps: list[tuple[list[Change], MemoryPlan]] = [([], plan_of(*settings, True, None, known))]
-        for change in further_changes(*settings):
-            if steps[-1][1].fits(least):
+        for setting in with_changes(asked.args, asked.sft, lambda line: trying(f"{name}: {line}")):
+            steps.append(setting)
+            if setting.plan.fits(least):
                 break
-            if not change.possible(settings):
-                continue
-            trying(f"planning {name}: {change.named}")
-            plan, (made, before) = plan_of(*change(settings), True, None, known), steps[-1]
-            if before.needed - plan.needed >= LEAST_GAIN * before.needed:
-                settings = change(settings)
-                steps.append(([*made, change], plan))
     return steps
 
 
-def first_that_fits(
-    steps: list[tuple[list[Change], MemoryPlan]], gib: float
-) -> tuple[str, dict[str, Any]]:
+def first_that_fits(steps: list[Setting], gib: float) -> tuple[str, dict[str, Any]]:
     """The first settings that fit a card, in words and as facts."""
-    for changes, plan in steps:
-        if plan.fits(gib):
-            keys = {key: value for change in changes for key, value in change.keys.items()}
-            words = f"with {', '.join(keys)}" if keys else "with the command's defaults"
-            return f"{size(plan.needed)} {words}", {"changed": keys, "needed": plan.needed}
-    least = steps[-1][1].needed
+    for step in steps:
+        if step.plan.fits(gib):
+            words = f"with {', '.join(step.keys)}" if step.keys else "with the command's defaults"
+            needed = step.plan.needed
+            return f"{size(needed)} {words}", {"changed": step.keys, "needed": needed}
+    least = steps[-1].plan.needed
     return f"no: {size(least)} at least", {"changed": None, "needed": least}

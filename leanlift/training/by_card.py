@@ -4,7 +4,7 @@ more that is worth it and leaves what is trained, and as a search for each card 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from leanlift.errors import UserError
@@ -74,20 +74,30 @@ def by_card(
     Raises:
         UserError: a model that cannot be planned for.
     """
+    lines = list(with_changes(args, sft, say))
+    fitted = {gib: _fitted(args, sft, gib, card, say, asked) for gib, card in cards.items()}
+    return ByCard(cards, lines, fitted)
+
+
+def with_changes(
+    args: RunArguments, sft: LiftSFTConfig, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Setting]:
+    """The settings as they are, then with one change more at a time, each that is worth it; what is
+    not asked for is not planned. The arguments are those of `by_card`."""
     known: Known = {}
     settings: Settings = (args, sft)
     say("trying the settings as they are")
-    lines = [Setting(None, {}, plan_of(*settings, True, None, known))]
+    last = Setting(None, {}, plan_of(*settings, True, None, known))
+    yield last
     for change in further_changes(args, sft):
         if not change.possible(settings):
             continue
         say(f"trying {change.named}")
-        plan, before = plan_of(*change(settings), True, None, known), lines[-1]
-        if before.plan.needed - plan.needed >= LEAST_GAIN * before.plan.needed:
+        plan = plan_of(*change(settings), True, None, known)
+        if last.plan.needed - plan.needed >= LEAST_GAIN * last.plan.needed:
             settings = change(settings)
-            lines.append(Setting(change, {**before.keys, **change.keys}, plan))
-    fitted = {gib: _fitted(args, sft, gib, card, say, asked) for gib, card in cards.items()}
-    return ByCard(cards, lines, fitted)
+            last = Setting(change, {**last.keys, **change.keys}, plan)
+            yield last
 
 
 def _fitted(

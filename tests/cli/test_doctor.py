@@ -133,16 +133,17 @@ def test_changes_are_made_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None
         needed = int(next(sizes) * GIB)
         return SimpleNamespace(needed=needed, fits=lambda gib: needed <= gib * GIB)
 
-    monkeypatch.setattr(planned, "plan_of", plan_of)
+    monkeypatch.setattr("leanlift.training.by_card.plan_of", plan_of)
     steps = planned.ladder("tiny", KNOWN["Llama-2-7B"], 2.5)
-    assert [plan.needed / GIB for _, plan in steps] == [5.0, 4.0, 3.0, 2.0], "what saves is kept"
-    assert [len(changes) for changes, _ in steps] == [0, 1, 2, 3]
+    assert [s.plan.needed / GIB for s in steps] == [5.0, 4.0, 3.0, 2.0], "what saves is kept"
+    assert [s.added is None for s in steps] == [True, False, False, False]
     assert planned.first_that_fits(steps, 8.0) == (
         "5.00 GiB with the command's defaults", {"changed": {}, "needed": 5 * GIB},
     )  # fmt: skip
     text, facts = planned.first_that_fits(steps, 3.5)
     assert text.startswith("3.00 GiB with ")
-    assert set(facts["changed"]) == {key for change in steps[2][0] for key in change.keys}
+    assert facts["changed"] == steps[2].keys
+    assert set(steps[1].keys) < set(steps[2].keys)
     assert planned.first_that_fits(steps, 1.0)[0] == "no: 2.00 GiB at least"
 
 
