@@ -23,18 +23,7 @@ def add_chat(commands: Any) -> None:
         "takes the adapter off, and /compare, which answers with it and without. From a pipe, "
         "all of the input is one message, and the answer alone is printed.",
     )
-    parser.add_argument(
-        "model",
-        type=expanduser,
-        help="a run's output_dir, an adapter, a checkpoint directory, or a name on the hub",
-    )
-    model = parser.add_argument_group("the model")
-    model.add_argument(
-        "--model_name_or_path",
-        type=expanduser,
-        help="the base of an adapter; default: the one that it was trained on",
-    )
-    add_held(model)
+    add_model(parser)
     said = parser.add_argument_group("what is said")
     said.add_argument("--system", help="an instruction before the first message")
     said.add_argument(
@@ -58,6 +47,22 @@ def add_chat(commands: Any) -> None:
         "--max_new_tokens", type=int, default=512, help="of an answer, at most (512)"
     )
     parser.set_defaults(run=_chat)
+
+
+def add_model(parser: Any) -> None:
+    """What answers, and how it is held: of `chat` and of `serve`."""
+    parser.add_argument(
+        "model",
+        type=expanduser,
+        help="a run's output_dir, an adapter, a checkpoint directory, or a name on the hub",
+    )
+    model = parser.add_argument_group("the model")
+    model.add_argument(
+        "--model_name_or_path",
+        type=expanduser,
+        help="the base of an adapter; default: the one that it was trained on",
+    )
+    add_held(model)
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -6,11 +6,9 @@ import argparse
 import os
 from contextlib import closing
 from importlib.util import find_spec
-from os.path import expanduser
 from typing import Any
 
-from leanlift.cli.chat import adapter_of
-from leanlift.cli.measure import add_held
+from leanlift.cli.chat import adapter_of, add_model
 from leanlift.errors import UserError, first_line
 
 NEEDED = ("openai", "uvicorn", "fastapi", "pydantic", "starlette")
@@ -26,18 +24,7 @@ def add_serve(commands: Any) -> None:
         "served live, over its base as it was trained; any other model as 'transformers serve' "
         "does it. Ctrl-C ends it. Needs the extra: pip install 'leanlift[serving]'.",
     )
-    parser.add_argument(
-        "model",
-        type=expanduser,
-        help="a run's output_dir, an adapter, a checkpoint directory, or a name on the hub",
-    )
-    model = parser.add_argument_group("the model")
-    model.add_argument(
-        "--model_name_or_path",
-        type=expanduser,
-        help="the base of an adapter; default: the one that it was trained on",
-    )
-    add_held(model)
+    add_model(parser)
     server = parser.add_argument_group("the server")
     server.add_argument(
         "--host",

@@ -48,12 +48,12 @@ class OwnRows:
     Attributes:
         rows: a dataset or a list.
         facts: of the adapter's run.
-        held: whether they were kept from training, as far as is known.
+        whose: what they are, in words.
     """
 
     rows: Any
     facts: dict[str, Any]
-    held: bool
+    whose: str
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Asked:
         samples: rows as tokens, none longer than `TOKENS`.
         tokenizer: of the model.
         ends: tokens that end an answer.
-        held: whether the rows were kept from training.
+        whose: what the rows are, in words.
     """
 
     samples: Sequence[Sample]
     tokenizer: Any
     ends: Collection[int]
-    held: bool
+    whose: str
 
     @property
     def trained(self) -> int:
@@ -117,8 +117,9 @@ def rows_of(adapter: Adapter, data: str | None) -> OwnRows:
     own = facts.get("eval_dataset_name")
     if data is None and isinstance(own, str) and own:
         split = str(facts.get("eval_dataset_split") or "test")
-        return OwnRows(load_rows(own, split, "eval"), facts, True)
-    return OwnRows(rows_to_ask(adapter, data)[0], facts, data is not None)
+        return OwnRows(load_rows(own, split, "eval"), facts, "rows for evaluation")
+    whose = "rows of the training data" if data is None else f"rows of {data}"
+    return OwnRows(rows_to_ask(adapter, data)[0], facts, whose)
 
 
 def asked_of(found: OwnRows, model: Path) -> Asked:
@@ -142,7 +143,7 @@ def asked_of(found: OwnRows, model: Path) -> Asked:
             f"none of the first {ROWS} rows has a trained token among its first {TOKENS}: name "
             "others with --data, or leave the check out with --no_verify."
         )
-    return Asked(samples, tokenizer, how.ends, found.held)
+    return Asked(samples, tokenizer, how.ends, found.whose)
 
 
 def ask(model: Runtime, asked: Asked) -> Found:

@@ -56,7 +56,7 @@ class Comparison:
         runtime: what ran the file, in a sentence.
         kind: of the file.
         rows, tokens: that the losses are of.
-        held: whether the rows were kept from training.
+        whose: what the rows are, in words.
         same: of the 16-bit form.
         equal, answers: greedy answers that are those of base + adapter, of how many.
         base, trained, written: losses of the base, of base + adapter, and of what was written.
@@ -68,7 +68,7 @@ class Comparison:
     kind: str
     rows: int
     tokens: int
-    held: bool
+    whose: str
     same: SameModel
     equal: int
     answers: int
@@ -86,9 +86,9 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """As a person reads it."""
-        whose = "held-out rows" if self.held else "rows of the training data"
         lines = [
-            f"Checked with {self.runtime} on {self.rows} {whose} ({self.tokens:,} trained tokens):",
+            f"Checked with {self.runtime} on {self.rows} {self.whose} "
+            f"({self.tokens:,} trained tokens):",
             f"  in 16 bits   logits differ by {self.same.difference:.3g} at most (bound "
             f"{self.same.bound:.3g}; the adapter changes them by up to {self.same.effect:.3g})"
             + {None: "", True: "; the same tokens", False: ""}[self.same.tokens],
@@ -169,7 +169,7 @@ def compare(
         kind=kind,
         rows=len(asked.samples),
         tokens=asked.trained,
-        held=asked.held,
+        whose=asked.whose,
         same=same,
         equal=sum(one == other for one, other in pairs),
         answers=len(after.answers),

@@ -251,36 +251,31 @@ def test_a_pipe_without_a_message_is_refused(
     assert words in capsys.readouterr().err
 
 
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What a model is given that is to answer, and does not."""
+    found: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("leanlift.cli.talk.answer", lambda *each: found.append(each) or "")
+    return found
+
+
 def test_a_message_is_what_was_said_but_for_its_line_break(
-    base: Path, piped: Any, monkeypatch: pytest.MonkeyPatch
+    base: Path, piped: Any, given: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(
-        "leanlift.cli.talk.answer",
-        lambda model, tokenizer, prompt, sampling, tell: (
-            said.append(tokenizer.decode(prompt)) or ""
-        ),
-    )
     piped(" next 12 -> \n")
     assert main(["chat", str(base)]) == 0
     talked(monkeypatch, ["chat", str(base)], ["next 12 -> "])
+    said = [tokenizer.decode(prompt) for _, tokenizer, prompt, *_ in given]
     assert said == [" next 12 -> ", "next 12 -> "]
 
 
 def test_an_answer_ends_where_the_positions_do(
-    base: Path, piped: Any, monkeypatch: pytest.MonkeyPatch
+    base: Path, piped: Any, given: list[tuple[Any, ...]]
 ) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(
-        "leanlift.cli.talk.answer",
-        lambda model, tokenizer, prompt, sampling, tell: (
-            asked.append(sampling.max_new_tokens) or ""
-        ),
-    )
     for most in (100_001, 12):
         piped("five")
         assert main(["chat", str(base), "--max_new_tokens", str(most)]) == 0
-    assert asked == [100_000 - 4, 12]
+    assert [sampling.max_new_tokens for _, _, _, sampling, _ in given] == [100_000 - 4, 12]
 
 
 def talked(monkeypatch: pytest.MonkeyPatch, argv: list[str], lines: list[Any]) -> None:

@@ -69,7 +69,7 @@ def test_a_quantized_file_and_what_is_left_in_it(
     assert (out / "Modelfile").read_text().startswith("FROM ./small-Q4_0.gguf\nTEMPLATE")
     assert "matrices: 15 in Q4_0; 14 matrices of" in said
     assert f"{tools}/build/bin/llama-quantize quantized them" in said
-    assert "on 6 held-out rows" in said
+    assert f"on 6 rows of {adapter.with_name('rows.jsonl')} (" in said
     assert "; base in Q4_0 " in said
     changed = sum(int((d != 0).sum()) for d in dense_offsets(adapter).values())
     shown = int(
