@@ -103,7 +103,7 @@ def beside(scale: Scale, ours: Trainee, peer: Peer) -> Rows:
         modelled = modelled_step(scale, peer.modelled) if peer.modelled else None
         rows += profiled(theirs, peer.name, modelled)
     try:
-        with liger.fused(ours.model), liger.fused(theirs.model):
+        with liger.within(ours.model), liger.fused(theirs.model):
             ours.once()  # which compiles
             theirs.once()
             rows += _in_turn(scale, ours, theirs, peer, ", Liger")

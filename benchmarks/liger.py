@@ -1,4 +1,5 @@
-"""Liger's fused norms, rotary embedding and gated product in a Llama, for a while.
+"""Liger's fused norms, rotary embedding and gated product in a Llama, for a while: as Liger puts
+them into a model, and as leanlift's `fused_elementwise` does.
 
 A part of `gpu_proof`. `liger-kernel` is optional: without it, or without a card, nothing of this
 can run, and the proof says so.
@@ -12,6 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from leanlift.layers.fused_elementwise import check_kernels
+from leanlift.layers.fused_glu import use_fused_glu, use_stock_glu
+from leanlift.model import fused_elementwise
 
 PATCHED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
 """What Liger replaces in the module of transformers that has Llama's code."""
@@ -44,6 +49,22 @@ def fused(model: nn.Module) -> Iterator[None]:
         for module, attributes in before.items():
             vars(module).clear()
             vars(module).update(attributes)
+
+
+@contextmanager
+def within(model: nn.Module) -> Iterator[None]:
+    """Let a model with leanlift's adapter compute so by its own setting. On the way out as before.
+
+    Raises:
+        UserError: `liger-kernel` is not installed, or there is no card.
+    """
+    check_kernels(next(model.parameters()).is_cuda)
+    fused_elementwise(model)
+    try:
+        yield
+    finally:
+        use_stock_glu(model)
+        use_fused_glu(model)
 
 
 def version() -> str:

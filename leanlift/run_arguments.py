@@ -228,6 +228,14 @@ class RunArguments(LiftConfig, BaseAndRows):
             "takes memory and saves time.",
         ),
     )
+    fused_elementwise: bool = field(
+        default=False,
+        metadata=about(
+            SWITCH,
+            "norms, rotary embedding and gated products by Liger's kernels. On CUDA; faster, with "
+            "less kept, equal within rounding; needs leanlift[liger].",
+        ),
+    )
     ops: str = field(
         default="auto",
         metadata=about(

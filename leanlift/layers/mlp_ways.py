@@ -28,6 +28,8 @@ DROPOUT = re.compile(
 )
 """Of the sources of forwards, without spaces."""
 
+Glu = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
+
 
 @dataclass(frozen=True)
 class Way:
@@ -38,12 +40,14 @@ class Way:
         last: the name of this.
         dropouts: names of modules, or of probabilities.
         tokens: of a piece of a long row, at most; None: as `tiled_mlp.pieces` has it.
+        gated: whether one factor is an activation of the other.
     """
 
     inner: Callable[[Any, Tensor], Tensor]
     last: str
     dropouts: tuple[str, ...] = ()
     tokens: int | None = None
+    gated: bool = False
 
     def is_exact(self, mlp: Any) -> bool:
         """Whether no dropout is active now."""
@@ -51,25 +55,30 @@ class Way:
         return not mlp.training or not any(each.p if hasattr(each, "p") else each for each in found)
 
 
-def way_of(module: nn.Module) -> Way | None:
-    """How a module computes, where it is an MLP of a known form."""
+def way_of(module: nn.Module, glu: Glu = fused_glu) -> Way | None:
+    """How a module computes, where it is an MLP of a known form.
+
+    Args:
+        module: any.
+        glu: what multiplies the factors of a gated one: (gate, up, act) -> act(gate) * up.
+    """
     forward = type(module).forward
     if is_stock_glu(forward):
-        return Way(_gated, "down_proj")
+        return Way(partial(_gated, glu), "down_proj", gated=True)
     body = _source(forward)
     fused = FUSED.fullmatch(body)
     if fused is not None:
-        return Way(partial(_both, fused["first"], fused["act"]), fused["last"])
+        return Way(partial(_both, glu, fused["first"], fused["act"]), fused["last"], gated=True)
     return _chain(module, body)
 
 
-def _gated(mlp: Any, x: Tensor) -> Tensor:
-    return fused_glu(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn)
+def _gated(glu: Glu, mlp: Any, x: Tensor) -> Tensor:
+    return glu(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn)
 
 
-def _both(first: str, act: str, mlp: Any, x: Tensor) -> Tensor:
+def _both(glu: Glu, first: str, act: str, mlp: Any, x: Tensor) -> Tensor:
     gate, up = getattr(mlp, first)(x).chunk(2, dim=-1)
-    return fused_glu(gate, up, getattr(mlp, act))
+    return glu(gate, up, getattr(mlp, act))
 
 
 def _through(names: tuple[str, ...], mlp: Any, x: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ from torch.autograd.function import once_differentiable
 from leanlift.errors import UserError
 from leanlift.layers.autograd import Multiply, check_unchanged
 from leanlift.layers.frozen import FrozenLinear
-from leanlift.layers.fused_glu import OurForward
+from leanlift.layers.fused_glu import OurForward, fused_glu
 from leanlift.layers.lift import LiftLinear
-from leanlift.layers.mlp_ways import Way, way_of
+from leanlift.layers.mlp_ways import Glu, Way, way_of
 from leanlift.layers.tiled_norms import Autocast, few_of, kept_here
 from leanlift.layers.untraced import untraced
 from leanlift.streaming import STREAMED
@@ -49,13 +49,14 @@ PIECES, LEAST, MOST = 4, 2048, 4096
 a quarter of the products' time to make the weights for 2048 tokens; for fewer, more than that."""
 
 
-def use_tiled_mlp(model: nn.Module, tokens: int | None = None) -> list[str]:
+def use_tiled_mlp(model: nn.Module, tokens: int | None = None, glu: Glu = fused_glu) -> list[str]:
     """Let every MLP that can go over its tokens in pieces, in place; `fused_glu.use_stock_glu`
     gives it its own forward again.
 
     Args:
         model: whose Linears are the layers that compute: attached.
         tokens: of a piece, at most; None: see `pieces`.
+        glu: what multiplies the factors of gated ones.
 
     Returns:
         The names of the modules that do.
@@ -66,7 +67,7 @@ def use_tiled_mlp(model: nn.Module, tokens: int | None = None) -> list[str]:
     found = []
     for name, module in model.named_modules():
         own = "forward" not in vars(module) or isinstance(vars(module)["forward"], OurForward)
-        way = way_of(module) if own else None
+        way = way_of(module, glu) if own else None
         if way is not None:
             module.forward = OurForward(_forward, module, replace(way, tokens=tokens))
             found.append(name)

@@ -16,7 +16,7 @@ from leanlift.model.state import LiftState, lift_layers, lift_state, lifted, wei
 from leanlift.model.strangers import claim, release
 from leanlift.model.streaming import stream_base
 from leanlift.model.surgery import freeze_quantized
-from leanlift.model.tiled import tiled_mlp
+from leanlift.model.tiled import fused_elementwise, tiled_mlp
 
 __all__ = [
     "LiftState",
@@ -26,6 +26,7 @@ __all__ = [
     "embedding_to_cpu",
     "ends_that_wait",
     "freeze_quantized",
+    "fused_elementwise",
     "grow_embedding",
     "lift",
     "lift_layers",

@@ -271,6 +271,7 @@ def _what_decides(planned: Planned) -> tuple[str, ...]:
         stream_state=settings.stream_state and settings.accumulates,
         tiled_mlp=settings.tiled_mlp,
         mlp_tokens=settings.mlp_tokens,
+        fused_elementwise=settings.fused_elementwise,
         dtype=settings.dtype_name,
         cuda=settings.on_cuda,
     )
@@ -307,6 +308,7 @@ def _holds_for(planned: Planned) -> dict[str, Any]:
         "stream_state": settings.stream_state,
         "tiled_mlp": settings.tiled_mlp,
         "mlp_tokens": settings.mlp_tokens,
+        "fused_elementwise": settings.fused_elementwise,
         "refresh_interval": config.refresh_interval,
         "per_device_eval_batch_size": 0 if evaluated is None else evaluated.rows,
         "cuda": settings.on_cuda,

@@ -62,6 +62,8 @@ def header(plan: dict[str, Any]) -> list[str]:
     if held.get("tiled_mlp"):
         most = held.get("mlp_tokens")
         kept += f", MLPs in pieces{f' of up to {most} tokens' if most else ''}"
+    if held.get("fused_elementwise"):
+        kept += ", norms, rotary embedding and gated products fused"
     refreshed = held["refresh_interval"]
     again = f"selected anew every {refreshed} steps" if refreshed else "selected once"
     return _wrapped(

@@ -42,6 +42,7 @@ class PlanSettings:
         stream_state: whether what is learned in them is there too.
         tiled_mlp, mlp_tokens: whether MLPs go over the tokens of long rows in pieces, and of how
             many at most; None: as `layers.tiled_mlp.pieces` has it.
+        fused_elementwise: whether norms, rotary embeddings and gated products are Liger's.
         cuda: whether the run is on a GPU; None: if this machine has one.
         largest, largest_eval: the largest batch of training and of evaluation, where it is known;
             None: as large as the settings above allow.
@@ -70,6 +71,7 @@ class PlanSettings:
     stream_state: bool = RunArguments.stream_state
     tiled_mlp: bool = RunArguments.tiled_mlp
     mlp_tokens: int | None = RunArguments.mlp_tokens
+    fused_elementwise: bool = RunArguments.fused_elementwise
     cuda: bool | None = None
     largest: Batch | None = None
     largest_eval: Batch | None = None

@@ -20,7 +20,7 @@ from leanlift.model.embeddings import (
 from leanlift.model.stacks import named_parts
 from leanlift.model.stream_state import check_used_once
 from leanlift.model.streaming import layers_by_block
-from leanlift.model.tiled import tiled_mlp
+from leanlift.model.tiled import fused_elementwise, tiled_mlp
 from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.model_work import model_work
@@ -159,7 +159,10 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     )
     if settings.stream_state:
         check_used_once(model)
-    tiled = tiled_mlp(model, settings.mlp_tokens) if settings.tiled_mlp else []
+    fused = settings.fused_elementwise and settings.on_cuda
+    if fused:
+        fused_elementwise(model)
+    tiled = tiled_mlp(model, settings.mlp_tokens, fused) if settings.tiled_mlp else []
     layers = {
         name: m
         for name, m in model.named_modules()

@@ -78,7 +78,10 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
     if sft.output_dir == "":
         yield "output_dir is an empty text:", "name a directory, or leave it out"
     if getattr(sft, "use_liger_kernel", False):
-        yield "use_liger_kernel puts other forwards in place of leanlift's:", "leave it out"
+        yield (
+            "use_liger_kernel puts other forwards in place of leanlift's:",
+            "leave it out, and set fused_elementwise for Liger's kernels within leanlift's",
+        )
     yield from _cut_into_parts(sft)
     if getattr(sft, "model_init_kwargs", None):
         yield (

@@ -11,6 +11,7 @@ from typing import Any
 
 from leanlift.errors import UserError
 from leanlift.export import ONTO
+from leanlift.layers.fused_elementwise import check_kernels
 from leanlift.methods import SFT
 from leanlift.plan import MemoryPlan
 from leanlift.plan.base import NOT_COUNTED
@@ -98,6 +99,8 @@ def look_at_input(
     check_settings(sft, config)
     check_method(args, sft)
     check_streaming(args, sft)
+    if args.fused_elementwise:
+        check_kernels(job.cuda)
     reward_functions(args)
     check_merged_dir(args, job.output)
     check_writable(job.output)

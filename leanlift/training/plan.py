@@ -20,7 +20,7 @@ from leanlift.model.stacks import named_parts, stack_shapes
 from leanlift.model.stream_state import check_used_once
 from leanlift.model.streaming import layers_by_block
 from leanlift.model.targets import beyond_text, find_targets
-from leanlift.model.tiled import tiled_mlp
+from leanlift.model.tiled import check_fused, tiled_mlp
 from leanlift.model.whole import check_growth_beside, whole_modules
 from leanlift.plan import (
     Batch,
@@ -149,7 +149,8 @@ def check_reached(args: RunArguments, sft: LiftSFTConfig) -> None:
 
 
 def check_memory_settings(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> None:
-    """Refuse kept_blocks, tiled_mlp, stream_base and stream_state where they cannot be had.
+    """Refuse kept_blocks, tiled_mlp, fused_elementwise, stream_base and stream_state where they
+    cannot be had.
 
     Raises:
         UserError: they cannot, of this model or with these settings.
@@ -159,6 +160,8 @@ def check_memory_settings(args: RunArguments, sft: LiftSFTConfig, images: bool =
         _try_on(args, sft, images, partial(check_kept_blocks, count=sft.kept_blocks))
     if args.tiled_mlp:
         check_tiled(args, sft, images)
+    if args.fused_elementwise:
+        _try_on(args, sft, images, check_fused)
     if args.stream_base:
         _try_on(args, sft, images, layers_by_block)
     if args.stream_state:
@@ -296,6 +299,7 @@ def plan_settings(
         stream_state=args.stream_state,
         tiled_mlp=args.tiled_mlp,
         mlp_tokens=args.mlp_tokens,
+        fused_elementwise=args.fused_elementwise,
         cuda=trains_on_gpu(sft) if cuda is None else cuda,
         largest=train,
         largest_eval=evaluation,

@@ -51,6 +51,7 @@ OWN_OPTIONS = {
     "stream_base",
     "stream_state",
     "tiled_mlp",
+    "fused_elementwise",
     "mlp_tokens",
     "ops",
     "snapshot",

@@ -82,6 +82,7 @@ SINCE: dict[str, dict[str, Any]] = {
         "stream_state": False,
         "tiled_mlp": False,
         "mlp_tokens": None,
+        "fused_elementwise": False,
         "kept_blocks": 0,
         "reuse_weights": False,
     },

@@ -43,7 +43,7 @@ metric_for_best_model greater_is_better eval_dataset_name eval_dataset_split kee
 _COMPUTED_OTHERWISE = """
 use_cpu ops attn_implementation embedding_on_cpu stream_base stream_state selection_tile_mib
 optim_in_backward gradient_checkpointing activation_checkpointing kept_blocks tiled_mlp
-mlp_tokens reuse_weights activation_offloading torch_empty_cache_steps tf32
+fused_elementwise mlp_tokens reuse_weights activation_offloading torch_empty_cache_steps tf32
 dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
 dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc
 """
