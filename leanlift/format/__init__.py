@@ -5,7 +5,7 @@ imports rich when it is asked for: a command that prints one sentence does not p
 """
 
 from leanlift.format.kept import kept_words
-from leanlift.format.names import short_name
+from leanlift.format.names import name_of, short_name
 from leanlift.format.numbers import change, count, duration, gib, loss, parse_card, share, size
 from leanlift.format.pictures import bar, sparkline
 from leanlift.format.terminal import console, table
@@ -19,6 +19,7 @@ __all__ = [
     "gib",
     "kept_words",
     "loss",
+    "name_of",
     "parse_card",
     "share",
     "short_name",

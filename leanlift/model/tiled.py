@@ -44,6 +44,17 @@ def fused_elementwise(model: nn.Module) -> dict[str, int]:
     return use_fused_elementwise(lifted(model))
 
 
+def between_products(model: nn.Module, tiled: bool, tokens: int | None, fused: bool) -> list[str]:
+    """`fused_elementwise` and `tiled_mlp` as the settings of a run have them.
+
+    Returns:
+        The names of the MLPs that go in pieces.
+    """
+    if fused:
+        fused_elementwise(model)
+    return tiled_mlp(model, tokens, fused) if tiled else []
+
+
 def check_fused(model: nn.Module) -> None:
     """Refuse `fused_elementwise` where it would do nothing.
 

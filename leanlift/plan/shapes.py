@@ -20,7 +20,7 @@ from leanlift.model.embeddings import (
 from leanlift.model.stacks import named_parts
 from leanlift.model.stream_state import check_used_once
 from leanlift.model.streaming import layers_by_block
-from leanlift.model.tiled import fused_elementwise, tiled_mlp
+from leanlift.model.tiled import between_products
 from leanlift.model.whole import whole_modules
 from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.model_work import model_work
@@ -160,9 +160,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     if settings.stream_state:
         check_used_once(model)
     fused = settings.fused_elementwise and settings.on_cuda
-    if fused:
-        fused_elementwise(model)
-    tiled = tiled_mlp(model, settings.mlp_tokens, fused) if settings.tiled_mlp else []
+    tiled = between_products(model, settings.tiled_mlp, settings.mlp_tokens, fused)
     layers = {
         name: m
         for name, m in model.named_modules()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from leanlift.defaults import SPARSE_OPTIMIZERS
-from leanlift.format import size
+from leanlift.format import name_of, size
 from leanlift.layers.tiled_mlp import LEAST
 from leanlift.methods import SFT
 from leanlift.plan import MemoryPlan
@@ -56,7 +56,7 @@ class Change:
         """Whether a run could be made with it: updates in the backward pass and 16-bit offsets take
         an optimizer of ours."""
         sft = settings[1]
-        ours = _name(sft.optim) in SPARSE_OPTIMIZERS
+        ours = name_of(sft.optim) in SPARSE_OPTIMIZERS
         if "stream_state" in self.keys:
             return settings[0].stream_base and ours
         return ours or not {"optim_in_backward", "values_dtype"} & self.keys.keys()
@@ -119,7 +119,7 @@ def further_changes(args: RunArguments, sft: LiftSFTConfig, cuda: bool = True) -
 
 
 def _moments_in_8_bits(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
-    optim = _name(sft.optim)
+    optim = name_of(sft.optim)
     if not sft.fp16 and SPARSE_OPTIMIZERS.get(optim) != "8bit":
         keys = {"optim": "sparse_adamw_8bit"}
         yield Change(keys, "moments in 8 bits instead of 32: no loss measured")
@@ -133,7 +133,7 @@ def _offsets_in_16_bits(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> I
 
 
 def _smaller_evaluation(args: RunArguments, sft: LiftSFTConfig, cuda: bool) -> Iterator[Change]:
-    if _name(sft.eval_strategy) != "no":
+    if name_of(sft.eval_strategy) != "no":
         for rows in _halves(sft.per_device_eval_batch_size):
             keys = {"per_device_eval_batch_size": rows}
             yield Change(keys, "the same evaluation in smaller batches")
@@ -305,11 +305,6 @@ def half_of(choices: tuple[Change, ...], args: RunArguments) -> Change:
     if "density" not in last.keys:
         return last
     return replace(last, keys={"density": max(LEAST_DENSITY, args.density / 2)})
-
-
-def _name(choice: Any) -> str:
-    """What an enum of transformers' says, or the name that was given."""
-    return str(getattr(choice, "value", choice))
 
 
 def _text(value: Any) -> str:

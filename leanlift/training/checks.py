@@ -20,6 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from leanlift.config import LiftConfig
 from leanlift.defaults import SPARSE_OPTIMIZERS
 from leanlift.errors import UserError, first_line
+from leanlift.format import name_of
 from leanlift.optim import check_remappable
 from leanlift.settings import NUMBERS
 
@@ -95,7 +96,7 @@ def _unsupported(sft: Any, config: LiftConfig) -> Iterator[tuple[str, str]]:
             "are vectors:",
             "leave it out, and name what is trained with target_modules",
         )
-    if getattr(sft, "load_best_model_at_end", False) and _value(sft.eval_strategy) == "no":
+    if getattr(sft, "load_best_model_at_end", False) and name_of(sft.eval_strategy) == "no":
         yield (
             "load_best_model_at_end needs evaluations to tell the best by:",
             "set eval_strategy and eval_dataset_name, or leave it out",
@@ -151,15 +152,10 @@ def _cut_into_parts(sft: Any) -> Iterator[tuple[str, str]]:
         )
 
 
-def _value(choice: Any) -> str:
-    """What an enum of transformers' says, or the name that was given."""
-    return str(getattr(choice, "value", choice))
-
-
 def _check_optimizer(sft: Any, config: LiftConfig) -> None:
     """Make the optimizer once, over one entry: whether its package is there, and its state can
     follow what training does to the entries."""
-    name = str(getattr(sft.optim, "value", sft.optim))
+    name = name_of(sft.optim)
     if name in SPARSE_OPTIMIZERS:
         return
     check_rounding(f"optim={name}", config.values_dtype)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leanlift.config import LiftConfig
 from leanlift.errors import UserError
 from leanlift.export import ONTO
+from leanlift.format import name_of
 from leanlift.layers.fused_elementwise import check_kernels
 from leanlift.methods import SFT
 from leanlift.plan import MemoryPlan
@@ -93,24 +95,9 @@ def look_at_input(
     Raises:
         UserError: as `run`.
     """
-    args, sft = job.args, job.sft
+    args, sft, config = job.args, job.sft, job.args.lift_config()
     found = checkpoint_of_run(sft, job.output)
-    config = args.lift_config()
-    check_settings(sft, config)
-    check_method(args, sft)
-    check_streaming(args, sft)
-    if args.fused_elementwise:
-        check_kernels(job.cuda)
-    reward_functions(args)
-    check_merged_dir(args, job.output)
-    check_writable(job.output)
-    evaluates = str(getattr(sft.eval_strategy, "value", sft.eval_strategy)) != "no"
-    if evaluates and not args.eval_dataset_name:
-        raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
-    if args.merge_onto not in ONTO:
-        raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
-    quantization(args, dtype_of(args.dtype or "float32"))
-    check_base_place(args)
+    _check_told(job, config)
     with job.screen.phase("Reading the rows"):
         # before a load that takes minutes
         ready = (ready_rows if args.method == SFT else ready_for)(args, sft)
@@ -136,6 +123,30 @@ def look_at_input(
             logger.warning("In this plan %s", NOT_COUNTED)
     check_room(args, sft, job.plan, ready.data, job.output, card_nbytes(job.cuda))
     return ready, told, None if found is None else str(found.path)
+
+
+def _check_told(job: Job, config: LiftConfig) -> None:
+    """What is wrong with settings and places alone.
+
+    Raises:
+        UserError: something is.
+    """
+    args, sft = job.args, job.sft
+    check_settings(sft, config)
+    check_method(args, sft)
+    check_streaming(args, sft)
+    if args.fused_elementwise:
+        check_kernels(job.cuda)
+    reward_functions(args)
+    check_merged_dir(args, job.output)
+    check_writable(job.output)
+    evaluates = name_of(sft.eval_strategy) != "no"
+    if evaluates and not args.eval_dataset_name:
+        raise UserError("eval_strategy wants evaluations: name rows with eval_dataset_name.")
+    if args.merge_onto not in ONTO:
+        raise UserError(f"expected merge_onto to be one of {ONTO}, got {args.merge_onto!r}.")
+    quantization(args, dtype_of(args.dtype or "float32"))
+    check_base_place(args)
 
 
 def _worst(args: RunArguments, sft: Any, ready: ReadyRows) -> Batches:

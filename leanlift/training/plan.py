@@ -12,7 +12,7 @@ from typing import Any
 from leanlift.config import TARGET_PRESETS, LiftConfig
 from leanlift.errors import UserError, first_line
 from leanlift.fingerprint import Layout
-from leanlift.format import size
+from leanlift.format import name_of, size
 from leanlift.methods import REWARD_HEAD
 from leanlift.model.blocks import inside_language
 from leanlift.model.kept_blocks import check_kept_blocks
@@ -149,8 +149,7 @@ def check_reached(args: RunArguments, sft: LiftSFTConfig) -> None:
 
 
 def check_memory_settings(args: RunArguments, sft: LiftSFTConfig, images: bool = False) -> None:
-    """Refuse kept_blocks, tiled_mlp, fused_elementwise, stream_base and stream_state where they
-    cannot be had.
+    """Refuse settings of the memory that cannot be had.
 
     Raises:
         UserError: they cannot, of this model or with these settings.
@@ -271,7 +270,7 @@ def plan_settings(
     sft = planned_loop(args, sft)
     eval_packing = sft.packing if sft.eval_packing is None else sft.eval_packing
     train = batches.train or largest_allowed(sft.per_device_train_batch_size, sft, sft.packing)
-    strategy = _value(sft.eval_strategy)
+    strategy = name_of(sft.eval_strategy)
     evaluates = args.eval_dataset_name or strategy != "no"
     size = sft.per_device_eval_batch_size if evaluates else 1  # rows to keep go one by one
     evaluation = batches.eval or largest_allowed(size, sft, evaluates and eval_packing)
@@ -285,7 +284,7 @@ def plan_settings(
         kept_blocks=sft.kept_blocks if sft.gradient_checkpointing else 0,
         reuse_weights=bool(sft.reuse_weights and sft.gradient_checkpointing),
         activation_offloading=bool(sft.activation_offloading),
-        optim=_value(sft.optim),
+        optim=name_of(sft.optim),
         optim_in_backward=sft.optim_in_backward,
         eval_strategy=strategy,
         per_device_eval_batch_size=sft.per_device_eval_batch_size,
@@ -345,8 +344,3 @@ def _seen_before(largest: Batch, planned: Batch) -> Batch | None:
         return largest
     seen, tokens = planned.seen, planned.seen.tokens
     return replace(largest, seen=seen) if largest.tokens >= tokens else None
-
-
-def _value(choice: Any) -> str:
-    """What an enum of transformers' says, or the name that was given."""
-    return str(getattr(choice, "value", choice))

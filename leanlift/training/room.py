@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from leanlift.errors import UserError
 from leanlift.export import check_space
-from leanlift.format import size
+from leanlift.format import name_of, size
 from leanlift.plan import MemoryPlan
 from leanlift.processes import processes
 from leanlift.training.arguments import LiftSFTConfig, RunArguments
@@ -103,7 +103,7 @@ def disk_nbytes(
 
 def kept(sft: LiftSFTConfig, steps: int | None) -> int:
     """Checkpoints that are there at once."""
-    strategy = str(getattr(sft.save_strategy, "value", sft.save_strategy))
+    strategy = name_of(sft.save_strategy)
     if strategy == "no":
         return 0
     if steps is None:

@@ -34,7 +34,7 @@ from leanlift.measure import (
 )
 from leanlift.methods import SFT
 from leanlift.model import embedding_to_cpu, ends_that_wait, lifted, stream_base, use_ops
-from leanlift.model.tiled import fused_elementwise, tiled_mlp
+from leanlift.model.tiled import between_products
 from leanlift.ops import resolve
 from leanlift.optim import state_nbytes
 from leanlift.plan import MemoryPlan
@@ -197,10 +197,7 @@ def _attached(
         else:
             model = get_lift_model(model, config, embedding_rows=ready.embedding_rows)
     use_ops(model, args.ops)
-    if args.fused_elementwise:
-        fused_elementwise(model)
-    if args.tiled_mlp:
-        tiled_mlp(model, args.mlp_tokens, args.fused_elementwise)
+    between_products(model, args.tiled_mlp, args.mlp_tokens, args.fused_elementwise)
     if args.embedding_on_cpu:
         embedding_to_cpu(lifted(model))
     if not meter.cuda:
