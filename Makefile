@@ -2,7 +2,8 @@
 # torch: on Linux PyPI's build, which runs on CUDA and on the CPU. Another build or version:
 #     make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 # `make test` is what a change can break, in minutes; `make test-all` adds the tests that are marked
-# thorough. They run in JOBS processes, about 1 GB each:  make test JOBS=8
+# thorough, `make test-part PART=2/5` a part of those. They run in JOBS processes, about 1 GB each:
+#     make test JOBS=8
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: demo test test-all check lint types contracts package docs clean print-torch
+.PHONY: demo test test-part test-all check lint types contracts package docs clean print-torch
 
 demo: $(VENV)/installed
 	@$(BIN)/leanlift demo --output_dir leanlift-demo
@@ -24,6 +25,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: $(VENV)/installed
 	$(PYTEST) -m "not thorough"
+
+test-part: test
+	$(PYTEST) -m thorough --part $(PART)
 
 test-all: test
 	$(PYTEST) -m thorough
