@@ -7,7 +7,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from leanlift.cli.requantized import BNB_FORMATS, export_bnb, export_gguf
+from leanlift.cli.requantized import FEW_BITS, export_few_bits, export_gguf
 from leanlift.errors import UserError
 from leanlift.io.files import check_new
 from leanlift.io.places import FACTS_NAME, check_adapter_place, look_at
@@ -27,14 +27,15 @@ bits or in the format that was trained over. --format super-tuning writes one of
 Super-Tuning: two thirds of the bytes and no padding at one density, but over 16-bit bases alone.
 
 --format gguf writes a GGUF file for llama.cpp and Ollama, in the --quantize that is asked for, with
-a Modelfile; --format bnb-nf4 and bnb-int8 a checkpoint that transformers loads in 4 or 8 bits. Both
-merge first, and compare what they wrote with base + adapter: logits, answers, perplexity, and how
+a Modelfile; --format bnb-nf4 and bnb-int8 a checkpoint that transformers loads in 4 or 8 bits by
+bitsandbytes; ct-fp8, ct-w8a16 and ct-w4a16 one of compressed-tensors, which vLLM serves. All merge
+first, and compare what they wrote with base + adapter: logits, answers, perplexity, and how
 much of what was learned is left. That costs as much again; --no_verify leaves it out."""
 
 PEFT_FORMATS = {"peft": "shira", "super-tuning": "super-tuning"}
 """Formats of PEFT's, and what they are called in `leanlift.adapters`."""
 
-FORMATS = ("merged", "gguf", *BNB_FORMATS, *PEFT_FORMATS)
+FORMATS = ("merged", "gguf", *FEW_BITS, *PEFT_FORMATS)
 
 OF_A_MERGE = ("base", "base_revision", "dtype", "onto", "verify", "data")
 """Options that say how an adapter is merged, and whether the result is looked at."""
@@ -42,7 +43,7 @@ OF_A_MERGE = ("base", "base_revision", "dtype", "onto", "verify", "data")
 TAKEN = {
     "merged": (*OF_A_MERGE, "max_shard_size"),
     "gguf": (*OF_A_MERGE, "quantize", "llama_cpp"),
-    **dict.fromkeys(BNB_FORMATS, (*OF_A_MERGE, "max_shard_size")),
+    **dict.fromkeys(FEW_BITS, (*OF_A_MERGE, "max_shard_size")),
     **dict.fromkeys(PEFT_FORMATS, ()),
 }
 """The options that each format has."""
@@ -93,13 +94,13 @@ def _add_export(commands: Any) -> None:
         action="store_false",
         dest="verify",
         default=None,
-        help="leave that out for gguf and bnb, which do it by themselves",
+        help="leave that out for gguf, bnb and ct, which do it by themselves",
     )
     export.add_argument(
         "--data",
         type=expanduser,
-        help="rows to verify with; default: those that were trained on, for gguf and bnb the run's "
-        "evaluation rows",
+        help="rows to verify with; default: those that were trained on, for gguf, bnb and ct the "
+        "run's evaluation rows",
     )
     export.add_argument(
         "--quantize",
@@ -164,7 +165,7 @@ def export_command(options: argparse.Namespace) -> int:
         return _merge(options)
     if options.format == "gguf":
         return export_gguf(options)
-    return export_bnb(options) if options.format in BNB_FORMATS else _write_for_peft(options)
+    return export_few_bits(options) if options.format in FEW_BITS else _write_for_peft(options)
 
 
 def _check_options(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`leanlift export --format gguf`, `bnb-nf4` and `bnb-int8`: the forms that people run."""
+"""`leanlift export --format gguf`, `bnb-…` and `ct-…`: the forms that people run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from leanlift.requantized.check import Comparison
     from leanlift.requantized.wanted import Wanted
 
-BNB_FORMATS = {"bnb-nf4": "nf4", "bnb-int8": "int8"}
-"""Formats of bitsandbytes', and what they are called in `leanlift.requantized.bnb`."""
+FEW_BITS = ("bnb-nf4", "bnb-int8", "ct-fp8", "ct-w8a16", "ct-w4a16")
+"""Checkpoints as bitsandbytes and compressed-tensors hold them, and the kind in each."""
 
 
 def export_gguf(options: argparse.Namespace) -> int:
@@ -34,14 +34,17 @@ def export_gguf(options: argparse.Namespace) -> int:
     return 0
 
 
-def export_bnb(options: argparse.Namespace) -> int:
+def export_few_bits(options: argparse.Namespace) -> int:
     """A checkpoint in 4 or 8 bits."""
     from leanlift.measure import human
-    from leanlift.requantized.bnb import write_bnb
+    from leanlift.requantized.bnb import Bnb
+    from leanlift.requantized.checkpoint import Library, write_checkpoint
+    from leanlift.requantized.compressed import CompressedTensors
 
-    kind = BNB_FORMATS[options.format]
+    whose, kind = options.format.split("-")
+    library: Library = Bnb(kind) if whose == "bnb" else CompressedTensors(kind)
     shards = options.max_shard_size or "5GB"
-    done = write_bnb(_wanted(options), options.output, kind, shards)
+    done = write_checkpoint(_wanted(options), options.output, library, shards)
     print(
         f"Wrote {done.output}: {human(done.nbytes)}, {done.matrices} matrices in {kind}; "
         f"{done.merged.merged} matrices of {done.merged.base} were merged."

@@ -158,6 +158,8 @@ def test_options_that_belong_elsewhere(
     said = complaint(capsys, *argv, "--quantize", "Q4_0")
     assert "--quantize cannot go with --format merged: --quantize belongs to gguf" in said
     said = complaint(capsys, *argv, "--format", "gguf", "--max_shard_size", "1GB")
-    assert "--max_shard_size belongs to merged, bnb-nf4, bnb-int8" in said
+    assert (
+        "--max_shard_size belongs to merged, bnb-nf4, bnb-int8, ct-fp8, ct-w8a16, ct-w4a16" in said
+    )
     said = complaint(capsys, *argv, "--format", "gguf", "--quantize", "Q4")
     assert "or none, got 'Q4'" in said
