@@ -114,8 +114,7 @@ class TritonStrips(TritonOps):
             )  # fmt: skip
             gather_sorted_kernel[(m,)](
                 dense, out, N, strips.ranks, index.columns, index.counts, index.ends, index.first,
-                index.counts.shape[1], **_segments(index),
-                num_warps=WARPS, enable_fp_fusion=False,
+                index.counts.shape[1], **_segments(index), num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 
 
