@@ -29,8 +29,8 @@ WAVES = 4
 most one part in w longer."""
 
 FLOP = 60e9
-"""Of a product that is worth a launch of its own: a tenth of a millisecond of the fastest card, at
-some 600 TFLOP/s, and about what Python takes to launch a product and a gather."""
+"""Of a product that is worth a launch of its own: an estimate, not timed. It is a tenth of a
+millisecond at 600 TFLOP/s, about what Python takes to launch a product and a gather."""
 
 
 def gradient_rows(m: int, n: int, x: Tensor) -> int:
