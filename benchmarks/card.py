@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from leanlift.errors import UserError
+from leanlift.layers.gradient_rows import cache_of
 from leanlift.plan.cards import Card, card_named
 
 GIB = 2**30
@@ -79,8 +80,7 @@ def pinned() -> int:
 
 def cache() -> tuple[int, int]:
     """Bytes of the second-level cache, and multiprocessors."""
-    found = torch.cuda.get_device_properties(0)
-    return found.L2_cache_size, found.multi_processor_count
+    return cache_of(torch.device("cuda", 0))
 
 
 @contextmanager

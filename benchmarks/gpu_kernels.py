@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks import card
 from benchmarks.common import timed
+from leanlift.layers.gradient_rows import cached_rows
 from leanlift.layers.workspace import Scratch
 from leanlift.ops import EightBit, FourBit, Scales, TileOps, tile_ops
 from leanlift.sparse import Offsets, SegmentedIndex
@@ -166,18 +167,18 @@ def _times(device: torch.device, small: bool) -> Rows:
 
 
 def gradients(device: torch.device, small: bool) -> Rows:
-    """Forming the gradients of values: all rows at once, as a layer does it on a card, and so many
-    that their product is still in the cache when it is gathered from."""
+    """Forming the gradients of values: all rows at once, and so many that their product is still in
+    the cache when it is gathered from. A layer takes these where a product is worth a launch."""
     tokens, m, n = (64, 256, 512) if small else (2048, 4096, 11008)
     dtype = torch.float32 if small else torch.bfloat16
     index, scratch = random_index(m, n, 0.05, device), Scratch()
     left, right = (torch.randn(tokens, k, device=device).to(dtype) for k in (m, n))
     out = torch.empty(index.count, dtype=dtype, device=device)
-    cache, processors = card.cache() if card.present() else (2**18, 1)
-    some = cached_rows(m, n, dtype.itemsize, cache, processors)
+    cache = card.cache() if card.present() else (2**19, 1)
+    some = cached_rows(m, n, dtype.itemsize, *cache)
     rows: Rows = []
     for ops in implementations(device):
-        for step in (m, some):
+        for step in dict.fromkeys((m, some)):
             parts = [
                 (left[:, a:b], index.part(a, b), out[slice(*index.span(a, b))])
                 for a, b in row_ranges(m, step)
@@ -190,24 +191,6 @@ def gradients(device: torch.device, small: bool) -> Rows:
             what = f"gradients {m}x{n}, {tokens} tokens, {step} rows at once, {ops.name}, ms"
             rows.append({"what": what, "value": round(1e3 * seconds(formed), 4)})
     return rows
-
-
-TILE = 128
-"""Rows, and columns, that a product's kernel forms in one multiprocessor, as a rule."""
-
-
-def cached_rows(m: int, n: int, itemsize: int, cache: int, processors: int) -> int:
-    """Of an [m, n] product: rows that take at most half of the cache, but enough that every
-    multiprocessor has four tiles; in whole tiles.
-
-    Args:
-        m, n, itemsize: of the product.
-        cache: bytes.
-        processors: multiprocessors.
-    """
-    fitting = cache // 2 // (n * itemsize) // TILE * TILE
-    filling = -(-4 * processors // -(-n // TILE)) * TILE
-    return min(m, max(TILE, fitting, filling))
 
 
 def _stored(toy: Toy) -> int:

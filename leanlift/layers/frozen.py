@@ -23,9 +23,6 @@ TILE_BYTES = 16 * 2**20
 """Of fp32 rows that are read, patched or formed at once: the decoded positions of a tile, and the
 like, are a few times its entries."""
 
-SAMPLED_TILE_BYTES = 64 * 2**20
-"""Of fp32 rows whose selected entries are formed at once on a CPU."""
-
 
 def dense(tiles: RowTiles, dtype: torch.dtype) -> Tensor:
     """All rows [m, n] in a dtype, made by tiles."""
@@ -39,16 +36,6 @@ def dense(tiles: RowTiles, dtype: torch.dtype) -> Tensor:
 def patched_rows(n: int) -> int:
     """Rows of n entries to which offsets are added at once."""
     return tile_rows(n, 4, TILE_BYTES)
-
-
-def gradient_rows(m: int, n: int, x: Tensor) -> int:
-    """Rows of the values' gradient that are formed at once.
-
-    On CUDA all: the scratch has room for any layer's weight, and one product is one launch.
-    `benchmarks/gpu_proof` times it beside several whose results stay in the cache for the gather.
-    On a CPU, many: of most masks the entries alone are formed.
-    """
-    return m if x.device.type == "cuda" else tile_rows(n, 4, SAMPLED_TILE_BYTES)
 
 
 class Observer(Protocol):

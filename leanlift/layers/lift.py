@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from leanlift.errors import UserError
 from leanlift.layers.autograd import KeepInput
 from leanlift.layers.effective import EffectiveTiles, HeadWeight
-from leanlift.layers.frozen import FrozenLinear, gradient_rows
+from leanlift.layers.frozen import FrozenLinear
+from leanlift.layers.gradient_rows import gradient_rows
 from leanlift.layers.slot import Slot, is_state_key, keep_dtype, learned_of, state_of
 from leanlift.layers.workspace import Workspace
 from leanlift.sparse import (
@@ -191,7 +192,8 @@ class LiftLinear(FrozenLinear):
         """The same, formed by the layer itself."""
         (_, r), n = left.shape, right.shape[1]
         ops = self.workspace.ops or self.workspace.choose(right.device)
-        for start, stop in row_ranges(r, gradient_rows(r, n, right)):
+        at_once = r if ops.lists_rows else gradient_rows(r, n, right)
+        for start, stop in row_ranges(r, at_once):
             index, place = self.index.part(first + start, first + stop), out
             if index.count < out.numel():
                 place = out[slice(*self.index.span(first + start, first + stop))]

@@ -88,10 +88,13 @@ class TileOps(Protocol):
         name: one of `IMPLEMENTATIONS`.
         whole: whether `effective_rows` needs no memory that grows with the tile, so that a matrix
             is written in one go.
+        lists_rows: whether `sampled_product` keeps lists of all rows with an index, so that it is
+            asked for all of them at once.
     """
 
     name: str
     whole: bool
+    lists_rows: bool
 
     def effective_rows(
         self, weight: RowTiles, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor

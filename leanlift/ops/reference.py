@@ -41,6 +41,7 @@ class TorchOps:
 
     name = "torch"
     whole = False
+    lists_rows = False
 
     def effective_rows(
         self, weight: RowTiles, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor

@@ -8,6 +8,8 @@ torch rounds twice. 8-bit moments have the layout of `optim.moments`: the
 nearest entry of an ascending table times the block's largest magnitude; a zero stays an exact
 zero, and nothing else becomes one in the second moment. Stochastic rounding draws other noise than
 torch's way, of the same distribution; it depends on the seed and the entry alone.
+
+Only the last program may reach beyond the end of a vector. It alone reads and writes under a mask.
 """
 
 from __future__ import annotations
@@ -23,8 +25,30 @@ from leanlift.ops.parts import MomentParts
 
 BLOCK = tl.constexpr(256)
 ROWS = 4
+REGISTERS = 128
+"""That a thread may take: where ptxas looks for fewer by itself, it spills some on some cards."""
 ZERO_SIGNED = tl.constexpr(127)
 BF16_MAX = tl.constexpr(torch.finfo(torch.bfloat16).max)
+
+
+@triton.jit
+def _read(pointers, inside, whole):
+    """What `pointers` hold, 0 where not `inside`. `whole`: all are; without a mask a thread reads
+    up to 16 bytes at once, with one an entry, since the count is no multiple of 16."""
+    if whole:  # noqa: SIM108 - a kernel's branch
+        held = tl.load(pointers)
+    else:
+        held = tl.load(pointers, mask=inside, other=0)
+    return held
+
+
+@triton.jit
+def _write(pointers, held, inside, whole):
+    """Write what is `inside`, as `_read` reads it."""
+    if whole:
+        tl.store(pointers, held)
+    else:
+        tl.store(pointers, held, mask=inside)
 
 
 @triton.jit
@@ -40,7 +64,9 @@ def _nearest(x, table):
 
 
 @triton.jit
-def _store_codes(moment, codes, absmax, table, entry, block, inside, blocks, SIGNED: tl.constexpr):
+def _store_codes(
+    moment, codes, absmax, table, entry, block, inside, whole, blocks, SIGNED: tl.constexpr
+):
     """Quantize [rows, 256] moments and write codes and scales."""
     largest = tl.max(tl.abs(moment), 1)
     tl.store(absmax + block, largest, mask=block < blocks)
@@ -50,7 +76,7 @@ def _store_codes(moment, codes, absmax, table, entry, block, inside, blocks, SIG
         code = tl.where(moment == 0, ZERO_SIGNED, code)
     else:
         code = tl.where(moment == 0, 0, tl.maximum(code, 1))
-    tl.store(codes + entry, code.to(tl.uint8), mask=inside)
+    _write(codes + entry, code.to(tl.uint8), inside, whole)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -70,19 +96,20 @@ def adamw_kernel(
     if ASKS:
         count = tl.where(tl.load(apply) != 0, count, 0)
     inside = entry < count
+    whole = count - tl.program_id(0) * ROWS * BLOCK >= ROWS * BLOCK
     blocks = tl.cdiv(count, BLOCK)
-    held = tl.load(value + entry, mask=inside, other=0.0).to(tl.float32)
-    slope = tl.load(grad + entry, mask=inside, other=0.0).to(tl.float32)
+    held = _read(value + entry, inside, whole).to(tl.float32)
+    slope = _read(grad + entry, inside, whole).to(tl.float32)
     if EIGHT:
-        code = tl.load(first + entry, mask=inside, other=0).to(tl.int32)
+        code = _read(first + entry, inside, whole).to(tl.int32)
         one = tl.load(first_absmax + block, mask=block < blocks, other=0.0)
         m = tl.load(first_table + code) * one[:, None]
-        code = tl.load(second + entry, mask=inside, other=0).to(tl.int32)
+        code = _read(second + entry, inside, whole).to(tl.int32)
         two = tl.load(second_absmax + block, mask=block < blocks, other=0.0)
         v = tl.load(second_table + code) * two[:, None]
     else:
-        m = tl.load(first + entry, mask=inside, other=0.0)
-        v = tl.load(second + entry, mask=inside, other=0.0)
+        m = _read(first + entry, inside, whole)
+        v = _read(second + entry, inside, whole)
     fresh = m == 0
     m = m + lerp * (slope - m)
     v = v * beta2 + (1 - beta2) * slope * slope
@@ -95,15 +122,17 @@ def adamw_kernel(
         noise = tl.where(tl.abs(held) < BF16_MAX, noise, 0)
         bits = (held.to(tl.int32, bitcast=True) + noise) & -65536
         held = bits.to(tl.float32, bitcast=True)
-    tl.store(value + entry, held.to(value.dtype.element_ty), mask=inside)
+    _write(value + entry, held.to(value.dtype.element_ty), inside, whole)
     if EIGHT:
         m = tl.where(inside, m, 0.0)
         v = tl.where(inside, v, 0.0)
-        _store_codes(m, first, first_absmax, first_table, entry, block, inside, blocks, True)
-        _store_codes(v, second, second_absmax, second_table, entry, block, inside, blocks, False)
+        _store_codes(m, first, first_absmax, first_table, entry, block, inside, whole, blocks, True)
+        _store_codes(
+            v, second, second_absmax, second_table, entry, block, inside, whole, blocks, False
+        )
     else:
-        tl.store(first + entry, m, mask=inside)
-        tl.store(second + entry, v, mask=inside)
+        _write(first + entry, m, inside, whole)
+        _write(second + entry, v, inside, whole)
 
 
 def adamw_step_(
@@ -139,5 +168,5 @@ def adamw_step_(
             1 - lr * weight_decay, lr * correction2 / correction1, correction1 / correction2,
             EIGHT=moments.first_absmax is not None, CLAMP=step > 1,
             STOCHASTIC=seed is not None and value.dtype == torch.bfloat16, ASKS=apply is not None,
-            ROWS=ROWS, enable_fp_fusion=False,
+            ROWS=ROWS, maxnreg=REGISTERS, enable_fp_fusion=False,
         )  # fmt: skip

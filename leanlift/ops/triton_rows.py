@@ -239,6 +239,7 @@ class TritonOps:
 
     name = "triton"
     whole = True
+    lists_rows = False
 
     def effective_rows(
         self, weight: RowTiles, offsets: Sequence[Offsets], start: int, stop: int, out: Tensor
@@ -271,7 +272,7 @@ class TritonOps:
         with torch.cuda.device_of(out):
             gather_kernel[(rows,)](
                 dense, out, n, index.columns, index.counts, index.ends, index.first,
-                index.counts.shape[1], **_segments(index), num_warps=WARPS,
+                index.counts.shape[1], **_segments(index), num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 
     def sampled_product(

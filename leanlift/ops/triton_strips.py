@@ -91,6 +91,7 @@ class TritonStrips(TritonOps):
     """The kernels of `triton_rows`, but for the gradient; see `TileOps`."""
 
     name = "triton-strips"
+    lists_rows = True
 
     def sampled_product(
         self, left: Tensor, right: Tensor, index: SegmentedIndex, out: Tensor, take: Take
@@ -108,11 +109,12 @@ class TritonStrips(TritonOps):
         with torch.cuda.device_of(out):  # Triton launches on the current one
             strips_kernel[(strips.rows.shape[0],)](
                 turned, sorted_, dense, strips.rows, strips.strips, T, N,
-                **product_constants(left.dtype), num_warps=PRODUCT_WARPS, num_stages=STAGES,
+                **product_constants(left.dtype),
+                num_warps=PRODUCT_WARPS, num_stages=STAGES, enable_fp_fusion=True,
             )  # fmt: skip
             gather_sorted_kernel[(m,)](
                 dense, out, N, strips.ranks, index.columns, index.counts, index.ends, index.first,
-                index.counts.shape[1], **_segments(index), num_warps=WARPS,
+                index.counts.shape[1], **_segments(index), num_warps=WARPS, enable_fp_fusion=False,
             )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ import torch
 
 from benchmarks import card, common
 from benchmarks.card import Span
-from benchmarks.gpu_kernels import cached_rows
 from benchmarks.gpu_profile import CLASSES, GRADIENTS
 from benchmarks.gpu_proof import ENDED, PARTS, _chosen, ended, prove
 from benchmarks.trainee import Scale
@@ -163,19 +162,6 @@ def test_parts_are_asked_for_by_name() -> None:
     assert _chosen("kernels,steps") == ("kernels", "steps")
     with pytest.raises(Exception, match=r"expected some of machine,.*got 'step'"):
         _chosen("step")
-
-
-@pytest.mark.parametrize(
-    ("cache", "processors", "rows"),
-    [
-        (50 * 2**20, 132, 1152),  # an H100: half of 50 MiB are 1190 rows; four tiles each, 896
-        (72 * 2**20, 128, 1664),  # a 4090
-        (6 * 2**20, 82, 512),  # a 3090, whose cache has no room for four tiles each
-        (2**30, 132, 4096),
-    ],
-)
-def test_rows_of_a_product_that_stays_in_the_cache(cache: int, processors: int, rows: int) -> None:
-    assert cached_rows(4096, 11008, 2, cache, processors) == rows
 
 
 @pytest.mark.parametrize(

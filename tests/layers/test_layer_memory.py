@@ -88,6 +88,7 @@ def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
     density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("leanlift.layers.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layers.gradient_rows.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192), density=density)
     trained = set(lift.index.to_flat().tolist())
     retired = torch.tensor([flat for flat in range(0, 320 * 192, 997) if flat not in trained])
@@ -101,6 +102,7 @@ def test_a_patched_new_tensor_is_what_the_scratch_would_hold(
 
 def test_no_operation_of_a_step_makes_more_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leanlift.layers.frozen.tile_rows", lambda *_: 64)
+    monkeypatch.setattr("leanlift.layers.gradient_rows.tile_rows", lambda *_: 64)
     lift = make_lift(make_linear4bit(320, 192))
     lift.workspace.stands_for = "cuda"
     scratch = lift.scratch.take(320, 192, torch.float32, torch.device("cpu"))

@@ -34,13 +34,17 @@ TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: GPUTarget
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    target: GPUTarget,
+    **options: int,
 ) -> None:
     signature = {
         name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
     }
     source = ASTSource(kernel, signature, constants)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False, **options})
     assert compiled.asm["cubin"]
 
 
@@ -66,6 +70,7 @@ def compile_strips(target: GPUTarget) -> None:
         signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(types))}
         options = {"num_warps": strips.PRODUCT_WARPS, "num_stages": strips.STAGES}
+        options["enable_fp_fusion"] = True
         source = ASTSource(kernel, signature, constants, aligned)
         compiled = triton.compile(source, target=target, options=options)
         ptx = compiled.asm["ptx"]
@@ -111,11 +116,12 @@ def main() -> None:
         types |= dict.fromkeys(("value", "grad"), f"*{dtype}")
         types |= dict.fromkeys(("count", "seed"), "i32")
         types |= dict.fromkeys(("lerp", "beta2", "eps", "keep", "rate", "bound"), "fp32")
-        constants = {"EIGHT": eight, "CLAMP": True, "STOCHASTIC": dtype == "bf16", "ROWS": 4}
+        constants = {"EIGHT": eight, "CLAMP": True, "STOCHASTIC": dtype == "bf16"}
+        constants["ROWS"], limit = adamw.ROWS, {"maxnreg": adamw.REGISTERS}
         unasked = {**constants, "apply": None, "ASKS": False}
-        compile_kernel(adamw.adamw_kernel, types, unasked, target)
+        compile_kernel(adamw.adamw_kernel, types, unasked, target, **limit)
         types["apply"] = "*u8"
-        compile_kernel(adamw.adamw_kernel, types, {**constants, "ASKS": True}, target)
+        compile_kernel(adamw.adamw_kernel, types, {**constants, "ASKS": True}, target, **limit)
     compile_strips(target)
 
 

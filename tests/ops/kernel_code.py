@@ -27,7 +27,11 @@ SHOWN = ("KIND", "ALIGNED", "STORES", "EIGHT", "STOCHASTIC", "ASKS")
 
 
 def compiled(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: GPUTarget
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    target: GPUTarget,
+    **options: int,
 ) -> None:
     """In the place of `compile_kernels.compile_kernel`."""
     names = kernel.arg_names
@@ -38,7 +42,8 @@ def compiled(
         if signature[name].startswith("*") or name == "n"
     }
     source = ASTSource(kernel, signature, constants, known)
-    cubin = triton.compile(source, target=target, options={"enable_fp_fusion": False}).asm["cubin"]
+    options = {"enable_fp_fusion": False, **options}
+    cubin = triton.compile(source, target=target, options=options).asm["cubin"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
