@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlift.layers.autograd import KeepInput, Multiply
+from leanlift.layers.back_product import times_weight
 from leanlift.layers.untraced import untraced
 from leanlift.layers.workspace import Scratch, Workspace, needs_scratch
 from leanlift.ops import TileOps
@@ -114,7 +115,10 @@ class FrozenLinear(nn.Module):
 
     def product_back(self, grad_y: Tensor, weight: Tensor | None = None) -> Tensor:
         """The gradient of x, in the dtype of that of y."""
-        return grad_y @ (self.effective_weight(grad_y.dtype) if weight is None else weight)
+        if weight is None:
+            weight = self.effective_weight(grad_y.dtype)
+        kind = self.workspace.stands_for or grad_y.device.type
+        return times_weight(grad_y, weight, kind == "cpu")
 
     def lasting_weight(self, dtype: torch.dtype) -> Tensor:
         """The effective weight [m, n], in no memory that the next one is made in."""
