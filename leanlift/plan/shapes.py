@@ -43,12 +43,14 @@ class Planned:
         config: what is trained.
         fmt: how the Linears are held.
         settings: of the run.
+        skipped: names of what the checkpoint, which is quantized, says is not; None: nothing.
     """
 
     build: Callable[[], Any]
     config: LiftConfig
     fmt: WeightFormat
     settings: PlanSettings
+    skipped: tuple[str, ...] | None = None
 
     @property
     def value_nbytes(self) -> int:
@@ -155,7 +157,13 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     workspace = first_pieces(settings.device_type)
     workspace.reuses_weights = settings.reuse_weights
     indices = attach_fake(
-        model, config, planned.fmt, settings.embedding_on_cpu, workspace, settings.stream_base
+        model,
+        config,
+        planned.fmt,
+        settings.embedding_on_cpu,
+        workspace,
+        settings.stream_base,
+        planned.skipped,
     )
     if settings.stream_state:
         check_used_once(model)
