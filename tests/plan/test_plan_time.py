@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from families import SIZES
 from planned import MODELS, arguments
+from transformers import Gemma4TextConfig
 
 from leanlift import UserError
 from leanlift.plan import calibrate
@@ -134,6 +136,21 @@ def test_a_plan_counts_the_shapes_of_its_model(name: str, checkpoints: dict[str,
     assert work.loss.products == 6 * tokens * config.vocab_size * d
     assert plan.to_dict()["time"] is None
     assert "work" not in json.loads(json.dumps(plan.to_dict()))
+
+
+def test_heads_may_differ_from_block_to_block(tmp_path: Path) -> None:
+    """Of such a model transformers lets nobody ask what its heads are."""
+    sliding, full = "sliding_attention", "full_attention"
+    config = Gemma4TextConfig(
+        **SIZES, head_dim=16, global_head_dim=32, sliding_window=8, layer_types=[sliding, full],
+        hidden_size_per_layer_input=16, vocab_size_per_layer_input=128,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    given = arguments(tmp_path, approx_rank=8, max_length=16, per_device_train_batch_size=1)
+    work = plan_of(*given, cuda=True).work
+    assert work is not None
+    seen = (4 * 16 * (16 * 8 - 8 * 8 / 2), 4 * 32 * 16 * 16 / 2)
+    assert work.forward.attention == 4 * sum(seen)
 
 
 def test_a_calibration_reads_the_clock_around_what_it_does(
