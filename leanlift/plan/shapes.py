@@ -159,15 +159,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     }
     workspace = first_pieces(settings.device_type)
     workspace.reuses_weights = settings.reuse_weights
-    indices = attach_fake(
-        model,
-        config,
-        planned.fmt,
-        settings.embedding_on_cpu,
-        workspace,
-        settings.stream_base,
-        planned.skipped,
-    )
+    given = settings.embedding_on_cpu, workspace, settings.stream_base, planned.skipped
+    indices = attach_fake(model, config, planned.fmt, *given)
     tiled = tiled_mlp(model, settings.mlp_tokens) if settings.tiled_mlp else []
     layers = {
         name: m
