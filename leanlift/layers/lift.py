@@ -91,11 +91,12 @@ class LiftLinear(FrozenLinear):
             pool, block = self.brought_by
             pool.need(block)
 
-    def wrote(self) -> None:
-        """What is learned here has been changed in place, where `bring` has let it be."""
+    def wrote(self, updated: bool = True) -> None:
+        """What is learned here has been changed in place, where `bring` has let it be; or its
+        gradients' sum alone."""
         if self.brought_by is not None:
             pool, block = self.brought_by
-            pool.wrote(block)
+            pool.wrote(block, updated)
 
     @property
     def weight(self) -> Tensor:

@@ -45,16 +45,17 @@ class Learned:
         """The tensors that it consists of."""
         read: list[Tensor] = []
         written: list[Tensor] = []
+        summed: list[Tensor] = []
         for layer in self.layers:
             read += _tensors(layer.index)
             written.append(layer.values)
             if layer.gradient_sum is not None:
-                written.append(layer.gradient_sum)
+                summed.append(layer.gradient_sum)
             if layer.retired_index is not None and layer.retired_values is not None:
                 read += [*_tensors(layer.retired_index), layer.retired_values]
             if self.optimizer is not None:
                 written += self.optimizer.moments_of(layer.values)
-        return BlockState(read, written)
+        return BlockState(read, written, summed)
 
 
 def _tensors(index: SegmentedIndex) -> list[Tensor]:

@@ -167,7 +167,9 @@ class FakeBase:
     def planned(self, config: LiftConfig, settings: PlanSettings) -> Planned:
         """What is planned of it."""
         build = partial(self.build, settings)
-        return Planned(build, config, self.format(settings), settings)
+        skipped = (self.stored or {}).get("llm_int8_skip_modules")
+        names = None if skipped is None else tuple(map(str, skipped))
+        return Planned(build, config, self.format(settings), settings, names)
 
     def format(self, settings: PlanSettings) -> WeightFormat:
         """How the Linears are held: as they are stored, or as the settings ask for."""

@@ -33,17 +33,10 @@ from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repeti
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.remembered import remembering
 from leanlift.plan.stand_ins import fused_attention, offloading
+from leanlift.plan.unloaded import planned_weights
 from leanlift.sparse import SEGMENT, SegmentedIndex
 from leanlift.tiles import part_shape, parts_of
-from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
-from leanlift.weights.quantized import (
-    FrozenWeight,
-    Weight8bit,
-    WeightFormat,
-    empty_weight,
-    frozen_weight,
-)
-from leanlift.weights.stacks import ExpertStack, QuantizedStack, target_weight
+from leanlift.weights.quantized import Weight8bit, WeightFormat, empty_weight
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Loss of a model on input ids [B, S] and labels [B, S]."""
@@ -103,6 +96,7 @@ def attach_fake(
     embedding_on_cpu: bool = False,
     workspace: Workspace | None = None,
     streams: bool = False,
+    skipped: Collection[str] | None = None,
 ) -> dict[str, EvenIndex]:
     """Replace the Linears of a fake 16/32-bit model as loading and attaching would.
 
@@ -113,6 +107,7 @@ def attach_fake(
         embedding_on_cpu: whether the embedding is kept there.
         workspace: of the layers; None: one that stands for a GPU.
         streams: whether the weights of blocks are brought, each by a layer of ours.
+        skipped: names of what a checkpoint says that it is not quantized; see `unloaded`.
 
     Returns:
         The positions of every target, spread evenly.
@@ -124,7 +119,8 @@ def attach_fake(
     check_tokens(model, config, max(tokens, default=0) + 1)  # a template may add rows
     embedding = tuple(model.get_input_embeddings().weight.shape)
     targets = [*(name for name in targets if name not in whole), *whole]
-    weights = planned_weights(model, fmt, [*targets, *(in_blocks(model) if streams else ())])
+    named = [*targets, *(in_blocks(model) if streams else ())]
+    weights = planned_weights(model, fmt, named, skipped)
     indices = {}
     for name in targets:
         parts, weight = parts_of(weights[name]), weights[name]
@@ -148,35 +144,6 @@ def in_blocks(model: Any) -> list[str]:
     parts = named_parts(model).items()
     names = {id(part.weight): name for name, part in parts if has_a_weight(part)}
     return [names[id(part.weight)] for block in layers_by_block(model) for part in block]
-
-
-def planned_weights(model: Any, fmt: WeightFormat, targets: list[str]) -> dict[str, FrozenWeight]:
-    """Weights without numbers, of the Linears of a fake 16/32-bit model that loading quantizes, or
-    of its targets where it does not; and of the stacks of experts among these."""
-    head, trained = model.get_output_embeddings(), set(targets)
-    weights: dict[str, FrozenWeight] = {}
-    for name, module in named_parts(model).items():
-        if isinstance(module, ExpertStack) and (fmt.kind != "dense" or name in trained):
-            weights[name] = _planned_stack(module, name, fmt)
-        if not is_dense_linear(module) or (module is head and name not in trained):
-            continue
-        # transformers quantizes no other
-        quantized = type(module) is nn.Linear or is_turned_linear(module)
-        if fmt.kind != "dense" and quantized and module is not head:
-            m, n = matrix_of(module).shape
-            bias: Any = module.bias
-            weights[name] = empty_weight((m, n), fmt, bias)
-        elif name in trained:
-            weights[name] = frozen_weight(module, name)
-    return weights
-
-
-def _planned_stack(module: ExpertStack, name: str, fmt: WeightFormat) -> FrozenWeight:
-    """Experts as they are held beside Linears in this format."""
-    weight = target_weight(module, name)
-    if fmt.kind == "dense":
-        return weight
-    return QuantizedStack(empty_weight(weight.shape, fmt), parts_of(weight), weight.dtype)
 
 
 def _without_numbers(weight: Tensor) -> Weight8bit:

@@ -1,7 +1,8 @@
 """Plans that were made, kept on the disk for the next time.
 
 A plan follows from the model's configuration, the settings and the code alone, so it is kept under
-a digest of all of these, in `$XDG_CACHE_HOME/leanlift/plans` or `~/.cache/leanlift/plans`: a
+a digest of all of these (of the code: which packages are installed, and when the files of the model
+and our own were changed), in `$XDG_CACHE_HOME/leanlift/plans` or `~/.cache/leanlift/plans`: a
 checkpoint's own directory may be read-only, or a hub's. The newest are kept. Nothing here is an
 error: what cannot be read, or is no plan, is made anew, and where nothing can be written, nothing
 is kept. `LEANLIFT_PLANS=off` keeps none and takes none; another value is the directory.
@@ -13,9 +14,11 @@ configuration does not say what decides.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
@@ -38,6 +41,7 @@ from leanlift.plan.settings import PlanSettings
 from leanlift.plan.work import Part, StepWork
 
 SWITCH, OFF = "LEANLIFT_PLANS", ("off", "0", "false", "no")
+INSTALLED = (".dist-info", ".egg-info")
 MOST = 200
 """Plans that are kept, some two kilobytes each."""
 
@@ -66,9 +70,9 @@ def directory() -> Path | None:
     said = os.environ.get(SWITCH, "")
     if said.lower() in OFF:
         return None
-    if said:
-        return Path(said).expanduser()
     try:
+        if said:
+            return Path(said).expanduser()
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:  # nobody's home
         return None
@@ -80,6 +84,10 @@ def key_of(
 ) -> str | None:
     """A digest of all that decides a plan; None where it does not."""
     if base.trust_remote_code or base.images:
+        return None
+    try:
+        beside = Path(inspect.getfile(type(base.shape))).parent
+    except (OSError, TypeError):  # a class that is in no file
         return None
     settings = replace(settings, cuda=settings.on_cuda, dtype=settings.dtype_name)
     decides = (
@@ -93,6 +101,7 @@ def key_of(
         repr(objective),
         method,
         workspace_here() if settings.on_cuda else 0,
+        changed(beside.glob("*.py")),
         versions(),
     )
     return hashlib.sha256(repr(decides).encode()).hexdigest()
@@ -102,13 +111,29 @@ def key_of(
 def versions() -> tuple[str, ...]:
     """Of the code that plans: the libraries', and when each of our own files was changed, which an
     installation from sources does without another version."""
-    root = Path(__file__).parents[1]
-    changed = hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        stat = file.stat()
-        changed.update(f"{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     libraries = (torch.__version__, transformers.__version__, trl.__version__)
-    return __version__, *map(str, libraries), changed.hexdigest()
+    own = Path(__file__).parents[1].rglob("*.py")
+    return __version__, *map(str, libraries), *installed(), changed(own)
+
+
+def installed() -> list[str]:
+    """What packages are installed, in which versions: of some, transformers computes with the
+    kernels where they are there."""
+    found: set[str] = set()
+    for place in filter(os.path.isdir, sys.path):
+        with suppress(OSError):
+            found |= {name for name in os.listdir(place) if name.endswith(INSTALLED)}
+    return sorted(found)
+
+
+def changed(files: Iterable[Path]) -> str:
+    """A digest of when files of code were changed: our own, or those of a model's class, which may
+    be somebody's own, or a library's that is worked on."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        stat = file.stat()
+        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 # --- files ----------------------------------------------------------------------------------
@@ -116,15 +141,13 @@ def versions() -> tuple[str, ...]:
 
 def _read(file: Path) -> MemoryPlan | None:
     """The plan in a file; None: there is none, or something else."""
-    if not file.is_file():
-        return None
     try:
         data: dict[str, Any] = read_json(file)
         work = data.pop("work")
         plan = MemoryPlan(**data, work=None if work is None else _work(work))
         if not {"values"} <= set(plan.categories) <= set(CATEGORIES) or plan.peak < 1:
             return None
-    except Exception:  # whatever somebody has put there
+    except Exception:  # nothing is there, or whatever somebody has put there
         return None
     with suppress(OSError):
         os.utime(file)  # it was of use

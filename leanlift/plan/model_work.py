@@ -43,8 +43,8 @@ def model_work(
         (m, n), parts = weight.shape, parts_of(weight)
         held = weight.format.held_nbytes(weight.shape)
         made = bool(layer.needs_scratch(dtype))
-        share = min(1.0, _chosen(text, parts) / parts)
         block = _block_of(name, paths)
+        share = min(1.0, _chosen(_of_block(text, block or 0), parts) / parts)
         each = name.startswith(inside) if inside else False
         matrices.append(Matrix(block, m, n, entries.get(name, 0), share, held, made, each))
     blocks = 1 + max((m.block for m in matrices if m.block is not None), default=-1)
@@ -70,12 +70,20 @@ def _chosen(text: Any, parts: int) -> int:
 
 def _attention(text: Any, block: int) -> tuple[int, int | None]:
     """Numbers of all heads of a token, and how far it looks back."""
-    heads = getattr(text, "num_attention_heads", None)
-    width = getattr(text, "hidden_size", None)
+    own = _of_block(text, block)
+    heads = getattr(own, "num_attention_heads", None)
+    width = getattr(own, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(width, int):
         return 0, None
-    each = getattr(text, "head_dim", None) or width // heads
+    each = getattr(own, "head_dim", None) or width // heads
     kinds = getattr(text, "layer_types", None) or ()
     window = getattr(text, "sliding_window", None)
     slides = not kinds or (block < len(kinds) and "sliding" in str(kinds[block]))
     return heads * int(each), window if slides and isinstance(window, int) else None
+
+
+def _of_block(text: Any, block: int) -> Any:
+    """The configuration of a block, where some sizes differ from block to block: of those that do,
+    transformers lets nobody ask the model's."""
+    blocks = getattr(text, "per_layer_config", None) or ()
+    return blocks[min(block, len(blocks) - 1)] if len(blocks) else text

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from leanlift.config import LiftConfig
+from leanlift.errors import UserError
 from leanlift.layers import FrozenLinear, LiftEmbedding, LiftLinear, scratch_nbytes
 from leanlift.layers.tokens import TOKEN_NBYTES
 from leanlift.model.embeddings import (
@@ -43,12 +44,14 @@ class Planned:
         config: what is trained.
         fmt: how the Linears are held.
         settings: of the run.
+        skipped: names of what the checkpoint, which is quantized, says is not; None: nothing.
     """
 
     build: Callable[[], Any]
     config: LiftConfig
     fmt: WeightFormat
     settings: PlanSettings
+    skipped: tuple[str, ...] | None = None
 
     @property
     def value_nbytes(self) -> int:
@@ -65,12 +68,14 @@ class BlockBytes:
         host: of the host's buffers for them.
         buffers: of those on the device.
         targets: the names of the targets in each block.
+        again: why what is learned cannot come along; None: it can.
     """
 
     tensors: int
     host: int
     buffers: int
     targets: tuple[tuple[str, ...], ...]
+    again: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,11 +159,8 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     }
     workspace = first_pieces(settings.device_type)
     workspace.reuses_weights = settings.reuse_weights
-    indices = attach_fake(
-        model, config, planned.fmt, settings.embedding_on_cpu, workspace, settings.stream_base
-    )
-    if settings.stream_state:
-        check_used_once(model)
+    given = settings.embedding_on_cpu, workspace, settings.stream_base, planned.skipped
+    indices = attach_fake(model, config, planned.fmt, *given)
     fused = settings.fused_elementwise and settings.on_cuda
     tiled = between_products(model, settings.tiled_mlp, settings.mlp_tokens, fused)
     layers = {
@@ -168,6 +170,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
     }
     for name in layers:
         tensors.pop(own[name], None)
+    streamed = _streamed(model) if settings.stream_base else None
     shapes = Shapes(
         ends=ends,
         quantizing=quantizing,
@@ -182,7 +185,7 @@ def attached(planned: Planned) -> tuple[Shapes, Any]:
         held=sum(_held(layer.weight_tiles) for layer in layers.values()),
         read_whole=_read_whole(layers.values()),
         by_tiles=_by_tiles(layers.values()),
-        streamed=_streamed(model) if settings.stream_base else None,
+        streamed=streamed,
         turned=turned,
         work=model_work(model, head, layers, _counts(indices), dtype, tiled),
     )
@@ -204,7 +207,16 @@ def _streamed(model: Any) -> BlockBytes:
         sizes = [size for w in weights for size in w.format.tensor_sizes(w.shape)]
         tensors += sum(sizes)
         blocks.append(nbytes_of(sizes))
-    return BlockBytes(tensors, sum(blocks), BUFFERS * max(blocks), tuple(targets))
+    buffers = BUFFERS * max(blocks)
+    return BlockBytes(tensors, sum(blocks), buffers, tuple(targets), _used_again(model))
+
+
+def _used_again(model: Any) -> str | None:
+    try:
+        check_used_once(model)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _held(weight: Any) -> int:

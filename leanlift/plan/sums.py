@@ -7,6 +7,7 @@ and so on; what is here says which of them a run has, and how often.
 from __future__ import annotations
 
 from leanlift.config import LiftConfig
+from leanlift.errors import UserError
 from leanlift.export import merge_nbytes
 from leanlift.model.attach import selecting_nbytes
 from leanlift.model.refresh import refresh_nbytes
@@ -61,9 +62,15 @@ def host_nbytes(planned: Planned, shapes: Shapes) -> int:
 
 
 def brought(planned: Planned, shapes: Shapes) -> frozenset[str]:
-    """The targets whose state comes with their blocks."""
+    """The targets whose state comes with their blocks.
+
+    Raises:
+        UserError: it cannot, as a model goes through a block several times.
+    """
     if not planned.settings.stream_state or shapes.streamed is None:
         return frozenset()
+    if shapes.streamed.again is not None:
+        raise UserError(shapes.streamed.again)
     return frozenset(name for block in shapes.streamed.targets for name in block)
 
 

@@ -266,11 +266,12 @@ def _streamed(model: ModelWork, run: Running) -> float:
 
 
 def _written(model: ModelWork, run: Running) -> float:
-    """Bytes of values, sums of gradients and moments that go back to the host, updated in the
-    backward pass."""
-    entries = sum(matrix.entries for matrix in model.matrices)
-    tensors = 2 if run.times > 1 else 1
-    return run.state + tensors * run.value * entries if run.learned else 0
+    """Bytes that go back to the host from a backward pass: sums of gradients, where there are some,
+    and from the last one of a step the values and moments that it updates; their mean."""
+    if not run.learned:
+        return 0
+    values = run.value * sum(matrix.entries for matrix in model.matrices)
+    return (values if run.times > 1 else 0) + (run.state + values) / run.times
 
 
 def _offloaded(model: ModelWork, run: Running, again: range) -> float:

@@ -12,7 +12,7 @@ they are others, with what they hold by then.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,15 +28,23 @@ class BlockState:
     Attributes:
         read: those that a pass reads.
         written: those that an update writes in place.
+        summed: those that every pass adds to; an update writes them too.
     """
 
     read: list[Tensor]
     written: list[Tensor]
+    summed: list[Tensor] = field(default_factory=list)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All, in the order in which they lie in a buffer."""
-        return [*self.read, *self.written]
+        return [*self.read, *self.summed, *self.written]
+
+    def places(self, updated: bool) -> tuple[int, int]:
+        """Of these, the first that an update has written, or a pass that was none, and where they
+        end."""
+        first = len(self.read)
+        return first, len(self.tensors) if updated else first + len(self.summed)
 
 
 class StatePool(Pool):
@@ -48,13 +56,13 @@ class StatePool(Pool):
 
     Attributes:
         states: as given.
-        written_back: blocks that were, so far.
+        written_back: blocks that were, so far, or the sums in them.
     """
 
     def __init__(self, states: Sequence[Callable[[], BlockState]], device: torch.device) -> None:
         self.states = list(states)
         self._known: list[BlockState] = [state() for state in self.states]
-        self._changed: set[int] = set()
+        self._changed: dict[int, bool] = {}  # and whether by an update
         self.written_back = 0
         pinned = device.type == "cuda"
         super().__init__([_laid_out(state, pinned) for state in self._known], device)
@@ -66,9 +74,10 @@ class StatePool(Pool):
             self._follow(number)
             super().need(number)
 
-    def wrote(self, number: int) -> None:
-        """A block's tensors have been written to, while it was on the device."""
-        self._changed.add(number)
+    def wrote(self, number: int, updated: bool = True) -> None:
+        """A block's tensors have been written to, while it was on the device: all that an update
+        writes, or the sums alone."""
+        self._changed[number] = updated or self._changed.get(number, False)
 
     def rest(self) -> None:
         """Let all that was written be on the host, and everything be read from there; waits for
@@ -91,7 +100,7 @@ class StatePool(Pool):
         self._wait()  # what was on its way to the host is there
         self._known[number] = now
         self.blocks[number] = _laid_out(now, self.device.type == "cuda")
-        self._changed.discard(number)
+        self._changed.pop(number, None)
         for buffer in self.buffers:
             if buffer.holds == number:
                 buffer.holds = buffer.ready = None
@@ -108,10 +117,9 @@ class StatePool(Pool):
         if number is not None:
             self._follow(number)
         if number is not None and buffer.holds == number and number in self._changed:
-            block = self.blocks[number]
-            written = slice(block.start(len(self._known[number].read)), block.nbytes)
+            block, updated = self.blocks[number], self._changed.pop(number)
+            written = slice(*map(block.start, self._known[number].places(updated)))
             self._transfer(buffer.memory[written], block.host[written])
-            self._changed.discard(number)
             self.written_back += 1
         super()._empty(buffer)
 

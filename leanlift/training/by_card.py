@@ -93,7 +93,10 @@ def with_changes(
         if not change.possible(settings):
             continue
         say(f"trying {change.named}")
-        plan = plan_of(*change(settings), True, None, known)
+        try:
+            plan = plan_of(*change(settings), True, None, known)
+        except UserError:  # a change that this model cannot have
+            continue
         if last.plan.needed - plan.needed >= LEAST_GAIN * last.plan.needed:
             settings = change(settings)
             last = Setting(change, {**last.keys, **change.keys}, plan)

@@ -158,7 +158,10 @@ class _Buyer:
                 settings = _with(start, tuple(one for one in taken if one is not step))
                 if settings is None:
                     continue
-                without = self.plan_of(settings, f"without {step.change.named}")
+                try:
+                    without = self.plan_of(settings, f"without {step.change.named}")
+                except UserError:  # the rest cannot be had alone
+                    continue
                 if without.fits(self.gib):
                     saved = self.time(plan).seconds - self.time(without).seconds
                     worth = saved / max(1, without.needed - plan.needed)
@@ -286,7 +289,10 @@ class _Buyer:
         self, change: Change, settings: Settings, plan: MemoryPlan
     ) -> tuple[Bought, MemoryPlan] | None:
         """A change, if it fits."""
-        changed = self.plan_of(change(settings), change.named)
+        try:
+            changed = self.plan_of(change(settings), change.named)
+        except UserError:  # a change that this model cannot have
+            return None
         if not changed.fits(self.gib):
             return None
         times = self.time(plan), self.time(changed)

@@ -1,16 +1,17 @@
 """Choosing settings with which a run fits a card: first what is free, last what costs quality.
 
 A change is taken only if it gains something worth its price: at least a hundredth of what is
-needed. What is ordered (the rows of a batch, the density) is not walked through but bisected, and
-before anything is planned it is asked whether the least settings could fit at all: their weights
-alone say so in a moment.
+needed. One that a model cannot have is left out, and said. What is ordered (the rows of a batch,
+the density) is not walked through but bisected, and before anything is planned it is asked whether
+the least settings could fit at all: their weights alone say so in a moment.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from leanlift.errors import UserError
 from leanlift.format import parse_card, short_name, size
@@ -74,10 +75,16 @@ class _Search:
     ) -> None:
         self.gib, self.cuda, self.batches, self.say = gib, cuda, batches, say
         self.known: Known = {}
+        self.left_out: list[str] = []
 
     def plan(self, settings: Settings, trying: str) -> MemoryPlan:
         self.say(f"trying {trying}")
         return plan_of(*settings, self.cuda, _smaller(self.batches, settings[1]), self.known)
+
+    def leave_out(self, change: Change, error: UserError) -> str:
+        """A change cannot be planned for this model: remember it; what is said of it."""
+        self.left_out.append(change.named)
+        return f"{change.named} was left out: {error}"
 
     def fits(self, plan: MemoryPlan) -> bool:
         return plan.fits(self.gib)
@@ -111,6 +118,7 @@ def fit(
     _refuse_what_cannot_fit(settings, search)
     plan = search.plan(settings, "the settings as they are")
     taken: list[Taken] = []
+    said: list[str] = []
     for choices in ordered_changes(args, sft, cuda):
         if search.fits(plan):
             break
@@ -119,16 +127,24 @@ def fit(
             continue
         if not choices[0].possible(settings):
             continue
-        change, changed = _best(choices, settings, plan, search)
+        try:
+            change, changed = _best(choices, settings, plan, search)
+        except UserError as error:
+            said.append(search.leave_out(choices[-1], error))
+            continue
         if plan.needed - changed.needed >= LEAST_GAIN * plan.needed or search.fits(changed):
             taken.append(Taken(change, plan.needed, changed.needed))
             settings, plan = change(settings), changed
     if not search.fits(plan):
         _refuse(args, search, plan.needed)
     if card is None:
-        return Fit(*settings, plan, tuple(taken))
+        return Fit(*settings, _saying(said, plan), tuple(taken))
     made = faster((args, sft), tuple(taken), plan, gib, card, search.plan, asked)
-    return Fit(*made.settings, made.plan, made.taken, made.bought)
+    return Fit(*made.settings, _saying(said, made.plan), made.taken, made.bought)
+
+
+def _saying(more: list[str], plan: MemoryPlan) -> MemoryPlan:
+    return replace(plan, notes=[*plan.notes, *more])
 
 
 def useful_changes(
@@ -155,7 +171,10 @@ def useful_changes(
     promising = sorted(choices, key=lambda change: -at_most(change, plan))[: most + 1]
     found = []
     for change in promising:
-        changed = search.plan(change((args, sft)), change.named)
+        try:
+            changed = search.plan(change((args, sft)), change.named)
+        except UserError:  # one that this model cannot have
+            continue
         found.append(Taken(change, plan.needed, changed.needed))
     worth = [taken for taken in found if taken.saved >= LEAST_GAIN * plan.needed]
     return sorted(worth, key=lambda taken: ("quality" in taken.change.cost, -taken.saved))[:most]
@@ -176,22 +195,45 @@ def _refuse_what_cannot_fit(settings: Settings, search: _Search) -> None:
     Raises:
         UserError: they do not.
     """
-    for choices in ordered_changes(*settings, search.cuda):
-        if choices[-1].possible(settings):
-            settings = choices[-1](settings)
     search.say("asking whether the least settings fit")
-    (least, moment), card = least_of(*settings, search.cuda), search.gib * 2**30
+    (settings, least, moment), card = _least(settings, search), search.gib * 2**30
     if least > card:
         _refuse(settings[0], search, least, MOMENTS[moment])
     if least > NEARLY * card:
-        plan = search.plan(settings, "the least settings")
+        try:
+            plan = search.plan(settings, "the least settings")
+        except UserError:  # which change it is is found out as they are made
+            return
         if plan.needed > CLEARLY * card:
             _refuse(settings[0], search, plan.needed)
 
 
+def _least(settings: Settings, search: _Search) -> tuple[Settings, int, str]:
+    """The settings with all changes that the model can have, and what they need, as `least_of` has
+    it. All at once, which is the rule; one by one where that cannot be."""
+    lean = settings
+    for choices in ordered_changes(*settings, search.cuda):
+        if choices[-1].possible(lean):
+            lean = choices[-1](lean)
+    with suppress(UserError):
+        return lean, *least_of(*lean, search.cuda)
+    found = least_of(*settings, search.cuda)
+    for choices in ordered_changes(*settings, search.cuda):
+        if choices[-1].possible(settings):
+            try:
+                found = least_of(*choices[-1](settings), search.cuda)
+            except UserError as error:
+                search.leave_out(choices[-1], error)
+            else:
+                settings = choices[-1](settings)
+    return settings, *found
+
+
 def _refuse(args: RunArguments, search: _Search, needed: int, how: str = "") -> None:
+    left = ", ".join(dict.fromkeys(search.left_out))
     raise UserError(
         f"{short_name(args.model_name_or_path)} does not fit {search.gib:g} GiB: the least setting "
+        f"{left and f'(without {left}, which it cannot have) '}"
         f"needs {size(needed)}{how and ' ' + how}, {size(needed - search.gib * 2**30)} more than "
         "there is; take a smaller base" + ("." if how else ", or shorten max_length.")
     )

@@ -59,14 +59,18 @@ def longest_rows(
     if not hasattr(sft, "max_length"):
         raise UserError(f"rows of method={args.method} have no max_length: plan them by length.")
     settings: Settings = (args, sft)
-    lines, keys = [], dict[str, object]()
-    for change in (None, *further_changes(args, sft, cuda)):
-        if change is not None:
-            if not change.possible(settings):
-                continue
-            settings, keys = change(settings), {**keys, **change.keys}
-        search = _Search(settings, cuda, say)
-        lines.append(Longest(change, keys, {gib: search.longest(gib) for gib in cards}))
+    first = _Search(settings, cuda, say)
+    lines = [Longest(None, {}, {gib: first.longest(gib) for gib in cards})]
+    for change in further_changes(args, sft, cuda):
+        if not change.possible(settings):
+            continue
+        search = _Search(change(settings), cuda, say)
+        try:
+            tokens = {gib: search.longest(gib) for gib in cards}
+        except UserError:  # a change that this model cannot have
+            continue
+        settings = search.settings
+        lines.append(Longest(change, {**lines[-1].keys, **change.keys}, tokens))
     return lines
 
 

@@ -279,7 +279,7 @@ class GradientHooks:
         if layer.gradient_sum is not None:
             layer.gradient_sum.add_(values.grad)
             values.grad = None
-            layer.wrote()
+            layer.wrote(updated=False)
         if self.is_last():
             self._update(name)
 

@@ -12,6 +12,7 @@ from leanlift import LiftConfig, UserError, get_lift_model
 from leanlift.model import claim, lift_layers, lifted, stream_base
 from leanlift.model.stream_state import let_rest, state_pool_of, stream_moments
 from leanlift.optim import SparseAdamW
+from leanlift.streaming import nbytes_of
 from leanlift.training.step_guard import GradientHooks, StepGuard
 
 CPU, LAYERS = torch.device("cpu"), 4
@@ -103,6 +104,34 @@ def test_a_step_with_a_bad_micro_batch_leaves_nothing_behind(
     ordinary.ordinary()
     assert other.in_backward()
     other.assert_same(ordinary)
+
+
+def test_a_micro_batch_that_updates_nothing_writes_back_its_sums_alone(
+    deep_base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, now = Run(deep_base("llama"), True), False
+    hooks = GradientHooks(run.model, run.guard, run.optimizer, lambda: now)
+    stream_moments(run.model, run.optimizer, accumulate=True)
+    pool = state_pool_of(run.model)
+    hosts = {block.host.untyped_storage().data_ptr() for block in pool.blocks}
+    transfer, back = pool._transfer, [0]
+
+    def seen(source: torch.Tensor, target: torch.Tensor) -> None:
+        back[-1] += target.nbytes if target.untyped_storage().data_ptr() in hosts else 0
+        transfer(source, target)
+
+    monkeypatch.setattr(pool, "_transfer", seen)
+    for now in (False, True):  # noqa: B007 (the hooks ask for it)
+        loss = run.losses(0)
+        run.guard.see_loss(loss)
+        loss.backward()
+        let_rest(run.model)
+        back.append(0)
+    states = [state() for state in pool.states]
+    sums = nbytes_of(t.nbytes for state in states for t in state.summed)
+    updated = nbytes_of(t.nbytes for state in states for t in state.written)
+    assert back == [sums, sums + updated, 0]
+    hooks.remove()
 
 
 def test_a_second_gradient_in_one_micro_batch_is_refused(deep_base) -> None:

@@ -15,6 +15,7 @@ from tiny import make_checkpoint
 
 from leanlift import LiftTrainer, UserError
 from leanlift.cli import main
+from leanlift.plan import Known, MemoryPlan
 from leanlift.training import (
     LiftSFTConfig,
     RunArguments,
@@ -50,6 +51,49 @@ def test_what_cannot_fit_is_refused_without_a_step(
         UserError, match=r"does not fit 0.0001 GiB: the least setting needs .* while .* more than"
     ):
         fit(args, sft, 1e-4, cuda=False)
+
+
+def test_a_change_that_a_model_cannot_have_is_left_out(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others are made, and what was left out is said."""
+
+    def needed(args: Any, sft: Any) -> int:
+        if args.quantize_embeddings:
+            raise UserError("these ends stay as they are.")
+        saving = (args.embedding_on_cpu, args.stream_base, args.stream_state, args.density < 0.02)
+        return (10 - sum(saving)) * 2**30
+
+    def plan(args: Any, sft: Any, *rest: Any) -> MemoryPlan:
+        return MemoryPlan("m", {}, {"train": needed(args, sft)}, {}, 1)
+
+    monkeypatch.setattr("leanlift.training.fit.plan_of", plan)
+    monkeypatch.setattr("leanlift.training.fit.least_of", lambda a, s, cuda: (needed(a, s), "load"))
+    found = fit(*arguments(checkpoints["llama"], **LEAN, approx_rank=8), 8.6)
+    assert found.args.stream_base
+    assert not found.args.stream_state
+    assert found.plan.notes == [
+        "quantize_embeddings=true was left out: these ends stay as they are."
+    ]
+    with pytest.raises(UserError, match=r"setting \(without quantize_embeddings=true, which"):
+        fit(*arguments(checkpoints["llama"], **LEAN, approx_rank=8), 5)
+
+
+def test_what_one_plan_has_shown_hides_no_refusal_of_another(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is the same with and without streamed state, which not every model can have."""
+
+    def again(model: Any) -> None:
+        raise UserError("it goes through a block again")
+
+    monkeypatch.setattr("leanlift.plan.shapes.check_used_once", again)
+    args, sft = arguments(checkpoints["llama"], **LEAN, approx_rank=8, max_length=8,
+                          stream_base=True, optim_in_backward=True, max_grad_norm=0.0)  # fmt: skip
+    known: Known = {}
+    plan_of(args, sft, True, None, known)
+    with pytest.raises(UserError, match="goes through a block again"):
+        plan_of(dataclasses.replace(args, stream_state=True), sft, True, None, known)
 
 
 LEAN: dict[str, Any] = {"optim": "sparse_adamw_8bit", "values_dtype": "bfloat16"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,22 @@ def test_none_are_kept_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keeping.directory() == Path("/caches/leanlift/plans")
 
 
+def test_a_place_that_cannot_be_had_keeps_none(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home of nobody's, and a directory of somebody else's."""
+    monkeypatch.setenv(keeping.SWITCH, "~nobody-is-called-so/plans")
+    assert keeping.directory() is None
+    monkeypatch.setenv(keeping.SWITCH, str(place))
+
+    def not_yours(*_: Any, **more: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("stat", "open", "mkdir"):
+        monkeypatch.setattr(Path, name, not_yours)
+    assert keeping.kept_plan(lambda: "key", lambda: _plan(1)) == _plan(1)
+
+
 # --- what decides ---------------------------------------------------------------------------
 
 OTHERS: dict[str, Any] = {
@@ -157,6 +175,17 @@ def test_a_plan_of_another_model_or_by_other_code_is_another(
     for versions in (("2.0", "b", "c", "d", "e"), ("1.0", "b", "c", "d", "f")):
         monkeypatch.setattr(keeping, "versions", lambda versions=versions: versions)
         others.append(key(tiny))
+    monkeypatch.undo()
+    (tmp_path / "kernels-1.0.dist-info").mkdir()
+    keeping.versions.cache_clear()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    others.append(key(tiny))
+    monkeypatch.undo()
+    keeping.versions.cache_clear()
+    monkeypatch.setattr(inspect, "getfile", lambda kind: str(tmp_path / "configuration_own.py"))
+    others.append(key(tiny))
+    (tmp_path / "modeling_own.py").write_text("WIDER = True")  # a class that somebody works on
+    others.append(key(tiny))
     monkeypatch.undo()
     assert len({*others, key(tiny)}) == len(others) + 1
     for name in ("trust_remote_code", "images"):
