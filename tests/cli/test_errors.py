@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
+from leanlift.cli import main
 from leanlift.errors import LONGEST, first_line
 
 MESSAGES = {
@@ -31,3 +34,13 @@ def test_no_message_is_without_end() -> None:
     assert said.startswith("these: key.0 key.1")
     assert len(said) <= LONGEST + 3
     assert "\n" not in said
+
+
+def test_the_hub_is_heard_once(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the handler that its library has; the root's, which caplog is one of, is ours."""
+    assert main(["report", "nowhere"]) == 2
+    logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+    assert caplog.messages == []
+    capsys.readouterr()
