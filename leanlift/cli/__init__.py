@@ -238,6 +238,7 @@ def _quiet_libraries() -> None:
     """Our own log on stderr; no warnings of libraries about things the user cannot change."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("leanlift").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     # An optional kernel of bitsandbytes' CPU forward, which leanlift never calls.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")

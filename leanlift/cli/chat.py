@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from os.path import expanduser
 from typing import Any
 
@@ -68,6 +69,8 @@ def add_model(parser: Any) -> None:
 def _chat(options: argparse.Namespace) -> int:
     _check(options)
     options.adapter = adapter_of(options)
+    if sys.stdin.isatty():  # someone waits
+        print(f"Loading {options.model} …", file=sys.stderr, flush=True)
     from leanlift.cli.talk import chat_command
 
     return chat_command(options)

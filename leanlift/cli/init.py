@@ -65,14 +65,14 @@ def _propose(
     model: str, data: str, purpose: str, card: float | None, place: Path, output_dir: str | None
 ) -> None:
     """The slow part: reads rows, plans, writes."""
-    from leanlift.training.look import look
-    from leanlift.training.propose import propose
-    from leanlift.training.recipe import write_recipe
-
     name = short_name(model)
     runs = output_dir or f"runs/{Path(name).name}-{Path(data).stem}".lower()
     with Trying() as trying:
         trying(f"reading {Path(data).name}")
+        from leanlift.training.look import look  # seconds, of which something is seen
+        from leanlift.training.propose import propose
+        from leanlift.training.recipe import write_recipe
+
         found = look(model, data)
         made = propose(model, data, found, purpose, card, runs, trying)
     print("\n".join([*found.lines(), *made.lines(found)]))

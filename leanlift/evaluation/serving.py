@@ -4,8 +4,9 @@ What `transformers serve` runs is `Serve`: endpoints, streaming, a queue in whic
 one request at a time. It asks a `ModelManager` for the model of a name. A live one (a quantized
 base with an adapter on it) has no name that it could be loaded by, so the two methods that load
 are overridden, which are alike in all versions that are supported. Beside that, a server loads no
-other model than the one it was started with, whoever asks (`/load_model` asks nobody). Nothing
-else is ours.
+other model than the one it was started with, whoever asks (`/load_model` asks nobody), and chats
+without a chat template are refused in a sentence, where transformers would end in status 500.
+Nothing else is ours.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+from fastapi import HTTPException
 from transformers.cli.serve import Serve
 from transformers.cli.serving import model_manager
 
 Load = Callable[[], Any]
+
+NO_CHATS = (
+    "{name} has no chat template, so it takes no chats: send the text that it is to continue to "
+    "/v1/completions, or save a chat template with its tokenizer."
+)
 
 
 def serve(
@@ -37,8 +44,8 @@ def serve(
             if asked != self.process_model_name(name):
                 raise ValueError(f"this server has {name} alone")
             if load_processor is not None:
-                return load_processor()
-            return super()._load_processor(asked, *rest, **more)
+                return refusing_chats(load_processor(), name)
+            return refusing_chats(super()._load_processor(asked, *rest, **more), name)
 
         def _load_model(self, *rest: Any, **more: Any) -> Any:
             return super()._load_model(*rest, **more) if load_model is None else load_model()
@@ -49,3 +56,19 @@ def serve(
 
     with patch.object(model_manager, "ModelManager", OneModel):  # where `Serve` looks it up
         return Serve(force_model=name, **options)
+
+
+def refusing_chats(processor: Any, name: str) -> Any:
+    """The processor; one without a chat template refuses a chat as the server can answer it.
+
+    Args:
+        processor: a tokenizer, or what holds one beside what reads images.
+        name: what clients call the model.
+    """
+    if getattr(processor, "chat_template", None) is None:
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise HTTPException(400, NO_CHATS.format(name=name))
+
+        processor.apply_chat_template = refuse
+    return processor

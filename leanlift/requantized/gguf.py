@@ -23,6 +23,7 @@ from leanlift.evaluation.verify import BOUNDS, ask_both
 from leanlift.export import MergeReport, check_space
 from leanlift.export.card import CARD_NAME
 from leanlift.export.directory import carry_over, write_config
+from leanlift.export.rows import put_vocabulary
 from leanlift.export.tokens import write_tokenizer
 from leanlift.io.bounded import MOST_OF_A_STRANGER
 from leanlift.io.tensors import new_directory, read_json
@@ -128,10 +129,11 @@ class _Making:
         carry_over(source, place)
         write_tokenizer(source, self.adapter.directory, place, None)
         config = read_json(source / "config.json")
-        if self.adapter.grown is None:  # else the tokens are more than the base's rows
-            write_config(config, place, self.wanted.dtype)
-            write_as_pieces(place)
-            self.tools.try_vocabulary(place, self.work / "vocabulary.gguf")
+        if self.adapter.grown is not None:  # the merge has more rows than the base
+            put_vocabulary(self.adapter.grown.rows, config)
+        write_config(config, place, self.wanted.dtype)
+        write_as_pieces(place)
+        self.tools.try_vocabulary(place, self.work / "vocabulary.gguf")
         shutil.rmtree(place)
         (self.work / "vocabulary.gguf").unlink(missing_ok=True)
 

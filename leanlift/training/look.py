@@ -172,7 +172,11 @@ def positions_of(model: str) -> int | None:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # each config class has its own ways to refuse
-        raise UserError(f"the model {model} cannot be read: {first_line(error)}") from error
+        said = first_line(error).rstrip(".")
+        raise UserError(
+            f"the model {model} cannot be read: {said}. Expected a checkpoint's directory, or a "
+            "name on the hub, within reach or fetched before."
+        ) from error
     found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from io import StringIO
+
 import pytest
 
+from leanlift.cli import main
 from leanlift.errors import LONGEST, first_line
 
 MESSAGES = {
@@ -31,3 +35,18 @@ def test_no_message_is_without_end() -> None:
     assert said.startswith("these: key.0 key.1")
     assert len(said) <= LONGEST + 3
     assert "\n" not in said
+
+
+def test_the_hub_is_heard_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the handler that its library has, and not by the root's, which is ours."""
+    root, heard = logging.getLogger(), StringIO()
+    handler = logging.StreamHandler(heard)
+    root.addHandler(handler)
+    try:
+        assert main(["report", "nowhere"]) == 2
+        logging.getLogger("huggingface_hub.utils").warning("Retrying in 1s")
+        logging.getLogger("other").warning("is heard")
+    finally:
+        root.removeHandler(handler)
+    assert heard.getvalue() == "is heard\n"
+    capsys.readouterr()

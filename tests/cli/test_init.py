@@ -16,6 +16,7 @@ from tiny import make_checkpoint
 
 from leanlift.cli import init, main
 from leanlift.cli.settings import parse_train
+from leanlift.errors import UserError
 from leanlift.training import look as looking
 from leanlift.training import propose as proposing
 from leanlift.training.arguments import LiftSFTConfig
@@ -74,6 +75,11 @@ def test_what_is_written_is_what_was_planned(
     assert (sft.max_length, sft.output_dir) == (256, "there")
     assert ("use_cpu" in yaml.safe_load(place.read_text())) == (card == "cpu")
     assert plan_of(args, sft, cuda=card != "cpu").fits(8)
+
+
+def test_a_model_out_of_reach_is_told_with_a_way_out() -> None:
+    with pytest.raises(UserError, match=r"cannot be read: .*[^.]\. Expected a checkpoint's direct"):
+        looking.positions_of("nobody/has-this")
 
 
 def test_the_purposes_are_the_same_in_question_and_answer() -> None:

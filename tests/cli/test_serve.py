@@ -159,8 +159,11 @@ def test_a_model_is_served_by_its_name_and_the_missing_template_is_said(
     plain = make_checkpoint(tmp_path / "plain", dtype=torch.float16)
 
     def ask(client: Client) -> Any:
-        with pytest.raises(urllib.error.HTTPError, match="500"):
-            client.chat(str(plain))
+        for streamed in (False, True):
+            with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+                client.chat(str(plain), stream=streamed)
+            said = json.load(refused.value)["detail"]
+            assert said.startswith(f"{plain} has no chat template, so it takes no chats: send")
         asked = {"prompt": "five", "temperature": 0, "max_tokens": 3}
         text = client.post("/v1/completions", model=str(plain), **asked)
         return json.loads(text)["choices"][0]["text"]

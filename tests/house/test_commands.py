@@ -1,9 +1,9 @@
 """Commands and Python that the pages show are ones that exist.
 
-Every line of a shell that a page shows is one of three things: the step of a page that another test
-executes (`EXECUTED`), a command whose options are parsed here by the command's own parser, so that
-a renamed flag fails, or a call of another program, which stands in `OTHERS` with a reason. A line
-that cannot run everywhere says so at its end: `# needs a GPU`.
+Every line of a shell that a page shows is executed: by the test that `EXECUTED` names for its
+page, or by CI itself (`BY_CI`). One that cannot be, says at its end what it needs: `# needs a GPU`.
+All are parsed here besides, by the command's own parser, so that a renamed flag fails at once, also
+in a line that is marked, and so are commands in the middle of a sentence.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ import ast
 import importlib
 import re
 import shlex
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from commands_of_pages import (
+    BY_CI,
+    EXECUTED,
+    NEEDS,
+    OTHERS,
+    PAGES,
+    PYTHON,
+    lines_of,
+    mark_of,
+    steps_of,
+)
 from processes import ROOT
 
 from leanlift.cli import WITH_SETTINGS, build_parser
@@ -23,57 +32,10 @@ from leanlift.cli.options import options
 from leanlift.cli.parsing import method_of, read_flags
 from leanlift.errors import UserError
 
-PAGES = sorted(
-    path.relative_to(ROOT).as_posix()
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"),
-                 *(ROOT / "examples").rglob("*.md"), *(ROOT / "examples").rglob("*.yaml")]
-)  # fmt: skip
-EXECUTED = {"docs/tutorial.md": "test_tutorial", "examples/ddp.md": "test_examples"}
-"""Pages whose lines another test executes, but for those that are marked."""
-
-NEEDS = {"a GPU", "a network", "Ollama", "llama.cpp"}
-"""What a line may be marked with."""
-
-OTHERS = {
-    "curl": "executed by test_tutorial, where there is a server",
-    "lm_eval": "EleutherAI's harness; tried by hand, as docs/peft.md says",
-    "ollama": "another program",
-    "pip": "installs from the network",
-    "vllm": "needs a GPU",
-}
-NAMES = re.compile(
-    r"^(?:\.venv/bin/)?(leanlift|make|python3?|accelerate|torchrun|git|bash|srun|echo|"
-    rf"lint-imports|pre-commit|pytest|ruff|mypy|{'|'.join(OTHERS)})\b"
-)
-NOT_YET = {"serve", "doctor", "gguf"}
-"""Commands, and a format, that pages name before they are there: looked at from the day that they
-are."""
-
-
-def code_blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Fenced blocks with their language, and indented ones, which have none."""
-    yield from re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
-    bare = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
-    for block in re.findall(r"(?:\A|\n)\n((?: {4}.*\n)+)", bare):
-        yield "", "".join(line[4:] for line in block.splitlines(keepends=True))
-
-
-def lines_of(page: str) -> list[str]:
-    """The shell lines of a page, each whole; of a recipe those of its first comment."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    if page.endswith(".yaml"):
-        return [line[1:].strip() for line in text.splitlines() if line.startswith("#     ")]
-    found = []
-    for language, block in code_blocks(text):
-        if language in ("", "bash", "sh"):
-            whole = block.replace("\\\n", " ").splitlines()
-            found += [line.strip() for line in whole if NAMES.match(line.strip())]
-    return found
-
 
 def complaint(line: str) -> str | None:
     """What is wrong with a line; None: nothing that can be seen without running it."""
-    _, _, mark = line.partition("# needs ")
+    mark = mark_of(line)
     if mark and not any(mark.startswith(each) for each in NEEDS):
         return f"is marked with {mark!r}: expected one of {', '.join(sorted(NEEDS))}"
     if "-m leanlift " in line:
@@ -96,8 +58,6 @@ def complaint(line: str) -> str | None:
 
 def parsed(words: list[str]) -> str | None:
     """What the parser of a `leanlift` command says against its options."""
-    if any(word in NOT_YET and not is_there(word) for word in words):
-        return None
     try:
         if words[0] in WITH_SETTINGS:
             table = options(method_of(words[1:]))
@@ -110,14 +70,6 @@ def parsed(words: list[str]) -> str | None:
     except (UserError, SystemExit) as error:
         return str(error)
     return None
-
-
-def is_there(word: str) -> bool:
-    """Whether a command is one, or a format one that `leanlift export` names."""
-    commands = next(each for each in build_parser()._actions if each.dest == "command").choices
-    assert commands is not None
-    formats = " ".join(each.help or "" for each in commands["export"]._actions)
-    return word in commands or word in formats
 
 
 def started(words: list[str]) -> str | None:
@@ -147,6 +99,26 @@ def test_most_pages_have_commands() -> None:
     assert all(counted[page] for page in EXECUTED)
 
 
+def test_each_command_is_executed_or_says_what_it_needs() -> None:
+    left = {}
+    for page in PAGES:
+        unmarked = [line for line in lines_of(page) if not mark_of(line)]
+        left[page] = [line for line in unmarked if not line.startswith(tuple(BY_CI))]
+    assert [page for page, lines in left.items() if lines and page not in EXECUTED] == []
+    others = re.compile("|".join(name for name in OTHERS if name != "curl"))
+    assert [line for lines in left.values() for line in lines if others.match(line)] == []
+    shown = {page for page in PAGES if any(kind == "python" for kind, _ in steps_of(page))}
+    assert shown <= {*EXECUTED, *PYTHON}
+
+
+def test_ci_executes_what_it_is_said_to() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    made = {
+        word for line in script.splitlines() if line.startswith("make ") for word in line.split()
+    }
+    assert set(BY_CI.values()) <= made
+
+
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
@@ -158,8 +130,6 @@ def test_options_in_sentences_are_ones_that_there_are() -> None:
         for span in re.findall(r"(?<!`)`leanlift ([a-z]+[^`]*)`", text):
             words = span.split()
             for flag in FLAG.findall(span):
-                if words[0] in NOT_YET and not is_there(words[0]):
-                    continue
                 if flag not in flags_of(words[0]):
                     wrong.append(f"{page}: leanlift {' '.join(words)}")
     assert wrong == []
@@ -180,8 +150,8 @@ def flags_of(command: str) -> set[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".md")])
 def test_python_on_a_page_compiles_and_imports_what_there_is(page: str) -> None:
-    for language, block in code_blocks((ROOT / page).read_text(encoding="utf-8")):
-        if language != "python":
+    for kind, block in steps_of(page):
+        if kind != "python":
             continue
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and node.module:
@@ -211,6 +181,6 @@ def test_a_command_that_is_not_there_is_seen(line: str, said: str | None) -> Non
 
 
 def test_who_executes_a_page_is_there() -> None:
-    for page, test in EXECUTED.items():
+    for page, test in {**EXECUTED, **PYTHON}.items():
         assert (ROOT / page).is_file()
-        assert Path(ROOT / "tests" / "house" / f"{test}.py").is_file()
+        assert (ROOT / "tests" / f"{test}.py").is_file()

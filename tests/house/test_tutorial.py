@@ -1,8 +1,8 @@
-"""The tutorial as it is printed, on the model of the demo.
+"""The tutorial as it is printed, on the model of the demo: the way that it has without a network.
 
 Its commands run in this process, one after another in one directory, for a process each would take
-longer to start than what it does. Replaced are the model's name, by the demo's model with a chat
-template, and the port. `test_commands` parses the steps that are marked as needing something.
+longer to start than what it does. Replaced is the port alone. `test_commands` parses the steps that
+are marked as needing something.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import io
 import json
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,12 +25,11 @@ from processes import ENVIRONMENT, ROOT, free_port
 from leanlift.cli import main
 
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'user' %} {% else %}{{ eos_token }}{% endif %}{% endfor %}"
-)
-"""Of chats that look like the texts that the demo's model knows."""
+SAVED = {
+    text: name
+    for name, text in re.findall(r"as `(\w+\.py)`:\n\n```python\n(.*?)^```", PAGE, re.S | re.M)
+}
+"""Blocks that the page has one save, and under which names."""
 
 
 def steps() -> list[tuple[str, str]]:
@@ -40,7 +38,7 @@ def steps() -> list[tuple[str, str]]:
     for language, text in re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.S | re.M):
         parts = text.replace("\\\n", " ").splitlines() if language == "bash" else [text]
         found += [(language, part) for part in parts if "# needs " not in part]
-    return [step for step in found if not step[1].startswith("python -m venv")]
+    return [step for step in found if not step[1].startswith("python3 -m venv")]
 
 
 def is_later(step: str) -> bool:
@@ -51,7 +49,7 @@ def is_later(step: str) -> bool:
 def run(line: str) -> tuple[int, str]:
     """A `leanlift` command of the page, with what is piped into it: exit code, what it printed."""
     piped, _, command = line.rpartition(" | ")
-    words = shlex.split(command.replace(MODEL, "../model"))
+    words = shlex.split(command)
     assert words[0] == "leanlift"
     said = f"{shlex.split(piped)[1]}\n" if piped else "next 48219 ->\n"
     out = io.StringIO()
@@ -63,22 +61,20 @@ def run(line: str) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What each step of the page has printed but for the last two sections, in a directory of their
-    own, which the tests are in; beside it the demo's model, as one that chats."""
+    own, which the tests are in."""
     place = tmp_path_factory.mktemp("tutorial")
-    model = shutil.copytree(ROOT / "leanlift" / "demo" / "base", place / "model")
-    (model / "chat_template.jinja").write_text(TEMPLATE)
     (place / "work").mkdir()
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place / "work")
         patch.setenv("LEANLIFT_PLANS", str(place / "plans"))  # plans are kept, as for anybody
         for language, step in steps():
-            if language == "python" and "open(" in step:
-                Path("rows.py").write_text(step)
-            elif language == "python" or step == "python rows.py":
+            if step in SAVED:
+                Path(SAVED[step]).write_text(step)
+            elif language == "python" or step.startswith("python "):
                 out = io.StringIO()
                 with contextlib.redirect_stdout(out):
-                    exec(step if language == "python" else Path("rows.py").read_text(), {})
+                    exec(step if language == "python" else Path(step.split()[1]).read_text(), {})
                 found[step] = out.getvalue()
             elif not is_later(step):
                 code, found[step] = run(step)
@@ -92,7 +88,7 @@ def test_the_page_goes_all_the_way() -> None:
     commands = [second for first, second in words if first == "leanlift"]
     assert commands == ["init", "plan", "train", "train", "report", "report", "eval", "chat",
                         "chat", "export", "export", "serve"]  # fmt: skip
-    assert MODEL in PAGE
+    assert sorted(SAVED.values()) == ["rows.py", "small_model.py"]
 
 
 @pytest.mark.thorough

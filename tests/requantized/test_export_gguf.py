@@ -11,17 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from command import complaint
+from grown import ROWS as GROWN_ROWS
+from grown import grown, make_tokens
 from stand_ins import make_llama_cpp
-from tiny import make_checkpoint
+from tiny import load, make_checkpoint
 from trained import dense_offsets, trained
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from leanlift import UserError, merge_adapter
+from leanlift import UserError, merge_adapter, save_adapter
 from leanlift.cli import main
 from leanlift.demo.run import BASE
 from leanlift.demo.skills import make_rows
 from leanlift.requantized.gguf import write_gguf
-from leanlift.requantized.tools import find_tools, has_runtime
+from leanlift.requantized.tools import Tools, find_tools, has_runtime
 from leanlift.requantized.wanted import Wanted
 
 pytest.importorskip("gguf", reason="pip install gguf")
@@ -120,6 +122,28 @@ def test_a_file_that_is_another_model_is_not_left(
     with pytest.raises(UserError, match=said):
         write_gguf(quiet(adapter), tmp_path / "out", "F16", tools)
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+def test_more_tokens_than_the_base_has_are_tried_before_anything_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(grown(load(make_checkpoint(tmp_path / "base"))), tmp_path / "adapter")
+    make_tokens().save_pretrained(tmp_path / "adapter")
+    tried = []
+
+    def try_vocabulary(_: Tools, checkpoint: Path, file: Path) -> None:
+        config = json.loads((checkpoint / "config.json").read_text())
+        tried.append((config["vocab_size"], len(AutoTokenizer.from_pretrained(checkpoint))))
+        raise UserError("unknown")
+
+    monkeypatch.setattr(Tools, "try_vocabulary", try_vocabulary)
+    monkeypatch.setattr("leanlift.requantized.gguf.merge", None)
+    tools = make_llama_cpp(tmp_path / "llama.cpp")
+    with pytest.raises(UserError, match="unknown"):
+        write_gguf(
+            quiet(tmp_path / "adapter", data=None, verify=False), tmp_path / "out", "F16", tools
+        )
+    assert tried == [(GROWN_ROWS, GROWN_ROWS)]
 
 
 @pytest.mark.thorough
