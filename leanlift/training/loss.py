@@ -18,6 +18,7 @@ tiles, not other losses.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -245,14 +246,16 @@ def rehearse(
     loss: TrainingLoss,
     autocast: AbstractContextManager[Any] | None = None,
     images: bool = False,
+    packed: Callable[[list[dict[str, Any]]], Any] | None = None,
 ) -> tuple[str, ...]:
-    """Take the loss of a few tokens as training will, in training mode and with a mask.
+    """Take the loss of a few tokens as training will, in training mode and with a mask, or packed.
 
     Args:
         model: attached.
         loss: what is trained on.
         autocast: what training runs under.
         images: whether rows have some: they reach more than these tokens do.
+        packed: what makes one row of several; None: rows are padded.
 
     Returns:
         The `TOKEN_TYPES` that the model wants to have.
@@ -265,6 +268,10 @@ def rehearse(
     model = lifted(model)
     ids, was_training, types = few_ids(model), model.training, tuple[str, ...]()
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if packed is not None:
+        made = packed([{"input_ids": row} for row in ids.tolist()])
+        batch = {key: part.to(ids.device) if isinstance(part, Tensor) else part
+                 for key, part in made.items()}  # fmt: skip
     devices = [ids.device] if ids.device.type == "cuda" else []
     model.train()
     try:
@@ -277,8 +284,9 @@ def rehearse(
                     raise
                 reached = loss(model, {**batch, **_of_text(batch, types)}).requires_grad
     except Exception as error:  # each family fails in its own way
+        rows = "rows" if packed is None else "packed rows"
         raise UserError(
-            f"this {type(model).__name__} cannot be trained on rows of text, tried on a few "
+            f"this {type(model).__name__} cannot be trained on {rows} of text, tried on a few "
             f"tokens: {type(error).__name__}, {first_line(error)}"
         ) from error
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from leanlift.data.dataset import TokenRows
 from leanlift.data.images import ImageRows
@@ -123,7 +124,9 @@ class LiftTrainer(EvaluatesByToken):
         model, autocast = lifted(self.model), self.accelerator.autocast
         self._loss = training_loss(model, self.args, self.compute_loss_func, autocast())
         if self._loss is not None:
-            types = rehearse(model, self._loss, autocast(), self._rows.images)
+            flat = isinstance(self.data_collator, DataCollatorForLanguageModeling)
+            packed = self.data_collator if flat and self.data_collator.padding_free else None
+            types = rehearse(model, self._loss, autocast(), self._rows.images, packed)
             self.count_next_tokens()
             self.data_collator = MarkTrained(self.data_collator, types)
 
