@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import liger
 from benchmarks.common import timed
 from leanlift.cli import main
 
@@ -32,6 +33,8 @@ INT8_EMBEDDINGS = [
 ]  # fmt: skip
 OFFLOADED = [*INT8_EMBEDDINGS, "--activation_offloading", "true", "--embedding_on_cpu", "true"]
 STREAMED = [*OFFLOADED, "--stream_base", "true", "--stream_state", "true"]
+FUSED = {"fused": ["--fused_elementwise", "true", "--tiled_mlp", "true", "--mlp_tokens", "512"]}
+"""Where Liger is installed."""
 KINDS = {
     "nf4": [],
     "int8_embeddings": INT8_EMBEDDINGS,
@@ -58,6 +61,7 @@ def _runs(root: Path, cuda: bool, small: bool) -> Rows:
     make_rows(root / "few.json", 16)
     kinds = {"int8_embeddings": INT8_EMBEDDINGS} if small else {
         **KINDS, "offloaded": OFFLOADED, "streamed": STREAMED,
+        **(FUSED if liger.version() != "absent" else {}),
     }  # fmt: skip
     for kind, options in kinds.items():
         out = root / kind.replace(" ", "-")
@@ -70,7 +74,7 @@ def _runs(root: Path, cuda: bool, small: bool) -> Rows:
         few, merged = str(root / "few.json"), root / f"merged-{out.name}"
         said = told(["eval", "--adapter", str(out), "--data", few])
         holds(f"eval, {kind}", said or "ok", "ends well", said == "")
-        if cuda and kind not in ("nf4", "offloaded", "streamed"):
+        if cuda and kind not in ("nf4", "offloaded", "streamed", *FUSED):
             continue
         restart(out, root / "again")
         said = train(root, root / "again", [*options, "--resume_from_checkpoint", "true"])
