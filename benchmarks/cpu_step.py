@@ -11,6 +11,10 @@ machine stretches less than the clock's. The peak is of live tensor bytes in one
 of weights, trained entries and optimizer state, of which leanlift has no more bytes than the
 others; leanlift's scratch, which stays, is counted in its peak.
 
+Where a CPU has no products in 16 bits (`own 16-bit products`), torch multiplies by loops, backward
+some fifty times as slowly as it could, which PEFT's layers pay and leanlift's do not: fewer layers
+(`--layers 2`, a file of their own) say as much there.
+
 bitsandbytes' own Linears stay in training mode: in eval mode their CPU forward repacks the weight.
 """
 
@@ -39,6 +43,7 @@ from benchmarks.peers import (
     trained,
 )
 from leanlift import LiftConfig
+from leanlift.layers.back_product import has_products
 from leanlift.measure import LiveBytes
 from leanlift.model import lift_state
 from leanlift.optim import SparseAdamW
@@ -114,6 +119,7 @@ def measure(
             "hidden": hidden,
             "layers": layers,
             "tokens": tokens,
+            "own 16-bit products": has_products(dtype),
         }
         for name, peer in peers.items()
     ]
@@ -135,8 +141,9 @@ def main() -> None:
         gc.collect()
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if shape == (2048, 10, 128):
-        print(f"Wrote {write_rows('cpu_step', rows)}")
+    few = "" if shape[1] == 10 else f"_{shape[1]}_layers"
+    if (shape[0], shape[2]) == (2048, 128):
+        print(f"Wrote {write_rows(f'cpu_step{few}', rows)}")
 
 
 if __name__ == "__main__":
