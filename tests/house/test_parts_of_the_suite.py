@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import pytest_collection_modifyitems
+from parts import pytest_collection_modifyitems
 
 
 def item(nodeid: str, thorough: bool) -> Any:
