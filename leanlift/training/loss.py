@@ -267,11 +267,7 @@ def rehearse(
     """
     model = lifted(model)
     ids, was_training, types = few_ids(model), model.training, tuple[str, ...]()
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    if packed is not None:
-        made = packed([{"input_ids": row} for row in ids.tolist()])
-        batch = {key: part.to(ids.device) if isinstance(part, Tensor) else part
-                 for key, part in made.items()}  # fmt: skip
+    batch = _batch(ids, packed)
     devices = [ids.device] if ids.device.type == "cuda" else []
     model.train()
     try:
@@ -302,6 +298,16 @@ def rehearse(
             "which leanlift does not train."
         )
     return types
+
+
+def _batch(ids: Tensor, packed: Callable[[list[dict[str, Any]]], Any] | None) -> dict[str, Any]:
+    """Rows [B, S] as they come in training, none of them shorter than the others."""
+    if packed is None:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    made = packed([{"input_ids": row} for row in ids.tolist()])
+    return {
+        key: part.to(ids.device) if isinstance(part, Tensor) else part for key, part in made.items()
+    }
 
 
 def _of_text(batch: Any, types: tuple[str, ...]) -> dict[str, Tensor]:
