@@ -11,9 +11,9 @@ machine stretches less than the clock's. The peak is of live tensor bytes in one
 of weights, trained entries and optimizer state, of which leanlift has no more bytes than the
 others; leanlift's scratch, which stays, is counted in its peak.
 
-Where a CPU has no products in 16 bits (`own 16-bit products`), torch multiplies by loops, backward
-some fifty times as slowly as it could, which PEFT's layers pay and leanlift's do not: fewer layers
-(`--layers 2`, a file of their own) say as much there.
+Where a CPU has no products in 16 bits (`own 16-bit products`), torch multiplies by loops, which are
+slow backward (`back_product`): PEFT's layers pay for that and leanlift's do not, and fewer layers
+(`--layers 2`, a file of their own) say as much.
 
 bitsandbytes' own Linears stay in training mode: in eval mode their CPU forward repacks the weight.
 """

@@ -1,7 +1,7 @@
 """What is between a block's products, by Liger's kernels: norms, rotary embedding, gated products.
 
-Written as torch operations, these go over the same numbers a dozen times: at 2,048 tokens a sixth
-of a step's time on a card whose products are fast. Liger's kernels (https://github.com/linkedin/
+Written as torch operations, these go over the same numbers a dozen times: a quarter of what the
+kernels of a step took on the H100 that `benchmarks/gpu_proof` ran on. Liger's kernels (https://github.com/linkedin/
 Liger-Kernel; Hsu et al., arXiv 2410.10989) go over them once, and keep less for the backward pass.
 
 What is replaced is found by trying, not by a family's name: a norm or a rotary embedding is taken
@@ -29,8 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlift.errors import UserError
-from leanlift.layers.fused_glu import OurForward, fused_glu
-from leanlift.layers.mlp_ways import way_of
+from leanlift.layers.fused_glu import OurForward, fused_glu, may_be_replaced
+from leanlift.layers.mlp_ways import Way, way_of
 from leanlift.layers.untraced import untraced
 
 ROTARY = "apply_rotary_pos_emb"
@@ -47,8 +47,8 @@ def use_fused_elementwise(model: nn.Module) -> dict[str, int]:
     """
     found = {"norms": 0, "rotary": 0, "mlps": 0}
     for module in model.modules():
-        if not isinstance(vars(module).get("forward", OurForward(len)), OurForward):
-            continue  # somebody else's
+        if not may_be_replaced(module):
+            continue
         kind: Any = type(module)
         way = way_of(module, fused_kernel_glu)
         if way is not None and way.gated:
@@ -104,9 +104,8 @@ def check_kernels(cuda: bool) -> None:
 
 
 @untraced
-def _mlp_forward(mlp: Any, way: Any, x: Tensor) -> Tensor:
-    y: Tensor = getattr(mlp, way.last)(way.inner(mlp, x))
-    return y
+def _mlp_forward(mlp: Any, way: Way, x: Tensor) -> Tensor:
+    return way(mlp, x)
 
 
 def fused_kernel_glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:

@@ -31,6 +31,12 @@ class OurForward(partial):  # type: ignore[type-arg]
     """A forward of ours in the place of a module's own."""
 
 
+def may_be_replaced(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's or one of ours: nobody else's."""
+    given = vars(module).get("forward")
+    return given is None or isinstance(given, OurForward)
+
+
 def use_fused_glu(model: nn.Module) -> list[str]:
     """Let every MLP whose forward is the well-known one use `fused_glu`, in place.
 

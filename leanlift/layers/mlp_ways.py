@@ -49,6 +49,11 @@ class Way:
     tokens: int | None = None
     gated: bool = False
 
+    def __call__(self, mlp: Any, x: Tensor) -> Tensor:
+        """The output of an MLP, but for dropouts."""
+        y: Tensor = getattr(mlp, self.last)(self.inner(mlp, x))
+        return y
+
     def is_exact(self, mlp: Any) -> bool:
         """Whether no dropout is active now."""
         found = (getattr(mlp, name) for name in self.dropouts)

@@ -36,7 +36,7 @@ from torch.autograd.function import once_differentiable
 from leanlift.errors import UserError
 from leanlift.layers.autograd import Multiply, check_unchanged
 from leanlift.layers.frozen import FrozenLinear
-from leanlift.layers.fused_glu import OurForward, fused_glu
+from leanlift.layers.fused_glu import OurForward, fused_glu, may_be_replaced
 from leanlift.layers.lift import LiftLinear
 from leanlift.layers.mlp_ways import Glu, Way, way_of
 from leanlift.layers.tiled_norms import Autocast, few_of, kept_here
@@ -66,8 +66,7 @@ def use_tiled_mlp(model: nn.Module, tokens: int | None = None, glu: Glu = fused_
     """
     found = []
     for name, module in model.named_modules():
-        own = "forward" not in vars(module) or isinstance(vars(module)["forward"], OurForward)
-        way = way_of(module, glu) if own else None
+        way = way_of(module, glu) if may_be_replaced(module) else None
         if way is not None:
             module.forward = OurForward(_forward, module, replace(way, tokens=tokens))
             found.append(name)
@@ -100,7 +99,7 @@ def _forward(mlp: Any, way: Way, x: Tensor) -> Tensor:
         y: Tensor = type(mlp).forward(mlp, x)
         return y
     if whole:
-        return _whole(mlp, way, x)
+        return way(mlp, x)
     carrier = None
     if torch.is_grad_enabled():
         trained: list[Tensor] = [*_gradients_of(mlp)]
@@ -108,11 +107,6 @@ def _forward(mlp: Any, way: Way, x: Tensor) -> Tensor:
             trained.append(torch.zeros((), device=x.device, requires_grad=True))
         carrier = KeepInput.apply(x, mlp, way, *trained)
     return Compute.apply(carrier, x.detach(), mlp, way)
-
-
-def _whole(mlp: Any, way: Way, x: Tensor) -> Tensor:
-    y: Tensor = getattr(mlp, way.last)(way.inner(mlp, x))
-    return y
 
 
 def _layers(mlp: nn.Module) -> list[FrozenLinear]:
@@ -222,7 +216,7 @@ class Compute(torch.autograd.Function):
     def forward(ctx: Any, carrier: Tensor | None, x: Tensor, mlp: Any, way: Way) -> Tensor:
         flat, y = x.reshape(-1, x.shape[-1]), None
         for start, stop in few_of(pieces(flat.shape[0], way.tokens), flat):
-            part = _whole(mlp, way, flat[start:stop])
+            part = way(mlp, flat[start:stop])
             if y is None:
                 y = part.new_empty(flat.shape[0], part.shape[-1])
             y[start:stop] = part

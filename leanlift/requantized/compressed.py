@@ -110,9 +110,9 @@ class CompressedTensors:
 
         group = self.scheme.weights.group_size or weight.shape[1]
         grouped = weight.float().unflatten(1, (-1, group))
-        scales: Tensor = calculate_qparams(grouped.amin(-1), grouped.amax(-1), self.scheme.weights)[
-            0
-        ]
+        least, most = grouped.amin(-1), grouped.amax(-1)
+        scales: Tensor
+        scales, _ = calculate_qparams(least, most, self.scheme.weights)
         return scales
 
 
