@@ -284,9 +284,9 @@ class Rotary:
         if isinstance(q, FakeTensor):
             rotated = _RotaryStandIn.apply(q, k, cos, sin)
         else:
-            from liger_kernel.transformers.rope import liger_rotary_pos_emb
+            from liger_kernel.ops import LigerRopeFunction
 
-            rotated = liger_rotary_pos_emb(q, k, cos, sin)
+            rotated = LigerRopeFunction.apply(q, k, cos, sin)
         return rotated
 
 

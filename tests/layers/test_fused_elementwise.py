@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,18 @@ from processes import run_python
 from sweeps import swept
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from leanlift import LiftConfig, UserError, get_lift_model
 from leanlift.layers import LiftLinear
 from leanlift.layers.fused_elementwise import (
+    Rotary,
     _form_of_class,
     _kind_of,
     _rotates_halves,
+    _rotating,
     check_kernels,
+    fused_kernel_glu,
     launches,
 )
 from leanlift.layers.fused_glu import use_stock_glu
@@ -76,7 +82,6 @@ class Odd(nn.Module):
 def test_forms_are_told_apart() -> None:
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     found = [_form_of_class(kind) for kind in (LlamaRMSNorm, Gemma2RMSNorm, GptOssRMSNorm)]
     assert found == [(0.0, "llama"), (1.0, "gemma"), (0.0, "gemma")]
@@ -195,6 +200,49 @@ def measured(family: str, tiled: bool) -> int:
 @pytest.mark.parametrize("family", swept(list(PARTS), "llama"))
 def test_the_peak_is_that_of_a_real_step(family: str, tiled: bool, unlaunched: None) -> None:
     assert planned(family, tiled).peak == pytest.approx(measured(family, tiled), rel=0.02)
+
+
+def _glu(x: Tensor) -> Tensor:
+    return fused_kernel_glu(x * 1, x * 2, nn.SiLU())
+
+
+def _norm(x: Tensor) -> Tensor:
+    norm = LlamaRMSNorm(64).requires_grad_(False)
+    fused_elementwise(norm)
+    return norm(x * 1)
+
+
+def _rotary(x: Tensor) -> Tensor:
+    q, k = ((x * i).view(2, 300, 4, 16).transpose(1, 2) for i in (1, 2))
+    cos = torch.ones(2, 300, 16)
+    with _rotating():
+        q, k = Rotary(lambda *given: (_ for _ in ()).throw(AssertionError))(q, k, cos, cos)
+    return torch.cat([q, k])
+
+
+@pytest.mark.parametrize("part", [_glu, _norm, _rotary])
+def test_a_plan_has_what_each_kernel_keeps_and_makes(
+    part: Callable[[Tensor], Tensor], unlaunched: None
+) -> None:
+    found = []
+    for numbers in (nullcontext, fake_tensors):
+        with numbers():
+            x = torch.ones(2, 300, 64, requires_grad=True)
+            with LiveBytes() as live:
+                y = part(x)
+                kept, live.peak = live.current, live.current
+                y.backward(torch.ones_like(y))
+            found.append((kept, live.peak))
+    assert found[0] == found[1]
+
+
+def test_heads_that_are_rotated_in_part_are_left_to_their_family(unlaunched: None) -> None:
+    q, cos = torch.randn(1, 2, 5, 8), torch.randn(1, 5, 4)
+    stock = Rotary(lambda *given: ("stock", "stock"))  # type: ignore[arg-type, return-value]
+    with _rotating():
+        assert stock(q, q, cos, cos) == ("stock", "stock")
+        assert stock(q, q, cos.repeat(1, 1, 2), cos.repeat(1, 1, 2)) != ("stock", "stock")
+    assert stock(q, q, cos.repeat(1, 1, 2), cos.repeat(1, 1, 2)) == ("stock", "stock")
 
 
 def test_a_gated_mlp_takes_less(unlaunched: None) -> None:
