@@ -118,7 +118,8 @@ class FrozenLinear(nn.Module):
         if weight is None:
             weight = self.effective_weight(grad_y.dtype)
         kind = self.workspace.stands_for or grad_y.device.type
-        return times_weight(grad_y, weight, kind == "cpu")
+        stock = type(self) is FrozenLinear and not self._fresh  # only brought, or in pieces
+        return grad_y @ weight if stock else times_weight(grad_y, weight, kind == "cpu")
 
     def lasting_weight(self, dtype: torch.dtype) -> Tensor:
         """The effective weight [m, n], in no memory that the next one is made in."""

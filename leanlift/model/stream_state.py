@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from leanlift.errors import UserError
 from leanlift.layers import FrozenLinear, LiftLinear
+from leanlift.model.blocks import block_lists
 from leanlift.model.state import lifted
 from leanlift.model.streaming import has_a_weight, holder_of, pool_of
 from leanlift.optim import SparseAdamW
@@ -111,8 +112,11 @@ def check_used_once(model: nn.Module) -> None:
     """
     used: set[int] = set()
     inside: str | None = None
+    blocks = tuple(f"{path}." for path in block_lists(model))
     for name, module in model.named_modules(remove_duplicate=False):
-        if (inside is not None and name.startswith(inside)) or not has_a_weight(module):
+        if not name.startswith(blocks) or not has_a_weight(module):
+            continue
+        if inside is not None and name.startswith(inside):
             continue
         inside = f"{name}." if isinstance(module, FrozenLinear) else None
         weight = id(holder_of(module).weight)

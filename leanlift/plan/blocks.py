@@ -113,6 +113,12 @@ def repetition(model: nn.Module) -> Repetition | None:
     return Repetition(paths[0], tuple(run), tuple(stretches))
 
 
+def first_block(model: nn.Module) -> Repetition | None:
+    """The first block alone of those that repeat, for a pass of which blocks do not matter."""
+    way = repetition(model)
+    return None if way is None else Repetition(way.path, way.run[:1], ())
+
+
 def _recomputed_alike(blocks: list[Any]) -> list[list[int]]:
     """Numbers of blocks next to each other that are recomputed, or are not."""
     flags = [bool(getattr(block, RECOMPUTED, False)) for block in blocks]

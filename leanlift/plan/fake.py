@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ from leanlift.model.targets import find_targets
 from leanlift.model.tokens import check_tokens, embedding_name, lift_tokens
 from leanlift.model.whole import whole_modules
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
-from leanlift.plan.pieces import first_pieces
-from leanlift.plan.remembered import remembering
+from leanlift.plan.pieces import first_pieces, first_tokens
+from leanlift.plan.remembered import Most, Remembered, remembering
 from leanlift.plan.stand_ins import fused_attention, offloading
 from leanlift.plan.unloaded import planned_weights
 from leanlift.sparse import SEGMENT, SegmentedIndex
 from leanlift.tiles import part_shape, parts_of
-from leanlift.weights.quantized import Weight8bit, WeightFormat, empty_weight
+from leanlift.weights.empty import empty_weight
+from leanlift.weights.quantized import Weight8bit, WeightFormat
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Loss of a model on input ids [B, S] and labels [B, S]."""
@@ -121,12 +123,12 @@ def attach_fake(
     targets = [*(name for name in targets if name not in whole), *whole]
     named = [*targets, *(in_blocks(model) if streams else ())]
     weights = planned_weights(model, fmt, named, skipped)
-    indices = {}
+    indices, even = {}, cache(even_index)  # nobody reads them: those alike can be the same
     for name in targets:
         parts, weight = parts_of(weights[name]), weights[name]
         m, n = part_shape(weight)
         count = m * n if name in whole else config.count((m, n), name)
-        indices[name] = even_index(weight.shape, parts * count)
+        indices[name] = even(weight.shape, parts * count)
     workspace = workspace or first_pieces("cuda")
     make_layer = layers_over(weights, indices, workspace, getattr(torch, config.values_dtype))
     operate(model, make_layer, _without_numbers if config.quantize_embeddings else None)
@@ -163,6 +165,7 @@ def step_peak(
     offload: bool = False,
     whole: bool = False,
     elsewhere: Collection[str] = (),
+    most: Most | None = None,
 ) -> StepBytes:
     """Bytes beyond weights, values and scratch of one forward and backward pass.
 
@@ -176,7 +179,9 @@ def step_peak(
         whole: whether every block is run, also where they repeat.
         elsewhere: layers whose gradients of an earlier micro-batch are not there: they come with
             their block.
+        most: what earlier steps have made, as `remembering` has it; added to.
     """
+    most = {} if most is None else most
     way = None if whole else repetition(model)
     accumulating = [
         module
@@ -184,15 +189,30 @@ def step_peak(
         if isinstance(module, LiftLinear) and accumulate and name not in elsewhere
     ]
     earlier = sum(layer.values.nbytes for layer in accumulating)
+
+    def laps(way: Repetition | None) -> list[Lap]:
+        there, given = held_scratch(model), (accumulating, offload, way, most)
+        done = _laps(model, loss, batch, length, in_backward, *given)
+        if held_scratch(model) > there:  # which the next step finds there
+            done = _laps(model, loss, batch, length, in_backward, *given)
+        return done
+
+    _take_scratch(model)
     if way is not None:
-        laps = _laps(model, loss, batch, length, in_backward, accumulating, offload, way)
-        if repeats(laps, way):
-            return _step_bytes(whole_step(laps, way), earlier)
-    laps = _laps(model, loss, batch, length, in_backward, accumulating, offload, None)
-    return _step_bytes(laps, earlier)
+        in_few = laps(way)
+        if repeats(in_few, way):
+            return _step_bytes(whole_step(in_few, way), earlier)
+    return _step_bytes(laps(None), earlier)
 
 
-def forward_peak(model: Any, loss: Loss, batch: int, length: int, every_block: bool = False) -> int:
+def forward_peak(
+    model: Any,
+    loss: Loss,
+    batch: int,
+    length: int,
+    every_block: bool = False,
+    most: Most | None = None,
+) -> int:
     """Bytes beyond weights, values and scratch of a forward pass without a backward one, as in an
     evaluation; the arguments are those of `step_peak`. What stays from block to block does not
     grow, so the blocks that show two periods stand for all; not so where a cache is kept, of
@@ -204,7 +224,7 @@ def forward_peak(model: Any, loss: Loss, batch: int, length: int, every_block: b
         fused_attention(),
         torch.no_grad(),
         LiveBytes() as live,
-        remembering(model, live),
+        remembering(model, live, {} if most is None else most),
     ):
         loss(model, ids, ids.clone())
     return live.peak
@@ -219,28 +239,26 @@ def _laps(
     accumulating: Sequence[LiftLinear],
     offload: bool,
     way: Repetition | None,
+    most: Most,
 ) -> list[Lap]:
     """The laps of a step through the blocks that `way` says. Gradients of an earlier micro-batch,
     where they accumulate, are there before it, and in no lap."""
     layers = [module for module in model.modules() if isinstance(module, LiftLinear)]
-    _take_scratch(model)
     ids = torch.zeros(batch, length, dtype=torch.long)
-    handles = [
-        layer.values.register_post_accumulate_grad_hook(_free if in_backward else _look)
-        for layer in layers
-    ]
+    handles: list[Any] = []
     for layer in accumulating:
         layer.values.grad = torch.empty_like(layer.values)
     try:
         with (
             in_part(model, way),
+            first_tokens(),
             fused_attention(any(layer.workspace.stands_for == "cuda" for layer in layers)),
             offloading(model, offload),
             LiveBytes() as live,
-            remembering(model, live),
+            remembering(model, live, most) as made,
         ):
             laps = Laps(live)
-            handles += _at_hidden_states(model, laps)
+            handles += [*_at_gradients(layers, made, in_backward), *_at_hidden_states(model, laps)]
             with laps.at_blocks(model, way):
                 computed = loss(model, ids, ids.clone())
                 laps.mark("loss")
@@ -252,6 +270,18 @@ def _laps(
         for layer in layers:
             layer.values.grad = None
     return laps.done
+
+
+def _at_gradients(layers: Sequence[LiftLinear], made: Remembered, in_backward: bool) -> list[Any]:
+    """Hooks that look at every gradient as training does, and free it if it is used up by then."""
+
+    def seen(values: Tensor) -> None:
+        if values.grad is not None:
+            made.look(values.grad)
+        if in_backward:
+            values.grad = None
+
+    return [layer.values.register_post_accumulate_grad_hook(seen) for layer in layers]
 
 
 def _at_hidden_states(model: Any, laps: Laps) -> list[Any]:
@@ -277,6 +307,12 @@ def _take_scratch(model: Any) -> None:
         largest.scratch.take(*largest.made_at_once, dtype, torch.device("cpu"))
 
 
+def held_scratch(model: Any) -> int:
+    """Bytes of the scratch that the layers of a model share."""
+    found = {m.scratch for m in model.modules() if isinstance(m, FrozenLinear)}
+    return sum(scratch.nbytes for scratch in found)
+
+
 def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:
     """The figures of a pass beside gradients of an earlier one."""
     names = [lap.mark[0] for lap in laps]
@@ -287,13 +323,3 @@ def _step_bytes(laps: list[Lap], earlier: int) -> StepBytes:
         kept=earlier + laps[loss].end,
         backward=earlier + max(lap.peak for lap in laps[loss + 1 :]),
     )
-
-
-def _look(values: Any) -> None:
-    """What training does with every gradient."""
-    torch.isfinite(values.grad).all()
-
-
-def _free(values: Any) -> None:
-    _look(values)
-    values.grad = None

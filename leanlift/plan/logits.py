@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from leanlift.layers.lm_head import Finish
 from leanlift.model import output_head
 from leanlift.model.hidden import base_of, few_ids, is_base_of_its_part
-from leanlift.plan.blocks import in_part, repetition
+from leanlift.plan.blocks import first_block, in_part
 from leanlift.plan.pieces import no_pieces
 
 PLAIN = {"slice", "view", "_unsafe_view", "alias", "detach", "clone", "_to_copy", "unsqueeze",
@@ -38,7 +38,7 @@ def planned_finish(model: Any) -> Finish | None:
     module, head = model.get_output_embeddings(), output_head(model)
     if head is None:
         return None
-    with in_part(model, repetition(model)), no_pieces(model):
+    with in_part(model, first_block(model)), no_pieces(model):
         base, *others = base_of(model).modules()
         followed = _Followed()
         logits = followed.through(model, module, [base])

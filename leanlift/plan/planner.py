@@ -21,8 +21,15 @@ from leanlift.measure.meter import CATEGORIES
 from leanlift.model.base import check_checkpointing, without_input_gradients
 from leanlift.model.kept_blocks import keep_last_blocks
 from leanlift.plan.batch import Batch
-from leanlift.plan.fake import StepBytes, fake_tensors, forward_peak, step_peak
+from leanlift.plan.fake import (
+    StepBytes,
+    fake_tensors,
+    forward_peak,
+    held_scratch,
+    step_peak,
+)
 from leanlift.plan.logits import planned_finish
+from leanlift.plan.remembered import Most
 from leanlift.plan.result import CONTEXT, MemoryPlan
 from leanlift.plan.seen import keeping_numbers
 from leanlift.plan.settings import PlanSettings
@@ -169,8 +176,9 @@ def _training(
                         settings.accumulates,
                         settings.activation_offloading,
                         elsewhere=brought(planned, shapes),
+                        most=_made_before(known),
                     )
-        known[key] = shapes, moving
+        known[key] = replace(shapes, scratch=held_scratch(model)), moving
     found: tuple[Shapes, StepBytes] = known[key]
     return found
 
@@ -188,7 +196,9 @@ def _evaluating(planned: Planned, loss: Callable[..., Tensor], known: Known) -> 
             with _in_one_sentence(model, "evaluation"):
                 counted = _loss_of(model, loss, batch, known)
                 with keeping_numbers(batch.seen is not None):
-                    known[key] = forward_peak(model.eval(), counted, batch.rows, batch.tokens)
+                    known[key] = forward_peak(
+                        model.eval(), counted, batch.rows, batch.tokens, most=_made_before(known)
+                    )
     return int(known[key]) + _input_nbytes(batch, 1, planned.settings)
 
 
@@ -208,6 +218,12 @@ def _generating(
             with _in_one_sentence(model, "generation"):
                 known[key] = forward_peak(model.eval(), generating, rows, batch.tokens, True)
     return {"generate": static + int(known[key])}
+
+
+def _made_before(known: Known) -> Most:
+    """What the layers of earlier plans have made; see `remembered`."""
+    made: Most = known.setdefault(("made",), {})
+    return made
 
 
 def _loss_of(model: Any, loss: Callable[..., Tensor], batch: Batch, known: Known) -> Any:

@@ -3,8 +3,9 @@
 Four blocks make some hundred weights and gradients in a step, of seven kinds. Made under fake
 tensors, each costs the host a few dozen operations, and that is most of a plan's time. So one of
 each kind is made, and the next ones of that kind only take as many bytes for a moment, and leave
-what they leave. Nothing is estimated: whatever decides those bytes is part of a kind, and what left
-anything else behind, such as a scratch that had to grow, is not remembered.
+what they leave; so do those of a later plan. Nothing is estimated: whatever decides those bytes is
+part of a kind, and what left anything else behind, such as a scratch that had to grow, is not
+remembered.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from leanlift.layers import FrozenLinear, LiftLinear
 from leanlift.measure.live import LiveBytes
 
 Kind = tuple[Any, ...]
+Most = dict[Kind, int]
 
 
 class Remembered:
@@ -28,11 +30,11 @@ class Remembered:
 
     Args:
         live: what counts the bytes.
+        most: what has been made, by its kind, and the most bytes that it took at once; added to.
     """
 
-    def __init__(self, live: LiveBytes) -> None:
-        self.live = live
-        self._most: dict[Kind, int] = {}
+    def __init__(self, live: LiveBytes, most: Most) -> None:
+        self.live, self._most = live, most
 
     def rows(
         self, layer: FrozenLinear, first: int, last: int, dtype: torch.dtype, lasting: bool
@@ -61,39 +63,61 @@ class Remembered:
         else:
             self.live.allow(most)
 
-    def _made(
-        self, kind: Kind, make: Callable[[], Any], layer: FrozenLinear, lasting: bool = False
-    ) -> Any:
-        """Make it, and remember the most bytes that it took at once."""
-        live, scratch = self.live, layer.scratch.nbytes
+    def look(self, gradient: Tensor) -> None:
+        """What training does with every gradient."""
+        kind = ("look", gradient.shape, gradient.dtype)
+        most = self._most.get(kind)
+        if most is None:
+            _, self._most[kind] = self._measured(lambda: torch.isfinite(gradient).all())
+        else:
+            self.live.allow(most)
+
+    def _measured(self, make: Callable[[], Any]) -> tuple[Any, int]:
+        """What is made, and the most bytes that it took at once."""
+        live = self.live
         before, peak = live.current, live.peak
         live.peak = before
         made = make()
         most, live.peak = live.peak - before, max(peak, live.peak)
+        return made, most
+
+    def _made(
+        self, kind: Kind, make: Callable[[], Any], layer: FrozenLinear, lasting: bool = False
+    ) -> Any:
+        """Make it, and remember the most bytes that it took at once."""
+        before, scratch = self.live.current, layer.scratch.nbytes
+        made, most = self._measured(make)
         new = isinstance(made, Tensor) and (lasting or not layer.needs_scratch(made.dtype))
         left = made.nbytes if new else 0
-        if live.current - before == left and layer.scratch.nbytes == scratch:
+        if self.live.current - before == left and layer.scratch.nbytes == scratch:
             self._most[kind] = most
         return made
 
 
 def _looks(layer: FrozenLinear) -> Kind:
     """Whatever decides the bytes of a weight and of its gradient."""
-    weight = layer.weight_tiles
-    looks = (type(layer), type(weight), weight.shape, weight.dtype, getattr(weight, "format", None))
+    weight, kind = layer.weight_tiles, layer.workspace.stands_for
+    looks = (
+        type(layer),
+        kind,
+        type(weight),
+        weight.shape,
+        weight.dtype,
+        getattr(weight, "format", None),
+    )
     stores = layer.offsets(0, layer.out_features)
     return *looks, *((store.index.count, store.values.dtype) for store in stores)
 
 
 @contextmanager
-def remembering(model: nn.Module, live: LiveBytes) -> Iterator[None]:
-    """What the layers of a fake model make is remembered while `live` follows it."""
+def remembering(model: nn.Module, live: LiveBytes, most: Most) -> Iterator[Remembered]:
+    """What the layers of a fake model make is remembered in `most` while `live` follows it."""
     spaces = {id(m.workspace): m.workspace for m in model.modules() if isinstance(m, FrozenLinear)}
-    stand_in = Remembered(live)
+    stand_in = Remembered(live, most)
     try:
         for space in spaces.values():
             space.stand_in = stand_in
-        yield
+        yield stand_in
     finally:
         for space in spaces.values():
             space.stand_in = None

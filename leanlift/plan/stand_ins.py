@@ -32,7 +32,8 @@ def fused_attention(cuda: bool = False) -> Iterator[None]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if attn_mask is not None and attn_mask.requires_grad:  # which no fused kernel takes
+        learned = attn_mask is not None and attn_mask.requires_grad
+        if learned or (dropout_p and not cuda):  # which no fused kernel takes
             return stock(  # type: ignore[no-any-return]
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
                 enable_gqa=enable_gqa,

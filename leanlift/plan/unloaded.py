@@ -16,8 +16,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from leanlift.model.stacks import named_parts
 from leanlift.tiles import parts_of
+from leanlift.weights.empty import another_empty, empty_weight
 from leanlift.weights.kinds import is_dense_linear, is_turned_linear, matrix_of
-from leanlift.weights.quantized import FrozenWeight, WeightFormat, empty_weight, frozen_weight
+from leanlift.weights.quantized import FrozenWeight, WeightFormat, frozen_weight
 from leanlift.weights.stacks import ExpertStack, QuantizedStack, target_weight
 
 
@@ -36,6 +37,7 @@ def planned_weights(
     head, trained = model.get_output_embeddings(), set(targets)
     dense = _left_alone(model, skipped)
     weights: dict[str, FrozenWeight] = {}
+    empty: dict[tuple[int, int], FrozenWeight] = {}
     for name, module in named_parts(model).items():
         if isinstance(module, ExpertStack) and (fmt.kind != "dense" or name in trained):
             weights[name] = _planned_stack(module, name, fmt)
@@ -46,7 +48,9 @@ def planned_weights(
         if fmt.kind != "dense" and quantized and module is not head and name not in dense:
             m, n = matrix_of(module).shape
             bias: Any = module.bias
-            weights[name] = empty_weight((m, n), fmt, bias)
+            if (m, n) not in empty:
+                empty[m, n] = empty_weight((m, n), fmt)
+            weights[name] = another_empty(empty[m, n], bias)
         elif name in trained:
             weights[name] = frozen_weight(module, name)
     return weights

@@ -106,20 +106,28 @@ class LargestBatch:
         self._records: list[tuple[int, Batch]] = []
 
     def see(self, inputs: Mapping[str, Any], step: int) -> None:
-        """Note a batch of the step after `step`. Its sizes are known on the host; whether it is
-        padded is asked of a CPU alone, and taken for granted of several rows on a GPU."""
+        """Note a batch of the step after `step`. Its sizes are known on the host; whether it needs
+        a mask is asked of a CPU alone, and taken for granted on a GPU of several rows, and of
+        packed ones. Of batches of one size the mask of one counts with the trained tokens of
+        another: which of them takes more is the model's to say."""
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             return
         self._first = step if self._first is None else self._first
         trained, mask = inputs.get(TRAINED), inputs.get("attention_mask")
         rows, tokens = ids.shape
-        padded = "position_ids" in inputs  # several rows one after the other, with a mask between
-        if mask is not None and not padded:
-            padded = rows > 1 if ids.device.type != "cpu" else not bool(mask.all())
+        on_cpu, places = ids.device.type == "cpu", inputs.get("position_ids")
+        if places is not None:  # several rows one after the other, with a mask between
+            padded = not on_cpu or int((places == 0).sum()) > rows
+        else:
+            padded = mask is not None and (not bool(mask.all()) if on_cpu else rows > 1)
         seen = Seen.of({key: held for key, held in inputs.items() if key != TRAINED})
         found = Batch(rows, tokens, None if trained is None else trained.numel(), padded, seen)
-        if not self._records or size_of(found) > size_of(self._records[-1][1]):
+        last = self._records[-1][1] if self._records else None
+        if last is not None and last.seen is None and size_of(found)[:2] == size_of(last)[:2]:
+            most = max(filter(None, (found.trained, last.trained)), default=None)
+            found = replace(found, trained=most, padded=found.padded or last.padded)
+        if last is None or size_of(found) > size_of(last):
             self._records.append((step - self._first, found))
 
     def within(self, steps: int | None = None) -> Batch | None:
@@ -129,7 +137,7 @@ class LargestBatch:
         return found[-1] if found else None
 
 
-def size_of(batch: Batch) -> tuple[int, int, int]:
+def size_of(batch: Batch) -> tuple[int, int, int, bool]:
     """What batches are ordered by."""
     pixels = 0 if batch.seen is None else batch.seen.nbytes
-    return pixels, batch.rows * batch.tokens, batch.trained or 0
+    return pixels, batch.rows * batch.tokens, batch.trained or 0, batch.padded

@@ -76,6 +76,7 @@ class _Search:
         self.gib, self.cuda, self.batches, self.say = gib, cuda, batches, say
         self.known: Known = {}
         self.left_out: list[str] = []
+        self.offered: list[tuple[Change, ...]] = []
 
     def plan(self, settings: Settings, trying: str) -> MemoryPlan:
         self.say(f"trying {trying}")
@@ -88,6 +89,10 @@ class _Search:
 
     def fits(self, plan: MemoryPlan) -> bool:
         return plan.fits(self.gib)
+
+    def is_worth(self, before: int, after: int) -> bool:
+        """Whether a change that needs so many bytes is taken."""
+        return before - after >= LEAST_GAIN * before or after <= self.gib * 2**30
 
 
 def fit(
@@ -115,11 +120,12 @@ def fit(
         UserError: nothing fits; says how much is missing.
     """
     settings, search = (args, sft), _Search(gib, cuda, batches, say)
+    search.offered = list(ordered_changes(args, sft, cuda))
     _refuse_what_cannot_fit(settings, search)
     plan = search.plan(settings, "the settings as they are")
     taken: list[Taken] = []
     said: list[str] = []
-    for choices in ordered_changes(args, sft, cuda):
+    for choices in search.offered:
         if search.fits(plan):
             break
         elsewhere = plan.peak_phase != "evaluate"
@@ -132,7 +138,7 @@ def fit(
         except UserError as error:
             said.append(search.leave_out(choices[-1], error))
             continue
-        if plan.needed - changed.needed >= LEAST_GAIN * plan.needed or search.fits(changed):
+        if search.is_worth(plan.needed, changed.needed):
             taken.append(Taken(change, plan.needed, changed.needed))
             settings, plan = change(settings), changed
     if not search.fits(plan):
@@ -212,13 +218,13 @@ def _least(settings: Settings, search: _Search) -> tuple[Settings, int, str]:
     """The settings with all changes that the model can have, and what they need, as `least_of` has
     it. All at once, which is the rule; one by one where that cannot be."""
     lean = settings
-    for choices in ordered_changes(*settings, search.cuda):
+    for choices in search.offered:
         if choices[-1].possible(lean):
             lean = choices[-1](lean)
     with suppress(UserError):
         return lean, *least_of(*lean, search.cuda)
     found = least_of(*settings, search.cuda)
-    for choices in ordered_changes(*settings, search.cuda):
+    for choices in search.offered:
         if choices[-1].possible(settings):
             try:
                 found = least_of(*choices[-1](settings), search.cuda)

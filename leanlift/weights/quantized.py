@@ -337,14 +337,3 @@ def embedding_rows(module: nn.Module, ids: Tensor) -> Tensor:
     if isinstance(weight, Tensor) and weight.dtype.is_floating_point:
         return nn.functional.embedding(ids, weight)
     return bnb.gather_8bit_rows(module, ids)
-
-
-def empty_weight(
-    shape: tuple[int, int], fmt: WeightFormat, bias: Tensor | None = None
-) -> Weight4bit | Weight8bit:
-    """A quantized weight of this shape and format with uninitialized storage, for planning."""
-    if fmt.kind == "int8":
-        return Weight8bit(bnb.empty_8bit(shape, bias))
-    return Weight4bit(
-        bnb.empty_4bit(shape, fmt.kind, fmt.blocksize, fmt.double, fmt.torch_dtype, bias)
-    )

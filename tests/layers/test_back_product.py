@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from leanlift.layers import back_product
+from leanlift.layers import FrozenLinear, Workspace, back_product
 from leanlift.layers.back_product import times_weight
 from leanlift.measure import LiveBytes
+from leanlift.weights.quantized import WeightDense
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -41,3 +43,19 @@ def test_a_gpu_and_its_plan_multiply_as_they_lie(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(back_product, "has_products", lambda dtype: False)
     grad_y, weight = torch.randn(4, 8).bfloat16(), torch.randn(8, 6).bfloat16()
     assert torch.equal(times_weight(grad_y, weight, on_cpu=False), grad_y @ weight)
+
+
+def test_a_brought_linear_multiplies_as_the_stock_one_that_it_stands_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A base that is streamed is the same model to the bit, whatever this CPU multiplies with."""
+    monkeypatch.setattr("leanlift.layers.frozen.times_weight", lambda *_: pytest.fail("turned"))
+    linear = nn.Linear(48, 96, bias=False, dtype=torch.bfloat16)
+    brought = FrozenLinear(linear, WeightDense(linear), Workspace())
+    x, grad_y = torch.randn(2, 64, 48).bfloat16(), torch.randn(2, 64, 96).bfloat16()
+    gradients = []
+    for module in (linear, brought):
+        given = x.clone().requires_grad_()
+        module(given).backward(grad_y)
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)

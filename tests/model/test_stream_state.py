@@ -178,6 +178,16 @@ def test_blocks_that_are_gone_through_several_times_are_refused(deep_base) -> No
         get_lift_model(model, LiftConfig(approx_rank=8), progress=False)
 
 
+def test_an_embedding_and_a_head_that_are_one_are_no_block(deep_base) -> None:
+    model = load(deep_base("qwen2, tied"), "nf4+double")
+    stream_base(model, CPU, state=True)
+    model = get_lift_model(
+        model, LiftConfig(approx_rank=8, quantize_embeddings=True), progress=False
+    )
+    check_used_once(lifted(model))
+    assert state_pool_of(model) is not None
+
+
 def test_a_second_gradient_in_one_step_is_refused(deep_base) -> None:
     run = Run(deep_base("llama"), False, "nf4+double", "8bit", "bfloat16")
     hooks = GradientHooks(run.model, StepGuard(3), run.optimizer)

@@ -104,10 +104,13 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {"model": "qwen3, experts"},
     "experts, checkpointing": {"model": "qwen3, experts", "gradient_checkpointing": True},
     "experts, bf16": {"model": "qwen3, experts", "dtype": "bfloat16"},
+    "a third of the entries": {"density": 0.3, "gradient_checkpointing": True},
+    "a third of the experts": {"density": 0.3, "model": "qwen3, experts"},
+    "attention with dropout": {"model": "gpt2, turned"},
 }
 
 
-USUAL = ("bf16 values", "experts")
+USUAL = ("bf16 values", "experts", "a third of the entries", "attention with dropout")
 
 
 @pytest.mark.parametrize("case", swept(CASES, *USUAL))
@@ -119,7 +122,7 @@ def test_the_planned_peak_is_the_measured_one_within_5_percent(
     dtype = changes.pop("dtype", "float32")
     on_cpu = changes.pop("embedding_on_cpu", False)
     lift = {k: changes.pop(k) for k in ("values_dtype", "quantize_embeddings") if k in changes}
-    config = LiftConfig(density=0.05, approx_rank=8, **lift)
+    config = LiftConfig(density=changes.pop("density", 0.05), approx_rank=8, **lift)
     options = {
         "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "max_steps": 3,
         "per_device_train_batch_size": 2, "max_length": 128, "gradient_checkpointing": False,

@@ -29,7 +29,8 @@ from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.plan.pieces import first_pieces, first_tiles
 from leanlift.plan.stand_ins import fused_attention
 from leanlift.tiles import DenseTiles
-from leanlift.weights.quantized import WeightDense, WeightFormat, empty_weight
+from leanlift.weights.empty import empty_weight
+from leanlift.weights.quantized import WeightDense, WeightFormat
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 FAMILIES: dict[str, tuple[Any, int | None]] = {

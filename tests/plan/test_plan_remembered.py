@@ -18,7 +18,7 @@ from leanlift.plan.base import without_packing_search
 from leanlift.plan.fake import StepBytes, attach_fake, fake_tensors, step_peak
 from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.plan.pieces import first_pieces
-from leanlift.plan.remembered import Remembered, remembering
+from leanlift.plan.remembered import Most, Remembered, remembering
 from leanlift.weights.quantized import WeightFormat
 
 WIDE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 5}
@@ -30,7 +30,21 @@ BASES: dict[str, Any] = {
 }
 
 
-def step(base: str, kind: str, device: str, in_backward: bool) -> StepBytes:
+class Forgetful(dict[Any, int]):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: Any, value: int) -> None:
+        pass
+
+
+def step(
+    base: str,
+    kind: str,
+    device: str,
+    in_backward: bool,
+    tokens: int = 48,
+    most: Most | None = None,
+) -> StepBytes:
     fmt = WeightFormat(kind, "bfloat16" if kind != "dense" else "float32", 64)
     lift = LiftConfig(approx_rank=8, density_pattern={"down_proj": 0.1} if "widths" in base else {})
     config = config_of(base.replace(", two widths", ""), **BASES[base])
@@ -39,7 +53,13 @@ def step(base: str, kind: str, device: str, in_backward: bool) -> StepBytes:
         attach_fake(model, lift, fmt, workspace=first_pieces(device))
         model.gradient_checkpointing_enable({"use_reentrant": False})
         return step_peak(
-            model.train(), loss_of_all_tokens, 2, 48, in_backward, accumulate=not in_backward
+            model.train(),
+            loss_of_all_tokens,
+            2,
+            tokens,
+            in_backward,
+            accumulate=not in_backward,
+            most=most,
         )
 
 
@@ -63,7 +83,11 @@ def test_what_is_remembered_has_the_bytes_of_what_is_made(
     monkeypatch.setattr(Remembered, "rows", rows)
     remembered = step(base, kind, device, in_backward)
     assert 0 < made["rows"] < made["all"] / 3
-    monkeypatch.setattr("leanlift.plan.fake.remembering", lambda model, live: nullcontext())
+
+    def forgetful(model: Any, live: LiveBytes, most: Most) -> Any:
+        return nullcontext(Remembered(live, Forgetful()))
+
+    monkeypatch.setattr("leanlift.plan.fake.remembering", forgetful)
     assert step(base, kind, device, in_backward) == remembered
 
 
@@ -74,7 +98,7 @@ def test_what_left_something_behind_is_made_again() -> None:
         model = AutoModelForCausalLM.from_config(config_of("llama"), dtype=torch.float32)
         attach_fake(model, LiftConfig(approx_rank=8), fmt, workspace=first_pieces("cuda"))
         layer = next(m for m in model.modules() if isinstance(m, FrozenLinear))
-        with LiveBytes() as live, remembering(model, live):
+        with LiveBytes() as live, remembering(model, live, {}):
             stand_in = layer.workspace.stand_in
             assert isinstance(stand_in, Remembered)
             known = []
@@ -83,3 +107,16 @@ def test_what_left_something_behind_is_made_again() -> None:
                 known.append(len(stand_in._most))
     assert known == [0, 1, 1]
     assert layer.workspace.stand_in is None
+
+
+def test_later_plans_make_what_earlier_ones_have_made_no_more() -> None:
+    """Of one search, whose settings differ in whatever decides the bytes."""
+    kinds = [("nf4", "cuda", 48), ("nf4", "cuda", 32), ("int8", "cuda", 32), ("nf4", "cpu", 32)]
+    most: Most = {}
+    known = []
+    for kind, device, tokens in [*kinds, *kinds]:
+        alone = step("llama, two widths", kind, device, True, tokens)
+        assert step("llama, two widths", kind, device, True, tokens, most) == alone
+        known.append(len(most))
+    assert known[:4] == sorted(set(known[:4]))  # each has made something of its own
+    assert known[4:] == known[3:4] * 4

@@ -89,6 +89,26 @@ def test_the_largest_batch_is_kept_for_any_number_of_steps() -> None:
     assert largest.within() == Batch(2, 12, 3, padded=True)
 
 
+def test_of_batches_of_one_size_the_mask_of_one_counts_with_the_tokens_of_another() -> None:
+    largest = LargestBatch()
+    for full, trained in [(True, 5), (False, 3), (True, 4)]:
+        mask = torch.ones(2, 8)
+        mask[0, -1] = full
+        ids = {"input_ids": torch.zeros(2, 8), "attention_mask": mask}
+        largest.see({**ids, TRAINED: torch.zeros(trained)}, 0)
+    assert largest.within() == Batch(2, 8, 5, padded=True)
+
+
+@pytest.mark.parametrize(("starts", "masked"), [([0], False), ([0, 3], True)])
+def test_a_pack_of_one_row_takes_no_mask(starts: list[int], masked: bool) -> None:
+    places = torch.arange(8)
+    for start in starts:
+        places[start:] = torch.arange(8 - start)
+    largest = LargestBatch()
+    largest.see({"input_ids": torch.zeros(1, 8), "position_ids": places[None]}, 0)
+    assert largest.within() == Batch(1, 8, None, padded=masked)
+
+
 def prompts(length: int, spread: int) -> list[dict[str, str]]:
     return [{"prompt": "a" * (length + i % (spread + 1)), "completion": "b" * 5} for i in range(24)]
 

@@ -2,6 +2,7 @@
 
 from leanlift.weights.bnb.empty import (
     EmptyLinear,
+    another_empty,
     empty_4bit,
     empty_8bit,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "QUANTIZED_AT_ONCE",
     "STATE_4BIT",
     "EmptyLinear",
+    "another_empty",
     "dequantize_4bit_range",
     "dequantize_8bit_rows",
     "dequantize_moment",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import bitsandbytes.functional as F
@@ -80,3 +81,8 @@ def empty_8bit(shape: tuple[int, int], bias: Tensor | None) -> nn.Module:
     held.dtype = torch.int8
     held.SCB = torch.empty(shape[0])
     return EmptyLinear(held, bias)
+
+
+def another_empty(linear: nn.Module, bias: Tensor | None) -> nn.Module:
+    """One more like it, over the same storage, which nobody reads."""
+    return EmptyLinear(copy.copy(linear.weight), bias)
