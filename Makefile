@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_ROOT_USER_ACTION = ignore
 
-.PHONY: demo test test-part test-all check lint types contracts package docs clean print-torch
+.PHONY: demo test test-part test-all kernels check lint types contracts package docs clean print-torch
 
 demo: $(VENV)/installed
 	@$(BIN)/leanlift demo --output_dir leanlift-demo
@@ -31,6 +31,14 @@ test-part: test
 
 test-all: test
 	$(PYTEST) -m thorough
+
+# the GPU's kernels for six generations, without a GPU: by the newest Triton, and by torch 2.11's
+OLDER := $(VENV)/triton-3.6.0
+KERNELS := tests/ops/test_kernel_code.py tests/ops/test_kernels.py -m "thorough or not thorough"
+
+kernels: $(VENV)/installed $(OLDER)
+	$(PYTEST) $(KERNELS)
+	PYTHONPATH=$(OLDER) $(PYTEST) $(KERNELS)
 
 check: lint types contracts test
 
@@ -65,3 +73,6 @@ print-torch:
 
 clean:
 	rm -rf $(VENV) leanlift-demo dist build site
+
+$(OLDER): $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
