@@ -53,7 +53,8 @@ def nf4_llama(
     generator = torch.Generator(device).manual_seed(seed)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name != "lm_head":
-            weight = _matrix(*module.weight.shape, generator, device)
+            m, n = module.weight.shape
+            weight = _matrix(m, n, generator, device)
             if quantized:
                 model.set_submodule(name, _linear4bit(weight, dtype, device))
             else:

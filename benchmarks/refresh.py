@@ -23,7 +23,7 @@ from benchmarks.real_matrix import trained_like
 from leanlift import LiftConfig, get_lift_model, refresh_mask
 from leanlift.model import lift_layers, lift_state
 from leanlift.optim import SparseAdamW
-from leanlift.weights.bnb import quantize_4bit
+from leanlift.weights.quantized import WeightFormat, requantize
 
 INTERVALS = (10, 100, 400)
 
@@ -41,12 +41,14 @@ def build(hidden: int, layers: int, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).to(device)
+    fmt = WeightFormat("nf4", str(dtype).removeprefix("torch."), 64, True)
     names = [n for n, m in model.named_modules() if n.endswith("_proj")]
     for name in names:
         weight = model.get_submodule(name).weight.data
         realistic = trained_like(*weight.shape).to(device)
         weight = (realistic * (weight.float().std() / realistic.std())).to(dtype)
-        model.set_submodule(name, quantize_4bit(weight, "nf4", 64, True, device))
+        packed: Any = requantize(weight, fmt, device)
+        model.set_submodule(name, packed.module)
     model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
