@@ -5,9 +5,10 @@
 On a GPU: the dense product and the gather (`ops=triton`) and the product by strips
 (`ops=triton-strips`). On a CPU: the sampled product, the dense product and a gather, and the
 product by strips in plain torch. At the shapes of Llama-2-7B's Linears with 2048 tokens (on a CPU
-512) in bf16, on masks of 5 % and 1 % whose entries crowd as in a trained matrix: the largest of |L
-R^T| with L and R of lognormal row sizes. How much of a mask is formed depends on how it crowds, so
-the share stands beside each ratio; `benchmarks.mask_tiles` has it of real masks.
+512) in bf16 (on a CPU that has no such products in fp32), on masks of 5 % and 1 % whose entries
+crowd as in a trained matrix: the largest of |L R^T| with L and R of lognormal row sizes. How much
+of a mask is formed depends on how it crowds, so the share stands beside each ratio;
+`benchmarks.mask_tiles` has it of real masks.
 
 `ratio` is the time by strips as a share of the time of what is done today, `share` what is formed
 as a share of the dense product, `equal` the largest difference of the two gradients over the
@@ -26,6 +27,7 @@ from torch import Tensor
 from benchmarks.common import write_rows
 from benchmarks.gpu_kernels import seconds
 from leanlift.layers import Scratch
+from leanlift.layers.back_product import has_products
 from leanlift.ops import tile_ops
 from leanlift.ops.reference import TorchOps, dense_product
 from leanlift.ops.sampled import sampled_product_
@@ -76,7 +78,8 @@ def measured(
     shape: tuple[int, int], density: float, spread: float, tokens: int, device: torch.device
 ) -> dict[str, Any]:
     """One row: times of each way on one mask."""
-    (m, n), dtype = shape, torch.bfloat16
+    (m, n), on_cpu = shape, device.type == "cpu"
+    dtype = torch.float32 if on_cpu and not has_products(torch.bfloat16) else torch.bfloat16
     index = crowded(m, n, density, spread, device)
     left, right = (torch.randn(tokens, side, device=device).to(dtype) for side in shape)
     times, outs = {}, []
@@ -90,6 +93,7 @@ def measured(
     return {
         "shape": f"{m}x{n}",
         "tokens": tokens,
+        "dtype": str(dtype).removeprefix("torch."),
         "density": density,
         "spread": spread,
         "share": round(index.strips.formed / (m * n), 4),
