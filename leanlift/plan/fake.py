@@ -31,7 +31,7 @@ from leanlift.model.targets import find_targets
 from leanlift.model.tokens import check_tokens, embedding_name, lift_tokens
 from leanlift.model.whole import whole_modules
 from leanlift.plan.blocks import Lap, Laps, Repetition, in_part, repeats, repetition, whole_step
-from leanlift.plan.pieces import first_pieces, first_tokens
+from leanlift.plan.pieces import first_pieces
 from leanlift.plan.remembered import Most, Remembered, remembering
 from leanlift.plan.stand_ins import fused_attention, offloading
 from leanlift.plan.unloaded import planned_weights
@@ -251,7 +251,6 @@ def _laps(
     try:
         with (
             in_part(model, way),
-            first_tokens(),
             fused_attention(any(layer.workspace.stands_for == "cuda" for layer in layers)),
             offloading(model, offload),
             LiveBytes() as live,

@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from leanlift.layers import FrozenLinear, Workspace, fused_glu, patched_rows
+from leanlift.layers import FrozenLinear, Workspace, patched_rows
 from leanlift.layers.lm_head import Head, kept_columns, tile_columns
 from leanlift.layers.workspace import Scratch
 from leanlift.ops.parts import Take
 from leanlift.ops.reference import TorchOps
 from leanlift.ops.sampled import TOKENS
 from leanlift.sparse import Offsets, SegmentedIndex
-from leanlift.tiles import RowTiles, row_ranges
+from leanlift.tiles import RowTiles
 
 PIECES = 2
 
@@ -68,21 +66,6 @@ def no_pieces(model: nn.Module) -> Iterator[None]:
     finally:
         for space, ops, scratch in before:
             space.ops, space.scratch = ops, scratch
-
-
-@contextmanager
-def first_tokens() -> Iterator[None]:
-    """Activations without a derivative of their own go over the first pieces of the tokens."""
-
-    def first(count: int, step: int) -> Iterator[tuple[int, int]]:
-        return islice(row_ranges(count, step), PIECES)
-
-    module: Any = fused_glu
-    module.row_ranges = first
-    try:
-        yield
-    finally:
-        module.row_ranges = row_ranges
 
 
 def first_tiles(head: Head, tokens: int, width: int) -> Head:

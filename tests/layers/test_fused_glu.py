@@ -10,8 +10,9 @@ from families import FAMILIES, config_of
 from helpers import saved_nbytes
 from transformers import AutoModelForCausalLM
 
-from leanlift.layers.fused_glu import use_fused_glu
+from leanlift.layers.fused_glu import TOKENS, fused_glu, use_fused_glu
 from leanlift.measure import LiveBytes
+from leanlift.plan.fake import fake_tensors
 
 OTHERS = ("fused", "turned", "experts")
 OF_THE_KIND = [name for name in FAMILIES if not any(word in name for word in OTHERS)]
@@ -51,3 +52,18 @@ def test_two_tensors_less_are_alive() -> None:
             mlp(x).sum().backward()
         peaks.append(live.peak)
     assert peaks[0] - peaks[1] >= 0.8 * wide
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+def test_a_plan_has_the_peak_of_all_pieces(pieces: int) -> None:
+    """Though it goes over the first two alone."""
+
+    def peak() -> int:
+        gate, up = (torch.ones(pieces * TOKENS - 3, 16, requires_grad=True) for _ in range(2))
+        with LiveBytes() as live:
+            fused_glu(gate, up, torch.nn.functional.gelu).sum().backward()
+        return live.peak
+
+    real = peak()
+    with fake_tensors():
+        assert peak() == real
