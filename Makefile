@@ -33,12 +33,15 @@ test-all: test
 	$(PYTEST) -m thorough
 
 # the GPU's kernels for six generations, without a GPU: by the newest Triton, and by torch 2.11's
-OLDER := $(VENV)/triton-3.6.0
+OLDER := $(abspath $(VENV))/triton-3.6.0
 KERNELS := tests/ops/test_kernel_code.py tests/ops/test_kernels.py -m "thorough or not thorough"
 
 kernels: $(VENV)/installed $(OLDER)
 	$(PYTEST) $(KERNELS)
 	PYTHONPATH=$(OLDER) $(PYTEST) $(KERNELS)
+
+$(OLDER): | $(VENV)/installed
+	@$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
 
 check: lint types contracts test
 
@@ -73,6 +76,3 @@ print-torch:
 
 clean:
 	rm -rf $(VENV) leanlift-demo dist build site
-
-$(OLDER): $(VENV)/installed
-	@$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0

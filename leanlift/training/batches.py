@@ -124,7 +124,7 @@ class LargestBatch:
         seen = Seen.of({key: held for key, held in inputs.items() if key != TRAINED})
         found = Batch(rows, tokens, None if trained is None else trained.numel(), padded, seen)
         last = self._records[-1][1] if self._records else None
-        if last is not None and last.seen is None and size_of(found)[:2] == size_of(last)[:2]:
+        if last is not None and replace(found, trained=last.trained, padded=last.padded) == last:
             most = max(filter(None, (found.trained, last.trained)), default=None)
             found = replace(found, trained=most, padded=found.padded or last.padded)
         if last is None or size_of(found) > size_of(last):

@@ -9,7 +9,7 @@ the least settings could fit at all: their weights alone say so in a moment.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -68,15 +68,21 @@ class _Search:
         cuda: whether it is one.
         batches: how long rows are; None: as long as the settings allow.
         say: is told what is being tried.
+        offered: the changes that there are to make, in order.
     """
 
     def __init__(
-        self, gib: float, cuda: bool, batches: Batches | None, say: Callable[[str], None]
+        self,
+        gib: float,
+        cuda: bool,
+        batches: Batches | None,
+        say: Callable[[str], None],
+        offered: Iterable[tuple[Change, ...]] = (),
     ) -> None:
         self.gib, self.cuda, self.batches, self.say = gib, cuda, batches, say
+        self.offered = list(offered)
         self.known: Known = {}
         self.left_out: list[str] = []
-        self.offered: list[tuple[Change, ...]] = []
 
     def plan(self, settings: Settings, trying: str) -> MemoryPlan:
         self.say(f"trying {trying}")
@@ -89,10 +95,6 @@ class _Search:
 
     def fits(self, plan: MemoryPlan) -> bool:
         return plan.fits(self.gib)
-
-    def is_worth(self, before: int, after: int) -> bool:
-        """Whether a change that needs so many bytes is taken."""
-        return before - after >= LEAST_GAIN * before or after <= self.gib * 2**30
 
 
 def fit(
@@ -119,8 +121,8 @@ def fit(
     Raises:
         UserError: nothing fits; says how much is missing.
     """
-    settings, search = (args, sft), _Search(gib, cuda, batches, say)
-    search.offered = list(ordered_changes(args, sft, cuda))
+    settings = args, sft
+    search = _Search(gib, cuda, batches, say, ordered_changes(args, sft, cuda))
     _refuse_what_cannot_fit(settings, search)
     plan = search.plan(settings, "the settings as they are")
     taken: list[Taken] = []
@@ -138,7 +140,7 @@ def fit(
         except UserError as error:
             said.append(search.leave_out(choices[-1], error))
             continue
-        if search.is_worth(plan.needed, changed.needed):
+        if plan.needed - changed.needed >= LEAST_GAIN * plan.needed or search.fits(changed):
             taken.append(Taken(change, plan.needed, changed.needed))
             settings, plan = change(settings), changed
     if not search.fits(plan):

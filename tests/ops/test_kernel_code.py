@@ -2,10 +2,7 @@
 
 `kernel_code.csv` is the record, of two versions of Triton: that of torch 2.11, the oldest that is
 supported, and the newest torch's. `UPDATE_KERNELS=1` writes the lines of the version that is
-installed anew. The older one's, in an environment of its own (torch itself need not be older):
-
-    pip install triton==3.6.0
-    UPDATE_KERNELS=1 python -m pytest tests/ops/test_kernel_code.py tests/ops/test_kernels.py
+imported anew: `make kernels` has both (torch itself need not be older).
 """
 
 from __future__ import annotations
