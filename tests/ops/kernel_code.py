@@ -51,6 +51,7 @@ def compiled(
     told = [f"{name}={constants[name]}" for name in SHOWN if constants.get(name) is not None]
     dtypes = [types[n] for n in ("out", "value") if n in names and n in types]
     found = {
+        "triton": triton.__version__,
         "kernel": " ".join([kernel.__name__, *told, *dtypes]),
         "registers": int(re.findall(r"REG:(\d+)", usage)[0]),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),

@@ -41,8 +41,12 @@ def made(capability: int) -> Kernels:
     done = run_python(str(HERE / "kernel_code.py"), str(capability))
     assert done.returncode == 0, done.stderr[-4000:]
     rows = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
-    of = {"triton": TRITON.__version__, "capability": str(capability)}
-    return {row["kernel"]: {**of, **{k: str(v) for k, v in row.items()}} for row in rows}
+    found = {}
+    for row in rows:
+        assert row["triton"] == TRITON.__version__, "compiled by another Triton than is imported"
+        of = {"triton": row.pop("triton"), "capability": str(capability)}
+        found[row["kernel"]] = {**of, **{k: str(v) for k, v in row.items()}}
+    return found
 
 
 def recorded() -> list[dict[str, str]]:
