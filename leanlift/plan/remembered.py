@@ -96,17 +96,10 @@ class Remembered:
 
 def _looks(layer: FrozenLinear) -> Kind:
     """Whatever decides the bytes of a weight and of its gradient."""
-    weight, kind = layer.weight_tiles, layer.workspace.stands_for
-    looks = (
-        type(layer),
-        kind,
-        type(weight),
-        weight.shape,
-        weight.dtype,
-        getattr(weight, "format", None),
-    )
+    weight, on = layer.weight_tiles, layer.workspace.stands_for
+    held = type(weight), weight.shape, weight.dtype, getattr(weight, "format", None)
     stores = layer.offsets(0, layer.out_features)
-    return *looks, *((store.index.count, store.values.dtype) for store in stores)
+    return type(layer), on, *held, *((store.index.count, store.values.dtype) for store in stores)
 
 
 @contextmanager

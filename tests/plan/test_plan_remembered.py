@@ -15,7 +15,7 @@ from leanlift import LiftConfig
 from leanlift.layers import FrozenLinear
 from leanlift.measure import LiveBytes
 from leanlift.plan.base import without_packing_search
-from leanlift.plan.fake import StepBytes, attach_fake, fake_tensors, step_peak
+from leanlift.plan.fake import StepBytes, attach_fake, fake_tensors, held_scratch, step_peak
 from leanlift.plan.loss import loss_of_all_tokens
 from leanlift.plan.pieces import first_pieces
 from leanlift.plan.remembered import Most, Remembered, remembering
@@ -111,12 +111,41 @@ def test_what_left_something_behind_is_made_again() -> None:
 
 def test_later_plans_make_what_earlier_ones_have_made_no_more() -> None:
     """Of one search, whose settings differ in whatever decides the bytes."""
-    kinds = [("nf4", "cuda", 48), ("nf4", "cuda", 32), ("int8", "cuda", 32), ("nf4", "cpu", 32)]
+    kinds = [
+        ("nf4", "cuda", 48),
+        ("nf4", "cuda", 32),
+        ("fp4", "cuda", 32),
+        ("int8", "cuda", 32),
+        ("nf4", "cpu", 32),
+    ]
     most: Most = {}
     known = []
     for kind, device, tokens in [*kinds, *kinds]:
         alone = step("llama, two widths", kind, device, True, tokens)
         assert step("llama, two widths", kind, device, True, tokens, most) == alone
         known.append(len(most))
-    assert known[:4] == sorted(set(known[:4]))  # each has made something of its own
-    assert known[4:] == known[3:4] * 4
+    assert known[:5] == sorted(set(known[:5]))  # each has made something of its own
+    assert known[5:] == known[4:5] * 5
+
+
+def test_a_gradient_of_a_kind_that_was_looked_at_takes_as_much_again() -> None:
+    most: Most = {}
+    peaks = []
+    for _ in range(2):
+        with LiveBytes() as live:
+            gradient = torch.ones(3000)
+            Remembered(live, most).look(gradient)
+            peaks.append(live.peak)
+    assert peaks[0] == peaks[1] > gradient.nbytes
+
+
+def test_a_scratch_that_a_step_makes_is_there_in_the_next() -> None:
+    """Of dense gradients on a CPU, where the weights themselves need none: in no figure of it."""
+    fmt = WeightFormat("nf4", "float32", 64)
+    with without_packing_search(), fake_tensors():
+        model = AutoModelForCausalLM.from_config(config_of("llama"), dtype=torch.float32)
+        attach_fake(model, LiftConfig(density=0.3), fmt, workspace=first_pieces("cpu"))
+        model.train()
+        steps = [step_peak(model, loss_of_all_tokens, 1, 16, True, False) for _ in range(2)]
+    assert held_scratch(model) > 0
+    assert steps[0] == steps[1]

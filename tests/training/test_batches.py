@@ -91,12 +91,12 @@ def test_the_largest_batch_is_kept_for_any_number_of_steps() -> None:
 
 def test_of_batches_of_one_size_the_mask_of_one_counts_with_the_tokens_of_another() -> None:
     largest = LargestBatch()
-    for full, trained in [(True, 5), (False, 3), (True, 4)]:
+    for full, trained in [(True, 5), (False, 3), (True, 9)]:
         mask = torch.ones(2, 8)
         mask[0, -1] = full
         ids = {"input_ids": torch.zeros(2, 8), "attention_mask": mask}
         largest.see({**ids, TRAINED: torch.zeros(trained)}, 0)
-    assert largest.within() == Batch(2, 8, 5, padded=True)
+    assert largest.within() == Batch(2, 8, 9, padded=True)
 
 
 @pytest.mark.parametrize(("starts", "masked"), [([0], False), ([0, 3], True)])
