@@ -12,7 +12,7 @@ of weights, trained entries and optimizer state, of which leanlift has no more b
 others; leanlift's scratch, which stays, is counted in its peak.
 
 Where a CPU has no products in 16 bits (`own 16-bit products`), torch multiplies by loops, which are
-slow backward (`back_product`): PEFT's layers pay for that and leanlift's do not, and fewer layers
+slow backward (`cpu_product`): PEFT's layers pay for that and leanlift's do not, and fewer layers
 (`--layers 2`, a file of their own) say as much.
 
 bitsandbytes' own Linears stay in training mode: in eval mode their CPU forward repacks the weight.
@@ -43,7 +43,7 @@ from benchmarks.peers import (
     trained,
 )
 from leanlift import LiftConfig
-from leanlift.layers.back_product import has_products
+from leanlift.layers.cpu_product import has_products
 from leanlift.measure import LiveBytes
 from leanlift.model import lift_state
 from leanlift.optim import SparseAdamW

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.common import write_rows
 from benchmarks.gpu_kernels import seconds
 from leanlift.layers import Scratch
-from leanlift.layers.back_product import has_products
+from leanlift.layers.cpu_product import has_products
 from leanlift.ops import tile_ops
 from leanlift.ops.reference import TorchOps, dense_product
 from leanlift.ops.sampled import sampled_product_

@@ -115,3 +115,17 @@ def check_unchanged(layer: Layer, version: tuple[float, ...]) -> None:
             "the offsets of a leanlift layer changed between its forward and its backward pass: "
             "step the optimizer, load adapters and refresh masks only when no backward is pending"
         )
+
+
+CARRIER = "leanlift_carrier"
+
+
+def carry(x: Tensor, layer: Layer, carrier: Tensor) -> None:
+    """Let a layer's carrier of x be this one, of whoever made x and keeps it in another form."""
+    setattr(x, CARRIER, (layer, carrier))
+
+
+def carrier_of(x: Tensor, layer: Layer) -> Tensor | None:
+    """The carrier that x has for a layer; None: the layer has to keep x itself."""
+    owner, carrier = getattr(x, CARRIER, (None, None))
+    return carrier if owner is layer else None

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -28,11 +29,12 @@ import torch
 from torch import Tensor
 
 from leanlift.layers.autograd import KeepInput, Multiply
+from leanlift.layers.cpu_product import times, times_turned
 from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.lift import LiftLinear
 from leanlift.layers.untraced import untraced
 from leanlift.layers.workspace import Workspace
-from leanlift.tiles import parts_of
+from leanlift.tiles import part_shape, parts_of
 
 PLANNED = 2
 """Experts that a plan goes over: the second has what the first leaves behind."""
@@ -76,7 +78,12 @@ class FrozenExperts(Factor, FrozenLinear):
     @property
     def shape(self) -> torch.Size:
         """[E, m, n], as the Parameter has it."""
-        return torch.Size((self.experts, *self.made_at_once))
+        return torch.Size((self.experts, *self.matrix_shape))
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n) of each."""
+        return part_shape(self.weight_tiles)
 
     @property
     def device(self) -> torch.device:
@@ -194,12 +201,12 @@ class ExpertsProduct:
     @property
     def in_features(self) -> int:
         """Of x."""
-        return self.layer.made_at_once[self.turned]
+        return self.layer.matrix_shape[self.turned]
 
     @property
     def out_features(self) -> int:
         """Of y."""
-        return self.layer.made_at_once[not self.turned]
+        return self.layer.matrix_shape[not self.turned]
 
     @property
     def workspace(self) -> Workspace:
@@ -224,17 +231,26 @@ class ExpertsProduct:
 
     def _products(self, x: Tensor, width: int, turned: bool) -> Tensor:
         y = x.new_zeros(x.shape[0], width)
-        m = self.layer.made_at_once[0]
+        m, by_tiles = self.layer.matrix_shape[0], self.layer.multiplies_by_tiles
         for expert, start, stop in self.tokens:
+            own = slice(start, stop)
+            if by_tiles:
+                rows = partial(self._rows_of, expert * m, x.dtype)
+                (times_turned if turned else times)(x[own], rows, y[own])
+                continue
             weight = self.layer.effective_rows(expert * m, (expert + 1) * m, x.dtype)
-            torch.mm(x[start:stop], weight.T if turned else weight, out=y[start:stop])
+            torch.mm(x[own], weight.T if turned else weight, out=y[own])
         return y
+
+    def _rows_of(self, first: int, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        """Rows of an expert, whose first one in the stack is `first`."""
+        return self.layer.effective_rows(first + start, first + stop, dtype)
 
     def factors(self, x: Tensor, grad_y: Tensor) -> list[tuple[Tensor, Tensor, int]]:
         """For each expert that has tokens: factors left [T, m] and right [T, n] of the gradient of
         its matrix, left^T @ right, and the first of its rows in the stack."""
         left, right = (grad_y, x) if self.turned else (x, grad_y)
-        m = self.layer.made_at_once[0]
+        m = self.layer.matrix_shape[0]
         return [(left[a:b], right[a:b], expert * m) for expert, a, b in self.tokens]
 
     def observe(self, x: Tensor, grad_y: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanlift.layers.autograd import KeepInput, Multiply
-from leanlift.layers.back_product import times_weight
+from leanlift.layers.cpu_product import part_of, rows_at_once, times, times_turned
 from leanlift.layers.untraced import untraced
 from leanlift.layers.workspace import Scratch, Workspace, needs_scratch
 from leanlift.ops import TileOps
@@ -111,15 +111,33 @@ class FrozenLinear(nn.Module):
     def product(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """x W_eff^T + bias, in the dtype of x; `weight`: W_eff in it, where it is there."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.multiplies_by_tiles:
+            y = x.new_empty(*x.shape[:-1], self.out_features)
+            times_turned(x, self._rows_for(x, weight), y, bias)
+            return y
         return F.linear(x, self.effective_weight(x.dtype) if weight is None else weight, bias)
 
     def product_back(self, grad_y: Tensor, weight: Tensor | None = None) -> Tensor:
         """The gradient of x, in the dtype of that of y."""
+        if self.multiplies_by_tiles:
+            grad_x = grad_y.new_empty(*grad_y.shape[:-1], self.in_features)
+            times(grad_y, self._rows_for(grad_y, weight), grad_x)
+            return grad_x
+        return grad_y @ (self.effective_weight(grad_y.dtype) if weight is None else weight)
+
+    def _rows_for(self, factor: Tensor, weight: Tensor | None) -> Callable[[int, int], Tensor]:
+        """Rows to multiply with, made as they are asked for, or of a weight that is there."""
         if weight is None:
-            weight = self.effective_weight(grad_y.dtype)
-        kind = self.workspace.stands_for or grad_y.device.type
-        stock = type(self) is FrozenLinear and not self._fresh  # only brought, or in pieces
-        return grad_y @ weight if stock else times_weight(grad_y, weight, kind == "cpu")
+            return lambda start, stop: self.effective_rows(start, stop, factor.dtype)
+        return part_of(weight)
+
+    @property
+    def multiplies_by_tiles(self) -> bool:
+        """Whether products make no weight but tiles of one: on a CPU, where the weight is not there
+        as numbers (one that is only brought is multiplied with as a stock Linear does)."""
+        on_cpu = (self.workspace.stands_for or self.weight_tiles.device.type) == "cpu"
+        is_made = self._fresh or type(self) is not FrozenLinear
+        return on_cpu and is_made and not self._ops().whole
 
     def lasting_weight(self, dtype: torch.dtype) -> Tensor:
         """The effective weight [m, n], in no memory that the next one is made in."""
@@ -162,8 +180,9 @@ class FrozenLinear(nn.Module):
 
     @property
     def made_at_once(self) -> tuple[int, int]:
-        """The shape of the effective weight, or of as much of it as is made at once."""
-        return part_shape(self.weight_tiles)
+        """The shape of as much of the effective weight as products make at once."""
+        m, n = part_shape(self.weight_tiles)
+        return (min(m, rows_at_once(n)) if self.multiplies_by_tiles else m), n
 
     def needs_scratch(self, dtype: torch.dtype) -> bool:
         """Whether the effective weight in `dtype` is made in the shared scratch. Operations that

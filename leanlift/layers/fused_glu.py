@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from leanlift.layers.kept_factors import last_product
 from leanlift.layers.untraced import untraced
 from leanlift.tiles import row_ranges
 
@@ -68,8 +69,8 @@ def fused_glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tens
 
 @untraced
 def _forward(self: Any, x: Tensor) -> Tensor:
-    y: Tensor = self.down_proj(fused_glu(self.gate_proj(x), self.up_proj(x), self.act_fn))
-    return y
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    return last_product(self.down_proj, gate, up, self.act_fn, fused_glu)
 
 
 @cache

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leanlift.errors import UserError
-from leanlift.layers.autograd import KeepInput
+from leanlift.layers.autograd import KeepInput, carrier_of
 from leanlift.layers.effective import EffectiveTiles, HeadWeight
 from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.gradient_rows import gradient_rows
@@ -83,7 +84,9 @@ class LiftLinear(FrozenLinear):
         if self.observer is not None or not self.trains_now:
             return super()._carrier(x)
         self.bring()
-        return KeepInput.apply(x, self.values, self, self.values_gradient)
+        if (made := carrier_of(x, self)) is None:
+            made = KeepInput.apply(x, self.values, self, self.values_gradient)
+        return made
 
     def bring(self) -> None:
         """Let what is learned here be where it is computed with, until another block is brought."""
@@ -171,8 +174,8 @@ class LiftLinear(FrozenLinear):
     @property
     def _of_offsets(self) -> tuple[float, ...]:
         """Another one for other offsets."""
-        values, retired = self.values, id(self.retired_values)
-        return id(values), values._version, id(self.index), retired, self.scale
+        of_values = id(self.values), self.values._version
+        return *of_values, id(self.index), id(self.retired_values), self.scale
 
     def values_gradient(self, x: Tensor, grad_y: Tensor) -> Tensor:
         """d loss / d values [k] in their dtype, by row tiles, from x [T, n] and grad_y [T, m]."""
@@ -184,10 +187,9 @@ class LiftLinear(FrozenLinear):
     def gradient_of_rows(self, left: Tensor, right: Tensor, first: int, out: Tensor) -> None:
         """Write the entries of left^T [r, T] @ right [T, n] that are trained in rows `first:first +
         r` of the weight to their places in `out` [k], by row tiles."""
-        if self.workspace.stand_in is not None:
-            self.workspace.stand_in.gradient(self, left, right, first, out)
-        else:
-            self.formed_gradient(left, right, first, out)
+        stand_in = self.workspace.stand_in
+        form = self.formed_gradient if stand_in is None else partial(stand_in.gradient, self)
+        form(left, right, first, out)
 
     def formed_gradient(self, left: Tensor, right: Tensor, first: int, out: Tensor) -> None:
         """The same, formed by the layer itself."""
@@ -237,8 +239,7 @@ class LiftLinear(FrozenLinear):
         """Take over disjoint offsets that are on the layer's device."""
         self.index, self.scale = learned.active.index, learned.active.scale
         self.values.copy_(learned.active.values)
-        retired = learned.retired
-        if retired is None or not retired.count:
+        if (retired := learned.retired) is None or not retired.count:
             self.retired_index = self.retired_values = None
         else:
             self.retired_index = retired.index
@@ -264,7 +265,7 @@ class LiftLinear(FrozenLinear):
     @property
     def settled_count(self) -> int:
         """How many there are."""
-        return 0 if self.settled is None else self.settled.count
+        return 0 if (settled := self.settled) is None else settled.count
 
     def take_off(self) -> Slot:
         """What the adapter has learned here; an empty mask takes its place."""

@@ -1,4 +1,4 @@
-"""The frozen output head of a language model, and the cross-entropy over it.
+"""The cross-entropy over a frozen output head.
 
 The head may be held in INT8, and the whole logits are never there: with a vocabulary of 128k they
 would be the largest tensor of all. The loss goes over the vocabulary in tiles, twice: once for
@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from leanlift.layers.frozen import dense, take_packed
-from leanlift.layers.untraced import untraced
+from leanlift.layers.cpu_product import part_of, times, times_turned
 from leanlift.tiles import RangeTiles, RowTiles, row_ranges
 
 TILE_BYTES = 32 * 2**20
@@ -35,12 +34,14 @@ class Head:
         bias: [V] or None.
         softcap: c of c * tanh(logits / c), as Gemma 2 has it; None: no cap.
         scale: what the product and the bias are multiplied by.
+        stands_for: the kind of device that it is taken to be on, as `Workspace` has it.
     """
 
     weight: RowTiles
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    stands_for: str | None = None
 
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """W[start:stop] in the dtype of the computation."""
@@ -51,7 +52,7 @@ class Head:
 
         The product is rounded to the dtype of x, as in the stock model; what follows is not.
         """
-        product = x @ rows.T
+        product = self.product(x, rows)
         logits = product if product.dtype == torch.float64 else product.float()
         if self.bias is not None:
             logits = logits + self.bias[start : start + rows.shape[0]].to(logits.dtype)
@@ -60,6 +61,27 @@ class Head:
         if self.softcap is not None:
             logits = logits.div(self.softcap).tanh_().mul_(self.softcap)
         return logits
+
+    def product(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x W^T [T, v], in their dtype."""
+        if not self.on_cpu:
+            return x @ rows.T
+        product = x.new_empty(x.shape[0], rows.shape[0])
+        times_turned(x, part_of(rows), product)
+        return product
+
+    def product_back(self, slope: Tensor, rows: Tensor) -> Tensor:
+        """The gradient of x [T, d] of that of logits [T, v], in their dtype."""
+        if not self.on_cpu:
+            return slope @ rows
+        gradient = slope.new_empty(slope.shape[0], rows.shape[1])
+        times(slope, part_of(rows), gradient)
+        return gradient
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is on a CPU, or stands for one that is."""
+        return (self.stands_for or self.weight.device.type) == "cpu"
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class Finish:
         if self.rows is not None:
             weight = RangeTiles(weight, 0, self.rows)
             bias = None if bias is None else bias[: self.rows]
-        return Head(weight, bias, self.softcap, self.scale)
+        return Head(weight, bias, self.softcap, self.scale, head.stands_for)
 
 
 @dataclass(frozen=True)
@@ -245,7 +267,8 @@ def _gradient(
         if head.softcap is not None:
             slope.mul_(logits.div_(head.softcap).square_().neg_().add_(1))
         del logits
-        gradient += slope.mul_((shares * head.scale).unsqueeze(1)).to(hidden.dtype) @ rows
+        slope = slope.mul_((shares * head.scale).unsqueeze(1)).to(hidden.dtype)
+        gradient += head.product_back(slope, rows)
         del slope
     return gradient.to(hidden.dtype)
 
@@ -257,89 +280,3 @@ def _within(labels: Tensor, start: int, stop: int) -> Tensor:
 def _pick(logits: Tensor, labels: Tensor, start: int) -> Tensor:
     place = (labels - start).clamp(0, logits.shape[1] - 1)
     return logits.gather(1, place.unsqueeze(1)).squeeze(1)
-
-
-class FrozenHead(nn.Module):
-    """An output head whose weight is dequantized a tile at a time, also for whole logits.
-
-    Args:
-        base: the module that holds weight and bias; its own forward is never called.
-        weight: the same weight as RowTiles.
-        bias: of the head.
-        dtype: of the weight as numbers; None: that of the tiles.
-    """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        weight: RowTiles,
-        bias: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.dtype = dtype or weight.dtype
-        self.base = base
-        self.weight_tiles = weight
-        self.register_buffer("bias", bias, persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight [V, d] as numbers, made anew: some losses multiply with it themselves."""
-        return dense(self.weight_tiles, self.dtype)
-
-    @property
-    def in_features(self) -> int:
-        """n: the width of the hidden states."""
-        return self.weight_tiles.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """m: the rows of the vocabulary."""
-        return self.weight_tiles.shape[0]
-
-    @untraced
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits [..., V] in the dtype of the computation."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        return _TiledLinear.apply(x, self.weight_tiles, bias)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
-    ) -> None:
-        """As of any module; what is packed is there already, and stays."""
-        begin = f"{prefix}base."
-        take_packed(self.base, begin, state_dict, local_metadata, rest[1], rest[-1])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}"
-
-
-class _TiledLinear(torch.autograd.Function):
-    """y = x W^T + bias, W read by row tiles, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: RowTiles, bias: Tensor | None) -> Tensor:
-        ctx.weight, ctx.dtype = weight, x.dtype
-        out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        for start, stop, rows in _tiles(weight, x.dtype):
-            out[..., start:stop] = x @ rows.T
-        return out if bias is None else out.add_(bias.to(out.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
-        grad_x = torch.zeros(
-            *grad_y.shape[:-1], ctx.weight.shape[1], dtype=torch.float32, device=grad_y.device
-        )
-        for start, stop, rows in _tiles(ctx.weight, ctx.dtype):
-            grad_x += grad_y[..., start:stop].to(ctx.dtype) @ rows
-        return grad_x.to(ctx.dtype), None, None
-
-
-def _tiles(weight: RowTiles, dtype: torch.dtype) -> Any:
-    m, n = weight.shape
-    for start, stop in row_ranges(m, max(64, TILE_BYTES // (4 * n))):
-        yield start, stop, weight.rows(start, stop).to(dtype)

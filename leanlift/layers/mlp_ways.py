@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.fused_glu import fused_glu, is_stock_glu
+from leanlift.layers.kept_factors import Act, Glu, last_product
 
 FUSED = re.compile(
     r"(\w+)=self\.(?P<first>\w+)\(\w+\)gate,\1=\1\.chunk\(2,dim=-1\)"
@@ -28,30 +29,46 @@ DROPOUT = re.compile(
 )
 """Of the sources of forwards, without spaces."""
 
-Glu = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
-
 
 @dataclass(frozen=True)
 class Way:
     """How an MLP computes: all up to its last Linear, that, and dropouts behind it.
 
     Attributes:
-        inner: its input [T, n] -> that of the last Linear.
-        last: the name of this.
+        last: the name of the last Linear.
+        chain: names of what comes before it, one after the other.
+        factors: of a gated one: its input [T, n] -> gate, up and the activation of gate.
+        glu: what multiplies these: (gate, up, act) -> act(gate) * up.
         dropouts: names of modules, or of probabilities.
         tokens: of a piece of a long row, at most; None: as `tiled_mlp.pieces` has it.
-        gated: whether one factor is an activation of the other.
     """
 
-    inner: Callable[[Any, Tensor], Tensor]
     last: str
+    chain: tuple[str, ...] = ()
+    factors: Callable[[Any, Tensor], tuple[Tensor, Tensor, Act]] | None = None
+    glu: Glu = fused_glu
     dropouts: tuple[str, ...] = ()
     tokens: int | None = None
-    gated: bool = False
+
+    @property
+    def gated(self) -> bool:
+        """Whether one factor is an activation of the other."""
+        return self.factors is not None
+
+    def inner(self, mlp: Any, x: Tensor) -> Tensor:
+        """The input of the last Linear."""
+        if self.factors is not None:
+            return self.glu(*self.factors(mlp, x))
+        for name in self.chain:
+            x = getattr(mlp, name)(x)
+        return x
 
     def __call__(self, mlp: Any, x: Tensor) -> Tensor:
         """The output of an MLP, but for dropouts."""
-        y: Tensor = getattr(mlp, self.last)(self.inner(mlp, x))
+        last = getattr(mlp, self.last)
+        if self.factors is not None:
+            return last_product(last, *self.factors(mlp, x), self.glu)
+        y: Tensor = last(self.inner(mlp, x))
         return y
 
     def is_exact(self, mlp: Any) -> bool:
@@ -69,27 +86,21 @@ def way_of(module: nn.Module, glu: Glu = fused_glu) -> Way | None:
     """
     forward = type(module).forward
     if is_stock_glu(forward):
-        return Way(partial(_gated, glu), "down_proj", gated=True)
+        return Way("down_proj", factors=_gated, glu=glu)
     body = _source(forward)
     fused = FUSED.fullmatch(body)
     if fused is not None:
-        return Way(partial(_both, glu, fused["first"], fused["act"]), fused["last"], gated=True)
+        return Way(fused["last"], factors=partial(_both, fused["first"], fused["act"]), glu=glu)
     return _chain(module, body)
 
 
-def _gated(glu: Glu, mlp: Any, x: Tensor) -> Tensor:
-    return glu(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn)
+def _gated(mlp: Any, x: Tensor) -> tuple[Tensor, Tensor, Act]:
+    return mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn
 
 
-def _both(glu: Glu, first: str, act: str, mlp: Any, x: Tensor) -> Tensor:
+def _both(first: str, act: str, mlp: Any, x: Tensor) -> tuple[Tensor, Tensor, Act]:
     gate, up = getattr(mlp, first)(x).chunk(2, dim=-1)
-    return glu(gate, up, getattr(mlp, act))
-
-
-def _through(names: tuple[str, ...], mlp: Any, x: Tensor) -> Tensor:
-    for name in names:
-        x = getattr(mlp, name)(x)
-    return x
+    return gate, up, getattr(mlp, act)
 
 
 def _chain(module: nn.Module, body: str) -> Way | None:
@@ -111,7 +122,7 @@ def _chain(module: nn.Module, body: str) -> Way | None:
         elif not _is_linear(part) and not (name in inner and _is_activation(part)):
             return None
     inner = tuple(name for name in inner if name not in dropouts)
-    return Way(partial(_through, inner), linears[-1], dropouts)
+    return Way(linears[-1], chain=inner, dropouts=dropouts)
 
 
 def _is_linear(part: Any) -> bool:

@@ -34,15 +34,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from leanlift.errors import UserError
+from leanlift.layers.again import Autocast, kept_here
 from leanlift.layers.autograd import Multiply, check_unchanged
 from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.fused_glu import OurForward, fused_glu, may_be_replaced
+from leanlift.layers.kept_factors import Glu
 from leanlift.layers.lift import LiftLinear
-from leanlift.layers.mlp_ways import Glu, Way, way_of
-from leanlift.layers.tiled_norms import Autocast, few_of, kept_here
+from leanlift.layers.mlp_ways import Way, way_of
 from leanlift.layers.untraced import untraced
 from leanlift.streaming import STREAMED
-from leanlift.tiles import row_ranges
+from leanlift.tiles import few_of, row_ranges
 
 PIECES, LEAST, MOST = 4, 2048, 4096
 """A row is cut into four pieces, of no fewer than LEAST tokens and no more than MOST. An H100 takes

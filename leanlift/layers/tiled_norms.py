@@ -12,20 +12,18 @@ Taken are frozen norms over the last dimension whose class, tried on numbers, tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
+from leanlift.layers.again import Autocast, kept_here
 from leanlift.layers.fused_glu import OurForward
 from leanlift.layers.untraced import untraced
-from leanlift.tiles import row_ranges, tile_rows
+from leanlift.tiles import few_of, row_ranges, tile_rows
 
 PIECE_BYTES = 16 * 2**20
 """Of fp32 numbers that a norm goes over at once."""
@@ -98,40 +96,6 @@ def _pieces(x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     ranges = [*row_ranges(flat.shape[0], tile_rows(x.shape[-1], 4, PIECE_BYTES))]
     for start, stop in few_of(ranges, x):
         yield start, stop, flat[start:stop]
-
-
-def few_of(ranges: list[tuple[int, int]], x: Tensor) -> list[tuple[int, int]]:
-    """The pieces to go over: all; of a plan's x, which has no numbers, the first two and the last,
-    as those between take what the second takes."""
-    return [*ranges[:2], ranges[-1]] if isinstance(x, FakeTensor) and len(ranges) > 3 else ranges
-
-
-class Autocast:
-    """What a backward pass has to know of the autocast of its forward pass."""
-
-    def __init__(self, kind: str, enabled: bool, dtype: torch.dtype) -> None:
-        self.kind, self.enabled, self.dtype = kind, enabled, dtype
-
-    @classmethod
-    def of(cls, x: Tensor) -> Autocast:
-        """As it is now, on the device of x."""
-        kind = x.device.type
-        return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-
-    def again(self) -> Any:
-        """As it was then."""
-        return torch.autocast(self.kind, dtype=self.dtype, enabled=self.enabled)
-
-    def computed(self, dtype: torch.dtype) -> torch.dtype:
-        """In which a product of tensors of `dtype` is computed."""
-        return self.dtype if self.enabled else dtype
-
-
-@contextmanager
-def kept_here() -> Iterator[None]:
-    """What a piece keeps for its backward pass lives for a moment: nobody shall move it away."""
-    with saved_tensors_hooks(Tensor.detach, lambda tensor: tensor):
-        yield
 
 
 # --- which norms ------------------------------------------------------------------------------

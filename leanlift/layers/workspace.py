@@ -88,6 +88,8 @@ class Workspace:
         reuses_weights: whether a weight that is made to compute something again in the backward
             pass waits for the product there.
         waiting: those that do, by layer (its id), whether it is off, and dtype.
+        products: what was made again in the backward pass for a layer (its id) to take, as
+            `kept_factors` has it.
         off: whether the layers compute as without an adapter, where a thread has not said
             otherwise with `without_offsets`.
     """
@@ -107,6 +109,7 @@ class Workspace:
         self.scratch = Scratch()
         self.off = self.reuses_weights = False
         self.waiting: dict[tuple[int, bool, torch.dtype], Tensor] = {}
+        self.products: dict[int, Any] = {}
         self._threads = threading.local()
 
     @property
@@ -154,6 +157,7 @@ class Workspace:
             "ops": self._given,
             "stand_in": None,
             "waiting": {},
+            "products": {},
             "_threads": None,
         }
 

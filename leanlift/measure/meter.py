@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from leanlift.io.machine import machine_nbytes
 from leanlift.layers import FrozenLinear, LiftEmbedding, LiftLinear, TiedHead
 from leanlift.layers.embedding import FrozenEmbedding
-from leanlift.layers.lm_head import FrozenHead
+from leanlift.layers.frozen_head import FrozenHead
 from leanlift.measure.live import LiveBytes
 from leanlift.optim import state_nbytes
 from leanlift.streaming import STREAMED, Pool

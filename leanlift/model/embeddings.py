@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from leanlift.errors import UserError
 from leanlift.layers.embedding import FrozenEmbedding
-from leanlift.layers.lm_head import FrozenHead, Head
+from leanlift.layers.frozen import FrozenLinear
+from leanlift.layers.frozen_head import FrozenHead
+from leanlift.layers.lm_head import Head
 from leanlift.layers.tokens import LiftEmbedding, TiedHead
 from leanlift.weights.places import weight_tensors
 from leanlift.weights.quantized import (
@@ -186,10 +188,17 @@ def output_head(model: Any) -> Head | None:
     module = model.get_output_embeddings()
     if isinstance(module, FrozenHead):
         bias: Any = module.bias
-        return Head(module.weight_tiles, bias)
+        return Head(module.weight_tiles, bias, stands_for=_stands_for(model))
     if type(module) is nn.Linear:
-        return Head(frozen_weight(module, "the output head"), module.bias)
+        weight = frozen_weight(module, "the output head")
+        return Head(weight, module.bias, stands_for=_stands_for(model))
     return None
+
+
+def _stands_for(model: Any) -> str | None:
+    """The kind of device that the layers of a model are taken to be on; None: where they are."""
+    layers = (module for module in model.modules() if isinstance(module, FrozenLinear))
+    return next((layer.workspace.stands_for for layer in layers), None)
 
 
 def check_embeddings(model: Any) -> tuple[nn.Embedding, nn.Linear]:

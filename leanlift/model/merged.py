@@ -23,8 +23,8 @@ from leanlift.errors import UserError
 from leanlift.layers import FrozenLinear, LiftEmbedding, TiedHead
 from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.frozen import dense
+from leanlift.layers.frozen_head import FrozenHead
 from leanlift.layers.fused_glu import use_stock_glu
-from leanlift.layers.lm_head import FrozenHead
 from leanlift.model.base import base_dtype
 from leanlift.model.stacks import put_part
 from leanlift.model.state import every_layer, lift_state, lifted

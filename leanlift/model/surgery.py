@@ -19,8 +19,8 @@ from torch import nn
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace
 from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.experts import FrozenExperts, LiftExperts
+from leanlift.layers.frozen_head import FrozenHead
 from leanlift.layers.fused_glu import use_fused_glu
-from leanlift.layers.lm_head import FrozenHead
 from leanlift.model.embeddings import Hold, quantize_embeddings
 from leanlift.model.reading import read_by_parent
 from leanlift.model.resize_embeddings import grow_embedding

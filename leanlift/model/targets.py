@@ -251,7 +251,7 @@ def _weights(module: Any) -> int:
 def _shape(module: Any) -> tuple[int, int]:
     """Rows and columns of a matrix, quantized or not; of a stack, of each expert's."""
     if isinstance(module, FrozenExperts):
-        return module.made_at_once
+        return module.matrix_shape
     if isinstance(module, ExpertStack):
         m, n = module.weight.shape[-2:]
         return m, n

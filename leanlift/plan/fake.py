@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leanlift.config import LiftConfig
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace, largest_in_scratch
+from leanlift.layers.frozen_head import FrozenHead
 from leanlift.measure.live import LiveBytes
 from leanlift.model.embeddings import INT8, embedding_to_cpu
 from leanlift.model.hidden import base_of
@@ -138,6 +139,8 @@ def attach_fake(
         indices[embedding_name(model)] = index
     if embedding_on_cpu:
         embedding_to_cpu(model)
+    for head in (module for module in model.modules() if isinstance(module, FrozenHead)):
+        head.stands_for = workspace.stands_for
     return indices
 
 

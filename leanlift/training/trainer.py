@@ -25,7 +25,7 @@ from leanlift.data.positions import check_positions
 from leanlift.data.ready import Rows, RowsForTraining, has_images
 from leanlift.data.tokenizer import tell_model, tokenizer_of
 from leanlift.errors import UserError
-from leanlift.layers.lm_head import FrozenHead
+from leanlift.layers.frozen_head import FrozenHead
 from leanlift.model import embedding_size, lift_state, lifted
 from leanlift.processes import processes
 from leanlift.training.checks import check_language_model

@@ -198,7 +198,7 @@ def made(layer: FrozenExperts, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = layer.effective_rows
 
     def counted(first: int, last: int, dtype: torch.dtype) -> Tensor:
-        found.append(first // layer.made_at_once[0])
+        found.append(first // layer.matrix_shape[0])
         return original(first, last, dtype)
 
     monkeypatch.setattr(layer, "effective_rows", counted)

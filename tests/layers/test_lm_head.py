@@ -11,7 +11,8 @@ from helpers import make_base, relative_error
 from torch import Tensor, nn
 
 from leanlift.layers.embedding import FrozenEmbedding
-from leanlift.layers.lm_head import Finish, FrozenHead, Head, Objective, head_loss
+from leanlift.layers.frozen_head import FrozenHead
+from leanlift.layers.lm_head import Finish, Head, Objective, head_loss
 from leanlift.measure import LiveBytes
 from leanlift.tiles import DenseTiles
 from leanlift.weights.quantized import WeightFormat, embedding_rows, frozen_weight, requantize

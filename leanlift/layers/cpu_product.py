@@ -1,0 +1,118 @@
+"""Products with a weight on a CPU: by tiles of its rows, which are made and used while a cache has
+them.
+
+A large weight that is made whole is written to memory, in pages that the system clears first, is
+read for its offsets and written again, and read by the product; and it is there. Made by tiles of a
+few megabytes it is none of that, and a step through NF4 takes half the time (`benchmarks.cpu_step`,
+`benchmarks.cpu_product`).
+
+A CPU without AVX-512's or AMX's products in 16 bits multiplies by loops, one of which takes 14 to
+56 times as long as the other. There a tile is widened, and the product is one in fp32.
+
+Sums over tiles are in fp32, and are rounded once: so many tokens go at once that they stay small
+beside a large weight.
+
+Shapes: T tokens, W [m, n].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from leanlift.tiles import few_of, row_ranges, tile_rows
+
+TILE_BYTES = 8 * 2**20
+"""Of fp32 rows that are multiplied with at once. From 1 to 8 MiB it makes no difference that could
+be told from noise; smaller ones cost Python's time."""
+
+TOKENS = 4096
+"""That go over all tiles at once: making a weight anew takes little beside a product of so many."""
+
+Rows = Callable[[int, int], Tensor]
+"""Rows start:stop of W, in the dtype of the computation; valid until the next ones are made."""
+
+
+def times_turned(x: Tensor, rows: Rows, y: Tensor, bias: Tensor | None = None) -> None:
+    """Write x W^T + bias to y.
+
+    Args:
+        x: [..., n].
+        rows: of W.
+        y: [..., m], in rows and of the dtype of x.
+        bias: [m], in that dtype.
+    """
+    bias = None if bias is None else _wide(bias)
+    flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    for first, last in few_of(row_ranges(flat.shape[0], TOKENS), x):
+        tokens = _wide(flat[first:last])
+        for start, stop in tiles(out.shape[1], flat.shape[1], x):
+            turned, into = _wide(rows(start, stop)).T, out[first:last, start:stop]
+            if bias is not None:
+                into.copy_(torch.addmm(bias[start:stop], tokens, turned))
+            elif into.dtype == tokens.dtype:
+                torch.mm(tokens, turned, out=into)
+            else:
+                into.copy_(tokens @ turned)
+            del turned  # before the next tile is made
+
+
+def times(grad_y: Tensor, rows: Rows, product: Tensor) -> None:
+    """Write grad_y W to `product`.
+
+    Args:
+        grad_y: [..., m].
+        rows: of W.
+        product: [..., n], in rows and of the dtype of grad_y.
+    """
+    flat, out = grad_y.reshape(-1, grad_y.shape[-1]), product.view(-1, product.shape[-1])
+    for first, last in few_of(row_ranges(flat.shape[0], TOKENS), grad_y):
+        into = out[first:last]
+        wide = torch.promote_types(into.dtype, torch.float32)
+        sums = into if into.dtype == wide else torch.empty_like(into, dtype=wide)
+        for start, stop in tiles(flat.shape[1], out.shape[1], grad_y):
+            left, right = _wide(flat[first:last, start:stop]), _wide(rows(start, stop))
+            if left.dtype == sums.dtype:
+                sums.addmm_(left, right, beta=float(start > 0))
+            elif start:
+                sums.add_(left @ right)
+            else:
+                sums.copy_(left @ right)
+            del left, right  # before the next tile is made
+        if sums is not into:
+            into.copy_(sums)
+        del sums  # before the next ones are made
+
+
+def part_of(weight: Tensor) -> Rows:
+    """Rows of a weight that is there."""
+    return lambda start, stop: weight[start:stop]
+
+
+def tiles(m: int, n: int, x: Tensor) -> list[tuple[int, int]]:
+    """The ranges of rows of W [m, n] that are multiplied with at once; of a plan's x some, which
+    take what all of them take."""
+    return few_of(row_ranges(m, rows_at_once(n)), x)
+
+
+def rows_at_once(n: int) -> int:
+    """How many rows of n entries are multiplied with at once, at most."""
+    return tile_rows(n, 4, TILE_BYTES)
+
+
+def _wide(factor: Tensor) -> Tensor:
+    """In the dtype in which this machine multiplies."""
+    return factor if has_products(factor.dtype) else factor.float()
+
+
+@functools.cache
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this machine's CPU multiplies matrices in a dtype, by oneDNN or by BLAS."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True

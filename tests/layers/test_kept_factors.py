@@ -1,0 +1,231 @@
+"""The last Linear of a gated MLP keeps no input of its own: the same bits, a tensor less."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from families import config_of
+from helpers import saved_nbytes
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from leanlift import LiftConfig, get_lift_model
+from leanlift.layers import LiftLinear, kept_factors
+from leanlift.layers.autograd import KeepInput
+from leanlift.layers.fused_glu import OurForward, use_fused_glu, use_stock_glu
+from leanlift.layers.kept_factors import KeepFactors, last_product
+from leanlift.layers.mlp_ways import Way, way_of
+from leanlift.measure import LiveBytes
+from leanlift.model import lifted
+from leanlift.plan.fake import fake_tensors
+
+TOKENS = 40
+WIDTH, INNER = 64, 192
+ALL = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+
+
+def mlp_of(family: str = "llama", targets: tuple[str, ...] = ALL) -> Any:
+    """The MLP of an attached model's first block, with offsets that are not zero."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(family)).requires_grad_(False)
+    names = [t for t in targets if any(n.endswith(f".{t}") for n, _ in model.named_modules())]
+    config = LiftConfig(selector="random", density=0.1, target_modules=tuple(names))
+    mlp = lifted(get_lift_model(model, config, progress=False)).model.layers[0].mlp
+    for layer in mlp.modules():
+        if isinstance(layer, LiftLinear):
+            layer.values.data.normal_(0, 0.01)
+    return mlp
+
+
+def plain(mlp: Any) -> Any:
+    """The same MLP, whose last Linear keeps its input: by its family's own forward."""
+    twin = copy.deepcopy(mlp)
+    for part in twin.modules():
+        vars(part).pop("forward", None)
+    return twin
+
+
+def gradients(run: Callable[[Tensor], Tensor], mlp: Any, x: Tensor) -> list[Tensor]:
+    """y, and the gradients of x and of the values."""
+    x = x.clone().requires_grad_()
+    for parameter in mlp.parameters():
+        parameter.grad = None
+    y = run(x)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad for p in mlp.parameters() if p.grad is not None)]
+
+
+RUNS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
+    "as it is": lambda mlp: mlp,
+    "recomputed": lambda mlp: lambda x: checkpoint(mlp, x, use_reentrant=False),
+    "recomputed by another pass": lambda mlp: lambda x: checkpoint(mlp, x, use_reentrant=True),
+    "recomputed, called twice": lambda mlp: (
+        lambda x: checkpoint(lambda x: mlp(x) + mlp(2 * x), x, use_reentrant=False)
+    ),
+    "called twice": lambda mlp: lambda x: mlp(mlp(x)),
+}
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often an input was kept, and how often factors were; and made again."""
+    found: Counter[str] = Counter()
+
+    def watch(owner: Any, name: str, key: str) -> None:
+        own = getattr(owner, name)
+
+        def counting(*args: Any) -> Any:
+            found[key] += 1
+            return own(*args)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    watch(KeepInput, "forward", "inputs")
+    watch(KeepFactors, "forward", "factors")
+    watch(kept_factors, "_made", "made")
+    return found
+
+
+@pytest.mark.parametrize("offloaded", [False, True], ids=["", "offloaded"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_outputs_and_gradients_are_the_same(
+    family: str, run: str, autocast: bool, offloaded: bool, kept: Counter[str]
+) -> None:
+    mlp = mlp_of(family)
+    x, found = torch.randn(2, TOKENS, WIDTH), []
+    for each in (plain(mlp), mlp):
+        kept.clear()
+        saving: Any = save_on_cpu() if offloaded else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), saving:
+            found.append(gradients(RUNS[run](each), each, x))
+    assert kept["factors"] > 0
+    assert kept["inputs"] == 2 * kept["factors"]  # of gate and up
+    assert len(found[0]) == len(found[1]) == 5
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    layer = mlp.down_proj
+    assert not layer.workspace.products
+
+
+@pytest.mark.parametrize("run", ["as it is", "recomputed"])
+def test_both_factors_of_one_linear(run: str) -> None:
+    mlp = mlp_of("phi3, fused")
+    way = way_of(mlp)
+    assert isinstance(way, Way)
+    assert way.gated
+    ours = copy.deepcopy(mlp)
+    ours.forward = OurForward(way, ours)
+    x = torch.randn(2, TOKENS, WIDTH)
+    one, other = (gradients(RUNS[run](each), each, x) for each in (plain(mlp), ours))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_what_is_recomputed_is_not_made_once_more(kept: Counter[str]) -> None:
+    mlp, x = mlp_of(), torch.randn(TOKENS, WIDTH)
+    gradients(mlp, mlp, x)
+    assert kept["made"] == 1
+    for run in ("recomputed", "recomputed by another pass"):
+        kept.clear()
+        gradients(RUNS[run](mlp), mlp, x)
+        assert kept["made"] == 1, run  # by the recomputation
+
+
+def test_what_a_broken_pass_left_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that ends between the recomputation and the gradient; then one with other numbers."""
+    mlp = mlp_of()
+    x, other = torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
+    wanted = gradients(RUNS["recomputed"](mlp), mlp, other)
+    layer = mlp.down_proj
+
+    def broken(*_: Any) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(kept_factors, "check_unchanged", broken)
+        gradients(RUNS["recomputed"](mlp), mlp, x)
+    assert layer.workspace.products
+    for run in ("recomputed", "as it is"):
+        found = gradients(RUNS[run](mlp), mlp, other)
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_a_seventh_of_what_is_kept_is_not() -> None:
+    mlp = mlp_of()
+    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    small, wide = x.nbytes, TOKENS * INNER * 4
+    assert saved_nbytes(mlp, x) == small + 2 * wide
+    use_stock_glu(mlp)
+    assert saved_nbytes(mlp, x) >= small + 3 * wide
+    use_fused_glu(mlp)
+    assert saved_nbytes(mlp, x) == small + 2 * wide
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_pass_peaks_no_higher(recomputed: bool) -> None:
+    """h is gone before the gradients of its factors are made."""
+    mlp = mlp_of()
+    x = torch.randn(4000, WIDTH, requires_grad=True)
+    with LiveBytes() as live:
+        y = RUNS["recomputed" if recomputed else "as it is"](mlp)(x)
+        y.sum().backward()
+    wide = 4000 * INNER * 4
+    # gate, up, the gradients of h, gate and up; what is narrow is a third of a wide one each
+    assert live.peak <= 5 * wide + 5 * wide / 3
+
+
+def test_a_plan_keeps_as_much() -> None:
+    mlp, peaks = mlp_of(), []
+    for numbers in (nullcontext, fake_tensors):
+        with numbers():
+            gate, up = (torch.ones(TOKENS, INNER, requires_grad=True) for _ in range(2))
+            with LiveBytes() as live:
+                y = kept_factors.KeepFactors.apply(
+                    gate, up, mlp.down_proj.values, mlp.down_proj, mlp.act_fn, way_of(mlp).glu
+                )[0]
+                peaks.append(live.current)
+            del y
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.parametrize("case", ["frozen", "no gradient of x", "evaluated", "observed", "off"])
+def test_where_no_input_is_kept_the_plain_way_is_gone(case: str, kept: Counter[str]) -> None:
+    targets = ("gate_proj", "up_proj") if case == "frozen" else ALL
+    targets = ("down_proj",) if case == "no gradient of x" else targets
+    mlp = mlp_of(targets=targets)
+    x = torch.randn(TOKENS, WIDTH, requires_grad=case != "no gradient of x")
+    if case == "observed":
+        mlp.down_proj.observer = lambda *_: None
+    if case == "off":
+        mlp.down_proj.workspace.off = True
+    with torch.no_grad() if case == "evaluated" else nullcontext():
+        mlp(x)
+    assert kept["factors"] == 0
+
+
+def test_hooks_of_the_last_linear_are_called_and_may_give_another_input() -> None:
+    mlp = mlp_of()
+    x = torch.randn(TOKENS, WIDTH)
+    for change in (lambda h: h, lambda h: 2 * h):
+        found = []
+        for each in (plain(mlp), mlp):
+            handle = each.down_proj.register_forward_pre_hook(lambda _, args: (change(args[0]),))  # noqa: B023
+            found.append(gradients(each, each, x))
+            handle.remove()
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_stock_linear_at_the_end_is_called() -> None:
+    gate, up = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
+    last, glu = nn.Linear(8, 4), lambda gate, up, act: act(gate) * up
+    y = last_product(last, gate, up, torch.relu, glu)
+    assert torch.equal(y, last(torch.relu(gate) * up))
