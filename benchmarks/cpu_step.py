@@ -12,8 +12,9 @@ of weights, trained entries and optimizer state, of which leanlift has no more b
 others; leanlift's scratch, which stays, is counted in its peak.
 
 Where a CPU has no products in 16 bits (`own 16-bit products`), torch multiplies by loops, which are
-slow backward (`cpu_product`): PEFT's layers pay for that and leanlift's do not, and fewer layers
-(`--layers 2`, a file of their own) say as much.
+slow backward (`cpu_product`). PEFT's layers, and the stock loss, take minutes for that: they step
+once in bf16 there. leanlift multiplies in fp32. Who has such a CPU trains a LoRA in fp32, so that
+leanlift's step in bf16 is to be compared with PEFT's in fp32.
 
 bitsandbytes' own Linears stay in training mode: in eval mode their CPU forward repacks the weight.
 """
@@ -109,6 +110,7 @@ def measure(
     return [
         {
             "way": name,
+            "steps": repeats,
             "dtype": str(dtype).removeprefix("torch."),
             "entries": entries(peer.model),
             "median s": round(times[name], 3),
@@ -137,7 +139,8 @@ def main() -> None:
     shape = arguments.hidden, arguments.layers, arguments.tokens
     rows: list[dict[str, Any]] = []
     for dtype in (torch.bfloat16, torch.float32):
-        rows += measure(*shape, arguments.repeats, dtype)
+        repeats = arguments.repeats if has_products(dtype) else 1
+        rows += measure(*shape, repeats, dtype)
         gc.collect()
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))

@@ -7,8 +7,11 @@ values, 8-bit moments. FLOP and bytes are those that `leanlift plan --card` coun
 (`leanlift/plan/work.py`), taken apart by class; that they add up to its time is checked. QLoRA of r
 = 64 on every Linear beside it, with adapters in bf16: the same products with the frozen weights and
 the same bytes between them, weights dequantized thrice and not patched, and the adapters' own
-products and bytes. `measured` are the kernels of a profile on that card, where
-`benchmarks/gpu_proof` has left one; an earlier one has all products in one class.
+products and bytes; with fused kernels what is between products is touched less often, in both.
+`by strips`: gradients of values for the share of a block that `benchmarks/mask_tiles` found real
+masks to need, and copies of both factors. No line has the host's time. `measured` are the kernels
+of a profile on that card, where `benchmarks/gpu_proof` has left one; an earlier one has all
+products in one class.
 """
 
 from __future__ import annotations
@@ -53,6 +56,9 @@ EARLIER = {"comfortable": {"elementwise": "elementwise and reductions"}}
 MEASURED = {"leanlift": ("default", "comfortable"), "QLoRA, r = 64": ("QLoRA r=64",)}
 """Under which names a profile may have a line of this table."""
 
+STRIPS = {"rank": "8", "density": "0.05", "tile": "strips"}
+"""The masks of `mask_tiles` that are like those of 64 and 5 % at this width."""
+
 Classes = dict[str, Part]
 
 
@@ -93,6 +99,25 @@ def qlora(model: ModelWork, run: Running) -> Classes:
     found["elementwise"] += Part(traffic=traffic)
     found["optimizer"] = Part(traffic=parameters * (3 * run.item + 2 * 8))
     return found
+
+
+def by_strips(classes: Classes, model: ModelWork, run: Running, share: float) -> Classes:
+    """The same where of the values' gradients a share of each matrix is formed."""
+    trained = [matrix for matrix in model.matrices if matrix.entries]
+    tokens = run.rows * run.tokens
+    copies = sum(2 * tokens * (matrix.m + matrix.n) * run.item for matrix in trained)
+    unformed = sum(2 * matrix.m * matrix.n * run.item for matrix in trained)
+    gather = classes["gather"].traffic - (1 - share) * unformed + copies
+    products = share * classes["gradients of values"].products
+    return {**classes, "gradients of values": Part(products), "gather": Part(traffic=gather)}
+
+
+def share_by_strips() -> float:
+    """Of a block, what is formed by strips, in whole groups of rows."""
+    rows = [row for row in read_rows(RESULTS / "mask_tiles.csv") if STRIPS.items() <= row.items()]
+    areas = [math.prod(map(int, row["shape"].split("x"))) for row in rows]
+    formed = (float(row["formed"]) * area for row, area in zip(rows, areas, strict=True))
+    return sum(formed) / sum(areas)
 
 
 def _shared(model: ModelWork, run: Running) -> Classes:
@@ -166,8 +191,14 @@ def main() -> None:
         "leanlift": {},
         "leanlift, weights reused": {"reuse_weights": True},
         "leanlift, half the blocks kept": {"kept_blocks": blocks // 2},
-        "leanlift, both": {"kept_blocks": blocks // 2, "reuse_weights": True},
+        "leanlift, fused kernels": {"fused_elementwise": True},
+        "leanlift, all of these": {
+            "kept_blocks": blocks // 2,
+            "reuse_weights": True,
+            "fused_elementwise": True,
+        },
     }
+    share = share_by_strips()
     rows = []
     for name in CARDS:
         card, lines = card_named(name), dict[str, Classes]()
@@ -176,7 +207,10 @@ def main() -> None:
             lines[setting] = ours(model, run)
             time = step_time(step_work(model, run), card).seconds
             assert math.isclose(sum(seconds(p, card) for p in lines[setting].values()), time)
+            if setting in ("leanlift", "leanlift, all of these"):
+                lines[f"{setting}, by strips"] = by_strips(lines[setting], model, run, share)
         lines["QLoRA, r = 64"] = qlora(*counted())
+        lines["QLoRA, r = 64, fused kernels"] = qlora(*counted(fused_elementwise=True))
         for line, classes in lines.items():
             cells = {kind: round(1e3 * seconds(part, card), 1) for kind, part in classes.items()}
             whole = round(sum(1e3 * seconds(part, card) for part in classes.values()), 1)

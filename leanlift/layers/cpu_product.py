@@ -53,9 +53,9 @@ def times_turned(x: Tensor, rows: Rows, y: Tensor, bias: Tensor | None = None) -
             turned, into = _wide(rows(start, stop)).T, out[first:last, start:stop]
             if bias is not None:
                 into.copy_(torch.addmm(bias[start:stop], tokens, turned))
-            elif into.dtype == tokens.dtype:
+            elif x.dtype.itemsize > 2:
                 torch.mm(tokens, turned, out=into)
-            else:
+            else:  # rounded, or by oneDNN, which makes rows of its own anyway
                 into.copy_(tokens @ turned)
             del turned  # before the next tile is made
 

@@ -141,11 +141,11 @@ class FrozenLinear(nn.Module):
 
     def lasting_weight(self, dtype: torch.dtype) -> Tensor:
         """The effective weight [m, n], in no memory that the next one is made in."""
-        return self.effective_rows(0, self.weight_tiles.shape[0], dtype, lasting=True)
+        return self.effective_rows(0, self.out_features, dtype, lasting=True)
 
     def effective_weight(self, dtype: torch.dtype) -> Tensor:
         """The effective weight [m, n]; see `effective_rows`."""
-        return self.effective_rows(0, self.weight_tiles.shape[0], dtype)
+        return self.effective_rows(0, self.out_features, dtype)
 
     def effective_rows(
         self, first: int, last: int, dtype: torch.dtype, lasting: bool = False
@@ -158,7 +158,7 @@ class FrozenLinear(nn.Module):
 
     def made_rows(self, first: int, last: int, dtype: torch.dtype, lasting: bool = False) -> Tensor:
         """The same, made by the layer itself."""
-        source, n = self.weight_tiles, self.weight_tiles.shape[1]
+        source, n = self.weight_tiles, self.in_features
         if not self.needs_scratch(dtype):
             weight = source.rows(first, last)
             for start, stop in row_ranges(last - first, patched_rows(n)):

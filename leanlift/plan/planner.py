@@ -125,6 +125,7 @@ def running_of(planned: Planned, shapes: Shapes) -> Running:
         kept=settings.kept_blocks,
         reuses=settings.reuse_weights,
         mlp_tokens=settings.mlp_tokens,
+        fused=settings.fused_elementwise and settings.on_cuda,
         offloading=settings.activation_offloading,
         item=settings.model_dtype.itemsize,
         value=planned.value_nbytes,
