@@ -11,6 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
+def leaf_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a graph of its own begins, and what to compute with: the same numbers as x, and a view
+    of them. Where torch follows modules (`FlopCounterMode`), none may be given the leaf itself."""
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return leaf, leaf.view_as(leaf)
+
+
 class Autocast:
     """What a backward pass has to know of the autocast of its forward pass."""
 

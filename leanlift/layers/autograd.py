@@ -118,14 +118,15 @@ def check_unchanged(layer: Layer, version: tuple[float, ...]) -> None:
 
 
 CARRIER = "leanlift_carrier"
+Carrier = Callable[[Tensor], Tensor]
 
 
-def carry(x: Tensor, layer: Layer, carrier: Tensor) -> None:
-    """Let a layer's carrier of x be this one, of whoever made x and keeps it in another form."""
+def carry(x: Tensor, layer: Layer, carrier: Carrier) -> None:
+    """Let a layer's carrier of x be made so, by whoever made x and keeps it in another form."""
     setattr(x, CARRIER, (layer, carrier))
 
 
 def carrier_of(x: Tensor, layer: Layer) -> Tensor | None:
     """The carrier that x has for a layer; None: the layer has to keep x itself."""
-    owner, carrier = getattr(x, CARRIER, (None, None))
-    return carrier if owner is layer else None
+    found: tuple[Layer, Carrier] | None = getattr(x, CARRIER, None)
+    return found[1](x) if found is not None and found[0] is layer else None

@@ -76,7 +76,7 @@ def times(grad_y: Tensor, rows: Rows, product: Tensor) -> None:
         for start, stop in tiles(flat.shape[1], out.shape[1], grad_y):
             left, right = _wide(flat[first:last, start:stop]), _wide(rows(start, stop))
             if left.dtype == sums.dtype:
-                sums.addmm_(left, right, beta=float(start > 0))
+                torch.addmm(sums, left, right, beta=float(start > 0), out=sums)
             elif start:
                 sums.add_(left @ right)
             else:

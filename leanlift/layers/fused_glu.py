@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from leanlift.layers.kept_factors import last_product
+from leanlift.layers.again import leaf_of
+from leanlift.layers.kept_factors import last_input
 from leanlift.layers.untraced import untraced
 from leanlift.tiles import row_ranges
 
@@ -69,8 +70,9 @@ def fused_glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tens
 
 @untraced
 def _forward(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    return last_product(self.down_proj, gate, up, self.act_fn, fused_glu)
+    last = self.down_proj
+    y: Tensor = last(last_input(last, self.gate_proj(x), self.up_proj(x), self.act_fn, fused_glu))
+    return y
 
 
 @cache
@@ -134,8 +136,8 @@ def _by_autograd(
     two pieces, which take what all of them take."""
     most = 2 if isinstance(gate, FakeTensor) else None
     for a, b in islice(row_ranges(gate.shape[0], TOKENS), most):
+        piece, seen = leaf_of(gate[a:b])
         with torch.enable_grad():
-            piece = gate[a:b].detach().requires_grad_()
-            activated = act(piece)
+            activated = act(seen)
         torch.mul(grad[a:b], activated.detach(), out=grad_up[a:b])
         (grad_gate[a:b],) = torch.autograd.grad(activated, piece, grad[a:b] * up[a:b])

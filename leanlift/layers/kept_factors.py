@@ -5,15 +5,18 @@ product gate and up: three tensors of the widest size, one of which is made of t
 and up are kept, once for both, and h is made again when its gradient comes: in a block that is not
 recomputed a seventh of what is kept. In one that is recomputed h has just been made, and waits.
 
-    h, carrier = KeepFactors(gate, up, values)   keeps gate and up
-    y          = Multiply(h, carrier)            keeps nothing
+    h       = KeepFactors(gate, up)       keeps gate and up
+    carrier = FromFactors(values, …, h)   keeps nothing: it asks the node of h
+    y       = Multiply(h, carrier)        keeps nothing
 
-The results are the same to the bit.
+Backward, autograd goes the other way: the gradient of the values is formed, and what came from y is
+gone, before those of gate and up are. The results are the same to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from leanlift.layers.again import Autocast, kept_here
+from leanlift.layers.again import Autocast, kept_here, leaf_of
 from leanlift.layers.autograd import carry, check_unchanged, in_backward_pass
 from leanlift.layers.lift import LiftLinear
 
@@ -29,16 +32,23 @@ Act = Callable[[Tensor], Tensor]
 Glu = Callable[[Tensor, Tensor, Act], Tensor]
 
 
-def last_product(last: nn.Module, gate: Tensor, up: Tensor, act: Act, glu: Glu) -> Tensor:
-    """What a gated MLP gives: its last Linear's product with `glu(gate, up, act)`."""
+def last_input(last: nn.Module, gate: Tensor, up: Tensor, act: Act, glu: Glu) -> Tensor:
+    """h, `glu(gate, up, act)`, for the last Linear of a gated MLP and nobody else.
+
+    The factors are to be held by nobody when it is multiplied.
+    """
     if isinstance(last, LiftLinear) and _is_kept_for(last, gate, up):
         last.bring()
-        h, carrier = KeepFactors.apply(gate, up, last.values, last, act, glu)
-        carry(h, last, carrier)
+        h = KeepFactors.apply(gate, up, last, act, glu)
+        carry(h, last, partial(_carrier, last, h.grad_fn))
     else:
         h = glu(gate, up, act)
-    y: Tensor = last(h)
-    return y
+    return h  # type: ignore[no-any-return]
+
+
+def _carrier(last: LiftLinear, node: Any, h: Tensor) -> Tensor:
+    carrier: Tensor = FromFactors.apply(last.values, h.detach(), last, node)
+    return carrier
 
 
 def _is_kept_for(last: LiftLinear, gate: Tensor, up: Tensor) -> bool:
@@ -49,45 +59,50 @@ def _is_kept_for(last: LiftLinear, gate: Tensor, up: Tensor) -> bool:
 
 
 class KeepFactors(torch.autograd.Function):
-    """Gives h [..., n] and the carrier to its product; keeps the factors of h."""
+    """h [..., n] of its factors, which are kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor, values: Tensor, layer: LiftLinear, act: Act, glu: Glu
-    ) -> tuple[Tensor, Tensor]:
-        ctx.layer, ctx.version, ctx.act, ctx.glu = layer, layer.version, act, glu
-        ctx.set_materialize_grads(False)
+        ctx: Any, gate: Tensor, up: Tensor, layer: LiftLinear, act: Act, glu: Glu
+    ) -> Tensor:
+        ctx.layer, ctx.act, ctx.glu, ctx.made = layer, act, glu, None
         ctx.save_for_backward(gate, up)
-        waiting = layer.workspace.products
-        waiting.pop(id(layer), None)  # of a pass that did not end
-        if in_backward_pass():
-            waiting[id(layer)] = made = _made(gate, up, act, glu)
-            h = made.product.detach()
-        else:
-            h = glu(gate, up, act)
-        return h, h.new_empty(1).expand(*h.shape[:-1], layer.out_features)
+        layer.workspace.products.pop(id(layer), None)  # of a pass that did not end
+        if not in_backward_pass():
+            return glu(gate, up, act)
+        made = _made(gate, up, act, glu)
+        layer.workspace.products[id(layer)] = made
+        return made.product.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_h: Tensor | None, grad_y: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Any, ...]:
+        made, ctx.made = ctx.made or _made_again(ctx), None
+        edge, factors = made.edge, made.factors
+        del made  # and h, before gradients of its size are made
+        return *torch.autograd.grad([edge], factors, [grad_h]), None, None, None
+
+
+class FromFactors(torch.autograd.Function):
+    """The carrier of a product with h; backward, the gradient of the layer's values."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, h: Tensor, layer: LiftLinear, node: Any) -> Tensor:
+        ctx.layer, ctx.version, ctx.node = layer, layer.version, node
+        return h.new_empty(1).expand(*h.shape[:-1], layer.out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         layer: LiftLinear = ctx.layer
-        gate, up = ctx.saved_tensors
         with layer.workspace.without_offsets(False):
             check_unchanged(layer, ctx.version)
-        made: _Made | None = layer.workspace.products.pop(id(layer), None)
-        if made is None or not _is_same(made.factors[0], gate):
-            made = _made(gate, up, ctx.act, ctx.glu)
-        factors, h, edge = made
-        del made
-        of_values = None
-        if grad_y is not None:
-            grad_y = grad_y.reshape(-1, layer.out_features).to(h.dtype)
-            of_values = layer.values_gradient(h.reshape(-1, layer.in_features), grad_y)
-        del h  # before gradients of its size are made
-        of_factors: tuple[Tensor | None, ...] = (None, None)
-        if grad_h is not None:
-            of_factors = torch.autograd.grad([edge], factors, [grad_h])
-        return *of_factors, of_values, None, None, None
+        made = _made_again(ctx.node)
+        h = made.product.reshape(-1, layer.in_features)
+        grad_y = grad_y.reshape(-1, layer.out_features).to(h.dtype)
+        gradient = layer.values_gradient(h, grad_y)
+        ctx.node.made = made._replace(product=h.new_empty(0))
+        return gradient, None, None, None
 
 
 class _Made(NamedTuple):
@@ -105,10 +120,20 @@ class _Made(NamedTuple):
 
 
 def _made(gate: Tensor, up: Tensor, act: Act, glu: Glu) -> _Made:
-    factors = gate.detach().requires_grad_(), up.detach().requires_grad_()
+    (gate, seen_gate), (up, seen_up) = leaf_of(gate), leaf_of(up)
     with torch.enable_grad(), kept_here():
-        h = glu(*factors, act)
-    return _Made(factors, h.detach(), get_gradient_edge(h))
+        h = glu(seen_gate, seen_up, act)
+    return _Made((gate, up), h.detach(), get_gradient_edge(h))
+
+
+def _made_again(node: Any) -> _Made:
+    """h of the factors that a node of `KeepFactors` keeps: what waits for it, or one made now. Once
+    in a pass: what is recomputed cannot be asked for twice."""
+    gate, up = node.saved_tensors
+    made: _Made | None = node.layer.workspace.products.pop(id(node.layer), None)
+    if made is None or not _is_same(made.factors[0], gate):
+        made = _made(gate, up, node.act, node.glu)
+    return made
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:

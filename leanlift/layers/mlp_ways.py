@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.fused_glu import fused_glu, is_stock_glu
-from leanlift.layers.kept_factors import Act, Glu, last_product
+from leanlift.layers.kept_factors import Act, Glu, last_input
 
 FUSED = re.compile(
     r"(\w+)=self\.(?P<first>\w+)\(\w+\)gate,\1=\1\.chunk\(2,dim=-1\)"
@@ -66,9 +66,11 @@ class Way:
     def __call__(self, mlp: Any, x: Tensor) -> Tensor:
         """The output of an MLP, but for dropouts."""
         last = getattr(mlp, self.last)
-        if self.factors is not None:
-            return last_product(last, *self.factors(mlp, x), self.glu)
-        y: Tensor = last(self.inner(mlp, x))
+        if self.factors is None:
+            h = self.inner(mlp, x)
+        else:
+            h = last_input(last, *self.factors(mlp, x), self.glu)
+        y: Tensor = last(h)
         return y
 
     def is_exact(self, mlp: Any) -> bool:

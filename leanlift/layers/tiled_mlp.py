@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from leanlift.errors import UserError
-from leanlift.layers.again import Autocast, kept_here
+from leanlift.layers.again import Autocast, kept_here, leaf_of
 from leanlift.layers.autograd import Multiply, check_unchanged
 from leanlift.layers.frozen import FrozenLinear
 from leanlift.layers.fused_glu import OurForward, fused_glu, may_be_replaced
@@ -172,11 +172,14 @@ def _over_pieces(ctx: Any, x: Tensor, grad_y: Tensor, sums: list[Tensor | None])
     wanted = ctx.needs_input_grad[0]
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wanted else None
     for start, stop in few_of(pieces(flat.shape[0], ctx.way.tokens), flat):
-        piece = flat[start:stop].detach().requires_grad_(wanted or _is_observed(ctx.mlp))
+        piece = seen = flat[start:stop].detach()
+        if wanted or _is_observed(ctx.mlp):
+            piece, seen = leaf_of(piece)
         inputs = [piece, *ctx.values] if piece.requires_grad else ctx.values
         with torch.enable_grad(), kept_here():
             last = getattr(ctx.mlp, ctx.way.last)
-            unseen = _without_product(last, ctx.way.inner(ctx.mlp, piece))
+            unseen = _without_product(last, ctx.way.inner(ctx.mlp, seen))
+        del seen
         gradient = grads[start:stop].to(unseen.dtype)
         found = [*torch.autograd.grad(unseen, inputs, gradient, allow_unused=True)]
         del unseen, gradient

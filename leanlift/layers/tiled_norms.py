@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
-from leanlift.layers.again import Autocast, kept_here
+from leanlift.layers.again import Autocast, kept_here, leaf_of
 from leanlift.layers.fused_glu import OurForward
 from leanlift.layers.untraced import untraced
 from leanlift.tiles import few_of, row_ranges, tile_rows
@@ -83,11 +83,11 @@ class InPieces(torch.autograd.Function):
         into = grad_x.view(grads.shape)
         with ctx.autocast.again():
             for start, stop, piece in _pieces(x):
-                piece = piece.detach().requires_grad_()
+                piece, seen = leaf_of(piece)
                 with torch.enable_grad(), kept_here():
-                    part = ctx.own(ctx.norm, piece)
+                    part = ctx.own(ctx.norm, seen)
                 (into[start:stop],) = torch.autograd.grad(part, piece, grads[start:stop])
-                del part, piece
+                del part, piece, seen
         return grad_x, None, None
 
 

@@ -18,10 +18,10 @@ TOUCHES = 3
 activations, residuals), in a forward pass; in a backward pass twice that."""
 
 FUSED_TOUCHES = 1.2
-"""The same where norms, rotary embeddings and gated products are one kernel each. Each of them reads
-what it is given and writes what it gives: of a block of Llama-2-7B, with norms (4 d), residuals (6
-d), rotary embeddings (4 d) and the gated product (8 d), 22 d numbers a token beside 19 d that enter
-and leave products."""
+"""The same where norms, rotary embeddings and gated products are one kernel each, which reads what
+it is given and writes what it gives: in a block of Llama-2-7B, with norms (4 d), residuals (6 d),
+rotary embeddings (4 d) and the gated product (8 d), 22 d numbers a token beside 19 d that enter and
+leave products."""
 
 LOGIT_TOUCHES = 10
 """How often a logit in fp32 is read or written: the loss goes over the vocabulary twice."""
