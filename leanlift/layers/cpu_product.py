@@ -32,6 +32,10 @@ be told from noise; smaller ones cost Python's time."""
 TOKENS = 4096
 """That go over all tiles at once: making a weight anew takes little beside a product of so many."""
 
+FEW = 4
+"""Tokens, at most, that are not worth widening a tile for: torch's forward loop in 16 bits goes along
+the rows, and reads half the bytes. A token that is generated is alone."""
+
 Rows = Callable[[int, int], Tensor]
 """Rows start:stop of W, in the dtype of the computation; valid until the next ones are made."""
 
@@ -45,12 +49,13 @@ def times_turned(x: Tensor, rows: Rows, y: Tensor, bias: Tensor | None = None) -
         y: [..., m], in rows and of the dtype of x.
         bias: [m], in that dtype.
     """
-    bias = None if bias is None else _wide(bias)
     flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    wide = _wide if flat.shape[0] > FEW else _as_it_is
+    bias = None if bias is None else wide(bias)
     for first, last in few_of(row_ranges(flat.shape[0], TOKENS), x):
-        tokens = _wide(flat[first:last])
+        tokens = wide(flat[first:last])
         for start, stop in tiles(out.shape[1], flat.shape[1], x):
-            turned, into = _wide(rows(start, stop)).T, out[first:last, start:stop]
+            turned, into = wide(rows(start, stop)).T, out[first:last, start:stop]
             if bias is not None:
                 into.copy_(torch.addmm(bias[start:stop], tokens, turned))
             elif x.dtype.itemsize > 2:
@@ -106,6 +111,10 @@ def rows_at_once(n: int) -> int:
 def _wide(factor: Tensor) -> Tensor:
     """In the dtype in which this machine multiplies."""
     return factor if has_products(factor.dtype) else factor.float()
+
+
+def _as_it_is(factor: Tensor) -> Tensor:
+    return factor
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from helpers import make_base, make_lift, make_linear4bit
 from torch import Tensor, nn
 
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace, cpu_product
-from leanlift.layers.cpu_product import times, times_turned
+from leanlift.layers.cpu_product import FEW, times, times_turned
 from leanlift.measure import LiveBytes
 from leanlift.weights.quantized import WeightDense
 
@@ -101,6 +101,16 @@ def test_a_layer_makes_no_weight_but_a_tile(
     close = partial(torch.testing.assert_close, rtol=2e-2, atol=2e-2)
     close(lift.product(x), whole.product(x))
     close(lift.product_back(lift.product(x)), whole.product_back(whole.product(x)))
+
+
+@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1])
+def test_a_few_tokens_widen_no_weight(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is generated would wait for it."""
+    monkeypatch.setattr(cpu_product, "has_products", lambda dtype: dtype != torch.bfloat16)
+    weight, x = torch.randn(640, 512).bfloat16(), torch.randn(tokens, 512).bfloat16()
+    with LiveBytes() as live:
+        by_tiles(x, weight, turned=True)
+    assert (live.peak >= 4 * weight.numel()) == (tokens > FEW)
 
 
 @pytest.mark.usefixtures("tiled")
