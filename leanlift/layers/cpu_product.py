@@ -33,8 +33,8 @@ TOKENS = 4096
 """That go over all tiles at once: making a weight anew takes little beside a product of so many."""
 
 FEW = 4
-"""Tokens, at most, that are not worth widening a tile for: torch's forward loop in 16 bits goes along
-the rows, and reads half the bytes. A token that is generated is alone."""
+"""Tokens, at most, that are not worth widening a tile for: torch's forward loop in 16 bits goes
+along the rows, and reads half the bytes. A token that is generated is alone."""
 
 Rows = Callable[[int, int], Tensor]
 """Rows start:stop of W, in the dtype of the computation; valid until the next ones are made."""
