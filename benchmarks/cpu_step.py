@@ -5,8 +5,8 @@
 A Llama of about 600 M parameters over NF4, computed in bf16 and again in fp32, no checkpointing,
 one thread: forward, backward and torch's AdamW, r (m + n) entries of every Linear with r = 68. In
 bf16 leanlift's offsets are bf16, as the command has them, with SparseAdamW and fp32 moments; PEFT's
-adapters are bf16 too, as TRL trains them. The three step in turn in one process; times are medians of
-the process's CPU time, which with one thread is the time of the step and which other work on the
+adapters are bf16 too, as TRL trains them. The three step in turn in one process; times are medians
+of the process's CPU time, which with one thread is the time of the step and which other work on the
 machine stretches less than the clock's. The peak is of live tensor bytes in one more step, on top
 of weights, trained entries and optimizer state, of which leanlift has no more bytes than the
 others; leanlift's scratch, which stays, is counted in its peak.
