@@ -2,12 +2,12 @@
 them.
 
 A large weight that is made whole is written to memory, in pages that the system clears first, is
-read for its offsets and written again, and read by the product; and it is there. Made by tiles of a
-few megabytes it is none of that, and a step through NF4 takes half the time (`benchmarks.cpu_step`,
-`benchmarks.cpu_product`).
+read for its offsets and written again, and read by the product; and it is there. Tiles of a few
+megabytes need no room for it, in about the same time (`benchmarks/cpu_product`).
 
-A CPU without AVX-512's or AMX's products in 16 bits multiplies by loops, one of which takes 14 to
-56 times as long as the other. There a tile is widened, and the product is one in fp32.
+A CPU without AVX-512's or AMX's products in 16 bits multiplies by loops, three times as slow as an
+fp32 product forward and a hundred times backward. There a tile is widened, and the product is one
+in fp32.
 
 Sums over tiles are in fp32, and are rounded once: so many tokens go at once that they stay small
 beside a large weight.
@@ -26,8 +26,8 @@ from torch import Tensor
 from leanlift.tiles import few_of, row_ranges, tile_rows
 
 TILE_BYTES = 8 * 2**20
-"""Of fp32 rows that are multiplied with at once. From 1 to 8 MiB it makes no difference that could
-be told from noise; smaller ones cost Python's time."""
+"""Of fp32 rows that are multiplied with at once: worth many times Python's time for a tile, and a
+fraction of a large weight."""
 
 TOKENS = 4096
 """That go over all tiles at once: making a weight anew takes little beside a product of so many."""

@@ -233,13 +233,12 @@ class ExpertsProduct:
         y = x.new_zeros(x.shape[0], width)
         m, by_tiles = self.layer.matrix_shape[0], self.layer.multiplies_by_tiles
         for expert, start, stop in self.tokens:
-            own = slice(start, stop)
+            own, rows = slice(start, stop), partial(self._rows_of, expert * m, x.dtype)
             if by_tiles:
-                rows = partial(self._rows_of, expert * m, x.dtype)
                 (times_turned if turned else times)(x[own], rows, y[own])
-                continue
-            weight = self.layer.effective_rows(expert * m, (expert + 1) * m, x.dtype)
-            torch.mm(x[own], weight.T if turned else weight, out=y[own])
+            else:
+                weight = rows(0, m)
+                torch.mm(x[own], weight.T if turned else weight, out=y[own])
         return y
 
     def _rows_of(self, first: int, dtype: torch.dtype, start: int, stop: int) -> Tensor:

@@ -17,7 +17,14 @@ from leanlift import UserError
 from leanlift.plan import calibrate
 from leanlift.plan.cards import CARDS, Card, card_named, card_of_size
 from leanlift.plan.time import ATTENTION, BUS, PRODUCTS, TRAFFIC, step_time
-from leanlift.plan.work import Matrix, ModelWork, Running, step_work
+from leanlift.plan.work import (
+    FUSED_TOUCHES,
+    TOUCHES,
+    Matrix,
+    ModelWork,
+    Running,
+    step_work,
+)
 from leanlift.training import plan_of
 
 MATRICES = tuple(
@@ -74,6 +81,17 @@ def test_a_token_meets_a_share_of_the_experts() -> None:
     assert some.forward.products == all_of_it.forward.products / 4
 
 
+def test_fused_kernels_touch_less_between_products() -> None:
+    """And nothing else: the same products, weights and loss."""
+    work, fused = (step_work(MODEL, dataclasses.replace(RUN, fused=way)) for way in (False, True))
+    around = 4 * 12 * (8 + 4) * 2  # of four products, once
+    saved = (TOUCHES - FUSED_TOUCHES) * around
+    assert work.forward.traffic - fused.forward.traffic == pytest.approx(saved)
+    assert work.backward.traffic - fused.backward.traffic == pytest.approx(2 * saved)
+    assert (fused.loss, fused.optimizer) == (work.loss, work.optimizer)
+    assert fused.forward.products == work.forward.products
+
+
 def test_seconds_are_work_by_what_a_card_reaches() -> None:
     card = Card("a card", 8, 1000.0, 100.0, 10.0)
     work = step_work(MODEL, RUN)
@@ -110,8 +128,9 @@ def test_what_a_gigabyte_buys_is_monotone(checkpoints: dict[str, Path]) -> None:
         found(per_device_train_batch_size=2**n, gradient_accumulation_steps=4 // 2**n)
         for n in (0, 1, 2)
     ]
-    reused = [found(), found(reuse_weights=True)]
-    assert reused[1][0] < reused[0][0]
+    plain = found()[0]
+    for change in ("reuse_weights", "fused_elementwise"):
+        assert found(**{change: True})[0] < plain, change
     for line in kept, rows:
         assert [s for s, _ in line] == sorted({s for s, _ in line}, reverse=True)
         assert [n for _, n in line] == sorted({n for _, n in line})
