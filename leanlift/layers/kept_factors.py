@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from leanlift.layers.again import Autocast, kept_here, leaf_of
-from leanlift.layers.autograd import carry, check_unchanged, in_backward_pass
+from leanlift.layers.autograd import carry, in_backward_pass
 from leanlift.layers.lift import LiftLinear
 
 Act = Callable[[Tensor], Tensor]
@@ -67,7 +67,6 @@ class KeepFactors(torch.autograd.Function):
     ) -> Tensor:
         ctx.layer, ctx.act, ctx.glu, ctx.made = layer, act, glu, None
         ctx.save_for_backward(gate, up)
-        layer.workspace.products.pop(id(layer), None)  # of a pass that did not end
         if not in_backward_pass():
             return glu(gate, up, act)
         made = _made(gate, up, act, glu)
@@ -84,19 +83,18 @@ class KeepFactors(torch.autograd.Function):
 
 
 class FromFactors(torch.autograd.Function):
-    """The carrier of a product with h; backward, the gradient of the layer's values."""
+    """The carrier of a product with h; backward, the gradient of the layer's values. That nothing
+    of the layer has changed is seen to by the product."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, h: Tensor, layer: LiftLinear, node: Any) -> Tensor:
-        ctx.layer, ctx.version, ctx.node = layer, layer.version, node
+        ctx.layer, ctx.node = layer, node
         return h.new_empty(1).expand(*h.shape[:-1], layer.out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         layer: LiftLinear = ctx.layer
-        with layer.workspace.without_offsets(False):
-            check_unchanged(layer, ctx.version)
         made = _made_again(ctx.node)
         h = made.product.reshape(-1, layer.in_features)
         grad_y = grad_y.reshape(-1, layer.out_features).to(h.dtype)
@@ -127,8 +125,9 @@ def _made(gate: Tensor, up: Tensor, act: Act, glu: Glu) -> _Made:
 
 
 def _made_again(node: Any) -> _Made:
-    """h of the factors that a node of `KeepFactors` keeps: what waits for it, or one made now. Once
-    in a pass: what is recomputed cannot be asked for twice."""
+    """h of the factors that a node of `KeepFactors` keeps: what waits for it, or one made now where
+    that is of other factors, as a pass that did not end leaves it. To be asked once in a pass: what
+    is recomputed can be asked for once."""
     gate, up = node.saved_tensors
     made: _Made | None = node.layer.workspace.products.pop(id(node.layer), None)
     if made is None or not _is_same(made.factors[0], gate):

@@ -188,7 +188,7 @@ def output_head(model: Any) -> Head | None:
     module = model.get_output_embeddings()
     if isinstance(module, FrozenHead):
         bias: Any = module.bias
-        return Head(module.weight_tiles, bias, stands_for=_stands_for(model))
+        return Head(module.weight_tiles, bias, stands_for=module.stands_for)
     if type(module) is nn.Linear:
         weight = frozen_weight(module, "the output head")
         return Head(weight, module.bias, stands_for=_stands_for(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -65,14 +66,29 @@ def test_it_is_the_product(shape: tuple[int, ...], dtype: torch.dtype, way: str)
 
 @pytest.mark.usefixtures("tiled")
 def test_sums_over_tiles_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """1 and many of its smallest parts in 16 bits: added one by one, they would all be lost."""
+    """1 and tiles that have a quarter of its smallest part in 16 bits: each by itself is lost."""
     monkeypatch.setattr(cpu_product, "has_products", lambda dtype: dtype != torch.bfloat16)
     rows = 512
-    weight = torch.full((rows, 2), torch.finfo(torch.bfloat16).eps / 4).bfloat16()
+    weight = torch.full((rows, 2), torch.finfo(torch.bfloat16).eps / 256).bfloat16()
     weight[0] = 1
     found = by_tiles(torch.ones(1, rows).bfloat16(), weight, turned=False)
     assert torch.equal(found, weight.float().sum(0, keepdim=True).bfloat16())
     assert (found > 1).all()
+
+
+@pytest.mark.parametrize("way", [times, times_turned])
+def test_a_tile_is_gone_before_the_next_is_made(
+    way: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_product, "has_products", lambda dtype: dtype != torch.bfloat16)
+    monkeypatch.setattr(cpu_product, "tile_rows", lambda *_: 64)
+    factor = torch.randn(FEW + 1, 512).bfloat16()
+    out = factor.new_empty(FEW + 1, 512)
+    rows = lambda start, stop: torch.ones(stop - start, 512, dtype=torch.bfloat16)  # noqa: E731
+    with LiveBytes() as live:
+        way(factor, rows, out)
+    activations = 4 * 4 * factor.numel()
+    assert live.peak <= (2 + 4) * 64 * 512 + activations  # as it is made, and widened
 
 
 @pytest.mark.usefixtures("has")

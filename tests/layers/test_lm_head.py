@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from helpers import make_base, relative_error
 from torch import Tensor, nn
 
+from leanlift.layers import cpu_product
 from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.frozen_head import FrozenHead
 from leanlift.layers.lm_head import Finish, Head, Objective, head_loss
@@ -167,3 +168,25 @@ def test_an_int8_embedding_looks_up_dequantized_rows() -> None:
         nn.Embedding.from_pretrained(weight), embedding_rows, weight.dtype, True
     )
     assert torch.equal(dense(ids), weight[ids])
+
+
+@pytest.mark.parametrize("stands_for", [None, "cpu", "cuda"])
+def test_a_head_on_a_cpu_multiplies_as_the_layers_there(
+    stands_for: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both directions, in the loss and for whole logits; a plan for a card does not."""
+    asked: list[str] = []
+    for name in ("times", "times_turned"):
+        own = getattr(cpu_product, name)
+        spy = lambda *given, name=name, own=own: asked.append(name) or own(*given)  # noqa: E731
+        monkeypatch.setattr(f"leanlift.layers.lm_head.{name}", spy)
+    tiles = DenseTiles(torch.randn(96, 16))
+    hidden = torch.randn(5, 16, requires_grad=True)
+    head = Head(tiles, stands_for=stands_for)
+    head_loss(hidden, torch.arange(5), head, 1).loss.backward()
+    module = FrozenHead(nn.Linear(16, 96), tiles)
+    module.stands_for = stands_for
+    module(hidden).sum().backward()
+    once = {"times", "times_turned"} if stands_for != "cuda" else set()
+    assert {*asked} == once
+    assert len(asked) == 2 * len(once)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import make_base, make_block, make_lift, make_linear4bit
 
-from leanlift.layers import Workspace, scratch_nbytes
+from leanlift.layers import Workspace, cpu_product, scratch_nbytes
 from leanlift.ops import tile_ops
 from leanlift.ops.reference import TorchOps
 from leanlift.sparse import LayerOffsets, Offsets
@@ -81,3 +81,14 @@ def test_the_scratch_is_as_large_as_is_said_before(
     made_in_place = kind == "nf4" and dtype == torch.float32 and stands_for != "cuda"
     assert said == (0 if made_in_place else dtype.itemsize * 192 * 64)
     assert scratch_nbytes([], dtype) == 0
+
+
+def test_a_cpu_s_scratch_has_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as its products make at once."""
+    monkeypatch.setattr(cpu_product, "tile_rows", lambda *_: 64)
+    workspace = Workspace()
+    layers = [make_lift(make_base("dense", m, 96), workspace=workspace) for m in (64, 192, 128)]
+    said = scratch_nbytes(layers, torch.bfloat16)
+    for layer in layers:
+        layer.product_back(layer.product(torch.randn(9, 96).bfloat16()))
+    assert workspace.scratch.nbytes == said == 2 * 64 * 96

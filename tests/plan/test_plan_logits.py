@@ -14,12 +14,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 from leanlift import LiftConfig, PlanSettings, get_lift_model, plan_memory
+from leanlift.layers.frozen_head import FrozenHead
 from leanlift.layers.lm_head import Finish
 from leanlift.model import output_head
-from leanlift.plan.fake import fake_tensors
+from leanlift.plan.fake import attach_fake, fake_tensors
 from leanlift.plan.logits import SOME, planned_finish
+from leanlift.plan.pieces import first_pieces
 from leanlift.training.loss import TiledLoss, WholeLoss, training_loss
 from leanlift.training.own_loss import compared
+from leanlift.weights.quantized import WeightFormat
+
+NF4 = WeightFormat("nf4", "float32", 64, True)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 211, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -137,3 +142,20 @@ def test_whole_logits_are_planned_where_they_are_made(kind: str, tmp_path: Path)
     whole = 512 * 100_000 * 4
     assert (plan.step["loss"] > 1.5 * whole) == (type(loss) is WholeLoss)
     assert type(loss) is (TiledLoss if KINDS[kind][2] is not None else WholeLoss)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["16 bits", "INT8"])
+@pytest.mark.parametrize("stands_for", ["cpu", "cuda"])
+def test_a_planned_head_stands_for_the_device_that_the_layers_do(
+    stands_for: str, quantized: bool
+) -> None:
+    """Which decides what it multiplies with, in the loss and for whole logits."""
+    config = LiftConfig(approx_rank=8, quantize_embeddings=quantized)
+    with fake_tensors(), no_init_weights():
+        model = made("plain")
+        attach_fake(model, config, NF4, workspace=first_pieces(stands_for))
+        head, module = output_head(model), model.get_output_embeddings()
+    assert head is not None
+    assert head.on_cpu == (stands_for == "cpu")
+    assert isinstance(module, FrozenHead) == quantized
+    assert getattr(module, "stands_for", stands_for) == stands_for
