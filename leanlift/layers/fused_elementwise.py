@@ -131,9 +131,9 @@ def fused_kernel_glu(gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) 
 @cache
 def _kind_of(act: Any) -> str | None:
     """Which kernel computes an activation of a class: "silu", "gelu" (by tanh); None: none does."""
-    numbers = torch.linspace(-6, 6, 97, device="cpu")
     try:
         with _disable_current_modes(), torch.no_grad():
+            numbers = torch.linspace(-6, 6, 97, device="cpu")
             found = act()(numbers)
             if torch.equal(found, nn.functional.silu(numbers)):
                 return "silu"

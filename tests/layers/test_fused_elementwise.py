@@ -98,6 +98,20 @@ def test_an_embedding_that_turns_neighbours_is_not_taken() -> None:
     assert not _rotates_halves(neighbours)
 
 
+def test_a_plan_that_asks_first_is_told_the_same() -> None:
+    """What is tried, is tried on numbers, also where everything that is made has none; the answer
+    is kept for the run that comes after."""
+    from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb as halves
+
+    for known in (_kind_of, _form_of_class):
+        known.cache_clear()
+    with fake_tensors():
+        assert (_kind_of(nn.SiLU), _kind_of(nn.ReLU)) == ("silu", None)
+        assert _form_of_class(LlamaRMSNorm) == (0.0, "llama")
+        assert _rotates_halves(getattr(halves, "stock", halves))
+    assert _kind_of(nn.SiLU) == "silu"
+
+
 def test_a_trained_norm_and_somebody_elses_forward_are_left() -> None:
     model = build("llama").requires_grad_(False)
     model.model.norm.weight.requires_grad_()
