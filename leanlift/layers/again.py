@@ -40,6 +40,17 @@ class Autocast:
         return self.dtype if self.enabled else dtype
 
 
+class Waiting(dict[Any, Any]):
+    """What was made again while a block is recomputed, until its backward pass takes it. Copies and
+    pickles are empty."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
+        return memo.setdefault(id(self), Waiting())
+
+    def __reduce__(self) -> tuple[type[Waiting], tuple[()]]:
+        return Waiting, ()
+
+
 @contextmanager
 def kept_here() -> Iterator[None]:
     """What a piece keeps for its backward pass lives for a moment: nobody shall move it away."""

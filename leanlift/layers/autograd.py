@@ -102,10 +102,15 @@ class Multiply(torch.autograd.Function):
         return grad_x, grad_y if ctx.needs_input_grad[1] else None, None
 
 
+def graph_task() -> int:
+    """The number of the pass in which autograd goes backward in this thread; -1: in none."""
+    return torch._C._current_graph_task_id()
+
+
 def in_backward_pass() -> bool:
     """Whether autograd is going backward in this thread: what is computed then is computed again.
     `torch.utils.checkpoint` asks the same."""
-    return torch._C._current_graph_task_id() != -1
+    return graph_task() != -1
 
 
 def check_unchanged(layer: Layer, version: tuple[float, ...]) -> None:
@@ -118,15 +123,26 @@ def check_unchanged(layer: Layer, version: tuple[float, ...]) -> None:
 
 
 CARRIER = "leanlift_carrier"
-Carrier = Callable[[Tensor], Tensor]
+Carrier = Callable[[Tensor, Layer], Tensor]
 
 
-def carry(x: Tensor, layer: Layer, carrier: Carrier) -> None:
-    """Let a layer's carrier of x be made so, by whoever made x and keeps it in another form."""
-    setattr(x, CARRIER, (layer, carrier))
+def carry(x: Tensor, carrier: Carrier) -> None:
+    """Let the carriers of x, of each layer that takes it, be made so, by whoever made x and keeps
+    it in another form."""
+    setattr(x, CARRIER, (carrier, x._version, _keeper()))
 
 
 def carrier_of(x: Tensor, layer: Layer) -> Tensor | None:
-    """The carrier that x has for a layer; None: the layer has to keep x itself."""
-    found: tuple[Layer, Carrier] | None = getattr(x, CARRIER, None)
-    return found[1](x) if found is not None and found[0] is layer else None
+    """The carrier of x for a layer; None: the layer has to keep x itself, as where x was written to
+    since, or is recomputed apart from the layer: what is recomputed has to keep as much again."""
+    carrier, version, keeper = getattr(x, CARRIER, (None, 0, None))
+    if carrier is None or x._version != version or keeper is not _keeper():
+        return None
+    return carrier(x, layer)  # type: ignore[no-any-return]
+
+
+def _keeper() -> Any:
+    """What is told of the tensors that are kept now, as a block that is recomputed is; None:
+    nothing is."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]

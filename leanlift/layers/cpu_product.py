@@ -65,13 +65,14 @@ def times_turned(x: Tensor, rows: Rows, y: Tensor, bias: Tensor | None = None) -
             del turned  # before the next tile is made
 
 
-def times(grad_y: Tensor, rows: Rows, product: Tensor) -> None:
-    """Write grad_y W to `product`.
+def times(grad_y: Tensor, rows: Rows, product: Tensor, adds: bool = False) -> None:
+    """Write grad_y W to `product`, or add it to what is there.
 
     Args:
         grad_y: [..., m].
         rows: of W.
-        product: [..., n], in rows and of the dtype of grad_y.
+        product: [..., n], in rows and of the dtype of grad_y, or of the wider one of its sums.
+        adds: whether it is added; in the dtype of the sums alone.
     """
     flat, out = grad_y.reshape(-1, grad_y.shape[-1]), product.view(-1, product.shape[-1])
     for first, last in few_of(row_ranges(flat.shape[0], TOKENS), grad_y):
@@ -81,8 +82,8 @@ def times(grad_y: Tensor, rows: Rows, product: Tensor) -> None:
         for start, stop in tiles(flat.shape[1], out.shape[1], grad_y):
             left, right = _wide(flat[first:last, start:stop]), _wide(rows(start, stop))
             if left.dtype == sums.dtype:
-                torch.addmm(sums, left, right, beta=float(start > 0), out=sums)
-            elif start:
+                torch.addmm(sums, left, right, beta=float(adds or start > 0), out=sums)
+            elif adds or start:
                 sums.add_(left @ right)
             else:
                 sums.copy_(left @ right)

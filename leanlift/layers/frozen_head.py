@@ -95,9 +95,10 @@ class _TiledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         head: Head = ctx.head
         flat, n = grad_y.reshape(-1, grad_y.shape[-1]), head.weight.shape[1]
-        grad_x = torch.zeros(flat.shape[0], n, dtype=torch.float32, device=grad_y.device)
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        grad_x = torch.zeros(flat.shape[0], n, dtype=wide, device=grad_y.device)
         for start, stop, rows in _tiles(head, ctx.dtype):
-            grad_x += head.product_back(flat[:, start:stop].to(ctx.dtype), rows)
+            head.add_product_back(flat[:, start:stop].to(ctx.dtype), rows, grad_x)
         return grad_x.to(ctx.dtype).view(*grad_y.shape[:-1], n), None
 
 

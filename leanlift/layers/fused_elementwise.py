@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlift.errors import UserError
 from leanlift.layers.fused_glu import OurForward, fused_glu, may_be_replaced
+from leanlift.layers.kept_norms import as_it_does, computes_by
 from leanlift.layers.mlp_ways import Way, way_of
 from leanlift.layers.untraced import untraced
 
@@ -55,7 +56,7 @@ def use_fused_elementwise(model: nn.Module) -> dict[str, int]:
             module.forward = OurForward(_mlp_forward, module, way)
             found["mlps"] += 1
         elif _form_of(module) is not None:
-            module.forward = OurForward(_norm_forward, module)
+            computes_by(module, _norm)
             found["norms"] += 1
         elif _takes_rotary(kind):
             module.forward = OurForward(_attention_forward, module)
@@ -162,12 +163,11 @@ class _GluStandIn(torch.autograd.Function):
 # --- norms ------------------------------------------------------------------------------------
 
 
-@untraced
-def _norm_forward(norm: Any, x: Tensor) -> Tensor:
+def _norm(norm: Any, x: Tensor) -> Tensor:
     form = _form_of(norm)
     y: Tensor
     if form is None or not _fits(norm.weight, x):
-        y = type(norm).forward(norm, x)
+        y = as_it_does(norm, x)
     elif isinstance(x, FakeTensor):
         y = _NormStandIn.apply(x)
     else:

@@ -3,8 +3,8 @@
 The head may be held in INT8, and the whole logits are never there: with a vocabulary of 128k they
 would be the largest tensor of all. The loss goes over the vocabulary in tiles, twice: once for
 the log-sum-exp, kept running, and once for the gradient of the hidden states, which is formed in
-the forward pass already, since the head itself has none. Where all logits together are no larger
-than one tile may be, they are kept from the first time to the second.
+the forward pass already, since the head itself has none. Where the products of all tiles together
+are no larger than one may be, they are kept from the first time to the second.
 
 Shapes: T tokens, d width, V vocabulary, v columns of a tile.
 """
@@ -47,17 +47,17 @@ class Head:
         """W[start:stop] in the dtype of the computation."""
         return self.weight.rows(start, stop).to(dtype)
 
-    def logits(self, x: Tensor, rows: Tensor, start: int) -> Tensor:
-        """Logits of x [T, d] for the vocabulary entries of `rows`, in fp32 (fp64 where x is).
+    def logits(self, product: Tensor, start: int) -> Tensor:
+        """Logits of a product [T, v], whose first entry is the vocabulary's `start`: in fp32 (fp64
+        where that is), the product itself where nothing is made of it.
 
-        The product is rounded to the dtype of x, as in the stock model; what follows is not.
+        It is rounded to the dtype of x, as in the stock model; what follows is not.
         """
-        product = self.product(x, rows)
         logits = product if product.dtype == torch.float64 else product.float()
         if self.bias is not None:
-            logits = logits + self.bias[start : start + rows.shape[0]].to(logits.dtype)
+            logits = logits + self.bias[start : start + logits.shape[1]].to(logits.dtype)
         if self.scale != 1:
-            logits = logits.mul_(self.scale)
+            logits = logits * self.scale
         if self.softcap is not None:
             logits = logits.div(self.softcap).tanh_().mul_(self.softcap)
         return logits
@@ -70,13 +70,12 @@ class Head:
         times_turned(x, part_of(rows), product)
         return product
 
-    def product_back(self, slope: Tensor, rows: Tensor) -> Tensor:
-        """The gradient of x [T, d] of that of logits [T, v], in their dtype."""
-        if not self.on_cpu:
-            return slope @ rows
-        gradient = slope.new_empty(slope.shape[0], rows.shape[1])
-        times(slope, part_of(rows), gradient)
-        return gradient
+    def add_product_back(self, slope: Tensor, rows: Tensor, gradient: Tensor) -> None:
+        """Add to the gradient of x [T, d], in fp32 (fp64), that of logits [T, v] times W."""
+        if self.on_cpu:
+            times(slope, part_of(rows), gradient, adds=True)
+        else:
+            gradient += slope @ rows
 
     @property
     def on_cpu(self) -> bool:
@@ -163,9 +162,9 @@ def tile_columns(tokens: int, width: int, itemsize: int = 4, tile_bytes: int = T
     return max(64, tile_bytes // (itemsize * max(tokens, width, 1)))
 
 
-def kept_columns(tokens: int, itemsize: int = 4, tile_bytes: int = TILE_BYTES) -> int:
-    """Entries of the largest vocabulary whose logits are all kept from the first time to the
-    second."""
+def kept_columns(tokens: int, itemsize: int, tile_bytes: int = TILE_BYTES) -> int:
+    """Entries of the largest vocabulary whose products, of `itemsize` bytes a number, are all kept
+    from the first time to the second."""
     return tile_bytes // (itemsize * max(1, tokens))
 
 
@@ -200,20 +199,22 @@ class _HeadLoss(torch.autograd.Function):
         tokens, width, vocabulary = *hidden.shape, head.weight.shape[0]
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         step = tile_columns(tokens, width, wide.itemsize, tile_bytes)
-        keeps = vocabulary <= kept_columns(tokens, wide.itemsize, tile_bytes)
+        keeps = vocabulary <= kept_columns(tokens, hidden.dtype.itemsize, tile_bytes)
         kept: list[Tensor] = []
         most = torch.full((tokens,), -torch.inf, dtype=wide, device=hidden.device)
         total, weighted, own, mean = (torch.zeros_like(most) for _ in range(4))
         for start, stop in row_ranges(vocabulary, step):
-            logits = head.logits(hidden, head.rows(start, stop, hidden.dtype), start)
+            product = head.product(hidden, head.rows(start, stop, hidden.dtype))
+            if keeps and ctx.needs_input_grad[0]:
+                kept.append(product)
+            logits = head.logits(product, start)
+            del product
             own = torch.where(_within(labels, start, stop), _pick(logits, labels, start), own)
             if objective.smoothing:
                 mean = mean + logits.sum(1) / vocabulary
             larger = torch.maximum(most, logits.amax(1))
             shrink = (most - larger).exp()
             share = (logits - larger.unsqueeze(1)).exp_()
-            if keeps and ctx.needs_input_grad[0]:
-                kept.append(logits)
             total = total * shrink + share.sum(1)
             weighted = weighted * shrink + share.mul_(logits).sum(1)
             most = larger
@@ -250,14 +251,14 @@ def _gradient(
 ) -> Tensor:
     """d loss / d hidden [T, d] in the dtype of `hidden`, summed over tiles in fp32.
 
-    `shares` [T] is what a token's cost is multiplied by. `kept` holds the logits of all tiles, or
+    `shares` [T] is what a token's cost is multiplied by. `kept` holds the products of all tiles, or
     is empty; it is empty afterwards.
     """
     wide, vocabulary = normalizer.dtype, head.weight.shape[0]
     gradient = torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     for start, stop in row_ranges(vocabulary, step):
         rows = head.rows(start, stop, hidden.dtype)
-        logits = kept.pop(0) if kept else head.logits(hidden, rows, start)
+        logits = head.logits(kept.pop(0) if kept else head.product(hidden, rows), start)
         slope = (logits - normalizer.unsqueeze(1)).exp_()  # the probabilities, then minus one-hot
         place = (labels - start).clamp(0, stop - start - 1).unsqueeze(1)
         own = _within(labels, start, stop).to(wide) * (smoothing - 1)
@@ -268,7 +269,7 @@ def _gradient(
             slope.mul_(logits.div_(head.softcap).square_().neg_().add_(1))
         del logits
         slope = slope.mul_((shares * head.scale).unsqueeze(1)).to(hidden.dtype)
-        gradient += head.product_back(slope, rows)
+        head.add_product_back(slope, rows, gradient)
         del slope
     return gradient.to(hidden.dtype)
 

@@ -6,23 +6,20 @@ else outside of an MLP: once MLPs go in pieces they are what a long step peaks a
 result of its own, so a norm can go in pieces too, keeping its input alone, and computes each piece
 once more in the backward pass. Every number is the same, to the bit.
 
-Taken are frozen norms over the last dimension whose class, tried on numbers, treats each row alone.
+Taken are frozen norms as `kept_norms` has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _disable_current_modes
 
 from leanlift.layers.again import Autocast, kept_here, leaf_of
-from leanlift.layers.fused_glu import OurForward
-from leanlift.layers.untraced import untraced
+from leanlift.layers.kept_norms import as_it_does, computes_by, is_as_it_was, is_norm
 from leanlift.tiles import few_of, row_ranges, tile_rows
 
 PIECE_BYTES = 16 * 2**20
@@ -30,30 +27,27 @@ PIECE_BYTES = 16 * 2**20
 
 
 def use_tiled_norms(model: nn.Module) -> list[str]:
-    """Let every norm that can go over its rows in pieces, in place; `fused_glu.use_stock_glu` gives
-    it its own forward again.
+    """Let every norm that can go over its rows in pieces, in place, if it does not compute by a
+    kernel; `fused_glu.use_stock_glu` gives it its own forward again.
 
     Returns:
         The names of the modules that do.
     """
     found = []
     for name, module in model.named_modules():
-        if "forward" not in vars(module) and _is_norm(module):
-            module.forward = OurForward(_forward, module)
+        if is_as_it_was(module) and is_norm(module):
+            computes_by(module, _computed)
             found.append(name)
     return found
 
 
-@untraced
-def _forward(norm: Any, x: Tensor) -> Tensor:
-    own = type(norm).forward
+def _computed(norm: Any, x: Tensor) -> Tensor:
     rows, n = x.shape[:-1].numel(), x.shape[-1]
     trained = any(each.requires_grad for each in norm.parameters())
-    y: Tensor
-    if rows <= tile_rows(n, 4, PIECE_BYTES) or trained or not _is_over(norm, n):
-        y = own(norm, x)
-    else:
-        y = InPieces.apply(x, norm, own)
+    is_over = all(each.shape == (n,) for each in norm.parameters())
+    if rows <= tile_rows(n, 4, PIECE_BYTES) or trained or not is_over:
+        return as_it_does(norm, x)
+    y: Tensor = InPieces.apply(x, norm)
     return y
 
 
@@ -61,12 +55,12 @@ class InPieces(torch.autograd.Function):
     """y [..., n] of x [..., n], each row alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Any, own: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        ctx.norm, ctx.own, ctx.autocast = norm, own, Autocast.of(x)
+    def forward(ctx: Any, x: Tensor, norm: Any) -> Tensor:
+        ctx.norm, ctx.autocast = norm, Autocast.of(x)
         ctx.save_for_backward(x)
         y = None
         for start, stop, piece in _pieces(x):
-            part = own(norm, piece)
+            part = as_it_does(norm, piece)
             if y is None:  # in order, also where x is turned, as heads are
                 y = torch.empty(x.shape, dtype=part.dtype, device=x.device)
             y.view(-1, x.shape[-1])[start:stop] = part
@@ -76,7 +70,7 @@ class InPieces(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         grads = grad_y.reshape(-1, x.shape[-1])
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -85,10 +79,10 @@ class InPieces(torch.autograd.Function):
             for start, stop, piece in _pieces(x):
                 piece, seen = leaf_of(piece)
                 with torch.enable_grad(), kept_here():
-                    part = ctx.own(ctx.norm, seen)
+                    part = as_it_does(ctx.norm, seen)
                 (into[start:stop],) = torch.autograd.grad(part, piece, grads[start:stop])
                 del part, piece, seen
-        return grad_x, None, None
+        return grad_x, None
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -96,35 +90,3 @@ def _pieces(x: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     ranges = [*row_ranges(flat.shape[0], tile_rows(x.shape[-1], 4, PIECE_BYTES))]
     for start, stop in few_of(ranges, x):
         yield start, stop, flat[start:stop]
-
-
-# --- which norms ------------------------------------------------------------------------------
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module looks like a norm over the last dimension, of a class that is one."""
-    kind: Any = type(module)
-    plain = not [*module.children(), *module.buffers()]
-    sizes = {tuple(each.shape) for each in module.parameters()}
-    flat = all(len(size) == 1 for size in sizes) and len(sizes) <= 1
-    return plain and flat and "Norm" in kind.__name__ and _is_row_wise(kind)
-
-
-def _is_over(norm: nn.Module, n: int) -> bool:
-    """Whether it goes over rows of n numbers."""
-    return all(each.shape == (n,) for each in norm.parameters())
-
-
-@cache
-def _is_row_wise(kind: Any) -> bool:
-    """Whether a class of norms, made with a width alone, gives each row the same when it is alone;
-    tried on numbers."""
-    try:
-        with _disable_current_modes(), torch.random.fork_rng([]), torch.no_grad():
-            norm = kind(8).to("cpu")
-            rows = torch.linspace(-2, 3, 40, device="cpu").square().view(5, 8)
-            whole = norm(rows)
-            alone = torch.cat([norm(rows[i : i + 1]) for i in range(5)])
-            return whole.shape == rows.shape and bool(torch.allclose(whole, alone))
-    except Exception:  # it is made or called in another way
-        return False

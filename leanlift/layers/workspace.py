@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from leanlift.layers.again import Waiting
 from leanlift.ops import TileOps, tile_ops
 
 
@@ -88,7 +89,7 @@ class Workspace:
         reuses_weights: whether a weight that is made to compute something again in the backward
             pass waits for the product there.
         waiting: those that do, by layer (its id), whether it is off, and dtype.
-        products: what was made again in the backward pass for a layer (its id) to take, as
+        products: inputs of layers (their ids) that were made again in the backward pass, as
             `kept_factors` has it.
         off: whether the layers compute as without an adapter, where a thread has not said
             otherwise with `without_offsets`.
@@ -109,7 +110,7 @@ class Workspace:
         self.scratch = Scratch()
         self.off = self.reuses_weights = False
         self.waiting: dict[tuple[int, bool, torch.dtype], Tensor] = {}
-        self.products: dict[int, Any] = {}
+        self.products = Waiting()
         self._threads = threading.local()
 
     @property
@@ -157,7 +158,6 @@ class Workspace:
             "ops": self._given,
             "stand_in": None,
             "waiting": {},
-            "products": {},
             "_threads": None,
         }
 

@@ -21,6 +21,7 @@ from leanlift.layers.embedding import FrozenEmbedding
 from leanlift.layers.experts import FrozenExperts, LiftExperts
 from leanlift.layers.frozen_head import FrozenHead
 from leanlift.layers.fused_glu import use_fused_glu
+from leanlift.layers.kept_norms import use_kept_norms
 from leanlift.model.embeddings import Hold, quantize_embeddings
 from leanlift.model.reading import read_by_parent
 from leanlift.model.resize_embeddings import grow_embedding
@@ -155,6 +156,7 @@ def operate(
     replace_modules(model, make_layer)
     replace_modules(model, _dense_where_read(model))
     use_fused_glu(model)
+    use_kept_norms(model)
     return formats
 
 

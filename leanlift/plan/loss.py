@@ -54,7 +54,7 @@ def loss_of_all_tokens(
         base_of(model), given
     ).last_hidden_state  # beside its part, as in a run
     states, wanted = next_tokens(hidden, labels, places)
-    head = first_tiles(finish.of(head), *states.shape)
+    head = first_tiles(finish.of(head), states)
     return head_loss(states, wanted, head, one, objective=objective).loss
 
 

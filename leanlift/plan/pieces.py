@@ -68,16 +68,16 @@ def no_pieces(model: nn.Module) -> Iterator[None]:
             space.ops, space.scratch = ops, scratch
 
 
-def first_tiles(head: Head, tokens: int, width: int) -> Head:
+def first_tiles(head: Head, hidden: Tensor) -> Head:
     """A head with the vocabulary of the first tiles that the loss goes over, and no fewer entries
     than make it go over tiles at all.
 
     Args:
         head: of the model.
-        tokens: that the loss is over.
-        width: of a hidden state.
+        hidden: the states [T, d] that the loss is over.
     """
-    rows = max(PIECES * tile_columns(tokens, width), kept_columns(tokens) + 1)
+    kept = kept_columns(hidden.shape[0], hidden.dtype.itemsize)
+    rows = max(PIECES * tile_columns(*hidden.shape), kept + 1)
     if rows >= head.weight.shape[0]:
         return head
     bias = None if head.bias is None else head.bias[:rows]

@@ -147,7 +147,8 @@ class _Look:
             return None
         if torch.is_autocast_enabled(states.device.type):
             states = states.to(torch.get_autocast_dtype(states.device.type))
-        ours = head.logits(states, head.rows(0, head.weight.shape[0], states.dtype), 0)
+        rows = head.rows(0, head.weight.shape[0], states.dtype)
+        ours = head.logits(head.product(states, rows), 0)
         return ours if ours.shape == self.logits.shape else None
 
     def agrees(self, head: Head) -> bool:

@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from leanlift import LiftConfig, get_lift_model
-from leanlift.layers import LiftLinear, kept_factors
+from leanlift.layers import LiftLinear, made_again
 from leanlift.layers.autograd import KeepInput, in_backward_pass
 from leanlift.layers.fused_glu import OurForward, fused_glu, use_fused_glu, use_stock_glu
-from leanlift.layers.kept_factors import KeepFactors, last_input
+from leanlift.layers.kept_factors import last_input
+from leanlift.layers.made_again import KeepSources
 from leanlift.layers.mlp_ways import Way, way_of
 from leanlift.measure import LiveBytes
 from leanlift.model import lifted, tiled_mlp
@@ -96,8 +97,8 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(owner, name, counting)
 
     watch(KeepInput, "forward", "inputs")
-    watch(KeepFactors, "forward", "factors")
-    watch(kept_factors, "_made", "made")
+    watch(KeepSources, "forward", "factors")
+    watch(made_again, "_made", "made")
     return found
 
 

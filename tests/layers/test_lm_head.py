@@ -65,7 +65,7 @@ def plain(
 @pytest.mark.parametrize(("cap", "scale"), [(None, 1.0), (None, 0.3), (3.0, 2.5)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tile_bytes", [1, 50_000, 4 * T * V, 2**25])  # the last two keep logits
+@pytest.mark.parametrize("tile_bytes", [1, 50_000, 4 * T * V, 2**25])  # the last two keep products
 def test_loss_and_gradient_are_those_of_whole_logits(
     kind: str,
     cap: float | None,
@@ -110,7 +110,7 @@ def test_a_finish_is_that_of_the_first_rows() -> None:
     hidden, weight, bias, _ = problem()
     head = Finish(2.0, 5.0, 100).of(Head(DenseTiles(weight), bias))
     assert head.weight.shape == (100, D)
-    logits = head.logits(hidden, head.rows(0, 100, hidden.dtype), 0)
+    logits = head.logits(head.product(hidden, head.rows(0, 100, hidden.dtype)), 0)
     wanted = 5 * torch.tanh(2 * (hidden @ weight.T + bias) / 5)
     torch.testing.assert_close(logits, wanted[:, :100])
 
@@ -133,6 +133,29 @@ def test_whole_logits_are_never_there() -> None:
         head_loss(hidden, torch.randint(vocabulary, (tokens,)), head, 1, 2**21).loss.backward()
     assert live.peak <= 4 * 2**21 + 5 * hidden.nbytes
     assert live.peak < tokens * vocabulary * 4 / 6
+
+
+def test_products_are_kept_as_narrow_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, width, vocabulary, tile = 256, 64, 8192, 2**22
+    weight = DenseTiles(torch.randn(vocabulary, width).bfloat16())
+    hidden = torch.randn(tokens, width).bfloat16().requires_grad_()
+    made = 0
+    product = Head.product
+
+    def counting(*args: Any) -> Tensor:
+        nonlocal made
+        made += 1
+        return product(*args)
+
+    monkeypatch.setattr(Head, "product", counting)
+    labels = torch.randint(vocabulary, (tokens,))
+    with LiveBytes() as live:
+        head_loss(hidden, labels, Head(weight, stands_for="cuda"), 1, tile).loss.backward()
+    assert made == 2  # one a tile: none is made for the gradient again
+    whole = 2 * tokens * vocabulary
+    assert whole <= tile < 2 * whole
+    # beside them a tile's logits and shares, in fp32, and what is narrow
+    assert live.peak <= whole + 2 * tile + tile // 8
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
@@ -178,7 +201,11 @@ def test_a_head_on_a_cpu_multiplies_as_the_layers_there(
     asked: list[str] = []
     for name in ("times", "times_turned"):
         own = getattr(cpu_product, name)
-        spy = lambda *given, name=name, own=own: asked.append(name) or own(*given)  # noqa: E731
+
+        def spy(*given: Any, name: str = name, own: Any = own, **named: Any) -> None:
+            asked.append(name)
+            own(*given, **named)
+
         monkeypatch.setattr(f"leanlift.layers.lm_head.{name}", spy)
     tiles = DenseTiles(torch.randn(96, 16))
     hidden = torch.randn(5, 16, requires_grad=True)

@@ -206,15 +206,16 @@ def test_gradients_that_are_there_already_count_like_an_earlier_pass() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "width"), [(3000, 64), (100, 2048), (20, 64)])
 def test_the_first_tiles_of_a_vocabulary_have_the_peak_of_all(
-    tokens: int, width: int, smoothing: float
+    tokens: int, width: int, dtype: torch.dtype, smoothing: float
 ) -> None:
     def peak(part: bool) -> int:
         with fake_tensors():
             head = Head(DenseTiles(torch.empty(130_000, width)), torch.empty(130_000), 30.0)
-            head = first_tiles(head, tokens, width) if part else head
-            hidden = torch.empty(tokens, width, requires_grad=True)
+            hidden = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
+            head = first_tiles(head, hidden) if part else head
             labels = torch.zeros(tokens, dtype=torch.int64)
             with LiveBytes() as live:
                 made = head_loss(hidden, labels, head, 1.0, objective=Objective(smoothing))
