@@ -113,6 +113,12 @@ def in_backward_pass() -> bool:
     return graph_task() != -1
 
 
+def is_recomputed() -> bool:
+    """Whether what is computed now has been, or will be, computed in a backward pass too."""
+    keeper = _keeper()
+    return in_backward_pass() or getattr(keeper, "__module__", "") == "torch.utils.checkpoint"
+
+
 def check_unchanged(layer: Layer, version: tuple[float, ...]) -> None:
     """Nothing of the weight is saved for backward, so nobody else would notice a change."""
     if layer.version != version:

@@ -5,6 +5,9 @@ width, and the Linears behind it keep its output: six bytes a number, of which t
 make the rest of. So the input is kept as it came, and the output is made again when gradients come,
 once for all the Linears that it went to and for the norm itself, as `made_again` has it.
 
+In a block that is recomputed the norm has just computed, and its input, which would have to wait
+beside what it computed, is not kept: there it is its own.
+
 Taken are norms over the last dimension whose class, tried on numbers, treats each row alone. How
 they compute is up to others: as their class does, in pieces (`tiled_norms`), or by a kernel
 (`fused_elementwise`).
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from leanlift.layers.again import Waiting
+from leanlift.layers.autograd import is_recomputed
 from leanlift.layers.fused_glu import OurForward, may_be_replaced
 from leanlift.layers.made_again import made_of
 from leanlift.layers.untraced import untraced
@@ -45,7 +48,7 @@ def use_kept_norms(model: nn.Module) -> list[str]:
 
 def computes_by(norm: nn.Module, compute: Compute) -> None:
     """Let a norm compute y [..., n] of x [..., n] so, and keep x alone."""
-    norm.forward = OurForward(_forward, norm, compute, Waiting())
+    norm.forward = OurForward(_forward, norm, compute)
 
 
 def is_as_it_was(norm: nn.Module) -> bool:
@@ -60,17 +63,17 @@ def as_it_does(norm: Any, x: Tensor) -> Tensor:
     return y
 
 
-def _forward(norm: Any, compute: Compute, waiting: Waiting, *given: Any, **named: Any) -> Any:
+def _forward(norm: Any, compute: Compute, *given: Any, **named: Any) -> Any:
     if len(given) != 1 or named or (compute is as_it_does and torch.compiler.is_compiling()):
         return type(norm).forward(norm, *given, **named)
-    return _computed(norm, compute, waiting, *given)
+    return _computed(norm, compute, *given)
 
 
 @untraced
-def _computed(norm: Any, compute: Compute, waiting: Waiting, x: Tensor) -> Tensor:
+def _computed(norm: Any, compute: Compute, x: Tensor) -> Tensor:
     frozen = not any(each.requires_grad for each in norm.parameters())
-    if torch.is_grad_enabled() and x.requires_grad and frozen:
-        return made_of(partial(compute, norm), (x,), waiting, None)
+    if torch.is_grad_enabled() and x.requires_grad and frozen and not is_recomputed():
+        return made_of(partial(compute, norm), (x,))
     return compute(norm, x)
 
 

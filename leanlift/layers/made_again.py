@@ -32,16 +32,18 @@ from leanlift.layers.autograd import carry, graph_task, in_backward_pass
 Make = Callable[..., Tensor]
 
 
-def made_of(make: Make, sources: tuple[Tensor, ...], waiting: Waiting, key: Any) -> Tensor:
+def made_of(
+    make: Make, sources: tuple[Tensor, ...], waiting: Waiting | None = None, key: Any = None
+) -> Tensor:
     """y, `make(*sources)`, which our layers need not keep.
 
     Args:
         make: computes with its arguments alone and what is frozen; the same each time.
         sources: kept for the backward pass; each has a gradient.
-        waiting: where y waits that a recomputation has made.
+        waiting: where y waits that a recomputation has made; None: nothing is recomputed here.
         key: of this place there.
     """
-    y: Tensor = KeepSources.apply(make, waiting, key, *sources)
+    y: Tensor = KeepSources.apply(make, Waiting() if waiting is None else waiting, key, *sources)
     carry(y, partial(_carrier, y.grad_fn))
     return y
 
