@@ -8,7 +8,8 @@ never repeats a matmul whose output nobody needs:
     y       = Multiply(x, carrier)      keeps nothing; in backward forms the gradient of x
 
 `carrier` is the thread between them: an expanded scalar of y's shape, without memory of its own.
-Its "gradient" is grad_y, which is how KeepInput gets to see it.
+Its "gradient" is grad_y, which is how KeepInput gets to see it. Where x was made of what is kept
+anyway, by a frozen norm or in a gated MLP, not even x is kept (`leanlift.layers.made_again`).
 
 Both directions need the effective weight. It is rebuilt each time, in a scratch buffer that all
 layers of a model share; on a CPU, where a 4-bit weight is dequantized into a new tensor, in that.
