@@ -23,7 +23,7 @@ from leanlift.layers import made_again
 from leanlift.layers.autograd import KeepInput
 from leanlift.layers.fused_glu import use_stock_glu
 from leanlift.layers.kept_norms import use_kept_norms
-from leanlift.layers.made_again import KeepSources
+from leanlift.layers.made_again import KeepSources, made_of
 from leanlift.layers.tiled_norms import use_tiled_norms
 from leanlift.measure import LiveBytes
 from leanlift.model import lift_layers, lifted
@@ -179,10 +179,24 @@ def test_gradients_can_be_asked_for_in_parts_and_again() -> None:
     wanted = gradients(twin, twin, x.detach())[1:]
     leaves = [x, *(linear.values for linear in block.linears)]
     total = block(x).sum()
-    for asked in ([1], [1, 3], [0], [0, 1, 2, 3], [3, 0]):
+    for asked in ([1], [2], [3], [1], [1, 3], [0], [0, 1, 2, 3], [3, 0]):
         found = torch.autograd.grad(total, [leaves[i] for i in asked], retain_graph=True)
         for place, gradient in zip(asked, found, strict=True):
             assert torch.equal(gradient, wanted[place]), asked
+
+
+def test_what_is_made_again_is_made_under_the_autocast_of_then() -> None:
+    weight = torch.randn(8, 8)
+    x = torch.randn(5, 8)
+    found = []
+    for make in (lambda x: made_of(weight.__rmatmul__, (x,)), weight.__rmatmul__):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = make(leaf)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)
 
 
 # --- what is kept and made --------------------------------------------------------------------
