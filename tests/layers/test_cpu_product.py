@@ -11,7 +11,7 @@ from helpers import make_base, make_lift, make_linear4bit
 from torch import Tensor, nn
 
 from leanlift.layers import FrozenLinear, LiftLinear, Workspace, cpu_product
-from leanlift.layers.cpu_product import FEW, times, times_turned
+from leanlift.layers.cpu_product import FEW, part_of, times, times_turned
 from leanlift.measure import LiveBytes
 from leanlift.weights.quantized import WeightDense
 
@@ -62,6 +62,19 @@ def test_it_is_the_product(shape: tuple[int, ...], dtype: torch.dtype, way: str)
     assert found.shape == wanted.shape
     tolerance = 2 if dtype.itemsize == 2 else 40  # roundings of a sum in the dtype itself
     assert ((found.double() - wanted).abs() <= tolerance * torch.finfo(dtype).eps * bound).all()
+
+
+@pytest.mark.usefixtures("has", "tiled")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_it_is_added_to_what_is_there(dtype: torch.dtype) -> None:
+    weight, grad_y = torch.randn(200, 64, dtype=dtype), torch.randn(5, 200, dtype=dtype)
+    before = torch.randn(5, 64, dtype=torch.promote_types(dtype, torch.float32))
+    sums = before.clone()
+    times(grad_y, part_of(weight), sums, adds=True)
+    found = (sums - before).double() - grad_y.double() @ weight.double()
+    # of a CPU's products in 16 bits each is rounded
+    limit = 0.5 if dtype == torch.bfloat16 else 1e-4
+    assert found.abs().max() < limit
 
 
 @pytest.mark.usefixtures("tiled")

@@ -13,7 +13,9 @@ from sweeps import swept
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from leanlift.layers.fused_elementwise import use_fused_elementwise
 from leanlift.layers.fused_glu import use_stock_glu
+from leanlift.layers.kept_norms import use_kept_norms
 from leanlift.layers.tiled_norms import use_tiled_norms
 from leanlift.measure import LiveBytes
 
@@ -94,6 +96,14 @@ def test_short_rows_and_trained_norms_go_the_own_way(monkeypatch: pytest.MonkeyP
     model.model.norm.weight.requires_grad_()
     model.model.norm(torch.randn(3, PIECE, 64)).sum().backward()
     assert model.model.norm.weight.grad.any()
+
+
+def test_norms_by_a_kernel_are_left() -> None:
+    model = model_of("llama", torch.float32)
+    use_fused_elementwise(model)
+    assert use_tiled_norms(model) == []
+    use_stock_glu(model)
+    assert len(use_kept_norms(model)) == len(use_tiled_norms(model)) == 5
 
 
 def test_norms_that_look_at_other_rows_are_left_alone() -> None:
