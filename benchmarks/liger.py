@@ -16,6 +16,7 @@ from torch import nn
 
 from leanlift.layers.fused_elementwise import check_kernels
 from leanlift.layers.fused_glu import use_fused_glu, use_stock_glu
+from leanlift.layers.kept_norms import use_kept_norms
 from leanlift.model import fused_elementwise
 
 PATCHED = ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP")
@@ -65,6 +66,7 @@ def within(model: nn.Module) -> Iterator[None]:
     finally:
         use_stock_glu(model)
         use_fused_glu(model)
+        use_kept_norms(model)
 
 
 def version() -> str:

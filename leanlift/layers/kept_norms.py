@@ -6,7 +6,7 @@ make the rest of. So the input is kept as it came, and the output is made again 
 once for all the Linears that it went to and for the norm itself, as `made_again` has it.
 
 In a block that is recomputed the norm has just computed, and its input, which would have to wait
-beside what it computed, is not kept: there it is its own.
+beside what it computed, is not kept: there it is its own. Gradients are the same to the bit.
 
 Taken are norms over the last dimension whose class, tried on numbers, treats each row alone. How
 they compute is up to others: as their class does, in pieces (`tiled_norms`), or by a kernel
@@ -72,9 +72,11 @@ def _forward(norm: Any, compute: Compute, *given: Any, **named: Any) -> Any:
 @untraced
 def _computed(norm: Any, compute: Compute, x: Tensor) -> Tensor:
     frozen = not any(each.requires_grad for each in norm.parameters())
-    if torch.is_grad_enabled() and x.requires_grad and frozen and not is_recomputed():
-        return made_of(partial(compute, norm), (x,))
-    return compute(norm, x)
+    if not (torch.is_grad_enabled() and x.requires_grad and frozen):
+        return compute(norm, x)
+    if is_recomputed():
+        return compute(norm, x.view_as(x))  # which x gets one gradient of, as below
+    return made_of(partial(compute, norm), (x,))
 
 
 # --- which norms ------------------------------------------------------------------------------
