@@ -132,10 +132,17 @@ CARRIER = "leanlift_carrier"
 Carrier = Callable[[Tensor, Layer], Tensor]
 
 
+class _Mark(tuple[Any, ...]):
+    """What a tensor carries, which is not saved with it."""
+
+    def __reduce__(self) -> Any:
+        return _Mark, ((None, 0, None),)
+
+
 def carry(x: Tensor, carrier: Carrier) -> None:
     """Let the carriers of x, of each layer that takes it, be made so, by whoever made x and keeps
     it in another form."""
-    setattr(x, CARRIER, (carrier, x._version, _keeper()))
+    setattr(x, CARRIER, _Mark((carrier, x._version, _keeper())))
 
 
 def carrier_of(x: Tensor, layer: Layer) -> Tensor | None:

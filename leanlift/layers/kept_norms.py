@@ -76,7 +76,30 @@ def _computed(norm: Any, compute: Compute, x: Tensor) -> Tensor:
         return compute(norm, x)
     if is_recomputed():
         return compute(norm, x.view_as(x))  # which x gets one gradient of, as below
-    return made_of(partial(compute, norm), (x,))
+    return made_of(partial(_as_then, norm, compute, _state(norm)), (x,))
+
+
+def _as_then(norm: Any, compute: Compute, then: list[Any], x: Tensor) -> Tensor:
+    """y, of a norm that is as it was.
+
+    Raises:
+        RuntimeError: it has other parameters, or they were written to.
+    """
+    if not all(map(_is_same, then, _state(norm))):
+        raise RuntimeError(
+            f"a parameter of a {type(norm).__name__} changed between its forward and its backward "
+            "pass, which computes it again: change frozen weights only when no backward is pending"
+        )
+    return compute(norm, x)
+
+
+def _state(norm: nn.Module) -> list[Any]:
+    """Its parameters, and what changes when they do."""
+    return [(p, p.dtype, 0 if p.is_inference() else p._version) for p in norm.parameters()]
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one[0] is other[0] and one[1:] == other[1:]
 
 
 # --- which norms ------------------------------------------------------------------------------

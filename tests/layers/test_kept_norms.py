@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -197,6 +198,32 @@ def test_what_is_made_again_is_made_under_the_autocast_of_then() -> None:
         y.float().square().sum().backward()
         found.append(leaf.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("how", ["written to", "another one", "for one call", "narrower"])
+def test_a_norm_that_changed_before_the_backward_pass_is_noticed(how: str) -> None:
+    block, x = Block(), torch.randn(TOKENS, WIDTH, requires_grad=True)
+    three = (3 * block.norm.weight).detach()
+    if how == "for one call":
+        y = torch.func.functional_call(block, {"norm.weight": three}, (x,))
+    else:
+        y = block(x)
+    if how == "written to":
+        with torch.no_grad():
+            block.norm.weight.mul_(3)
+    if how == "another one":
+        block.norm.weight = nn.Parameter(three, requires_grad=False)
+    if how == "narrower":
+        block.norm.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="LlamaRMSNorm changed between its forward"):
+        y.sum().backward()
+
+
+def test_what_a_norm_gives_can_be_saved() -> None:
+    y, file = Block().norm(torch.randn(TOKENS, WIDTH, requires_grad=True)), io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False), y)
 
 
 # --- what is kept and made --------------------------------------------------------------------
