@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from leanlift.layers.once import once
 from leanlift.layers.workspace import Workspace
 
 
@@ -57,7 +57,7 @@ class KeepInput(torch.autograd.Function):
         return x.new_empty(1).expand(*x.shape[:-1], layer.out_features)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[None, Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         layer: Layer = ctx.layer
@@ -90,7 +90,7 @@ class Multiply(torch.autograd.Function):
         return layer.product(x, weight)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = None
         with ctx.layer.workspace.without_offsets(ctx.is_off):

@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from leanlift.layers.frozen import dense
+from leanlift.layers.once import once
 from leanlift.sparse import SegmentedIndex
 from leanlift.tiles import RowTiles
 
@@ -62,7 +62,7 @@ class HeadWeight(torch.autograd.Function):
         return dense(layer.effective, layer.weight_tiles.dtype)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         gradient = grad.reshape(-1)
         if not ctx.index.is_full:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from leanlift.layers.frozen import dense, take_packed
 from leanlift.layers.lm_head import TILE_BYTES, Head
+from leanlift.layers.once import once
 from leanlift.layers.untraced import untraced
 from leanlift.tiles import RowTiles, row_ranges
 
@@ -91,7 +91,7 @@ class _TiledLinear(torch.autograd.Function):
         return out if head.bias is None else out.add_(head.bias.to(out.dtype))
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         head: Head = ctx.head
         flat, n = grad_y.reshape(-1, grad_y.shape[-1]), head.weight.shape[1]

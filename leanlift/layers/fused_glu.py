@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from leanlift.layers.again import leaf_of
 from leanlift.layers.kept_factors import last_input
+from leanlift.layers.once import once
 from leanlift.layers.untraced import untraced
 from leanlift.tiles import row_ranges
 
@@ -94,7 +94,7 @@ class _FusedGlu(torch.autograd.Function):
         return act(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = (saved.reshape(-1, saved.shape[-1]) for saved in ctx.saved_tensors)
         flat = grad.reshape(gate.shape)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from leanlift.layers.cpu_product import part_of, times, times_turned
+from leanlift.layers.once import once
 from leanlift.tiles import RangeTiles, RowTiles, row_ranges
 
 TILE_BYTES = 32 * 2**20
@@ -233,7 +233,7 @@ class _HeadLoss(torch.autograd.Function):
         return loss, entropy, correct
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_loss.to(gradient.dtype), None, None, None, None, None

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from leanlift.layers.again import Autocast, Waiting, kept_here, leaf_of
 from leanlift.layers.autograd import carry, graph_task, in_backward_pass
+from leanlift.layers.once import once
 
 Make = Callable[..., Tensor]
 
@@ -67,7 +67,7 @@ class KeepSources(torch.autograd.Function):
         return made.product.detach()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         made, ctx.made = _made_again(ctx), None
         edge, sources = made.edge, made.sources
@@ -86,7 +86,7 @@ class FromSources(torch.autograd.Function):
         return y.new_empty(1).expand(*y.shape[:-1], layer.out_features)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor, None, None, None]:
         layer, node = ctx.layer, ctx.node
         made = node.made = _made_again(node)

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from leanlift.errors import UserError
 from leanlift.layers.again import Autocast, kept_here, leaf_of
@@ -41,6 +40,7 @@ from leanlift.layers.fused_glu import OurForward, fused_glu, may_be_replaced
 from leanlift.layers.kept_factors import Glu
 from leanlift.layers.lift import LiftLinear
 from leanlift.layers.mlp_ways import Way, way_of
+from leanlift.layers.once import once
 from leanlift.layers.untraced import untraced
 from leanlift.streaming import STREAMED
 from leanlift.tiles import few_of, row_ranges
@@ -149,7 +149,7 @@ class KeepInput(torch.autograd.Function):
         return x.new_empty(1, dtype=dtype).expand(*x.shape[:-1], width)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         sums: list[Tensor | None] = [None] * len(ctx.values)
@@ -229,7 +229,7 @@ class Compute(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         return grad_y, None, None, None
 
@@ -274,6 +274,6 @@ class UnseenLinear(torch.autograd.Function):
         return x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         return grad_y @ ctx.weight.to(ctx.dtype), None

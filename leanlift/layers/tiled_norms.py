@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from leanlift.layers.again import Autocast, kept_here, leaf_of
 from leanlift.layers.kept_norms import as_it_does, computes_by, is_as_it_was, is_norm
+from leanlift.layers.once import once
 from leanlift.tiles import few_of, row_ranges, tile_rows
 
 PIECE_BYTES = 16 * 2**20
@@ -69,7 +69,7 @@ class InPieces(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         grads = grad_y.reshape(-1, x.shape[-1])

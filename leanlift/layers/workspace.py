@@ -109,8 +109,7 @@ class Workspace:
         self.stand_in: StandIn | None = None
         self.scratch = Scratch()
         self.off = self.reuses_weights = False
-        self.waiting: dict[tuple[int, bool, torch.dtype], Tensor] = {}
-        self.products = Waiting()
+        self.waiting, self.products = Waiting(), Waiting()
         self._threads = threading.local()
 
     @property
@@ -157,7 +156,6 @@ class Workspace:
             **self.__dict__,
             "ops": self._given,
             "stand_in": None,
-            "waiting": {},
             "_threads": None,
         }
 

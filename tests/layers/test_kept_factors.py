@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,9 +11,10 @@ import pytest
 import torch
 from families import config_of
 from helpers import saved_nbytes
+from recomputing import RUNS, Run, gradients
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -60,26 +60,7 @@ def plain_input(last: Any, gate: Tensor, up: Tensor, act: Any, glu: Any) -> Tens
     return made
 
 
-def gradients(run: Callable[[Tensor], Tensor], mlp: Any, x: Tensor) -> list[Tensor]:
-    """y, and the gradients of x and of the values."""
-    x = x.clone().requires_grad_()
-    for parameter in mlp.parameters():
-        parameter.grad = None
-    y = run(x)
-    y.float().square().sum().backward()
-    assert x.grad is not None
-    return [y.detach(), x.grad, *(p.grad for p in mlp.parameters() if p.grad is not None)]
-
-
-RUNS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
-    "as it is": lambda mlp: mlp,
-    "recomputed": lambda mlp: lambda x: checkpoint(mlp, x, use_reentrant=False),
-    "recomputed by another pass": lambda mlp: lambda x: checkpoint(mlp, x, use_reentrant=True),
-    "recomputed, called twice": lambda mlp: (
-        lambda x: checkpoint(lambda x: mlp(x) + mlp(2 * x), x, use_reentrant=False)
-    ),
-    "called twice": lambda mlp: lambda x: mlp(mlp(x)),
-}
+WAYS: dict[str, Run] = {**RUNS, "called twice": lambda mlp: lambda x: mlp(mlp(x))}
 
 
 @pytest.fixture
@@ -104,7 +85,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("offloaded", [False, True], ids=["", "offloaded"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", WAYS)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_outputs_and_gradients_are_the_same(
     family: str, run: str, autocast: bool, offloaded: bool, kept: Counter[str]
@@ -115,7 +96,7 @@ def test_outputs_and_gradients_are_the_same(
         kept.clear()
         saving: Any = save_on_cpu() if offloaded else nullcontext()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), saving:
-            found.append(gradients(RUNS[run](each), each, x))
+            found.append(gradients(WAYS[run](each), each, x))
     assert kept["factors"] > 0
     assert kept["inputs"] == 2 * kept["factors"]  # of gate and up
     assert len(found[0]) == len(found[1]) == 5
